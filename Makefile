@@ -1,0 +1,40 @@
+# `make help` lists the targets. Each makes its own .venv where it is missing.
+PYTHON ?= python3
+CONFIG ?= configs/digits.yaml
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test eval lint bench
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## make .venv with the package and everything that it needs
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the whole path on real handwritten digits, on this machine, in some minutes
+	$(BIN)/dsno-cluster demo --launcher local $(ARGS)
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
+	$(BIN)/dsno-cluster eval $(CONFIG) $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## every benchmark; each prints the figure that it is for
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done

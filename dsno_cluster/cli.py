@@ -1,0 +1,451 @@
+"""The command line. Heavy libraries are imported inside the command that needs them.
+
+`dsno-cluster COMMAND [CONFIG] [key=value ...] [options]`. Exit status: 0 done, 1 the work or its surroundings
+failed, 2 the input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dsno_cluster import __version__
+from dsno_cluster.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    from dsno_cluster.config import Config, Profile
+
+DEFAULT_CONFIG = "configs/digits.yaml"
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line: its options, its positional words and its key=value overrides."""
+
+    options: argparse.Namespace
+    words: list[str]
+    overrides: list[str]
+    command_line: str
+
+    def config(self) -> Config:
+        """The experiment named, or the default one. Raises UserError for more than one."""
+        from dsno_cluster.config import load_config
+
+        if len(self.words) > 1:
+            raise UserError(
+                f"one config at a time, found {' '.join(self.words)}; an override is written key=value"
+            )
+        return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, in a line; its positional arguments; its options; an example."""
+
+    run: Callable[[Arguments], None]
+    help: str
+    usage: str
+    example: str
+    options: list[Callable[[argparse.ArgumentParser], None]] = field(default_factory=list)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises UserError with one line in place of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        return _run([word for word in argv if word != "--debug"])
+    except (UserError, WorkError) as error:
+        if debug:
+            raise
+        from dsno_cluster import console
+
+        console.error(str(error))
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        from dsno_cluster import console
+
+        console.error("interrupted; the same command continues")
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name!r}; {hint}")
+    COMMANDS[name].run(_parse(name, rest))
+    return 0
+
+
+def _parse(name: str, rest: list[str]) -> Arguments:
+    command = COMMANDS[name]
+    parser = _Parser(
+        prog=f"dsno-cluster {name}",
+        usage=f"dsno-cluster {name} {command.usage} [options]",
+        description=command.help,
+        epilog=f"example: {command.example}",
+        allow_abbrev=False,
+    )
+    for add in command.options:
+        add(parser)
+    # argparse cannot mix positional words and options freely; what it does not know is sorted here
+    options, extras = parser.parse_known_args(rest)
+    unknown = [word for word in extras if word.startswith("-")]
+    if unknown:
+        known = [s for action in parser._actions for s in action.option_strings if s.startswith("--")]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        raise UserError(
+            f"unknown option {unknown[0]}; {f'did you mean {near[0]}?' if near else 'options: ' + ', '.join(known)}"
+        )
+    overrides = [word for word in extras if _OVERRIDE.match(word)]
+    words = [word for word in extras if not _OVERRIDE.match(word)]
+    return Arguments(options, words, overrides, " ".join(["dsno-cluster", name, *rest]))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        "usage: dsno-cluster COMMAND [CONFIG] [key=value ...] [options]",
+        "",
+        "Teacher trajectories, DSNO training and evaluation, on a laptop or a Slurm cluster.",
+        f"CONFIG is {DEFAULT_CONFIG} where it is left out; key=value overrides a key of it, such as training.lr=1e-4.",
+        "",
+        *(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()),
+        "",
+        "`dsno-cluster COMMAND --help` shows a command's options. --debug shows tracebacks.",
+    ]
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _launching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--launcher", choices=("auto", "local", "slurm"), default="auto", help="where to run (default: auto)"
+    )
+    parser.add_argument(
+        "--nodes", type=_positive, metavar="N", help="nodes (default: the profile's in jobs/)"
+    )
+    _dry_run(parser)
+
+
+def _on_this_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--launcher", choices=("local",), default="local", help="always this machine")
+
+
+def _dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+
+
+def _actors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--actors",
+        type=_positive,
+        metavar="N",
+        help="Ray actors on this machine (default: one a GPU, or cores / threads)",
+    )
+
+
+def _tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks-per-node",
+        type=_positive,
+        metavar="N",
+        help="training processes per node (default: 1 here, on Slurm the profile's)",
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, nothing else there"
+    )
+
+
+def _student(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--student", metavar="PATH", help="a run, step or import folder (default: the config's newest)"
+    )
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num", type=_positive, default=64, metavar="N", help="how many images (default: 64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and labels (default: 0)")
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default: 64)"
+    )
+    parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint of the checkpoint")
+
+
+def _endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint")
+
+
+def _launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profile]:
+    from dsno_cluster.cluster.slurm import choose_launcher
+    from dsno_cluster.config import load_profile
+
+    options = arguments.options
+    changes = {"nodes": options.nodes, "tasks_per_node": getattr(options, "tasks_per_node", None)}
+    profile = load_profile(stage, changes)
+    launcher = choose_launcher(options.launcher, options.nodes or 1)
+    if launcher == "slurm" and profile.nodes > 1 and stage != "train":
+        raise UserError(
+            f"--nodes {profile.nodes}: {stage} runs on one node of Slurm in this version; take --nodes 1"
+        )
+    return launcher, profile
+
+
+def _submit_to_slurm(arguments: Arguments, config: Config, profile: Profile, stage: str) -> None:
+    from dsno_cluster import console
+    from dsno_cluster.cluster.slurm import config_task, logs_dir, sbatch_script, submit
+
+    if arguments.options.dry_run:
+        print(sbatch_script(stage, config, profile))
+        return
+    options = arguments.options
+    task = config_task(stage, config, getattr(options, "actors", None), getattr(options, "student", None))
+    job = submit(task, config, profile, "slurm")
+    console.say(f"submitted {stage} as Slurm job {job.job_id}; logs: {logs_dir(config, stage)}")
+    if getattr(options, "json", False):
+        print(json.dumps({"job": str(job.job_id), "logs": str(logs_dir(config, stage))}))
+
+
+def _gen_trajectories(arguments: Arguments) -> None:
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config = arguments.config()
+    plan = make_plan(config)  # what is missing is said before anything starts or is submitted
+    launcher, profile = _launcher_and_profile(arguments, "gen-trajectories")
+    if launcher == "slurm":
+        _submit_to_slurm(arguments, config, profile, "gen-trajectories")
+        return
+    from dsno_cluster.cluster.ray_pool import default_actors
+    from dsno_cluster.trajectories.generate import describe_plan, generate
+
+    actors = arguments.options.actors or default_actors(config.trajectories.threads)
+    if arguments.options.dry_run:
+        print(f"would make {describe_plan(config, plan, actors)}")
+        return
+    generate(config, actors)
+
+
+def _train(arguments: Arguments) -> None:
+    config = arguments.config()
+    from dsno_cluster.training.engine import check_divides, launched_as_rank
+    from dsno_cluster.training.loop import find_trajectories
+
+    if launched_as_rank() and not arguments.options.dry_run:  # by torchrun or the like, which sets RANK
+        from dsno_cluster.training.loop import train
+
+        train(config)
+        return
+    tasks = arguments.options.tasks_per_node or 1
+    check_divides(config, tasks)
+    folder, _ = find_trajectories(config)  # what is missing is said before anything starts or is submitted
+    launcher, profile = _launcher_and_profile(arguments, "train")
+    if launcher == "slurm":
+        check_divides(config, profile.nodes * profile.tasks_per_node)
+        _submit_to_slurm(arguments, config, profile, "train")
+        return
+    if arguments.options.dry_run:
+        print(
+            f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
+            f"{config.storage.root}/{folder} in {tasks} process(es) on this machine"
+        )
+        return
+    if tasks == 1:
+        from dsno_cluster.training.loop import train
+
+        train(config)
+        return
+    from dsno_cluster import console
+    from dsno_cluster.cluster.slurm import config_task, follow, logs_dir, submit
+
+    console.say(f"training in {tasks} processes; logs: {logs_dir(config, 'train')}")
+    follow(submit(config_task("train", config), config, profile, "local"))
+
+
+def _eval(arguments: Arguments) -> None:
+    config = arguments.config()
+    from dsno_cluster.evaluation.evaluate import find_student
+
+    path, _ = find_student(config, arguments.options.student)
+    launcher, profile = _launcher_and_profile(arguments, "eval")
+    if launcher == "slurm":
+        _submit_to_slurm(arguments, config, profile, "eval")
+        return
+    from dsno_cluster.cluster.ray_pool import default_actors
+
+    actors = arguments.options.actors or default_actors(config.evaluation.threads)
+    if arguments.options.dry_run:
+        text = (
+            f"would evaluate {path} with {config.evaluation.num_samples} samples, "
+            f"metrics {', '.join(config.evaluation.metrics)}, {actors} actors"
+        )
+        print(json.dumps({"dry_run": text}) if arguments.options.json else text)
+        return
+    from dsno_cluster.evaluation.evaluate import evaluate
+
+    metrics = evaluate(config, arguments.options.student, actors)
+    if arguments.options.json:
+        print(json.dumps(metrics))
+    else:
+        _show(metrics)
+
+
+def _show(metrics: dict[str, Any]) -> None:
+    from dsno_cluster import console
+    from dsno_cluster.evaluation.report import error_lines, table_rows
+
+    header, rows = table_rows(metrics)
+    count = metrics["num_samples"]
+    console.table(f"{count} samples, {metrics['feature_extractor']['name']}", header, rows)
+    lines = error_lines(metrics)
+    if lines:
+        print("relative error of the student's trajectory on held-out noise: " + ", ".join(lines))
+
+
+def _train_teacher(arguments: Arguments) -> None:
+    config = arguments.config()
+    if arguments.options.dry_run:
+        settings = config.teacher_training
+        print(
+            f"would train a teacher on {config.data.name} for {settings.steps} steps of batch {settings.batch_size}"
+        )
+        return
+    from dsno_cluster import console
+    from dsno_cluster.training.teacher import train_teacher
+
+    address = train_teacher(config, arguments.command_line)
+    console.say(f"done: {address}; use it with teacher.path={address}")
+
+
+def _sample(arguments: Arguments) -> None:
+    if len(arguments.words) != 1 or arguments.overrides:
+        raise UserError("name one CHECKPOINT: a run, step or import folder, on disk or on S3")
+    options = arguments.options
+    if not 0 <= options.seed < 2**31:
+        raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
+    if not options.out.endswith((".png", ".npz")):
+        raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
+    from dsno_cluster.evaluation.sample import sample_to_file
+
+    sample_to_file(
+        arguments.words[0], options.out, options.num, options.seed, options.batch_size, options.endpoint_url
+    )
+
+
+def _verify(arguments: Arguments) -> None:
+    if len(arguments.words) != 1 or arguments.overrides:
+        raise UserError("name one FOLDER_OR_URL: a data set's folder, or its manifest.json")
+    from dsno_cluster.trajectories.verify import verify
+
+    report = verify(arguments.words[0], arguments.options.endpoint_url)
+    if arguments.options.json:
+        print(json.dumps(report))
+    elif not report["problems"]:
+        print(
+            f"{report['shards']} shards, {report['samples']} samples, {report['bytes']} bytes: all as the manifest says"
+        )
+    if report["problems"]:
+        raise WorkError(f"{arguments.words[0]}: " + "; ".join(report["problems"]))
+
+
+def _demo(arguments: Arguments) -> None:
+    from dsno_cluster.demo import describe_demo, run_demo
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config = arguments.config()
+    make_plan(config)
+    if arguments.options.dry_run:
+        print(f"would make {describe_demo(config)}")
+        return
+    _show(run_demo(config))
+    print(f"\nlook at {config.storage.root}/evaluation/{config.name}/samples.png")
+
+
+COMMANDS = {
+    "gen-trajectories": Command(
+        _gen_trajectories,
+        "solve the teacher's ODE for many noises: trajectory shards and their manifest",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster gen-trajectories configs/digits.yaml trajectories.num_samples=4000 --actors 2",
+        [_launching, _actors],
+    ),
+    "train": Command(
+        _train,
+        "train the student on trajectories, with DeepSpeed",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster train configs/digits.yaml training.lr=1e-4 --tasks-per-node 2 --launcher local",
+        [_launching, _tasks],
+    ),
+    "eval": Command(
+        _eval,
+        "sample from the student and measure: distances, table, pictures",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster eval configs/digits.yaml evaluation.num_samples=1000 --json",
+        [_launching, _actors, _student, _json],
+    ),
+    "sample": Command(
+        _sample,
+        "images from a trained student, as a picture or arrays",
+        "CHECKPOINT",
+        "dsno-cluster sample runs/students/digits --num 64 --seed 0 --out grid.png",
+        [_sampling],
+    ),
+    "verify": Command(
+        _verify,
+        "check every byte of a data set against its manifest",
+        "FOLDER_OR_URL",
+        "dsno-cluster verify runs/trajectories/0123456789abcdef",
+        [_json, _endpoint],
+    ),
+    "train-teacher": Command(
+        _train_teacher,
+        "train a small teacher on real images",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster train-teacher configs/digits.yaml",
+        [_dry_run],
+    ),
+    "demo": Command(
+        _demo,
+        "the whole path on real handwritten digits, ending in a picture",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster demo --launcher local",
+        [_on_this_machine, _dry_run],
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where things run: Ray pools and submitit. Nothing here looks at tensors."""

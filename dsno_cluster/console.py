@@ -1,0 +1,102 @@
+"""What people see: rich progress on a terminal, plain lines in a log, tables.
+
+Everything goes to standard error except results that a command was asked for, so that `--json` output stays
+clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+_LOG_EVERY_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """One line of what is going on, or is about to."""
+    _console.print(message, markup=False)
+
+
+def error(message: str) -> None:
+    """One line that says what went wrong and what to do."""
+    _console.print(
+        f"dsno-cluster: {' '.join(message.split())}",
+        markup=False,
+        style="bold red" if _console.is_terminal else None,
+    )
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, total: int, unit: str, *, done: int = 0, quiet: bool = False
+) -> Iterator[Callable[..., None]]:
+    """Progress of long work; yields `advance(count, **figures)`.
+
+    On a terminal a bar; elsewhere a plain line at most every ten seconds. `figures` are shown at the end of
+    the line. `done` is what a former run had done: it does not count in the rate. `quiet` shows nothing, for
+    all ranks but one.
+    """
+    if quiet:
+        yield lambda count, **figures: None
+        return
+    shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
+    with shown as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=_console) as bar:
+        task = bar.add_task(title, total=total, completed=done, figures="")
+
+        def advance(count: int, **figures: Any) -> None:
+            bar.update(task, advance=count, figures=_figures(figures))
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _lines(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    began = last = time.monotonic()
+    before = done
+
+    def advance(count: int, **figures: Any) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= _LOG_EVERY_SECONDS or (done >= total and count):
+            last = now
+            rate = (done - before) / max(now - began, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+            say(f"{title}: {done}/{total} {unit}{left} {_figures(figures)}".rstrip())
+
+    yield advance
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+
+
+def table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = True
+) -> None:
+    """A table of results."""
+    drawn = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        drawn.add_row(*row)
+    (Console(file=sys.stdout) if to_stdout else _console).print(drawn)

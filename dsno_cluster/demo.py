@@ -1,0 +1,36 @@
+"""The demo: trajectories, training and evaluation, one after the other, as the three commands do them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from dsno_cluster import console
+from dsno_cluster.config import Config
+
+
+def describe_demo(config: Config) -> str:
+    """What the demo will do, in one line."""
+    return (
+        f"{config.trajectories.num_samples} trajectories of the teacher, {config.training.steps} training steps, "
+        f"{config.evaluation.num_samples} evaluated samples; results below {config.storage.root}"
+    )
+
+
+def run_demo(config: Config) -> dict[str, Any]:
+    """Run the whole path; returns the metrics of the evaluation. Finished stages are not done again."""
+    from dsno_cluster.cluster.ray_pool import default_actors
+    from dsno_cluster.evaluation.evaluate import evaluate
+    from dsno_cluster.training.loop import train
+    from dsno_cluster.trajectories.generate import generate
+
+    began = time.monotonic()
+    console.say(f"demo: {describe_demo(config)}")
+    console.say("\n[1/3] gen-trajectories: the teacher solves its ODE, many evaluations an image")
+    generate(config, default_actors(config.trajectories.threads))
+    console.say("\n[2/3] train: the student learns to give the whole trajectory in one evaluation")
+    train(config)
+    console.say("\n[3/3] eval: how close do one-step samples come?")
+    metrics = evaluate(config, None, default_actors(config.evaluation.threads))
+    console.say(f"\nthe whole path took {time.monotonic() - began:.0f} s\n")
+    return metrics

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: noise schedule, ODE solvers, teachers."""

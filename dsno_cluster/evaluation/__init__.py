@@ -1,0 +1,1 @@
+"""Evaluation: features, mergeable moments, metrics and pictures."""

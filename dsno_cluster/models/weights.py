@@ -1,0 +1,129 @@
+"""Model folders: `model.safetensors`, `config.yaml` and `meta.json`, on disk or on S3.
+
+`meta.json` says in `model` what the weights are, and carries their sha256. It is written last, so a folder
+that has it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.storage import Storage, open_storage
+
+WEIGHTS, CONFIG, META, LATEST = "model.safetensors", "config.yaml", "meta.json", "latest"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder holds: weights by name, and the parsed `meta.json`."""
+
+    weights: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        return str(self.meta["sha256"])
+
+
+def package_path(path: str) -> str:
+    """`package:NAME` as the folder of the file or folder NAME that ships inside the package."""
+    if not path.startswith("package:"):
+        return path
+    name = path.removeprefix("package:")
+    target = Path(str(resources.files("dsno_cluster"))) / "assets" / name
+    if not target.exists():
+        shipped = ", ".join(f"package:{p.name}" for p in sorted(target.parent.iterdir()) if p.is_dir())
+        raise UserError(f"{path}: the package ships {shipped}")
+    return str(target)
+
+
+def read_model(path: str, endpoint_url: str | None = None) -> ModelFolder:
+    """The model at a folder path, an S3 address or `package:NAME`; a run folder means its `latest`.
+
+    Raises UserError where there is no model and WorkError where the bytes are not those of `meta.json`.
+    """
+    import safetensors.torch
+
+    storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
+    meta = _read_meta(storage, prefix)
+    data = storage.read(prefix + WEIGHTS)
+    found = hashlib.sha256(data).hexdigest()
+    if found != meta["sha256"]:
+        raise WorkError(f"{path}: {prefix}{WEIGHTS} has sha256 {found}, its {META} says {meta['sha256']}")
+    return ModelFolder(safetensors.torch.load(data), meta)
+
+
+def read_meta(path: str, endpoint_url: str | None = None) -> dict[str, Any]:
+    """`meta.json` of a model alone, without its weights. Raises UserError where there is no model."""
+    storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
+    return _read_meta(storage, prefix)
+
+
+def _read_meta(storage: Storage, prefix: str) -> dict[str, Any]:
+    where = f"{storage.url}/{prefix}{META}"
+    try:
+        meta = json.loads(storage.read(prefix + META))
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
+        raise UserError(f"{where}: names no sha256 of the weights; it is not a model's {META}")
+    if not isinstance(meta.get("model"), dict) or not {"kind", "network"} <= set(meta["model"]):
+        raise UserError(f"{where}: does not describe a model (kind and network below `model`)")
+    return meta
+
+
+def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
+    """The prefix of the model folder: this one, its `latest`, or that of the only student below it."""
+    if storage.stat(META) is not None:
+        return storage, ""
+    latest = [LATEST] if storage.stat(LATEST) is not None else []
+    if not latest:
+        latest = [s.key for s in storage.list("students/") if s.key.endswith("/" + LATEST)]
+    if len(latest) > 1:
+        raise UserError(
+            f"{path}: holds several students; name one of {', '.join(k[: -len(LATEST) - 1] for k in latest)}"
+        )
+    if not latest:
+        raise UserError(f"{path}: no model here (no {META} and no {LATEST})")
+    step = storage.read(latest[0]).decode().strip()
+    return storage, f"{latest[0][: -len(LATEST)]}{step}/"
+
+
+def write_model(
+    storage: Storage, prefix: str, weights: dict[str, Tensor], config: str, meta: dict[str, Any]
+) -> str:
+    """Write a model folder below `prefix` (ending in /), meta last. Returns the sha256 of the weights."""
+    import safetensors.torch
+
+    data = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    )
+    sha256 = hashlib.sha256(data).hexdigest()
+    meta = {**meta, "sha256": sha256, "versions": software_versions()}
+    files = {WEIGHTS: data, CONFIG: config.encode(), META: (json.dumps(meta, indent=2) + "\n").encode()}
+    storage.write_folder(prefix, files)
+    return sha256
+
+
+def software_versions() -> dict[str, str]:
+    """Versions recorded beside results: what could change a number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from dsno_cluster import __version__
+
+    versions = {"dsno-cluster": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "ray", "deepspeed", "safetensors", "torch-fidelity"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,1 @@
+"""Training: the teacher's small loop and the student's DeepSpeed loop."""

@@ -1,0 +1,110 @@
+"""Losses over a trajectory: per-time-point distances of predicted and target states, and their weighting.
+
+Every distance maps (N, M, C, H, W) predictions and targets to (M,), the mean over samples and pixels; the loss
+is the mean over points of weight times distance (Zheng et al. 2023, section 4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsno_cluster.errors import UserError
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference per time point, (M,)."""
+    return (predicted - target).abs().mean(dim=(0, 2, 3, 4))
+
+
+def l2(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference per time point, (M,)."""
+    return (predicted - target).square().mean(dim=(0, 2, 3, 4))
+
+
+def pseudo_huber(predicted: Tensor, target: Tensor, c_per_root_dim: float = 0.03) -> Tensor:
+    """sqrt(d^2 + c^2) - c per pixel, meaned, (M,): square near 0, absolute far from it.
+
+    Pixelwise form of Song & Dhariwal 2023, with c = 0.03 (their 0.00054 sqrt(dim) at CIFAR-10's size).
+    """
+    c = c_per_root_dim
+    return (((predicted - target).square() + c * c).sqrt() - c).mean(dim=(0, 2, 3, 4))
+
+
+def weighted(distances_M: Tensor, weights_M: Tensor) -> Tensor:
+    """The scalar loss: mean over time points of weight times distance."""
+    return (distances_M * weights_M).mean()
+
+
+class VGGPerceptual(nn.Module):
+    """LPIPS with VGG-16 features and no calibration layer, the published CIFAR-10 loss (Zhang et al. 2018, eq. 1).
+
+    Features after the last ReLU of each of the five blocks, unit-normalised over channels; squared differences
+    summed over channels, averaged over space, summed over layers.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    BLOCK_ENDS = (3, 8, 15, 22, 29)  # indices of those ReLUs in torchvision's `vgg16().features`
+
+    def __init__(self, features: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features[: self.BLOCK_ENDS[-1] + 1].eval().requires_grad_(False)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """(N, M, 3, H, W) images in [-1, 1], H and W of 16 or more -> (M,)."""
+        count, points = predicted.shape[:2]
+        a, b = ((x.flatten(0, 1) - self.shift) / self.scale for x in (predicted, target))
+        total = torch.zeros(count * points, device=a.device, dtype=a.dtype)
+        for index, layer in enumerate(self.features):
+            a, b = layer(a), layer(b)
+            if index in self.BLOCK_ENDS:
+                difference = F.normalize(a, dim=1, eps=1e-10) - F.normalize(b, dim=1, eps=1e-10)
+                total = total + difference.square().sum(dim=1).mean(dim=(1, 2))
+        return total.reshape(count, points).mean(dim=0)
+
+
+def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
+    """LPIPS from torchvision's VGG-16 weights (`vgg16-397923af.pth`, or the same as safetensors).
+
+    Raises UserError where the file is missing or its sha256 does not begin with `sha256`.
+    """
+    import safetensors.torch
+    from torchvision.models import vgg16
+
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(
+            f"training.lpips_weights: {path} is missing; put torchvision's VGG-16 weights (vgg16-397923af.pth) there, "
+            "or take training.loss=l1"
+        )
+    data = file.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 and not found.startswith(sha256):
+        raise UserError(
+            f"training.lpips_weights: {path} has sha256 {found}, training.lpips_sha256 says {sha256}"
+        )
+    if file.suffix == ".safetensors":
+        weights = safetensors.torch.load(data)
+    else:
+        weights = torch.load(io.BytesIO(data), weights_only=True)
+    network = vgg16(weights=None)
+    network.load_state_dict(weights)
+    return VGGPerceptual(network.features)
+
+
+def make_distance(name: str, lpips_weights: str | None = None, lpips_sha256: str | None = None) -> Distance:
+    """The distance of `training.loss`."""
+    if name == "lpips":
+        return vgg_perceptual(str(lpips_weights), lpips_sha256)
+    return {"l1": l1, "l2": l2, "pseudo-huber": pseudo_huber}[name]

@@ -1,0 +1,142 @@
+"""`train-teacher`: a small denoiser on real images, v-prediction on the cosine schedule, one process."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsno_cluster import console
+from dsno_cluster.config import Config, dump_config
+from dsno_cluster.data import Split, load_digits
+from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
+from dsno_cluster.diffusion.teachers import describe
+from dsno_cluster.errors import UserError
+from dsno_cluster.models.unet import UNet
+from dsno_cluster.models.weights import write_model
+from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
+from dsno_cluster.training.optim import ema_decay_at, learning_rate
+
+RESUME = "resume.pt"
+
+
+def train_teacher(config: Config, command: str) -> str:
+    """Train, write `<storage.root>/teachers/<name>/`, return its address. Continues where it was interrupted.
+
+    Raises UserError where the config names no data or its shape is not the network's.
+    """
+    if config.data.name is None:
+        raise UserError("data.name: train-teacher needs real images; the data here is: digits")
+    train, _ = load_digits()
+    network, settings = config.network, config.teacher_training
+    if tuple(train.images.shape[1:]) != (network.channels, network.image_size, network.image_size):
+        raise UserError(
+            f"network: digits are 1x8x8, the network is {network.channels}x{network.image_size}x{network.image_size}"
+        )
+    if network.num_classes not in (0, 10):
+        raise UserError(f"network.num_classes: digits have 10 classes, the network {network.num_classes}")
+    if settings.label_dropout and not network.null_class:
+        raise UserError("teacher_training.label_dropout: needs network.null_class true, or set it to 0")
+
+    folder = f"teachers/{config.name}/"
+    resume = FolderStorage(config.run_dir / folder)
+    torch.manual_seed(config.seed)
+    unet = UNet(network)
+    ema = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    optimizer = torch.optim.Adam(unet.parameters())
+    start, seconds = 0, 0.0
+    try:
+        state = torch.load(io.BytesIO(resume.read(RESUME)), weights_only=True)
+        if state["settings"] == (saved := _settings(config)):
+            unet.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema, start, seconds = state["ema"], state["step"], state["seconds"]
+        else:
+            changed = sorted(k for k in saved if state["settings"].get(k) != saved[k])
+            raise UserError(
+                f"{resume.url}/{RESUME}: an unfinished run with another {', '.join(changed)}; "
+                "go back to those values, choose another name=, or delete that file"
+            )
+    except MissingObject:
+        pass
+
+    parameters = sum(p.numel() for p in unet.parameters())
+    console.say(
+        f"teacher: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size}"
+    )
+    began = time.perf_counter() - seconds
+    with console.progress("training the teacher", settings.steps, "steps", done=start) as advance:
+        for step in range(start, settings.steps):
+            rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, "cosine")
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed((config.seed << 31) + step)  # dropout, the same after an interruption
+            loss = velocity_loss(unet, train, config, step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay = ema_decay_at(step, settings.ema_decay, ramp=True)
+            with torch.no_grad():
+                for name, tensor in unet.state_dict().items():
+                    ema[name].lerp_(tensor, 1.0 - decay)
+            advance(1, loss=float(loss.detach()))
+            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
+                _save_resume(resume, config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
+
+    meta = {
+        "model": describe(network),
+        "made_by": command,
+        "seed": config.seed,
+        "settings": settings.model_dump(mode="json"),
+        "threads": torch.get_num_threads(),
+        "train_seconds": round(time.perf_counter() - began),
+    }
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    write_model(storage, folder, ema, dump_config(config), meta)
+    resume.delete(RESUME)
+    return f"{storage.url}/{folder.rstrip('/')}"
+
+
+def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
+    """Mean squared error of v = alpha eps - sigma x0 at uniform times; its draws depend on (seed, step) alone."""
+    settings = config.teacher_training
+    draw = torch.Generator().manual_seed((config.seed << 32) + step)
+    pick = torch.randint(len(data.images), (settings.batch_size,), generator=draw)
+    x0, labels = data.images[pick], data.labels[pick]
+    dropped = torch.rand(len(pick), generator=draw) < settings.label_dropout
+    labels = torch.where(dropped, config.network.num_classes, labels)
+    t_N = torch.rand(len(pick), generator=draw, dtype=torch.float64)
+    noise = torch.randn(x0.shape, generator=draw)
+    alpha, sigma = (s.float()[:, None, None, None] for s in alpha_sigma(t_N))
+    predicted = unet(
+        alpha * x0 + sigma * noise,
+        logsnr(t_N).float()[:, None],
+        labels if config.network.num_classes else None,
+    )
+    return (predicted[:, 0] - (alpha * noise - sigma * x0)).square().mean()
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "seed": config.seed,
+        "network": config.network.model_dump(mode="json"),
+        **config.teacher_training.model_dump(),
+    }
+
+
+def _save_resume(
+    resume: FolderStorage,
+    config: Config,
+    unet: UNet,
+    optimizer: torch.optim.Optimizer,
+    ema: dict[str, Tensor],
+    step: int,
+    seconds: float,
+) -> None:
+    buffer = io.BytesIO()
+    state = {"model": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+    torch.save({**state, "step": step, "seconds": seconds, "settings": _settings(config)}, buffer)
+    resume.write(RESUME, buffer.getvalue())

@@ -1,0 +1,190 @@
+"""Shards and their manifest: what is on disk or on S3, and how to tell that it is right.
+
+A data set is a folder of `shard-000000.safetensors ...` and a `manifest.json` that is written last: if it is
+there, everything that it names is there and right. Tensor `states` is (M, N, C, H, W), time-major, so that a
+reader of some time points reads only those; sample shards hold `images` uint8 (N, C, H, W). `labels` (N,)
+stand beside them where there are classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One line of a manifest: samples [start, stop) in `size` bytes of the given sha256."""
+
+    key: str
+    start: int
+    stop: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`spec` is everything that can change a byte; `environment` is what made the bytes."""
+
+    spec: dict[str, Any]
+    shards: tuple[Shard, ...]
+    environment: dict[str, Any]
+
+    @property
+    def num_samples(self) -> int:
+        return self.shards[-1].stop if self.shards else 0
+
+
+def canonical_hash(spec: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that name a spec; equal for equal values, whatever their order."""
+    text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def shard_key(index: int) -> str:
+    return f"shard-{index:06d}.safetensors"
+
+
+def encode_shard(tensors: dict[str, Tensor]) -> bytes:
+    """The file of a shard. Equal tensors give equal bytes."""
+    return bytes(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def decode_shard(data: bytes) -> dict[str, Tensor]:
+    """Raises WorkError for bytes that are not a safetensors file."""
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise WorkError(f"not a safetensors shard: {error}") from None
+
+
+def write_shard(storage: Storage, folder: str, index: int, start: int, tensors: dict[str, Tensor]) -> Shard:
+    """Write a shard below `folder` (ending in /) and return its line for the manifest."""
+    data = encode_shard(tensors)
+    storage.write(folder + shard_key(index), data)
+    count = next(
+        t.shape[1] if name == "states" else t.shape[0] for name, t in tensors.items() if name != "labels"
+    )
+    return Shard(shard_key(index), start, start + count, len(data), hashlib.sha256(data).hexdigest())
+
+
+def read_shard(storage: Storage, folder: str, shard: Shard) -> dict[str, Tensor]:
+    """The tensors of a shard, its bytes checked against the manifest. Raises WorkError naming the shard."""
+    data = storage.read(folder + shard.key)
+    problem = _problem(data, shard)
+    if problem:
+        raise WorkError(
+            f"{storage.url}/{folder}{shard.key}: {problem}; delete it and run gen-trajectories again"
+        )
+    return decode_shard(data)
+
+
+def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
+    """The manifest below `folder` and the etag to replace it with, or None where there is none.
+
+    Raises UserError where it is not a manifest that this version reads and WorkError where it contradicts itself.
+    """
+    found = storage.stat(folder + MANIFEST)
+    if found is None:
+        return None
+    where = f"{storage.url}/{folder}{MANIFEST}"
+    try:
+        raw = json.loads(storage.read(folder + MANIFEST))
+        version = raw["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{where}: schema version {version}; this dsno-cluster reads version {SCHEMA_VERSION}"
+            )
+        manifest = Manifest(raw["spec"], tuple(Shard(**shard) for shard in raw["shards"]), raw["environment"])
+        if raw["spec_hash"] != canonical_hash(raw["spec"]) or raw["num_samples"] != manifest.num_samples:
+            raise WorkError(f"{where}: its spec or count was changed after it was written")
+        return manifest, found.etag
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: not a manifest ({type(error).__name__}: {error})") from None
+
+
+def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Put the manifest, last. A longer one of the same spec replaces a shorter one, never the other way.
+
+    Safe against a second run of the same spec at the same time: the put is conditional, and who comes late
+    looks again. Raises WorkError where what is there contradicts what was made.
+    """
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "spec_hash": canonical_hash(manifest.spec),
+        "spec": manifest.spec,
+        "num_samples": manifest.num_samples,
+        "environment": manifest.environment,
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+    data = (json.dumps(content, indent=1) + "\n").encode()
+    for _ in range(10):
+        current = read_manifest(storage, folder)
+        if current is not None:
+            theirs = current[0].shards
+            common = min(len(theirs), len(manifest.shards))
+            if theirs[:common] != manifest.shards[:common]:
+                bad = next(a.key for a, b in zip(theirs, manifest.shards, strict=False) if a != b)
+                raise WorkError(
+                    f"{storage.url}/{folder}{MANIFEST}: names other bytes for {bad} than were just made"
+                )
+            if len(theirs) >= len(manifest.shards):
+                return
+        try:
+            if current is None:
+                storage.write(folder + MANIFEST, data, if_absent=True)
+            else:
+                storage.write(folder + MANIFEST, data, if_match=current[1])
+            return
+        except PreconditionFailed:
+            continue  # another run was first: look at what it wrote
+    raise WorkError(f"{storage.url}/{folder}{MANIFEST}: kept changing under ten attempts to replace it")
+
+
+def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[Shard, str | None]]:
+    """Every shard of the manifest, in order, with what is wrong with its bytes (None: nothing)."""
+
+    def check(shard: Shard) -> tuple[Shard, str | None]:
+        try:
+            return shard, _problem(storage.read(folder + shard.key), shard)
+        except MissingObject:
+            return shard, "is missing"
+        except WorkError as error:
+            return shard, f"cannot be read: {error}"
+
+    with ThreadPoolExecutor(8) as threads:
+        yield from threads.map(check, manifest.shards)
+
+
+def manifest_problems(manifest: Manifest) -> list[str]:
+    """What is wrong with the manifest itself: gaps, overlaps, repeated or misnamed shards."""
+    problems, expected = [], 0
+    for index, shard in enumerate(manifest.shards):
+        if shard.key != shard_key(index) or shard.start != expected or shard.stop <= shard.start:
+            problems.append(
+                f"{shard.key}: line {index} of the manifest should be {shard_key(index)} from sample {expected}"
+            )
+        expected = shard.stop
+    return problems if manifest.shards else ["the manifest names no shard"]
+
+
+def _problem(data: bytes, shard: Shard) -> str | None:
+    if len(data) != shard.size:
+        return f"has {len(data)} bytes, the manifest says {shard.size}"
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        return "does not have the sha256 of the manifest"
+    return None

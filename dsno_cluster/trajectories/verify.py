@@ -1,0 +1,38 @@
+"""verify: every byte of a data set against its manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsno_cluster import console
+from dsno_cluster.errors import UserError
+from dsno_cluster.storage import open_storage
+from dsno_cluster.trajectories.shards import MANIFEST, find_bad_shards, manifest_problems, read_manifest
+
+
+def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
+    """Check the data set at a folder, an S3 address or its manifest; `problems` names each bad shard.
+
+    Raises UserError where there is no manifest.
+    """
+    url = address.removesuffix(MANIFEST).rstrip("/") or "."
+    storage = open_storage(url, endpoint_url)
+    found = read_manifest(storage, "")
+    if found is None:
+        raise UserError(
+            f"{address}: no {MANIFEST} here; an unfinished data set has none: gen-trajectories finishes it"
+        )
+    manifest = found[0]
+    problems = manifest_problems(manifest)
+    with console.progress("verifying", len(manifest.shards), "shards") as advance:
+        for shard, problem in find_bad_shards(storage, "", manifest):
+            problems += [f"{shard.key} {problem}"] if problem else []
+            advance(1)
+    sizes = sum(shard.size for shard in manifest.shards)
+    return {
+        "ok": not problems,
+        "shards": len(manifest.shards),
+        "samples": manifest.num_samples,
+        "bytes": sizes,
+        "problems": problems,
+    }

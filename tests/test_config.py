@@ -1,0 +1,164 @@
+"""Configs load, and every mistake in one is a line that names it and the nearest right one."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import dsno
+from pydantic import BaseModel
+
+from dsno_cluster.config import Config, Profile, dump_config, load_config, load_profile, validate
+from dsno_cluster.errors import UserError
+
+DIGITS = "configs/digits.yaml"
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet64"])
+def test_shipped_configs_load_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(f"configs/{name}.yaml")
+    assert config.name == name
+    assert validate(Config, yaml.safe_load(dump_config(config)), "again") == config
+
+
+def test_paper_settings() -> None:
+    cifar, imagenet = load_config("configs/cifar10.yaml"), load_config("configs/imagenet64.yaml")
+    assert (cifar.network.width, imagenet.network.width) == (256, 192)
+    assert cifar.trajectories.time_points == (0.5625, 0.25, 0.0625, 0.0)
+    assert imagenet.trajectories.time_points == (0.75, 0.5, 0.25, 0.0)
+    assert (cifar.trajectories.steps, imagenet.trajectories.steps) == (512, 16)
+    assert (cifar.training.batch_size, imagenet.training.batch_size) == (256, 2048)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.lrr=1", "unknown key training.lrr; did you mean training.lr?"),
+        ("trainig.lr=1", "unknown key trainig; did you mean training?"),
+        ("training.lr=fast", 'training.lr: input should be a valid number, found "fast"'),
+        ("training.steps=1.5", "training.steps: input should be a valid integer"),
+        ("training.steps=true", "training.steps: input should be a valid integer"),
+        ("student.modes=4", "student.modes 4 is above 3 = M//2+1"),
+        ("trajectories.solver=dim", "trajectories.solver: input should be 'ddim'"),
+        ("trajectories.times=[0.5, 0.7]", "times must descend"),
+        (
+            "trajectories.times={points: 4, spacing: cubic}",
+            "trajectories.times.spacing: input should be 'quadratic'",
+        ),
+        ("trajectories.times={spacing: uniform, point: 4}", "point"),
+        ("trajectories.num_samples=1000", "not a multiple of"),
+        ("evaluation.seed=0", "training noise"),
+        ("network.width=33", "multiple of 32"),
+        ("training.loss=lpips", "lpips_weights"),
+        ("seed=[", "not YAML"),
+        ("training=3", "training: input should be an object"),
+    ],
+)
+def test_a_mistake_is_one_line(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(DIGITS, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_numbers_and_repeated_keys(tmp_path: Path) -> None:
+    assert load_config(DIGITS, ["training.lr=1e-4"]).training.lr == 1e-4
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match="stands twice"):
+        load_config(str(twice))
+
+
+def test_the_working_directory_wins_over_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(DIGITS).read_text() if Path(DIGITS).is_file() else None
+    assert text is not None, "the tests run from the repository's top"
+    monkeypatch.chdir(tmp_path)
+    assert load_config(DIGITS).seed == 0  # the copy that travels
+    (tmp_path / "configs").mkdir()
+    (tmp_path / DIGITS).write_text(text.replace("seed: 0", "seed: 5", 1))
+    assert load_config(DIGITS).seed == 5
+
+
+def test_profiles() -> None:
+    for stage in ("gen-trajectories", "train", "eval"):
+        assert load_profile(stage, {"nodes": 4, "tasks_per_node": None}).nodes == 4
+    with pytest.raises(UserError, match=r"unknown key node; did you mean nodes\?"):
+        validate(Profile, {"node": 1, "mem_gb": 1, "time_minutes": 1}, "jobs/x.yaml")
+
+
+def test_every_key_is_used() -> None:
+    """A key that no code reads is a promise that nobody keeps."""
+    package = Path(__file__).parents[1] / "dsno_cluster"
+    code = "\n".join(p.read_text() for p in package.rglob("*.py"))
+    unused = [
+        name for model in _models(Config) | {Profile} for name in model.model_fields if f".{name}" not in code
+    ]
+    assert unused == []
+
+
+def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    found = {model}
+    for field in model.model_fields.values():
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= _models(part)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["gen"],
+        ["train", "configs/digit.yaml"],
+        ["train", "training.lrr=1"],
+        ["train", "--node", "2"],
+        ["train", "--nodes", "0"],
+        ["train", "--nodes", "4", "--launcher", "local"],
+        ["train", "--tasks-per-node", "3"],
+        ["train", "storage.root=ftp://x"],
+        ["gen-trajectories", "teacher.path=nowhere"],
+        ["gen-trajectories", "teacher.path=package:nothing"],
+        ["eval", "configs/cifar10.yaml"],
+        ["eval", "a.yaml", "b.yaml"],
+        ["sample"],
+        ["sample", "nowhere"],
+        ["sample", "nowhere", "--out", "x.jpg"],
+        ["verify", "nowhere"],
+        ["train", "--launcher", "slurm"],
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(words: list[str], tmp_path: Path) -> None:
+    result = dsno(*words, cwd=tmp_path, PATH="/nonexistent")  # without sbatch, wherever the tests run
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("dsno-cluster: "), result.stderr
+    assert result.stdout == ""
+
+
+def test_help_names_every_command_and_its_options() -> None:
+    overview = dsno("--help")
+    assert overview.returncode == 0
+    for command in ("gen-trajectories", "train", "eval", "sample", "verify", "train-teacher", "demo"):
+        assert command in overview.stdout
+        assert "example:" in dsno(command, "--help").stdout
+
+
+def test_dry_runs_start_nothing(tmp_path: Path, tiny_data: Path) -> None:
+    from conftest import TINY
+
+    before = sorted(tiny_data.rglob("*"))
+    for command in ("gen-trajectories", "train", "train-teacher", "demo"):
+        result = dsno(command, *TINY, f"storage.root={tiny_data}", "--dry-run", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip()
+    assert sorted(tiny_data.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_are_frozen() -> None:
+    config = load_config(DIGITS)
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+    assert not dataclasses.is_dataclass(config)

@@ -1,0 +1,230 @@
+"""Evaluation against torch-fidelity's and the yardstick's own numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch_fidelity
+from conftest import DATA, TINY, dsno
+from PIL import Image
+
+from dsno_cluster.data import load_digits
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.evaluation.features import DIGITS, load_extractor, to_uint8
+from dsno_cluster.evaluation.statistics import frechet_distance, merge, moments_of
+
+EXPECTED = safetensors.torch.load_file(DATA / "digits-features-expected.safetensors")
+
+
+def test_yardstick_features_and_logits() -> None:
+    extractor = load_extractor(DIGITS, "package:digits-features", None)
+    assert extractor.sha256 == "981af2fbed32a3c2cffad69420d35480a2c87f812018898b857ea6e7af2a5879"
+    features, logits = extractor.network.of_float(EXPECTED["images"])
+    assert torch.allclose(features, EXPECTED["features"], atol=1e-5)
+    assert torch.allclose(logits, EXPECTED["logits"], atol=1e-4)
+
+
+def test_yardstick_statistics_and_split() -> None:
+    """The known distance of the 297 held-out digits, from float images and from 8-bit ones."""
+    extractor = load_extractor(DIGITS, "package:digits-features", None)
+    train, held_out = load_digits()
+    whole = moments_of(extractor.network.of_float(train.images)[0].numpy())
+    assert np.allclose(whole.mean, EXPECTED["train_mu"].numpy(), atol=1e-4)
+    assert np.allclose(whole.covariance, EXPECTED["train_sigma"].numpy(), atol=1e-4)
+    rounded = moments_of(extractor(to_uint8(held_out.images))["features"].numpy())
+    assert frechet_distance(rounded.mean, rounded.covariance, whole.mean, whole.covariance) == pytest.approx(
+        1.86, abs=0.02
+    )
+
+
+def test_distance_is_torch_fidelitys_own() -> None:
+    """Our blocks, merged, against `calculate_metrics` on the same images with the same extractor."""
+    train, held_out = load_digits()
+    first, second = to_uint8(train.images), to_uint8(held_out.images)
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images: torch.Tensor) -> None:
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.images[index]
+
+    extractor = load_extractor(DIGITS, "package:digits-features", None)
+    weights = Path(__import__("dsno_cluster").__file__).parent / "assets/digits-features/weights.safetensors"
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(first),
+        input2=Images(second),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        feature_extractor=DIGITS,
+        feature_extractor_weights_path=str(weights),
+        cache=False,
+        batch_size=50,
+    )["frechet_inception_distance"]
+    ours = []
+    for sizes in (1, 3, 10):  # however the images are split
+        parts = [
+            merge(moments_of(extractor(c)["features"].numpy()) for c in x.chunk(sizes))
+            for x in (first, second)
+        ]
+        ours.append(frechet_distance(parts[0].mean, parts[0].covariance, parts[1].mean, parts[1].covariance))
+    assert ours == pytest.approx([theirs] * 3, rel=1e-6)
+
+
+def test_moments_do_not_cancel_for_large_means() -> None:
+    features = np.random.default_rng(0).standard_normal((1000, 5)) + 1e6
+    merged = merge(moments_of(part) for part in np.array_split(features, 7))
+    assert np.allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-6)
+    assert np.allclose(merged.mean, features.mean(0), rtol=1e-12)
+
+
+def test_eight_bit_is_rounded_to_nearest_and_clamped() -> None:
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0 / 255 - 1e-4, 1.0, 2.0])
+    assert to_uint8(values).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_weights_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not one of"):
+        load_extractor("inception", None, None)
+    with pytest.raises(UserError, match="missing"):
+        load_extractor(DIGITS, str(tmp_path / "none.safetensors"), None)
+    with pytest.raises(WorkError, match="sha256"):
+        load_extractor(DIGITS, "package:digits-features", "00")
+    (tmp_path / "inception.pth").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="weights_sha256"):
+        load_extractor("inception-v3-compat", str(tmp_path / "inception.pth"), None)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The demo end to end, at a reduced size; its storage root and what it printed."""
+    root = tmp_path_factory.mktemp("demo")
+    done = dsno("demo", *TINY, f"storage.root={root}", "evaluation.keep_samples=true", "--launcher", "local")
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout, done.stderr
+
+
+def test_demo_end_to_end(demo: tuple[Path, str, str]) -> None:
+    root, stdout, _ = demo
+    folder = root / "evaluation/digits"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["num_samples"] == 200 and metrics["checkpoint"]["step"] == 4
+    assert metrics["feature_extractor"]["weights_sha256"].startswith("981af2fb")
+    assert metrics["real_held_out"]["fid"] == pytest.approx(1.86, abs=0.02)
+    assert [row["evaluations"] for row in metrics["teacher_rows"]] == [1, 2, 6]
+    assert list(metrics["student"]["trajectory_error"]) == ["0.5625", "0.25", "0.0625", "0.0"]
+    assert metrics["student"]["cost_in_teacher_evaluations"] > 1
+    assert "student" in stdout and "relative error" in stdout
+    for name in ("samples.png", "trajectory.png"):
+        picture = np.asarray(Image.open(folder / name))
+        assert picture.ndim == 3 and picture.std() > 20  # something is drawn
+
+
+def test_figures_do_not_depend_on_the_actors(demo: tuple[Path, str, str], tmp_path: Path) -> None:
+    root = tmp_path / "again"
+    shutil.copytree(demo[0], root)
+    shutil.rmtree(root / "evaluation")  # the teacher's rows too
+    shutil.rmtree(root / "samples")
+    words = [*TINY, f"storage.root={root}", "evaluation.keep_samples=true", "--launcher", "local"]
+    done = dsno("eval", *words, "--actors", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout)  # one JSON object and nothing else
+    theirs = json.loads((demo[0] / "evaluation/digits/metrics.json").read_text())
+    for metrics in (ours, theirs):
+        for timing in ("cost_in_teacher_evaluations", "images_per_second"):
+            del metrics["student"][timing]
+        del metrics["checkpoint"]["path"]
+    assert ours == theirs
+    kept = sorted(p.name for p in (root / "samples").rglob("*"))
+    assert kept[1:] == ["manifest.json", *(f"shard-{i:06d}.safetensors" for i in range(4))]
+    assert dsno("verify", str(next((root / "samples").iterdir()))).returncode == 0
+
+
+def test_samples_are_the_students(demo: tuple[Path, str, str], tmp_path: Path) -> None:
+    from dsno_cluster import load_student
+    from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+
+    student_path = str(demo[0] / "students/digits")
+    for batch in (3, 16):  # the batch size changes nothing
+        words = ["sample", student_path, "--num", "16", "--seed", "5", "--batch-size", str(batch)]
+        done = dsno(*words, "--out", str(tmp_path / f"{batch}.npz"))
+        assert done.returncode == 0 and "images/s" in done.stderr, done.stderr
+    found = [np.load(tmp_path / f"{batch}.npz") for batch in (3, 16)]
+    assert np.abs(found[0]["images"].astype(int) - found[1]["images"]).max() <= 1
+    labels = sample_labels(5, range(16), 10)
+    images = load_student(student_path).sample(sample_noise(5, range(16), (1, 8, 8)), labels)
+    assert np.abs(found[1]["images"].astype(int) - to_uint8(images).numpy()).max() <= 1
+    assert np.array_equal(found[1]["labels"], labels.numpy())
+
+
+def test_students_refuse_what_they_cannot_answer(demo: tuple[Path, str, str]) -> None:
+    from dsno_cluster import load_student
+
+    student = load_student(str(demo[0] / "students/digits/step-000000004"))
+    noise, labels = torch.zeros(2, 1, 8, 8), torch.tensor([1, 2])
+    assert torch.equal(student.trajectory(noise, labels, [0.25]), student.trajectory(noise, labels)[:, 1:2])
+    with pytest.raises(ValueError, match=r"0\.5625"):
+        student.trajectory(noise, labels, times=[0.3])
+    with pytest.raises(ValueError, match="labels are needed"):
+        student.sample(noise)
+    with pytest.raises(ValueError, match=r"0\.\.9"):
+        student.sample(noise, torch.tensor([1, 10]))
+    with pytest.raises(UserError, match="not a student"):
+        load_student("package:digits-teacher")
+
+
+def test_teacher_training_can_be_interrupted(tmp_path: Path) -> None:
+    """The same teacher, whether or not the run was cut in two."""
+    few = ["teacher_training.steps=6", "teacher_training.checkpoint_every=2", "teacher_training.batch_size=8"]
+    whole = dsno("train-teacher", *few, f"storage.root={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+
+    cut = f"""
+import dsno_cluster.training.teacher as module
+real = module.velocity_loss
+def failing(*args):
+    if args[-1] == 5:
+        raise KeyboardInterrupt
+    return real(*args)
+module.velocity_loss = failing
+from dsno_cluster.cli import main
+raise SystemExit(main(["train-teacher", *{few!r}, "storage.root={tmp_path / "cut"}"]))
+"""
+    import subprocess
+    import sys
+
+    assert subprocess.run([sys.executable, "-c", cut], capture_output=True, check=False).returncode == 130
+    again = dsno("train-teacher", *few, f"storage.root={tmp_path / 'cut'}")
+    assert again.returncode == 0 and "steps 4 to 6" in again.stderr, again.stderr
+    files = [tmp_path / root / "teachers/digits/model.safetensors" for root in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> None:
+    """`eval` of the default config finds every row of the teacher measured already."""
+    from dsno_cluster.config import load_config
+    from dsno_cluster.evaluation.evaluate import (
+        comparison_spec,
+        row_key,
+        stored_teacher_rows,
+        teacher_sources,
+    )
+    from dsno_cluster.storage import open_storage
+
+    config = load_config("configs/digits.yaml")
+    settings = config.evaluation
+    extractor = load_extractor(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
+    rows = stored_teacher_rows(config, open_storage(str(tmp_path)), comparison_spec(config, extractor))
+    assert [rows[row_key(source)]["evaluations"] for source in teacher_sources(config)] == [1, 4, 8, 18, 64]
+    other = load_config("configs/digits.yaml", ["evaluation.num_samples=1000"])
+    assert not stored_teacher_rows(other, open_storage(str(tmp_path)), comparison_spec(other, extractor))

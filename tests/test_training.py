@@ -1,0 +1,322 @@
+"""Training through the real engine: ranks, ZeRO stages, averages, resume, losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, dsno
+
+from dsno_cluster import load_student
+from dsno_cluster.config import load_config
+from dsno_cluster.diffusion.schedule import loss_weights
+from dsno_cluster.training import losses
+from dsno_cluster.training.loop import new_student
+from dsno_cluster.training.optim import ema_decay_at, learning_rate
+
+STEP_4 = "students/digits/step-000000004/model.safetensors"
+
+
+def train(data: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Train the tiny experiment on `data`, writing below `out`."""
+    if not (out / "trajectories").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "trajectories").symlink_to(data / "trajectories")
+    done = dsno(
+        "train", *TINY, f"storage.root={out}", "training.threads=1", "--launcher", "local", *more, **env
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / STEP_4)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "students/digits/metrics.jsonl").read_text().splitlines()]
+
+
+def new_student_weights() -> dict[str, torch.Tensor]:
+    config = load_config("configs/digits.yaml", TINY)
+    torch.manual_seed(config.seed)
+    return {k: v.clone() for k, v in new_student(config).state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def plain_loop(tiny_data: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The truth: the same training as a dozen lines of torch, without engine, reader's ranks or checkpoints."""
+    from dsno_cluster.storage import open_storage
+    from dsno_cluster.trajectories.reader import open_trajectories, read_batches
+
+    torch.set_num_threads(1)
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tiny_data}"])
+    storage = open_storage(str(tiny_data))
+    folder = f"trajectories/{next((tiny_data / 'trajectories').iterdir()).name}/"
+    manifest = open_trajectories(storage, folder, 96)
+    torch.manual_seed(config.seed)
+    student = new_student(config)
+    optimizer = torch.optim.Adam(student.parameters())
+    average = {k: v.clone() for k, v in student.state_dict().items()}
+    weight = loss_weights(config.training.time_weighting, student.times).float()
+    history = []
+    batches = read_batches(
+        storage, folder, manifest, seed=0, first_batch=0, batch_size=16, rank=0, world_size=1
+    )
+    for step, (batch,) in zip(range(4), batches, strict=False):
+        rate = learning_rate(step, 4, config.training.lr, config.training.warmup, "cosine")
+        optimizer.param_groups[0]["lr"] = rate
+        distances = (student(batch.noise, batch.labels) - batch.states).abs().mean(dim=(0, 2, 3, 4))
+        loss = (distances * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(loss.detach()))
+        decay = ema_decay_at(step, config.training.ema_decay, ramp=True)
+        average = {k: decay * average[k] + (1 - decay) * v for k, v in student.state_dict().items()}
+    return history, average
+
+
+# Losses agree to float32 rounding. Adam divides a gradient by its own size, so a parameter whose gradient is
+# rounding noise moves either way: how far the averaged weights moved is compared as a whole, not one by one.
+LOSS_TOLERANCE, MOVE_TOLERANCE = 2e-4, 0.05
+
+
+@pytest.mark.parametrize(
+    ("stage", "tasks", "accumulation"),
+    [(1, 1, 1), (2, 2, 1), (3, 2, 1), (0, 2, 2)],
+    ids=["z1", "z2x2", "z3x2", "z0x2acc"],
+)
+def test_ranks_and_stages_train_like_the_plain_loop(
+    stage: int, tasks: int, accumulation: int, tiny_data: Path, tmp_path: Path, plain_loop: tuple
+) -> None:
+    history, average = plain_loop
+    more = [
+        f"training.zero_stage={stage}",
+        f"training.accumulation={accumulation}",
+        "--tasks-per-node",
+        str(tasks),
+    ]
+    train(tiny_data, tmp_path / "out", *more)
+    losses_seen = [line["loss"] for line in metrics(tmp_path / "out")]
+    assert losses_seen == pytest.approx(history, rel=LOSS_TOLERANCE)
+    start = new_student_weights()
+    moved = torch.cat([(average[k] - start[k]).flatten() for k in start])
+    found = weights(tmp_path / "out")
+    assert found.keys() == start.keys()
+    apart = torch.cat([(found[k] - average[k]).flatten() for k in start])
+    assert float(moved.norm()) > 1e-3
+    assert float(apart.norm() / moved.norm()) < MOVE_TOLERANCE
+    meta = json.loads((tmp_path / "out/students/digits/step-000000004/meta.json").read_text())
+    assert meta["world_size"] == tasks and meta["step"] == 4
+    student = load_student(str(tmp_path / "out"))  # a run folder means its latest
+    noise = torch.randn(3, 1, 8, 8)
+    assert torch.equal(
+        student.sample(noise, torch.arange(3)), student.trajectory(noise, torch.arange(3))[:, -1]
+    )
+
+
+def test_killed_run_resumes_to_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
+    """With dropout, whose masks a resumed run must draw as the uninterrupted one did."""
+    train(tiny_data, tmp_path / "whole", "network.dropout=0.1")
+    out = tmp_path / "killed"
+    out.mkdir()
+    (out / "trajectories").symlink_to(tiny_data / "trajectories")
+    words = [
+        "train",
+        *TINY,
+        f"storage.root={out}",
+        "training.threads=1",
+        "network.dropout=0.1",
+        "--launcher",
+        "local",
+    ]
+    victim = subprocess.Popen([sys.executable, "-m", "dsno_cluster.cli", *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "students/digits/resume/step-000000002").exists():
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    shutil.rmtree(
+        out / "students/digits/step-000000004", ignore_errors=True
+    )  # had it been faster than the kill
+    shutil.rmtree(out / "students/digits/resume/step-000000004", ignore_errors=True)
+
+    again = dsno(*words)
+    assert again.returncode == 0 and "steps 2 to 4" in again.stderr, again.stderr
+    assert (out / STEP_4).read_bytes() == (tmp_path / "whole" / STEP_4).read_bytes()
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
+    third = dsno(*words)
+    assert third.returncode == 0 and "finished already" in third.stderr
+
+    changed = dsno(*words, "training.steps=6", "training.zero_stage=2")
+    assert changed.returncode == 2 and "zero_stage 1, now it is 2" in changed.stderr, changed.stderr
+    other = dsno(*words, "training.loss=l2")
+    assert other.returncode == 2 and "loss l1, now it is l2" in other.stderr, other.stderr
+
+
+def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -> None:
+    more = ["training.precision=bfloat16", "training.gradient_clip=1.0", "training.zero_stage=2"]
+    train(tiny_data, tmp_path / "half", *more)
+    train(tiny_data, tmp_path / "full", "training.zero_stage=2")
+    half, full = (np.array([line["loss"] for line in metrics(tmp_path / name)]) for name in ("half", "full"))
+    assert half == pytest.approx(full, rel=0.1) and not np.array_equal(half, full)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
+
+
+def test_interrupt_ends_every_rank(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "trajectories").symlink_to(tiny_data / "trajectories")
+    words = [
+        "train",
+        *TINY,
+        f"storage.root={out}",
+        "training.steps=100000",
+        "training.checkpoint_every=100000",
+    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *words, "--launcher", "local", "--tasks-per-node", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "students/digits/metrics.jsonl").is_file():
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    _, stderr = parent.communicate(timeout=60)
+    assert parent.returncode == 130 and "Traceback" not in stderr, stderr
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and _processes_with(str(out)):
+        time.sleep(0.5)
+    assert not _processes_with(str(out))
+
+
+def _processes_with(text: str) -> list[str]:
+    commands = [
+        p.read_bytes().decode(errors="replace") for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()
+    ]
+    return [command for command in commands if text in command]
+
+
+def test_a_failing_rank_ends_the_job_with_its_reason(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(tiny_data / "trajectories", out / "trajectories")
+    for shard in out.glob("trajectories/*/shard-*"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    words = ["train", *TINY, f"storage.root={out}", "--launcher", "local", "--tasks-per-node", "2"]
+    failed = dsno(*words)
+    assert failed.returncode == 1
+    assert "sha256" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+
+
+def test_under_a_launcher_that_sets_rank_variables(tiny_data: Path, tmp_path: Path) -> None:
+    """torchrun, srun and the like: two processes of ours, without submitit."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "trajectories").symlink_to(tiny_data / "trajectories")
+    from dsno_cluster.training.engine import free_port
+
+    port = str(free_port())
+    ranks = []
+    for rank in range(2):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dsno_cluster.cli", "train", *TINY, f"storage.root={out}"],
+                env={**os.environ, **variables, "MASTER_ADDR": "127.0.0.1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = [process.communicate(timeout=200)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    assert (out / STEP_4).is_file()
+
+
+def test_warm_start_is_the_teacher_and_wants_its_shapes() -> None:
+    config = load_config("configs/digits.yaml")
+    student = new_student(config)
+    teacher = safetensors.torch.load_file(
+        Path(__import__("dsno_cluster").__file__).parent / "assets/digits-teacher/model.safetensors"
+    )
+    own = student.backbone.state_dict()
+    assert all(torch.equal(own[k], -v if k.startswith("conv_out.") else v) for k, v in teacher.items())
+    assert {k.split(".")[-2] for k in own.keys() - teacher.keys()} == {"temporal"}
+    from dsno_cluster.errors import UserError
+
+    with pytest.raises(UserError, match=r"student\.warm_start: the teacher has"):
+        new_student(load_config("configs/digits.yaml", ["network.width=64"]))
+
+
+def test_losses_by_hand() -> None:
+    predicted, target = torch.zeros(2, 2, 1, 1, 2), torch.tensor([3.0, 4.0]).expand(2, 2, 1, 1, 2).clone()
+    target[:, 1] = 1.0
+    assert losses.l1(predicted, target).tolist() == [3.5, 1.0]
+    assert losses.l2(predicted, target).tolist() == [12.5, 1.0]
+    c = 0.03
+    expected = np.mean([np.hypot(3, c) - c, np.hypot(4, c) - c]), np.hypot(1, c) - c
+    assert losses.pseudo_huber(predicted, target).tolist() == pytest.approx(expected)
+    assert float(losses.weighted(torch.tensor([3.5, 1.0]), torch.tensor([1.0, 10.0]))) == 6.75
+
+
+def test_published_weights() -> None:
+    """DESIGN of the paper's loss on the quadratic grid: 1, 2.4, 10, 10 000."""
+    times = (0.5625, 0.25, 0.0625, 0.0)
+    assert loss_weights("snr", times).tolist() == pytest.approx([1.0, 2.414, 10.15, 1e4], rel=1e-3)
+    assert loss_weights("flat", times).tolist() == [1.0] * 4
+    assert loss_weights("sqrt", times).tolist() == pytest.approx([1.0, 1.554, 3.186, 100.0], rel=1e-3)
+
+
+def test_perceptual_loss_against_its_definition(tmp_path: Path) -> None:
+    """LPIPS without calibration: unit-normalised features of five VGG layers, computed here by forward hooks."""
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    network = vgg16(weights=None).eval()
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "vgg.safetensors")
+    distance = losses.make_distance("lpips", str(tmp_path / "vgg.safetensors"))
+    a, b = torch.rand(2, 3, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    found = distance(a, b)
+
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    expected = torch.zeros(2, 3)
+    for n in range(2):
+        for m in range(3):
+            kept: list[list[torch.Tensor]] = []
+            for x in (a[n, m], b[n, m]):
+                features: list[torch.Tensor] = []
+                hooks = [
+                    network.features[i].register_forward_hook(
+                        lambda _m, _i, out, into=features: into.append(out.clone())
+                    )
+                    for i in (3, 8, 15, 22, 29)
+                ]
+                with torch.no_grad():
+                    network.features(((x - shift[:, None, None]) / scale[:, None, None])[None])
+                for hook in hooks:
+                    hook.remove()
+                kept.append([f / f.norm(dim=1, keepdim=True) for f in features])
+            expected[n, m] = sum((f - g).square().sum(1).mean() for f, g in zip(*kept, strict=True))
+    assert torch.allclose(found, expected.mean(0), rtol=1e-4)
+    assert float(distance(a, a).abs().max()) == 0.0
+
+
+def test_schedules() -> None:
+    halved = [learning_rate(s, 10, 1.0, 2, "halving", (4, 8)) for s in range(10)]
+    assert halved == [0.5, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25]
+    assert learning_rate(0, 4, 1.0, 1000, "none") == 0.25  # warm-up is clipped to the run
+    assert [ema_decay_at(n, 0.5, ramp=True) for n in (0, 1, 100)] == [0.1, 2 / 11, 0.5]
+    assert ema_decay_at(0, 0.9999, ramp=False) == 0.9999

@@ -1,0 +1,279 @@
+"""Shards: pure functions of (spec, index), verified by bytes, committed last, continued after anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, dsno
+
+from dsno_cluster import load_teacher, solve
+from dsno_cluster.config import load_config
+from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.storage import open_storage
+from dsno_cluster.trajectories.reader import epoch_order, open_trajectories, read_batches
+from dsno_cluster.trajectories.shards import Manifest, Shard, canonical_hash, commit_manifest, read_manifest
+
+DIGITS = "configs/digits.yaml"
+
+
+def data_set(root: Path) -> Path:
+    return next((root / "trajectories").iterdir())
+
+
+def shard_bytes(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(data_set(root).glob("shard-*"))}
+
+
+def test_shards_hold_what_the_solver_says(tiny_data: Path) -> None:
+    teacher = load_teacher("package:digits-teacher")
+    torch.set_num_threads(1)
+    tensors = safetensors.torch.load_file(data_set(tiny_data) / "shard-000002.safetensors")
+    samples = range(32, 48)
+    noise, labels = sample_noise(0, samples, (1, 8, 8)), sample_labels(0, samples, 10)
+    states = solve(teacher, noise, (0.5625, 0.25, 0.0625, 0.0), "dpmpp-2m", 6, labels)
+    assert tensors["states"].shape == (4, 16, 1, 8, 8) and tensors["states"].dtype == torch.float16
+    assert torch.equal(tensors["labels"], labels)
+    assert torch.equal(tensors["states"], states.transpose(0, 1).half())
+
+
+def test_the_manifest_names_every_shard_and_no_secret(tiny_data: Path) -> None:
+    manifest = json.loads((data_set(tiny_data) / "manifest.json").read_text())
+    assert [s["key"] for s in manifest["shards"]] == [f"shard-{i:06d}.safetensors" for i in range(6)]
+    assert manifest["num_samples"] == 96 and manifest["spec"]["teacher"]["sha256"]
+    assert manifest["spec_hash"] == data_set(tiny_data).name
+    verified = dsno("verify", str(data_set(tiny_data)), "--json")
+    assert verified.returncode == 0 and json.loads(verified.stdout)["samples"] == 96
+
+
+def test_same_bytes_from_one_actor_and_a_longer_run_adds_shards(tiny_data: Path, tmp_path: Path) -> None:
+    half = ["trajectories.num_samples=48", f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
+    assert dsno("gen-trajectories", *TINY, *half).returncode == 0
+    made = shard_bytes(tmp_path)
+    assert made == {k: v for k, v in shard_bytes(tiny_data).items() if k in made} and len(made) == 3
+    times = {p: p.stat().st_mtime_ns for p in data_set(tmp_path).glob("shard-*")}
+
+    whole = dsno(
+        "gen-trajectories", *TINY, f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert shard_bytes(tmp_path) == shard_bytes(tiny_data)
+    assert all(p.stat().st_mtime_ns == when for p, when in times.items())  # nothing was made twice
+    names = [s["key"] for s in json.loads((data_set(tmp_path) / "manifest.json").read_text())["shards"]]
+    assert len(names) == 6
+
+
+def test_a_damaged_data_set_is_mended_by_the_same_command(tiny_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(tiny_data, root)
+    (data_set(root) / "shard-000002.safetensors").unlink()
+    words = ["gen-trajectories", *TINY, f"storage.root={root}", "--launcher", "local", "--actors", "1"]
+    mended = dsno(*words)
+    assert mended.returncode == 0 and "1 to make" in mended.stderr, mended.stderr
+    assert shard_bytes(root) == shard_bytes(tiny_data)
+    assert dsno("verify", str(data_set(root))).returncode == 0
+
+    manifest = data_set(root) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["spec"]["seed"] = 1
+    manifest.write_text(json.dumps(content))
+    changed = dsno("verify", str(data_set(root)))
+    assert changed.returncode == 1 and "changed after it was written" in changed.stderr
+
+
+def test_what_no_actor_can_do_stops_at_once(tmp_path: Path) -> None:
+    """A place that cannot be written: no shard succeeds, so the run ends after a few, with the reason."""
+    (tmp_path / "trajectories").write_text("a file, not a folder")
+    words = ["gen-trajectories", *TINY, f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
+    failed = dsno(*words)
+    assert failed.returncode == 1, failed.stderr
+    assert "cannot be written" in failed.stderr and "Traceback" not in failed.stderr
+    assert len(failed.stderr.splitlines()) == 2, (
+        failed.stderr
+    )  # what it was about to do, and why it could not
+
+
+def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    words = ["gen-trajectories", *TINY, f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *words], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("trajectories/*/shard-000001*")):
+        time.sleep(0.02)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not list(tmp_path.glob("trajectories/*/manifest.json"))
+    assert dsno("verify", str(data_set(tmp_path))).returncode == 2  # unfinished: there is no manifest
+    done = shard_bytes(tmp_path)
+    assert done and done == {k: v for k, v in shard_bytes(tiny_data).items() if k in done}
+
+    again = dsno(*words)
+    assert again.returncode == 0 and "shards are done" in again.stderr, again.stderr
+    assert shard_bytes(tmp_path) == shard_bytes(tiny_data)
+    assert dsno("verify", str(data_set(tmp_path))).returncode == 0
+    third = dsno(*words)
+    assert third.returncode == 0 and "there already" in third.stderr
+
+
+def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
+    words = ["gen-trajectories", *TINY, "trajectories.num_samples=16000", f"storage.root={tmp_path}"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *words, "--launcher", "local"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("trajectories/*/shard-000001*")):
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGINT)
+    _, stderr = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "the same command" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(data_set(tiny_data), tmp_path / "copy")
+    bad = folder / "shard-000003.safetensors"
+    data = bytearray(bad.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+        bad.write_bytes(data)
+    elif damage == "cut":
+        bad.write_bytes(data[:-1])
+    else:
+        bad.unlink()
+    result = dsno("verify", str(folder / "manifest.json"), "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 1 and not report["ok"]
+    assert len(report["problems"]) == 1 and "shard-000003" in report["problems"][0]
+    assert "shard-000003" in result.stderr
+
+    config = load_config(DIGITS, TINY)
+    storage = open_storage(str(tmp_path))
+    batches = read_batches(
+        storage,
+        "copy/",
+        open_trajectories(storage, "copy/", 96),
+        seed=config.seed,
+        first_batch=0,
+        batch_size=96,
+        rank=0,
+        world_size=1,
+    )
+    with pytest.raises(WorkError, match="shard-000003"):  # training does not read it either
+        next(batches)
+
+
+def test_commit_is_conditional_and_never_shrinks(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    shards = tuple(Shard(f"shard-{i:06d}.safetensors", i * 4, i * 4 + 4, 10, f"{i}") for i in range(3))
+    commit_manifest(storage, "d/", Manifest({"a": 1}, shards[:2], {}))
+    commit_manifest(storage, "d/", Manifest({"a": 1}, shards, {}))
+    commit_manifest(storage, "d/", Manifest({"a": 1}, shards[:1], {}))  # a late, smaller run
+    found = read_manifest(storage, "d/")
+    assert found is not None and found[0].shards == shards
+    other = Shard(shards[0].key, 0, 4, 10, "another")
+    with pytest.raises(WorkError, match="other bytes for shard-000000"):
+        commit_manifest(storage, "d/", Manifest({"a": 1}, (other, *shards[1:]), {}))
+
+
+def test_reader_gives_every_sample_once_in_one_order_for_any_world_size(tiny_data: Path) -> None:
+    storage, folder = open_storage(str(tiny_data)), f"trajectories/{data_set(tiny_data).name}/"
+    manifest = open_trajectories(storage, folder, 96)
+
+    def indices(world_size: int, accumulation: int, first: int = 0) -> list[np.ndarray]:
+        ranks = [
+            read_batches(
+                storage,
+                folder,
+                manifest,
+                seed=3,
+                first_batch=first,
+                batch_size=32,
+                rank=rank,
+                world_size=world_size,
+                accumulation=accumulation,
+            )
+            for rank in range(world_size)
+        ]
+        batches = []
+        for _ in range(6 - first):  # two epochs
+            parts = [[part.indices for part in next(rank)] for rank in ranks]
+            batches.append(
+                np.concatenate([parts[r][a] for a in range(accumulation) for r in range(world_size)])
+            )
+        return batches
+
+    alone = indices(1, 1)
+    for epoch in (alone[:3], alone[3:]):
+        assert sorted(np.concatenate(epoch)) == list(range(96))
+    assert not np.array_equal(np.concatenate(alone[:3]), np.concatenate(alone[3:]))
+    for world_size, accumulation in ((2, 1), (4, 2), (1, 4)):
+        assert all(map(np.array_equal, indices(world_size, accumulation), alone))
+    assert all(map(np.array_equal, indices(2, 1, first=4), alone[4:]))  # a resumed run, of another world size
+    assert sorted(epoch_order(manifest, 3, 0, window=2)) == list(range(96))
+
+
+def test_reader_pairs_noise_states_and_labels(tiny_data: Path) -> None:
+    storage, folder = open_storage(str(tiny_data)), f"trajectories/{data_set(tiny_data).name}/"
+    manifest = open_trajectories(storage, folder, 96)
+    (batch,) = next(
+        read_batches(storage, folder, manifest, seed=0, first_batch=1, batch_size=16, rank=0, world_size=1)
+    )
+    assert torch.equal(batch.noise, sample_noise(0, map(int, batch.indices), (1, 8, 8)))
+    assert batch.labels is not None
+    assert torch.equal(batch.labels, sample_labels(0, map(int, batch.indices), 10))
+    states = solve(
+        load_teacher("package:digits-teacher"),
+        batch.noise,
+        (0.5625, 0.25, 0.0625, 0.0),
+        "dpmpp-2m",
+        6,
+        batch.labels,
+    )
+    assert torch.allclose(batch.states, states, atol=2e-3)  # float16 storage
+
+
+def test_reader_refuses_what_it_cannot_read_right(tiny_data: Path, tmp_path: Path) -> None:
+    storage, folder = open_storage(str(tiny_data)), f"trajectories/{data_set(tiny_data).name}/"
+    with pytest.raises(UserError, match="has 96 trajectories"):
+        open_trajectories(storage, folder, 97)
+    with pytest.raises(UserError, match="gen-trajectories"):
+        open_trajectories(storage, "nothing/", 1)
+    content = json.loads((data_set(tiny_data) / "manifest.json").read_text())
+    content["spec"]["noise"]["first_sample_sha256"] = "0" * 64
+    content["spec_hash"] = canonical_hash(content["spec"])
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="other noise for the same seed"):
+        open_trajectories(open_storage(str(tmp_path)), "", 96)
+
+
+def test_another_spec_is_another_folder(tiny_data: Path) -> None:
+    from dsno_cluster.trajectories.plan import make_plan
+
+    folders = {make_plan(load_config(DIGITS, TINY)).folder}
+    changes = ["seed=2", "trajectories.solver=ddim", "trajectories.steps=7", "trajectories.dtype=float32"]
+    changes += [
+        "trajectories.times=[0.5, 0.2, 0.1, 0.0]",
+        "trajectories.threads=2",
+        "trajectories.clip_denoised=true",
+    ]
+    for change in [*changes, "trajectories.guidance_scale=1.5", "trajectories.batch_size=8"]:
+        folders.add(make_plan(load_config(DIGITS, [*TINY, change])).folder)
+    assert len(folders) == 10
+    assert make_plan(load_config(DIGITS, [*TINY, "trajectories.num_samples=32"])).folder in folders
