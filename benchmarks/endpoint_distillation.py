@@ -14,7 +14,6 @@ import tempfile
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import default_actors
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.evaluation.evaluate import evaluate
 from dsno_cluster.models.weights import read_meta
@@ -44,13 +43,13 @@ def main(overrides: list[str]) -> None:
 
 def run(config: Config) -> float:
     """Generate what is missing and train; the seconds of training."""
-    generate(config, default_actors(config.trajectories.threads))
+    generate(config)
     return float(read_meta(train(config))["train_seconds"])
 
 
 def figures(config: Config) -> list[str]:
     """Evaluate; the columns of the table."""
-    metrics: dict[str, Any] = evaluate(config, None, default_actors(config.evaluation.threads))
+    metrics: dict[str, Any] = evaluate(config, None)
     student = metrics["student"]
     return [
         str(config.training.steps),

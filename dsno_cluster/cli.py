@@ -168,7 +168,12 @@ def _actors(parser: argparse.ArgumentParser) -> None:
         "--actors",
         type=_positive,
         metavar="N",
-        help="Ray actors on this machine (default: one a GPU, or cores / threads)",
+        help="Ray actors (default: one a GPU, or cores / threads)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="a Ray cluster to use, such as 10.0.0.1:6379 or auto (default: RAY_ADDRESS, or a Ray of our own here)",
     )
 
 
@@ -205,6 +210,44 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default: 64)"
     )
     parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint of the checkpoint")
+
+
+def _planning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nodes", type=_positive, metavar="N", help="nodes (default: the profile's in jobs/)"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="time the teacher here and measure the solver's error"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        metavar="E",
+        help="find the cheapest solver and steps whose relative error is below E at every time point",
+    )
+    parser.add_argument(
+        "--probes", type=_positive, default=32, metavar="N", help="samples to measure on (default: 32)"
+    )
+    _json(parser)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 1e-3")
+    return value
+
+
+def _inspecting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shards", type=_positive, default=8, metavar="N", help="how many shards to read (default: 8)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="a picture of a few trajectories to write, .png")
+    _json(parser)
+    _endpoint(parser)
 
 
 def _endpoint(parser: argparse.ArgumentParser) -> None:
@@ -250,14 +293,36 @@ def _gen_trajectories(arguments: Arguments) -> None:
     if launcher == "slurm":
         _submit_to_slurm(arguments, config, profile, "gen-trajectories")
         return
-    from dsno_cluster.cluster.ray_pool import default_actors
     from dsno_cluster.trajectories.generate import describe_plan, generate
 
-    actors = arguments.options.actors or default_actors(config.trajectories.threads)
+    actors = arguments.options.actors
     if arguments.options.dry_run:
         print(f"would make {describe_plan(config, plan, actors)}")
         return
-    generate(config, actors)
+    generate(config, actors, arguments.options.ray_address)
+
+
+def _plan(arguments: Arguments) -> None:
+    from dsno_cluster.config import load_profile
+    from dsno_cluster.trajectories import plan
+
+    config, options = arguments.config(), arguments.options
+    profile = load_profile("gen-trajectories", {"nodes": options.nodes})
+    a_node = profile.gpus_per_node or max(1, profile.cpus_per_task // config.trajectories.threads)
+    measured = error = None
+    if options.measure or options.tolerance:
+        from dsno_cluster import console
+
+        if options.tolerance:
+            config = plan.choose_solver(config, options.tolerance, options.probes)
+            settings = config.trajectories
+            chosen = f"trajectories.solver={settings.solver} trajectories.steps={settings.steps} trajectories.grid={settings.grid}"
+            console.say(f"cheapest within {options.tolerance:g}: {chosen}")
+        teacher = plan.measured_teacher(config)
+        measured = plan.measure_cost(config, teacher, profile.nodes * a_node)
+        error = plan.measure_error(config, teacher, options.probes)
+    show = plan.as_json if options.json else plan.report
+    print(show(config, measured=measured, error=error))
 
 
 def _train(arguments: Arguments) -> None:
@@ -305,19 +370,19 @@ def _eval(arguments: Arguments) -> None:
     if launcher == "slurm":
         _submit_to_slurm(arguments, config, profile, "eval")
         return
-    from dsno_cluster.cluster.ray_pool import default_actors
+    from dsno_cluster.cluster.ray_pool import actor_count
 
-    actors = arguments.options.actors or default_actors(config.evaluation.threads)
+    actors = arguments.options.actors
     if arguments.options.dry_run:
         text = (
             f"would evaluate {path} with {config.evaluation.num_samples} samples, "
-            f"metrics {', '.join(config.evaluation.metrics)}, {actors} actors"
+            f"metrics {', '.join(config.evaluation.metrics)}, {actor_count(actors, config.evaluation.threads)}"
         )
         print(json.dumps({"dry_run": text}) if arguments.options.json else text)
         return
     from dsno_cluster.evaluation.evaluate import evaluate
 
-    metrics = evaluate(config, arguments.options.student, actors)
+    metrics = evaluate(config, arguments.options.student, actors, arguments.options.ray_address)
     if arguments.options.json:
         print(json.dumps(metrics))
     else:
@@ -382,6 +447,26 @@ def _verify(arguments: Arguments) -> None:
         raise WorkError(f"{arguments.words[0]}: " + "; ".join(report["problems"]))
 
 
+def _inspect(arguments: Arguments) -> None:
+    options = arguments.options
+    if len(arguments.words) != 1 or arguments.overrides:
+        raise UserError("name one FOLDER_OR_URL: a data set's folder, or its manifest.json")
+    if options.out is not None and not options.out.endswith(".png"):
+        raise UserError(f"--out {options.out}: must end in .png")
+    from dsno_cluster.trajectories.inspect import describe, inspect, rows
+
+    found = inspect(arguments.words[0], options.shards, options.out, options.endpoint_url)
+    if options.json:
+        print(json.dumps(found))
+        return
+    from dsno_cluster import console
+
+    print(describe(found))
+    console.table(f"states of {found['samples_read']:,} trajectories", *rows(found))
+    if options.out is not None:
+        print(f"picture: {options.out}")
+
+
 def _demo(arguments: Arguments) -> None:
     from dsno_cluster.demo import describe_demo, run_demo
     from dsno_cluster.trajectories.plan import make_plan
@@ -402,6 +487,13 @@ COMMANDS = {
         "[CONFIG] [key=value ...]",
         "dsno-cluster gen-trajectories configs/digits.yaml trajectories.num_samples=4000 --actors 2",
         [_launching, _actors],
+    ),
+    "plan": Command(
+        _plan,
+        "what gen-trajectories will cost: shards, bytes, evaluations; time and accuracy where asked",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster plan configs/digits.yaml --tolerance 1e-3 --nodes 4",
+        [_planning],
     ),
     "train": Command(
         _train,
@@ -430,6 +522,13 @@ COMMANDS = {
         "FOLDER_OR_URL",
         "dsno-cluster verify runs/trajectories/0123456789abcdef",
         [_json, _endpoint],
+    ),
+    "inspect": Command(
+        _inspect,
+        "what a data set holds: spec, sizes, statistics by time point, a picture",
+        "FOLDER_OR_URL",
+        "dsno-cluster inspect runs/trajectories/0123456789abcdef --out trajectories.png",
+        [_inspecting],
     ),
     "train-teacher": Command(
         _train_teacher,

@@ -341,6 +341,21 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The same experiment, for a process that may start in another folder or on another node."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
+
+    storage, run, teacher = config.storage, config.run, config.teacher
+    if "://" not in storage.root:
+        storage = storage.model_copy(update={"root": str(Path(storage.root).absolute())})
+    run = run.model_copy(update={"dir": str(config.run_dir.absolute())})
+    if teacher.path is not None:
+        teacher = teacher.model_copy(update={"path": absolute(teacher.path)})
+    return config.model_copy(update={"storage": storage, "run": run, "teacher": teacher})
+
+
 def find_file(path: str, folder: str) -> Path:
     """`path` in the working directory, or the copy of it that travels with the package."""
     here = Path(path)

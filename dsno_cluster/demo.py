@@ -19,7 +19,6 @@ def describe_demo(config: Config) -> str:
 
 def run_demo(config: Config) -> dict[str, Any]:
     """Run the whole path; returns the metrics of the evaluation. Finished stages are not done again."""
-    from dsno_cluster.cluster.ray_pool import default_actors
     from dsno_cluster.evaluation.evaluate import evaluate
     from dsno_cluster.training.loop import train
     from dsno_cluster.trajectories.generate import generate
@@ -27,10 +26,10 @@ def run_demo(config: Config) -> dict[str, Any]:
     began = time.monotonic()
     console.say(f"demo: {describe_demo(config)}")
     console.say("\n[1/3] gen-trajectories: the teacher solves its ODE, many evaluations an image")
-    generate(config, default_actors(config.trajectories.threads))
+    generate(config)
     console.say("\n[2/3] train: the student learns to give the whole trajectory in one evaluation")
     train(config)
     console.say("\n[3/3] eval: how close do one-step samples come?")
-    metrics = evaluate(config, None, default_actors(config.evaluation.threads))
+    metrics = evaluate(config, None)
     console.say(f"\nthe whole path took {time.monotonic() - began:.0f} s\n")
     return metrics

@@ -16,8 +16,9 @@ from PIL import Image
 
 from dsno_cluster.data import load_digits
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.features import DIGITS, load_extractor, to_uint8
+from dsno_cluster.evaluation.features import DIGITS, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, merge, moments_of
+from dsno_cluster.images import to_uint8
 
 EXPECTED = safetensors.torch.load_file(DATA / "digits-features-expected.safetensors")
 

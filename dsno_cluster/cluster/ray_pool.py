@@ -1,4 +1,4 @@
-"""A Ray on this machine and a pool of its actors that pull work: for trajectories and for evaluation."""
+"""A Ray (our own on this machine, or a cluster that is given) and a pool of its actors that pull work."""
 
 from __future__ import annotations
 
@@ -6,16 +6,47 @@ import contextlib
 import logging
 import os
 import secrets
+import statistics
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
+from dsno_cluster import console
 from dsno_cluster.errors import UserError, WorkError
 
-Task = TypeVar("Task")
+Task = TypeVar("Task", bound=Hashable)
 
-ATTEMPTS = 3
+ATTEMPTS = 3  # a task that raised so often is given up
+DEATHS = (
+    6  # a task under which so many actors died: a machine may be killed now and then, a crash comes again
+)
+POLL_SECONDS = 1.0
+SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
+WAITING_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The Ray in use. `num_gpus` is what an actor asks for: 1 where the cluster has any GPU."""
+
+    threads: int
+    num_gpus: int
+    fixed: int | None  # actors, where their number was given
+
+    def actor_options(self) -> dict[str, Any]:
+        return {"num_cpus": self.threads, "num_gpus": self.num_gpus}
+
+    def capacity(self) -> int:
+        """How many actors the cluster has room for now; nodes may come and go."""
+        if self.fixed is not None:
+            return self.fixed
+        nodes = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+        if self.num_gpus:
+            return int(sum(node.get("GPU", 0) for node in nodes))
+        return sum(int(node.get("CPU", 0)) // self.threads for node in nodes)
 
 
 def default_actors(threads: int) -> int:
@@ -27,14 +58,21 @@ def default_actors(threads: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
-def import_ray() -> Any:
-    """The ray module, set up before its first import, when it reads these variables.
+def actor_count(actors: int | None, threads: int) -> str:
+    """How many actors there will be, for the line that says what is about to be done."""
+    return f"{actors or 'as many'} actors of {threads} thread(s){'' if actors else ' as there is room for'}"
 
-    Token authentication is on, with a token made for this process, and no usage is reported.
+
+def import_ray(own: bool = False) -> Any:
+    """The ray module. `own`: for a Ray of this process alone, set up before the first import, when it reads these.
+
+    Token authentication is then on, with a token made for this process. A cluster that is given has its own
+    way of authentication, which Ray reads from RAY_AUTH_MODE and RAY_AUTH_TOKEN or ~/.ray/auth_token.
     """
     if "ray" not in sys.modules:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if own:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         # what Ray does with the GPUs of actors that ask for none; without it, it warns of a change to come
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -43,22 +81,35 @@ def import_ray() -> Any:
     return ray
 
 
-def actor_resources(threads: int) -> dict[str, int]:
-    """What an actor asks of Ray: its CPU threads, and a GPU where this machine has any."""
-    import torch
+def given_address(option: str | None) -> str | None:
+    """The Ray cluster to use: the one named by an option, or else by RAY_ADDRESS as Ray itself reads it."""
+    address = option or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
 
-    return {"num_cpus": threads, "num_gpus": 1 if torch.cuda.is_available() else 0}
+
+def open_ray(
+    address: str | None, actors: int | None, threads: int
+) -> contextlib.AbstractContextManager[RayCluster]:
+    """The Ray cluster at `address`, or a Ray of our own on this machine; released at the end.
+
+    `actors` None: as many as there is room for, on a given cluster also on nodes that join later.
+    """
+    if address is None:
+        return local_ray(actors or default_actors(threads), threads)
+    return _given_ray(address, actors, threads)
 
 
 @contextlib.contextmanager
-def local_ray(actors: int, threads: int) -> Iterator[None]:
+def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
     """A Ray of our own on this machine, with room for `actors` of `threads` CPU threads; gone at the end.
 
-    It has no dashboard.
+    It has no dashboard. Raises UserError for more actors than GPUs, WorkError where Ray does not start.
     """
-    ray = import_ray()
-    devices = default_actors(threads)
-    if actor_resources(threads)["num_gpus"] and actors > devices:
+    import torch
+
+    ray = import_ray(own=True)
+    num_gpus = 1 if torch.cuda.is_available() else 0
+    if num_gpus and actors > (devices := torch.cuda.device_count()):
         raise UserError(f"--actors {actors}: this machine has {devices} GPU(s), and an actor takes one")
     try:
         ray.init(
@@ -72,59 +123,203 @@ def local_ray(actors: int, threads: int) -> Iterator[None]:
     except (RuntimeError, ConnectionError, OSError) as error:
         raise WorkError(f"Ray did not start on this machine: {error}") from error
     try:
-        yield
+        yield RayCluster(threads, num_gpus, actors)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCluster]:
+    ray = import_ray()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    except (RuntimeError, ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise WorkError(f"Ray cluster {address}: cannot be joined: {_last_line(error)}") from error
+    try:
+        resources = ray.cluster_resources()
+        cluster = RayCluster(threads, 1 if resources.get("GPU") else 0, actors)
+        if actors is None and not cluster.capacity():
+            raise UserError(
+                f"Ray cluster {address}: no node has the {threads} CPUs of one actor; lower the config's threads"
+            )
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+@dataclass(eq=False)
+class _Worker:
+    actor: Any
+    load: int = 0
+
+
+@dataclass(eq=False)
+class _Attempt(Generic[Task]):
+    worker: _Worker
+    task: Task
+    began: float
+
+
+@dataclass
+class _Failures(Generic[Task]):
+    """What went wrong so far: by task, and which tasks failed since one last succeeded."""
+
+    raised: dict[Task, list[BaseException]] = field(default_factory=dict)
+    died: dict[Task, int] = field(default_factory=dict)
+    in_a_row: set[Task] = field(default_factory=set)
+    given_up: dict[Task, BaseException] = field(default_factory=dict)
+
+    def add(self, task: Task, error: BaseException, *, died: bool) -> None:
+        if died:
+            self.died[task] = self.died.get(task, 0) + 1
+        else:
+            self.raised.setdefault(task, []).append(error)
+            self.in_a_row.add(task)
+        if len(self.raised.get(task, ())) >= ATTEMPTS or self.died.get(task, 0) >= DEATHS:
+            self.given_up[task] = error
 
 
 def run_pool(
     make_actor: Callable[[], Any],
     call: Callable[[Any, Task], Any],
     tasks: Sequence[Task],
-    actors: int,
+    capacity: Callable[[], int],
+    *,
+    in_flight: int = 1,
+    greet: Callable[[Any], Any] | None = None,
+    welcome: Callable[[Any], None] = lambda answer: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Results of `call(actor, task)`, in the order they finish.
+    """Results of `call(actor, task)`, each task's once, in the order they finish.
 
-    Idle actors pull the next task. A task whose actor died or raised goes back to the queue; one that failed
-    three times stops the run, with its reason, after the others are finished. A UserError stops it at once.
+    Idle actors pull the next task, `in_flight` at a time; as many actors as `capacity()` says, asked again and
+    again, so nodes that join are used. `greet(actor)` is called first and `welcome` sees its answer: it raises
+    for an actor that does not belong here. Near the end idle actors run the slowest tasks a second time (tasks
+    must be idempotent) and the first answer counts. A task whose actor died or raised goes back to the queue;
+    one that raised three times stops the run, with its reason, after the others are finished. A UserError,
+    and task after task failing with no success between, stop it at once.
     """
     ray = import_ray()
+    greet = greet or (lambda actor: actor.__ray_ready__.remote())
     waiting: deque[Task] = deque(tasks)
-    failures: dict[Any, list[BaseException]] = {}
-    idle = [make_actor() for _ in range(min(actors, len(tasks)))]
-    running: dict[Any, tuple[Any, Task]] = {}
-    succeeded = False
-    while waiting or running:
-        while waiting and idle:
-            actor, task = idle.pop(), waiting.popleft()
-            running[call(actor, task)] = (actor, task)
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        actor, task = running.pop(ready)
-        try:
-            result = ray.get(ready)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            if isinstance(cause, UserError):
-                raise cause from error
-            died = isinstance(error, ray.exceptions.RayActorError)
-            if died and getattr(error, "actor_init_failed", False):
-                raise WorkError(f"an actor cannot start: {_last_line(cause)}") from error
-            idle.append(make_actor() if died else actor)
-            failures.setdefault(task, []).append(cause)
-            if len(failures[task]) < ATTEMPTS:
-                waiting.append(task)
-            if not succeeded and len(failures) >= ATTEMPTS:  # not this task's fault: a disk, a bucket, a bug
-                raise WorkError(f"the first {len(failures)} tasks all failed: {_last_line(cause)}") from cause
-            continue
-        succeeded = True
-        failures.pop(task, None)
-        idle.append(actor)
-        yield task, result
-    if failures:
-        task, causes = next(iter(failures.items()))
+    open_tasks = set(tasks)
+    starting: dict[Any, _Worker] = {}
+    workers: set[_Worker] = set()
+    running: dict[Any, _Attempt[Task]] = {}
+    failures: _Failures[Task] = _Failures()
+    durations: list[float] = []
+    failed_starts = 0
+    quiet_since = polled = time.monotonic()
+    room = capacity()
+    try:
+        while open_tasks:
+            if time.monotonic() - polled > POLL_SECONDS:
+                room, polled = capacity(), time.monotonic()
+            while len(starting) + len(workers) < min(room, len(open_tasks)):
+                worker = _Worker(make_actor())
+                starting[greet(worker.actor)] = worker
+            _hand_out(waiting, open_tasks, workers, running, in_flight, durations, call)
+            if not running and time.monotonic() - quiet_since > WAITING_SECONDS:
+                console.say("waiting for room on the Ray cluster; it has none for an actor now")
+                quiet_since = time.monotonic()
+            if not running and not starting:  # every node is gone, for now
+                time.sleep(POLL_SECONDS)
+                continue
+            ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=POLL_SECONDS)
+            for ref in ready:
+                if ref in starting:
+                    worker = starting.pop(ref)
+                    try:
+                        welcome(ray.get(ref))
+                    except ray.exceptions.RayError as error:
+                        failed_starts += 1
+                        if getattr(error, "actor_init_failed", False) or failed_starts >= DEATHS:
+                            raise _start_failure(error) from error
+                        continue
+                    workers.add(worker)
+                    quiet_since = time.monotonic()
+                    continue
+                attempt = running.pop(ref)
+                attempt.worker.load -= 1
+                task = attempt.task
+                try:
+                    result = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    died = isinstance(error, ray.exceptions.RayActorError)
+                    cause = getattr(error, "cause", None) or error
+                    if isinstance(cause, UserError):
+                        raise cause from error
+                    if died:
+                        workers.discard(attempt.worker)
+                    if task not in open_tasks:
+                        continue
+                    failures.add(task, cause, died=died)
+                    if task in failures.given_up:
+                        open_tasks.discard(task)
+                    elif all(other.task != task for other in running.values()):
+                        waiting.append(task)
+                    if len(failures.in_a_row) >= max(ATTEMPTS, len(workers) + 1):
+                        # not the tasks' fault: a disk, a bucket, a bug
+                        raise WorkError(
+                            f"{len(failures.in_a_row)} tasks failed one after the other: {_last_line(cause)}"
+                        ) from cause
+                    continue
+                if task in open_tasks:
+                    open_tasks.discard(task)
+                    failures.in_a_row.clear()
+                    durations.append(time.monotonic() - attempt.began)
+                    yield task, result
+    except (ray.exceptions.RaySystemError, ConnectionError) as error:
         raise WorkError(
-            f"{len(failures)} of {len(tasks)} tasks failed {ATTEMPTS} times; the first, {task}: {causes[-1]}"
+            f"the Ray cluster was lost: {_last_line(error)}; the same command continues"
+        ) from error
+    finally:
+        for worker in [*workers, *starting.values()]:
+            with contextlib.suppress(ValueError, RuntimeError, ray.exceptions.RayError):  # gone already
+                ray.kill(worker.actor)
+    if failures.given_up:
+        task, cause = next(iter(failures.given_up.items()))
+        raise WorkError(
+            f"{len(failures.given_up)} of {len(tasks)} tasks failed again and again; "
+            f"the first, {task}: {_last_line(cause)}"
         )
+
+
+def _hand_out(
+    waiting: deque[Task],
+    open_tasks: set[Task],
+    workers: set[_Worker],
+    running: dict[Any, _Attempt[Task]],
+    in_flight: int,
+    durations: list[float],
+    call: Callable[[Any, Task], Any],
+) -> None:
+    """Give waiting tasks to the least loaded workers, and slow ones a second time to idle workers."""
+
+    def start(worker: _Worker, task: Task) -> None:
+        running[call(worker.actor, task)] = _Attempt(worker, task, time.monotonic())
+        worker.load += 1
+
+    while waiting and workers:
+        worker = min(workers, key=lambda w: w.load)
+        if worker.load >= in_flight:
+            return
+        start(worker, waiting.popleft())
+    idle = [worker for worker in workers if not worker.load]
+    if waiting or not idle or not durations:
+        return
+    long_ago = time.monotonic() - SLOW * statistics.median(durations)
+    copies = [attempt.task for attempt in running.values()]
+    slow = sorted(
+        (a for a in running.values() if a.began < long_ago and copies.count(a.task) == 1 and a.task in open_tasks),
+        key=lambda a: a.began,
+    )  # fmt: skip
+    for worker, attempt in zip(idle, slow, strict=False):
+        start(worker, attempt.task)
+
+
+def _start_failure(error: BaseException) -> Exception:
+    cause = getattr(error, "cause", None) or error
+    return cause if isinstance(cause, UserError) else WorkError(f"an actor cannot start: {_last_line(cause)}")
 
 
 def _last_line(error: BaseException) -> str:

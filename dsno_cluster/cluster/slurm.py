@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.config import Config, Profile, dump_config
+from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
 
 CONTROLLER_SECONDS = 2.0
@@ -101,15 +101,13 @@ class StageTask:
             # DeepSpeed picks cuda:LOCAL_RANK itself, so every device must stay visible to every rank
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
             return train(config)
-        from dsno_cluster.cluster.ray_pool import default_actors
-
         if self.stage == "gen-trajectories":
             from dsno_cluster.trajectories.generate import generate
 
-            return generate(config, self.actors or default_actors(config.trajectories.threads))
+            return generate(config, self.actors)
         from dsno_cluster.evaluation.evaluate import evaluate
 
-        evaluate(config, self.student, self.actors or default_actors(config.evaluation.threads))
+        evaluate(config, self.student, self.actors)
         return f"{config.storage.root}/evaluation/{config.name}"
 
 
@@ -187,14 +185,8 @@ def _standard_error_into(path: Path) -> Iterator[None]:
 def config_task(
     stage: str, config: Config, actors: int | None = None, student: str | None = None
 ) -> StageTask:
-    """The task of a stage, with storage and run folders made absolute; other paths are of the present folder,
-    where Slurm starts the job too."""
-    storage, run = config.storage, config.run
-    if "://" not in storage.root:
-        storage = storage.model_copy(update={"root": str(Path(storage.root).absolute())})
-    run = run.model_copy(update={"dir": str(config.run_dir.absolute())})
-    text = dump_config(config.model_copy(update={"storage": storage, "run": run}))
-    return StageTask(stage, text, actors, student)
+    """The task of a stage, with the config's folders made absolute."""
+    return StageTask(stage, dump_config(with_absolute_paths(config)), actors, student)
 
 
 def logs_dir(config: Config, stage: str) -> Path:

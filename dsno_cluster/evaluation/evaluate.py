@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_resources, import_ray, local_ray, run_pool
+from dsno_cluster.cluster.ray_pool import (
+    RayCluster,
+    actor_count,
+    given_address,
+    import_ray,
+    open_ray,
+    run_pool,
+)
 from dsno_cluster.config import Config
 from dsno_cluster.data import load_digits
 from dsno_cluster.device import compute_device
@@ -28,8 +35,9 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
 from dsno_cluster.diffusion.teachers import load_teacher
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.features import Extractor, load_extractor, to_uint8
+from dsno_cluster.evaluation.features import Extractor, load_extractor
 from dsno_cluster.evaluation.statistics import Moments, frechet_distance, merge, moments_of
+from dsno_cluster.images import to_uint8
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
 from dsno_cluster.models.dsno import load_student
 from dsno_cluster.models.weights import package_path, read_meta, software_versions
@@ -116,8 +124,12 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
     return path, meta
 
 
-def evaluate(config: Config, student_path: str | None, actors: int) -> dict[str, Any]:
+def evaluate(
+    config: Config, student_path: str | None, actors: int | None = None, ray_address: str | None = None
+) -> dict[str, Any]:
     """Evaluate the newest student of the config (or the one at `student_path`) against the real data.
+
+    By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
 
     Writes metrics.json and the pictures below `<storage.root>/evaluation/<name>/`; returns the metrics.
     Raises UserError where there is no student, no teacher or no reference.
@@ -146,12 +158,12 @@ def evaluate(config: Config, student_path: str | None, actors: int) -> dict[str,
     missing = [s for s in sources if s is STUDENT or row_key(s) not in stored]
     console.say(
         f"{settings.num_samples} samples of {path} against {reference.count or 'the'} real images by {extractor.name}, "
-        f"{actors} actors of {settings.threads} thread(s); "
+        f"{actor_count(actors, settings.threads)}; "
         f"{len(sources) - len(missing)} of the teacher's {len(sources) - 1} rows are stored"
     )
-    with local_ray(actors, settings.threads):
-        remote = import_ray().remote(**actor_resources(settings.threads))(EvaluationActor)
-        results = _run_blocks(config, lambda: remote.remote(config, path), missing, actors)
+    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
+        remote = import_ray().remote(**cluster.actor_options())(EvaluationActor)
+        results = _run_blocks(config, lambda: remote.remote(config, path), missing, cluster)
         probe = remote.remote(config, path)  # alone now, so that nothing disturbs the timing
         cost = import_ray().get(probe.measure_cost.remote())
 
@@ -332,7 +344,9 @@ def make_row(
     return row
 
 
-def _run_blocks(config: Config, make_actor: Any, sources: list[Source], actors: int) -> dict[Block, Any]:
+def _run_blocks(
+    config: Config, make_actor: Any, sources: list[Source], cluster: RayCluster
+) -> dict[Block, Any]:
     blocks = [b for source in sources for b in blocks_of(config, source)]
     if "trajectory_error" in config.evaluation.metrics:
         blocks += trajectory_blocks(config)
@@ -340,9 +354,8 @@ def _run_blocks(config: Config, make_actor: Any, sources: list[Source], actors: 
     blocks.sort(key=lambda b: -b.source.steps)
     results: dict[Block, Any] = {}
     with console.progress("evaluating", sum(b.stop - b.start for b in blocks), "samples") as advance:
-        for block, result in run_pool(
-            make_actor, lambda actor, block: actor.run.remote(block), blocks, actors
-        ):
+        pool = run_pool(make_actor, lambda actor, block: actor.run.remote(block), blocks, cluster.capacity)
+        for block, result in pool:
             results[block] = result
             advance(block.stop - block.start)
     return results

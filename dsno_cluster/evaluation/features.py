@@ -122,8 +122,3 @@ def load_extractor(name: str, weights_path: str | None, weights_sha256: str | No
         name, layers, cuda=torch.cuda.is_available(), feature_extractor_weights_path=str(file), verbose=False
     )
     return Extractor(network, name, sha256, 1 if name == DIGITS else 3, tuple(layers))
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as 8 bit, rounded to nearest and clamped."""
-    return (127.5 * images + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,13 +12,12 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
 from dsno_cluster.diffusion.teachers import load_teacher
-from dsno_cluster.evaluation.features import to_uint8
+from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.models.dsno import DSNO
 from dsno_cluster.trajectories.plan import teacher_path
 
-_PAPER, _INK, _MUTED = (255, 255, 255), (28, 30, 34), (110, 114, 122)
+_INK, _MUTED = (28, 30, 34), (110, 114, 122)
 _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
-_GAP = 4
 
 
 def table_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -72,33 +69,21 @@ def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str
     return {"samples.png": samples, "trajectory.png": trajectory}
 
 
-def grid_png(images: Tensor, columns: int) -> bytes:
-    """Images (N, C, H, W) in [-1, 1] as a plain grid."""
-    count = len(images)
-    rows = -(-count // columns)
-    scale = _scale(images)
-    height, width = (images.shape[-2] * scale + _GAP), (images.shape[-1] * scale + _GAP)
-    sheet = Image.new("RGB", (min(columns, count) * width + _GAP, rows * height + _GAP), _PAPER)
-    for i, image in enumerate(images):
-        sheet.paste(_tile(image, scale), (_GAP + i % columns * width, _GAP + i // columns * height))
-    return _png(sheet)
-
-
 def _samples_picture(
     theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: dict[str, Any]
 ) -> bytes:
     """A pair of rows a class, teacher over student, (R, K, C, H, W) each; the table stands beside them."""
     row_count, columns = theirs.shape[:2]
-    scale = _scale(theirs)
+    scale = pixel_scale(theirs)
     tile = theirs.shape[-1] * scale
     font, small, bold = _font(15), _font(13), _font(19)
-    left, top, pair = 96, 84, 2 * tile + 3 * _GAP + 8
-    grid_width = columns * (tile + _GAP)
+    left, top, pair = 96, 84, 2 * tile + 3 * GAP + 8
+    grid_width = columns * (tile + GAP)
     header, table = table_rows(metrics)
     lines = error_lines(metrics)
     column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
     sheet = Image.new(
-        "RGB", (left + grid_width + 40 + sum(column_widths) + 10, top + row_count * pair + 12), _PAPER
+        "RGB", (left + grid_width + 40 + sum(column_widths) + 10, top + row_count * pair + 12), PAPER
     )
     draw = ImageDraw.Draw(sheet)
     draw.text((16, 12), "Same noise, teacher over student", fill=_INK, font=bold)
@@ -111,11 +96,11 @@ def _samples_picture(
         draw.text((16, y + tile - 8), names[r], fill=_INK, font=bold)
         for images, dy, colour, word in (
             (theirs, 0, _TEACHER, "teacher"),
-            (ours, tile + _GAP, _STUDENT, "student"),
+            (ours, tile + GAP, _STUDENT, "student"),
         ):
             draw.text((34, y + dy + tile // 2 - 8), word, fill=colour, font=small)
             for k in range(columns):
-                sheet.paste(_tile(images[r, k], scale), (left + k * (tile + _GAP), y + dy))
+                sheet.paste(tile_of(images[r, k], scale), (left + k * (tile + GAP), y + dy))
 
     x0, y = left + grid_width + 40, top
     for n, row in enumerate([header, *table]):
@@ -144,37 +129,26 @@ def _samples_picture(
     for line in notes:
         y += 20
         draw.text((x0, y), line, fill=_MUTED, font=small)
-    return _png(sheet)
+    return png_bytes(sheet)
 
 
 def _trajectory_picture(noise: Tensor, theirs: Tensor, ours: Tensor, times: tuple[float, ...]) -> bytes:
     """One sample through time, from noise at t=1 to the image: teacher over student."""
-    scale = 2 * _scale(noise[None])
+    scale = 2 * pixel_scale(noise[None])
     tile, small = noise.shape[-1] * scale, _font(14)
     left, top = 84, 34
     sheet = Image.new(
-        "RGB", (left + (len(times) + 1) * (tile + _GAP) + 12, top + 2 * (tile + _GAP) + 10), _PAPER
+        "RGB", (left + (len(times) + 1) * (tile + GAP) + 12, top + 2 * (tile + GAP) + 10), PAPER
     )
     draw = ImageDraw.Draw(sheet)
     for k, t in enumerate((1.0, *times)):
-        draw.text((left + k * (tile + _GAP), 10), f"t = {t:.4g}", fill=_MUTED, font=small)
+        draw.text((left + k * (tile + GAP), 10), f"t = {t:.4g}", fill=_MUTED, font=small)
     for r, (states, colour, word) in enumerate(((theirs, _TEACHER, "teacher"), (ours, _STUDENT, "student"))):
-        y = top + r * (tile + _GAP)
+        y = top + r * (tile + GAP)
         draw.text((16, y + tile // 2 - 8), word, fill=colour, font=small)
         for k, image in enumerate((noise / 2, *states)):  # noise at half contrast, to lie within the range
-            sheet.paste(_tile(image, scale), (left + k * (tile + _GAP), y))
-    return _png(sheet)
-
-
-def _scale(images: Tensor) -> int:
-    """A whole factor that brings an image to about 48 pixels, so that its own pixels stay sharp."""
-    return max(1, round(48 / images.shape[-1]))
-
-
-def _tile(image: Tensor, scale: int) -> Image.Image:
-    """One image (C, H, W) in [-1, 1], enlarged without smoothing."""
-    pixels = to_uint8(image).expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return Image.fromarray(np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1))
+            sheet.paste(tile_of(image, scale), (left + k * (tile + GAP), y))
+    return png_bytes(sheet)
 
 
 def _font(size: int) -> Any:
@@ -183,9 +157,3 @@ def _font(size: int) -> Any:
 
 def _width(font: Any, text: str) -> int:
     return int(font.getlength(text))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -12,8 +12,7 @@ from dsno_cluster import console
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import WorkError
-from dsno_cluster.evaluation.features import to_uint8
-from dsno_cluster.evaluation.report import grid_png
+from dsno_cluster.images import grid_png, to_uint8
 from dsno_cluster.models.dsno import load_student
 from dsno_cluster.storage import open_storage
 

@@ -5,76 +5,84 @@ A shard is a pure function of (spec, index), so any actor may make any shard, ag
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_resources, import_ray, local_ray, run_pool
-from dsno_cluster.config import Config
+from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.storage import Stat, Storage, open_storage
 from dsno_cluster.trajectories.plan import Plan, make_plan, teacher_path
 from dsno_cluster.trajectories.shards import (
+    PROGRESS,
     Manifest,
+    Progress,
     Shard,
     commit_manifest,
     decode_shard,
     read_manifest,
+    read_progress,
     shard_key,
+    write_progress,
     write_shard,
 )
 
+NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
 
-def describe_plan(config: Config, plan: Plan, actors: int) -> str:
+
+def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
     """What will be done, in one line."""
-    settings = config.trajectories
+    settings, size = config.trajectories, plan.size
     return (
-        f"{plan.num_samples} trajectories of {settings.num_points} time points in {plan.num_shards} shards "
-        f"({plan.num_shards * plan.bytes_per_shard / 1e6:.1f} MB) below {config.storage.root}/{plan.folder}: "
-        f"{settings.solver}, {plan.evaluations_per_sample} network evaluations each, "
-        f"{actors} actors of {settings.threads} thread(s)"
+        f"{size.num_samples} trajectories of {settings.num_points} time points in {size.num_shards} shards "
+        f"({size.bytes / 1e6:.1f} MB) below {config.storage.root}/{plan.folder}: "
+        f"{settings.solver}, {size.evaluations_per_sample} network evaluations each, "
+        f"{actor_count(actors, settings.threads)}"
     )
 
 
-def generate(config: Config, actors: int) -> str:
+def generate(config: Config, actors: int | None = None, ray_address: str | None = None) -> str:
     """Make every shard that is missing, then commit the manifest; returns the address of the data set.
 
-    Raises UserError for a teacher that does not fit the config and WorkError where shards cannot be made.
+    By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
+    Raises UserError for a teacher that does not fit the config and for devices or library versions that must not
+    be mixed, WorkError where shards cannot be made.
     """
     plan = make_plan(config)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{storage.url}/{plan.folder.rstrip('/')}"
     console.say(describe_plan(config, plan, actors))
     current = read_manifest(storage, plan.folder)
-    here = environment()
-    if current and current[0].environment["device"] != here["device"]:
-        raise UserError(
-            f"{address}: was made on {current[0].environment['device']}, this is {here['device']}, whose bits may differ; "
-            "go on with the device that began, or change the seed for a data set of its own"
-        )
     named = {shard.key: shard for shard in current[0].shards} if current else {}
-    sizes = {s.key.removeprefix(plan.folder): s.size for s in storage.list(plan.folder + "shard-")}
-    done = {key: shard for key, shard in named.items() if sizes.get(key) == shard.size}
-    if len(named) >= plan.num_shards and len(done) == len(named):
-        console.say(f"all {plan.num_shards} shards are there already: {address}")
+    found = {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
+    done = {key: shard for key, shard in named.items() if key in found and found[key].size == shard.size}
+    if len(named) >= plan.size.num_shards and len(done) == len(named):
+        console.say(f"all {plan.size.num_shards} shards are there already: {address}")
         return address
-    num_shards = max(plan.num_shards, len(named))  # what a manifest names is made again where it is gone
-    done |= _finished_shards(storage, plan, [key for key in sizes if key not in named])
+    progress = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
+    done |= {key: shard for key, (shard, _) in progress.shards.items()}
+    num_shards = max(plan.size.num_shards, len(named))  # what a manifest names is made again where it is gone
     todo = [index for index in range(num_shards) if shard_key(index) not in done]
     if done:
-        console.say(
-            f"{plan.num_shards - len(todo)} of {plan.num_shards} shards are done, {len(todo)} to make"
-        )
+        console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
+    made_by = [current[0].environment] if current else []
+    made_by += [progress.environment] if progress.environment else []
     if todo:
         try:
-            done |= {shard.key: shard for shard in _make_shards(config, plan, todo, actors)}
+            progress = _make_shards(config, plan, storage, todo, progress, made_by, actors, ray_address)
         except KeyboardInterrupt:
             console.say("interrupted: finished shards are kept, the same command makes the others")
             raise
+        done |= {key: shard for key, (shard, _) in progress.shards.items()}
     shards = tuple(done[shard_key(index)] for index in range(num_shards))
+    here = progress.environment or (made_by[0] if made_by else environment())
     commit_manifest(storage, plan.folder, Manifest(plan.spec, shards, here))
+    storage.delete(plan.folder + PROGRESS)
     console.say(f"done: {address}")
     return address
 
@@ -87,51 +95,116 @@ def environment() -> dict[str, Any]:
     return {"device": device_name(), "versions": software_versions()}
 
 
-def _finished_shards(storage: Storage, plan: Plan, keys: list[str]) -> dict[str, Shard]:
-    """Those of `keys` that are whole shards of an interrupted run, which no manifest names yet, with their hash."""
-    wanted = {shard_key(index): index for index in range(plan.num_shards)}
-    per_shard = plan.num_samples // plan.num_shards
-    shape = [len(plan.spec["times"]), per_shard, *plan.spec["shape"]]
+def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]], where: str) -> None:
+    """UserError where bytes made by `ours` may differ from those made by `theirs`: another device model.
 
-    def hashed(key: str) -> Shard | None:
+    Other library versions are refused among the actors of one run only; a data set may outlive an upgrade, and
+    its manifest then names the last.
+    """
+    for other in theirs:
+        if other["device"] != ours["device"]:
+            raise UserError(
+                f"{where}: was made on {other['device']}, this is {ours['device']}, whose bits may differ; "
+                "go on with the device that began, or change the seed for a data set of its own"
+            )
+
+
+def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress:
+    """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again."""
+    noted = read_progress(storage, plan.folder)
+    wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
+    per_shard = plan.size.num_samples // plan.size.num_shards
+    shape = [len(plan.spec["times"]), per_shard, *plan.spec["shape"]]
+    kept = {
+        key: line
+        for key, line in noted.shards.items()
+        if key in wanted and key in found and found[key].etag == line[1] and found[key].size == line[0].size
+    }
+
+    def hashed(key: str) -> tuple[Shard, str] | None:
         data, start = storage.read(plan.folder + key), wanted[key] * per_shard
         try:
             whole = list(decode_shard(data)["states"].shape) == shape
         except (WorkError, KeyError):
             whole = False  # not of ours: made again
-        return (
-            Shard(key, start, start + per_shard, len(data), hashlib.sha256(data).hexdigest())
-            if whole
-            else None
-        )
+        shard = Shard(key, start, start + per_shard, len(data), hashlib.sha256(data).hexdigest())
+        return (shard, found[key].etag) if whole else None
 
+    unknown = [key for key in found if key in wanted and key not in kept]
     with ThreadPoolExecutor(8) as threads:
-        found = threads.map(hashed, [key for key in keys if key in wanted])
-        return {shard.key: shard for shard in found if shard is not None}
+        read = zip(unknown, threads.map(hashed, unknown), strict=True)
+        kept |= {key: line for key, line in read if line is not None}
+    return Progress(kept, noted.environment)
 
 
-def _make_shards(config: Config, plan: Plan, todo: list[int], actors: int) -> list[Shard]:
-    shards: list[Shard] = []
-    per_shard = config.trajectories.samples_per_shard
-    total = max(plan.num_samples, len(todo) * per_shard)
-    before = total - len(todo) * per_shard
-    with local_ray(actors, config.trajectories.threads):
-        remote = import_ray().remote(**actor_resources(config.trajectories.threads))(SolveActor)
-        began = time.monotonic()
-        with console.progress("solving", total, "trajectories", done=before) as advance:
+def _make_shards(
+    config: Config,
+    plan: Plan,
+    storage: Storage,
+    todo: list[int],
+    before: Progress,
+    made_by: Sequence[dict[str, Any]],
+    actors: int | None,
+    ray_address: str | None,
+) -> Progress:
+    settings = config.trajectories
+    total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
+    lines = dict(before.shards)
+    present: list[dict[str, Any]] = []
+
+    def welcome(environment: dict[str, Any]) -> None:
+        check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
+        if not present:
+            present.append(environment)
+        for part in ("device", "versions"):
+            if environment[part] != present[0][part]:
+                raise UserError(
+                    f"the actors' {part} differ: {environment[part]} and {present[0][part]}; a data set needs one device "
+                    "model and one set of versions, so give gen-trajectories nodes that are alike"
+                )
+
+    def note() -> Progress:
+        progress = Progress(lines, present[0] if present else before.environment)
+        if lines:
+            write_progress(storage, plan.folder, progress)
+        return progress
+
+    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
+        # two calls at a time: while one shard is encoded and uploaded the next is being solved
+        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
+        there = with_absolute_paths(config)
+        began = noted = time.monotonic()
+        finished = 0
+        with console.progress(
+            "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
+        ) as advance:
             pool = run_pool(
-                lambda: remote.remote(config),
+                lambda: remote.remote(there),
                 lambda actor, index: actor.make_shard.remote(index),
                 todo,
-                actors,
+                cluster.capacity,
+                in_flight=2,
+                greet=lambda actor: actor.environment.remote(),
+                welcome=welcome,
             )
-            for _, shard in pool:
-                shards.append(shard)
-                rate = len(shards) * per_shard / (time.monotonic() - began)
-                advance(
-                    per_shard, **{"trajectories/s": rate, "evaluations/s": rate * plan.evaluations_per_sample}
-                )
-    return shards
+            try:
+                for _, (shard, etag) in pool:
+                    lines[shard.key] = (shard, etag)
+                    finished += 1
+                    rate = finished * settings.samples_per_shard / (time.monotonic() - began)
+                    evaluations = rate * plan.size.evaluations_per_sample
+                    advance(
+                        settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations}
+                    )
+                    if time.monotonic() - noted > NOTE_SECONDS:
+                        note()
+                        noted = time.monotonic()
+            except BaseException:
+                pool.close()
+                with contextlib.suppress(WorkError):  # what stopped the run is what must be told
+                    note()
+                raise
+    return Progress(lines, present[0] if present else before.environment)
 
 
 class SolveActor:
@@ -143,14 +216,31 @@ class SolveActor:
         from dsno_cluster.device import compute_device
         from dsno_cluster.diffusion.teachers import load_teacher
 
-        torch.set_num_threads(config.trajectories.threads)  # bits depend on it: part of the spec
+        threads = config.trajectories.threads  # bits depend on it: part of the spec
+        torch.set_num_threads(threads)
+        # the number of threads is a property of the calling thread too, so all solving is done in this one
+        self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self.config = config
         self.plan = make_plan(config)
         self.teacher = load_teacher(teacher_path(config), config.storage.endpoint_url).to(compute_device())
         self.storage = open_storage(config.storage.root, config.storage.endpoint_url)
 
-    def make_shard(self, index: int) -> Shard:
-        """Solve, encode and write shard `index`; returns its line for the manifest."""
+    def environment(self) -> dict[str, Any]:
+        return environment()
+
+    def make_shard(self, index: int) -> tuple[Shard, str]:
+        """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag."""
+        start = index * self.config.trajectories.samples_per_shard
+        tensors = self.compute.submit(self._solve, index).result()
+        shard = write_shard(self.storage, self.plan.folder, index, start, tensors)
+        stat = self.storage.stat(self.plan.folder + shard.key)
+        if stat is None or stat.size != shard.size:
+            raise WorkError(
+                f"{self.storage.url}/{self.plan.folder}{shard.key}: not there after it was written"
+            )
+        return shard, stat.etag
+
+    def _solve(self, index: int) -> dict[str, Any]:
         import torch
 
         settings = self.config.trajectories
@@ -168,7 +258,7 @@ class SolveActor:
         tensors = {"states": states_MNCHW}
         if self.config.network.num_classes:
             tensors["labels"] = torch.cat(labels)
-        return write_shard(self.storage, self.plan.folder, index, start, tensors)
+        return tensors
 
 
 def solve_batch(config: Config, teacher: Any, seed: int, indices: range) -> tuple[Any, Any]:

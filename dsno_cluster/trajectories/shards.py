@@ -13,15 +13,16 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
 SCHEMA_VERSION = 1
 
 
@@ -61,11 +62,15 @@ def shard_key(index: int) -> str:
 
 def encode_shard(tensors: dict[str, Tensor]) -> bytes:
     """The file of a shard. Equal tensors give equal bytes."""
+    import safetensors.torch
+
     return bytes(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def decode_shard(data: bytes) -> dict[str, Tensor]:
     """Raises WorkError for bytes that are not a safetensors file."""
+    import safetensors.torch
+
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -153,6 +158,32 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
         except PreconditionFailed:
             continue  # another run was first: look at what it wrote
     raise WorkError(f"{storage.url}/{folder}{MANIFEST}: kept changing under ten attempts to replace it")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an unfinished run has made: its shards by key, each with the etag of its object, and what made them."""
+
+    shards: dict[str, tuple[Shard, str]]
+    environment: dict[str, Any] | None
+
+
+def read_progress(storage: Storage, folder: str) -> Progress:
+    """The notes of an interrupted run, or empty ones. They only save work, so unreadable ones count as none."""
+    try:
+        raw = json.loads(storage.read(folder + PROGRESS))
+        shards = {line["key"]: (Shard(**line), etag) for line, etag in raw["shards"]}
+        return Progress(shards, raw["environment"])
+    except (MissingObject, ValueError, KeyError, TypeError):
+        return Progress({}, None)
+
+
+def write_progress(storage: Storage, folder: str, progress: Progress) -> None:
+    """Note what is made so far, so that a restart needs not read it all again. Not a promise: no manifest."""
+    lines = [[asdict(shard), etag] for shard, etag in progress.shards.values()]
+    storage.write(
+        folder + PROGRESS, json.dumps({"environment": progress.environment, "shards": lines}).encode()
+    )
 
 
 def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[Shard, str | None]]:
