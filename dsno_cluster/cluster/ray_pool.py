@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -188,13 +188,15 @@ def run_pool(
     in_flight: int = 1,
     greet: Callable[[Any], Any] | None = None,
     welcome: Callable[[Any], None] = lambda answer: None,
-) -> Iterator[tuple[Task, Any]]:
+    release: Callable[[Any], None] | None = None,
+) -> Generator[tuple[Task, Any], None, None]:
     """Results of `call(actor, task)`, each task's once, in the order they finish.
 
     Idle actors pull the next task, `in_flight` at a time; as many actors as `capacity()` says, asked again and
     again, so nodes that join are used. `greet(actor)` is called first and `welcome` sees its answer: it raises
     for an actor that does not belong here. Near the end idle actors run the slowest tasks a second time (tasks
-    must be idempotent) and the first answer counts. A task whose actor died or raised goes back to the queue;
+    must be idempotent) and the first answer counts. At the end every actor goes to `release` (default: it is
+    killed). A task whose actor died or raised goes back to the queue;
     one that raised three times stops the run, with its reason, after the others are finished. A UserError,
     and task after task failing with no success between, stop it at once.
     """
@@ -275,7 +277,7 @@ def run_pool(
     finally:
         for worker in [*workers, *starting.values()]:
             with contextlib.suppress(ValueError, RuntimeError, ray.exceptions.RayError):  # gone already
-                ray.kill(worker.actor)
+                (release or ray.kill)(worker.actor)
     if failures.given_up:
         task, cause = next(iter(failures.given_up.items()))
         raise WorkError(

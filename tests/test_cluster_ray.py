@@ -1,0 +1,101 @@
+"""gen-trajectories on a Ray cluster that is given: killed actors, lost nodes, nodes that join."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, dsno
+
+SLOW = [*TINY, "trajectories.steps=160", "trajectories.num_samples=384"]  # 24 shards of about half a second
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray head without CPUs; nodes are added by the test. Several raylets on one machine, as Ray tests itself."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def solver_actors() -> list[int]:
+    """Process ids of the actors that solve."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and b"ray::SolveActor" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def shards(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(root.glob("trajectories/*/shard-*"))}
+
+
+def test_actors_killed_nodes_lost_and_nodes_that_join(ray_cluster: Any, tmp_path: Path) -> None:
+    ray_cluster.add_node(num_cpus=1)
+    lost = ray_cluster.add_node(num_cpus=1)
+    root = tmp_path / "cluster"
+    words = ["gen-trajectories", *SLOW, f"storage.root={root}", "--launcher", "local"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *words, "--ray-address", ray_cluster.address],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: len(shards(root)) >= 2)
+    assert len(solver_actors()) == 2  # one on each node
+    os.kill(solver_actors()[0], signal.SIGKILL)
+    wait_for(lambda: len(shards(root)) >= 6)
+    ray_cluster.remove_node(lost, allow_graceful=False)
+    kept = ray_cluster.worker_nodes.copy()
+    wait_for(lambda: len(shards(root)) >= 10)
+    ray_cluster.add_node(num_cpus=2)
+    wait_for(lambda: len(solver_actors()) == 3)  # the new node is used
+    for node in kept:  # and now only the new one is left
+        ray_cluster.remove_node(node, allow_graceful=False)
+    _, stderr = driver.communicate(timeout=180)
+    assert driver.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    wait_for(lambda: not solver_actors())  # none is left behind on a cluster that goes on
+
+    alone = tmp_path / "alone"
+    made = dsno("gen-trajectories", *SLOW, f"storage.root={alone}", "--launcher", "local", "--actors", "1")
+    assert made.returncode == 0, made.stderr
+    assert shards(root) == shards(alone) and len(shards(root)) == 24
+    folder = next((root / "trajectories").iterdir())
+    assert dsno("verify", str(folder)).returncode == 0
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp") == [
+        "manifest.json",
+        *shards(root),
+    ]
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    words = ["gen-trajectories", *TINY, f"storage.root={tmp_path}", "--launcher", "local"]
+    failed = dsno(*words, "--ray-address", "127.0.0.1:1")
+    assert failed.returncode == 1, failed.stderr
+    assert "127.0.0.1:1" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
