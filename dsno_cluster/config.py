@@ -97,8 +97,22 @@ class Network(Strict):
         return self
 
 
+PlainValue = bool | int | float | str | None
+
+
 class TeacherConfig(Strict):
-    path: str | None = Field(None, description="folder or URL of a teacher; package:NAME for one that ships")
+    path: str | None = Field(
+        None,
+        description="folder or URL of a teacher, package:NAME for one that ships, package.module:function, or "
+        "closed-form:gaussian|mixture",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the network's weights and layers; states stay float32"
+    )
+    options: dict[str, PlainValue | tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description="what load_teacher takes for this kind of teacher, e.g. {schedule: native, null_class: 10}",
+    )
 
 
 class TeacherTraining(Strict):
@@ -324,7 +338,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     data = _read_yaml(file)
     for override in overrides:
         key, _, text = override.partition("=")
-        _set(data, key, _parse(text, override), override)
+        _set(data, key, parse_yaml(text, override), override)
     data.setdefault("name", Path(path).stem)
     return validate(Config, data, str(path))
 
@@ -408,7 +422,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that YAML text stands for. Raises UserError, naming `where`, for what is not YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -417,7 +432,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = _parse(path.read_text(), str(path))
+        data = parse_yaml(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict):

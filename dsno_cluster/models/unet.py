@@ -131,9 +131,12 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """See the module's first lines. `modes` 0 means no temporal convolutions (a plain denoiser)."""
+    """See the module's first lines. `modes` 0 means no temporal convolutions (a plain denoiser).
 
-    def __init__(self, network: Network, modes: int = 0) -> None:
+    `out_channels` is the images' own number unless given: a denoiser may predict x0 and eps at once.
+    """
+
+    def __init__(self, network: Network, modes: int = 0, out_channels: int | None = None) -> None:
         super().__init__()
         self.width = width = network.width
         self.num_classes = network.num_classes
@@ -171,7 +174,7 @@ class UNet(nn.Module):
                 c = width * multiplier
             self.up.append(Level(stages, None if i == 0 else resample(c, "up")))
         self.norm_out = nn.GroupNorm(32, c, eps=NORM_EPS)
-        self.conv_out = _conv(c, network.channels, 3, scale=0.0)
+        self.conv_out = _conv(c, out_channels or network.channels, 3, scale=0.0)
 
     def forward(self, x_NCHW: Tensor, logsnr: Tensor, labels_N: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) and levels (N, M), or (1, M) shared by all -> (N, M, C_out, H, W).

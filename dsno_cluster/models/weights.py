@@ -12,12 +12,13 @@ import platform
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, CONFIG, META, LATEST = "model.safetensors", "config.yaml", "meta.json", "latest"
 
@@ -44,6 +45,12 @@ def package_path(path: str) -> str:
         shipped = ", ".join(f"package:{p.name}" for p in sorted(target.parent.iterdir()) if p.is_dir())
         raise UserError(f"{path}: the package ships {shipped}")
     return str(target)
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The folder or S3 prefix that holds `path`, for `open_storage`, and the last name in it."""
+    parent, slash, name = path.rstrip("/").rpartition("/")
+    return (parent or (slash or ".")), name
 
 
 def read_model(path: str, endpoint_url: str | None = None) -> ModelFolder:

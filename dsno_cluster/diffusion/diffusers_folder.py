@@ -1,0 +1,298 @@
+"""Teachers from a diffusers folder: a UNet2DModel and its scheduler's discrete noise levels.
+
+A model trained on levels n = 0..N-1 of cumulative signal abar_n (diffusers' alphas_cumprod) is asked at any
+log-SNR between log(abar / (1 - abar)) of its first and last level: its timestep n, a real number, is
+interpolated linearly in log-SNR. A state outside that range is taken as one of the nearest level: the
+network's timestep and the alpha and sigma that turn its output into x0 are all that level's, so what it
+answers is what it learned to answer, and no division by an alpha that it has never met blows up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dsno_cluster.diffusion.teachers import PRECISIONS, NativeGrid, Shape, Teacher, TeacherInfo, clean_images
+from dsno_cluster.errors import UserError
+from dsno_cluster.models.weights import split_path
+from dsno_cluster.storage import MissingObject, Storage, open_storage
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
+SPACINGS = ("leading", "trailing", "linspace")
+
+# What is read of a scheduler's config, with diffusers' own defaults; each is also an option of load_teacher.
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+}
+OPTIONS = ("schedule", "null_class", "sample_size", *SCHEDULER)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`config` of the model and `scheduler` as plain values; `files` are the weights, by name."""
+
+    config: dict[str, Any]
+    scheduler: dict[str, Any]
+    files: dict[str, bytes]
+    info: TeacherInfo
+    levels: tuple[float, ...]
+
+
+def info(path: str, endpoint_url: str | None, options: dict[str, Any]) -> TeacherInfo:
+    """What is known of the model without building it (its weights are read for their sha256)."""
+    return _read(path, endpoint_url, options).info
+
+
+def load(path: str, endpoint_url: str | None, precision: str, options: dict[str, Any]) -> Teacher:
+    """The model as a teacher, on CPU. Raises UserError for a folder or an option that does not fit."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise UserError(
+            f"{path}: reading it needs diffusers: pip install 'dsno-cluster[diffusers]'"
+        ) from None
+    import safetensors.torch
+    import torch
+    from torch import Tensor
+
+    from dsno_cluster.diffusion.schedule import logsnr
+
+    assert precision in PRECISIONS
+    folder = _read(path, endpoint_url, options)
+    known = folder.info
+    assert known.shape is not None and known.num_classes is not None
+    unet = UNet2DModel.from_config(folder.config)
+    weights = {k: v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()}
+    wanted = unet.state_dict()
+    wrong = [f"{k} is missing" for k in wanted if k not in weights]
+    wrong += [f"{k} is not of this network" for k in weights if k not in wanted]
+    wrong += [
+        f"{k} has shape {tuple(weights[k].shape)}, expected {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in weights and weights[k].shape != wanted[k].shape
+    ]
+    if wrong:
+        raise UserError(f"{path}: does not fit its config.json: {'; '.join(wrong[:4])}")
+    unet.load_state_dict(weights)
+    dtype = getattr(torch, precision)
+    unet.eval().requires_grad_(False)
+    for parameter in unet.parameters():  # not unet.to(dtype), which warns of models that this is not
+        parameter.data = parameter.data.to(dtype)
+    prediction = PREDICTIONS[folder.scheduler["prediction_type"]]
+    ascending = torch.tensor(folder.levels[::-1], dtype=torch.float64)
+    last = len(ascending) - 1
+
+    def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
+        levels = ascending.to(x.device)
+        level_N = logsnr(t_N).clamp(folder.levels[-1], folder.levels[0])
+        upper = torch.searchsorted(levels, level_N.contiguous()).clamp(1, last)
+        part = (level_N - levels[upper - 1]) / (levels[upper] - levels[upper - 1])
+        timestep_N = (last - (upper - 1 + part)).float()
+        output = unet(x.to(dtype), timestep_N, labels, return_dict=False)[0].to(x.dtype)
+        alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
+        scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
+        return clean_images(prediction, output, x, *scales)
+
+    return Teacher(
+        denoise, known.shape, known.num_classes, known.null_class, known.identity, unet, known.native
+    )
+
+
+def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folder:
+    for name in options:
+        if name not in OPTIONS:
+            raise UserError(f"{path}: unknown teacher option {name}; this kind takes {', '.join(OPTIONS)}")
+    storage = open_storage(path, endpoint_url)
+    prefix = "" if storage.stat("config.json") is not None else "unet/"
+    config = _json(storage, f"{prefix}config.json")
+    if config is None:
+        raise UserError(f"{path}: a diffusers pipeline without unet/config.json is not read here")
+    config = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
+    shape, num_classes, null = _images_and_classes(config, path, options)
+    scheduler = _scheduler(storage, path, endpoint_url, options)
+    levels = _levels(scheduler, path)
+    files = _weights(storage, prefix, path)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    native = _native(scheduler, levels) if _wants_native(options, path) else None
+    identity = {
+        "kind": "diffusers",
+        "sha256": digests[WEIGHTS] if len(digests) == 1 and WEIGHTS in digests else digests,
+        "config": config,
+        "scheduler": scheduler,
+        "shape": list(shape),
+        "num_classes": num_classes,
+        "null_class": null,
+    }
+    return Folder(config, scheduler, files, TeacherInfo(identity, shape, num_classes, null, native), levels)
+
+
+def _wants_native(options: dict[str, Any], path: str) -> bool:
+    schedule = options.get("schedule", "continuous")
+    if schedule not in ("native", "continuous"):
+        raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
+    return bool(schedule == "native")
+
+
+def _json(storage: Storage, key: str) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    try:
+        content = json.loads(storage.read(key))
+    except MissingObject:
+        return None
+    except ValueError as error:
+        raise UserError(f"{storage.url}/{key}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{storage.url}/{key}: holds {type(content).__name__}, not an object")
+    return content
+
+
+def _images_and_classes(
+    config: dict[str, Any], path: str, options: dict[str, Any]
+) -> tuple[Shape, int, int | None]:
+    """Shape, number of classes without the null class, and the null class."""
+    expected = {"_class_name": "UNet2DModel", "time_embedding_type": "positional", "class_embed_type": None}
+    for key, right in expected.items():
+        if config.get(key, right) != right:
+            raise UserError(f"{path}: {key} {config[key]!r} is not supported, only {right!r}")
+    channels, out = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels != out:
+        raise UserError(f"{path}: {channels} channels in, {out} out: a learned variance is not supported")
+    size = options.get("sample_size", config.get("sample_size"))
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if not (type(height) is int and type(width) is int and height > 0 and width > 0):
+        raise UserError(f"{path}: sample_size {size!r} is no image size; give option sample_size=")
+    embeddings, null = config.get("num_class_embeds") or 0, options.get("null_class")
+    if null is not None and (embeddings < 2 or null != embeddings - 1):
+        raise UserError(
+            f"{path}: null_class {null!r}: the model has {embeddings} class embeddings; the null class must be the last "
+            f"of them{f', {embeddings - 1}' if embeddings > 1 else ''}"
+        )
+    return (channels, height, width), embeddings - (null is not None), null
+
+
+def _scheduler(
+    storage: Storage, path: str, endpoint_url: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The values of SCHEDULER: options first, then the scheduler's config, then diffusers' defaults."""
+    name = "scheduler_config.json"
+    found = _json(storage, f"scheduler/{name}") or _json(storage, name)
+    parent, last = split_path(path)
+    if found is None and last == "unet":  # the unet folder of a pipeline
+        found = _json(open_storage(parent, endpoint_url), f"scheduler/{name}")
+    if found is None and not {"prediction_type", "beta_schedule"} <= options.keys():
+        raise UserError(
+            f"{path}: has no {name}, here or in scheduler/; give options prediction_type= and beta_schedule="
+        )
+    found = found or {}
+    if found.get("rescale_betas_zero_snr"):
+        raise UserError(f"{path}: rescale_betas_zero_snr true is not supported")
+    if "beta_schedule" not in {**found, **options}:
+        raise UserError(f"{path}: {found.get('_class_name', 'its scheduler')} has no beta_schedule")
+    values = {key: options.get(key, found.get(key, default)) for key, default in SCHEDULER.items()}
+    choices = {"prediction_type": tuple(PREDICTIONS), "timestep_spacing": SPACINGS}
+    for key, allowed in choices.items():
+        if values[key] not in allowed:
+            raise UserError(f"{path}: {key} {values[key]!r} is not one of: {', '.join(allowed)}")
+    if type(values["num_train_timesteps"]) is not int or values["num_train_timesteps"] < 2:
+        raise UserError(f"{path}: num_train_timesteps {values['num_train_timesteps']!r} must be 2 or more")
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
+    """log(abar_n / (1 - abar_n)), strictly descending, (num_train_timesteps,).
+
+    Betas and abar in float32 as diffusers has them (the model was trained on those: 1 - abar_0 is off by 2e-4
+    of itself); squaredcos_cap_v2 is that of Nichol & Dhariwal 2021, eq. 17.
+    """
+    import torch
+
+    count, kind = scheduler["num_train_timesteps"], scheduler["beta_schedule"]
+    start, end = scheduler["beta_start"], scheduler["beta_end"]
+
+    def cosine(fraction: float) -> float:
+        return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    if scheduler["trained_betas"] is not None:
+        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(math.sqrt(start), math.sqrt(end), count, dtype=torch.float32) ** 2
+    elif kind == "squaredcos_cap_v2":
+        steps = [min(1 - cosine((n + 1) / count) / cosine(n / count), 0.999) for n in range(count)]
+        betas = torch.tensor(steps, dtype=torch.float32)
+    else:
+        known = "linear, scaled_linear, squaredcos_cap_v2, or trained_betas"
+        raise UserError(f"{path}: beta_schedule {kind!r} is not one of: {known}")
+    if betas.shape != (count,) or not bool(((betas > 0) & (betas < 1)).all()):
+        raise UserError(f"{path}: {len(betas)} betas, {count} expected, each above 0 and below 1")
+    signal = torch.cumprod(1.0 - betas, dim=0).double()
+    levels = (signal / (1.0 - signal)).log()
+    if not bool(levels.isfinite().all() and (levels.diff() < 0).all()):
+        raise UserError(f"{path}: its betas do not make noise levels that grow strictly")
+    return tuple(levels.tolist())
+
+
+def _weights(storage: Storage, prefix: str, path: str) -> dict[str, bytes]:
+    """The safetensors files, one or several with an index. UserError for pickles and missing parts."""
+    index = _json(storage, f"{prefix}{WEIGHTS}.index.json")
+    names = [WEIGHTS]
+    if index is not None:
+        names = sorted({str(name) for name in index.get("weight_map", {}).values()})
+        if not names or any("/" in name or not name.endswith(".safetensors") for name in names):
+            raise UserError(f"{path}: {WEIGHTS}.index.json names files that are not safetensors beside it")
+    try:
+        return {name: storage.read(prefix + name) for name in names}
+    except MissingObject as error:
+        pickles = [s.key for s in storage.list(prefix) if s.key.endswith((".bin", ".pt", ".ckpt"))]
+        if pickles:
+            raise UserError(
+                f"{path}: {pickles[0]} is a pickle, which may run code when read; save the model as safetensors"
+            ) from None
+        raise UserError(f"{path}: no weights: {error}") from None
+
+
+def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
+    """The times of the model's own DDIM steps, as diffusers' DDIMScheduler takes them, then 0.
+
+    Where the scheduler sets set_alpha_to_one false, what it returns is the state at the model's first level,
+    and the grid passes through that before 0. (diffusers' DDIM steps by N // steps, also where `linspace` or
+    a `trailing` spacing that does not divide N puts the next timestep elsewhere; here each step ends where
+    the next begins.)
+    """
+    from dsno_cluster.diffusion.schedule import angle
+
+    count, offset = len(levels), scheduler["steps_offset"]
+
+    def time(n: int) -> float:
+        theta = math.atan(math.exp(-levels[n] / 2))
+        return min(max((theta - angle(0.0)) / (angle(1.0) - angle(0.0)), 0.0), 1.0)
+
+    def grid(steps: int) -> tuple[float, ...]:
+        if not 1 <= steps <= count:
+            raise ValueError(f"steps={steps}: the model has {count} levels of its own")
+        if scheduler["timestep_spacing"] == "leading":
+            timesteps = [i * (count // steps) + offset for i in reversed(range(steps))]
+        elif scheduler["timestep_spacing"] == "trailing":
+            timesteps = [round(count - i * count / steps) - 1 for i in range(steps)]
+        else:
+            timesteps = [round(i * (count - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
+        if timesteps[0] >= count:
+            raise ValueError(f"steps={steps} with steps_offset {offset} goes beyond the {count} levels")
+        if not scheduler["set_alpha_to_one"] and timesteps[-1] > 0:
+            timesteps.append(0)
+        return (*(time(n) for n in timesteps), 0.0)
+
+    return grid

@@ -1,0 +1,146 @@
+"""Faults while trajectories are made: the work goes on or stops with the reason, and the same command finishes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import TINY, dsno
+
+# A teacher that misbehaves on one sample, as long as a file says so: how it does stands in that file.
+FAULTY = """
+import os, time
+from pathlib import Path
+import torch
+from dsno_cluster import load_teacher
+from dsno_cluster.diffusion.noise import sample_noise
+
+class Faulty:
+    shape, num_classes = (1, 8, 8), 10
+    def __init__(self, folder):
+        self.teacher = load_teacher("package:digits-teacher")
+        self.folder = Path(folder)
+        self.marked = sample_noise(0, [40], self.shape)
+    def __call__(self, x, t, labels=None):
+        fault = self.folder / "fault"
+        if float(t) == 1.0 and fault.exists() and any(torch.equal(one[None], self.marked) for one in x):
+            with (self.folder / "attempts").open("a") as file:
+                file.write("x")
+            exec(fault.read_text())
+        return self.teacher(x, t, labels)
+
+def make(folder):
+    return Faulty(folder)
+"""
+
+
+def words(root: Path, folder: Path, actors: int = 1) -> list[str]:
+    """A run of the faulty teacher: 6 shards of 16, sample 40 is in shard 2."""
+    return [
+        "gen-trajectories",
+        *TINY,
+        "network.null_class=false",
+        f"storage.root={root}",
+        "teacher.path=faulty_teacher:make",
+        f"teacher.options={{folder: '{folder}'}}",
+        "--launcher",
+        "local",
+        "--actors",
+        str(actors),
+    ]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    (tmp_path / "faulty_teacher.py").write_text(FAULTY)
+    return tmp_path
+
+
+def shards(root: Path) -> dict[str, float]:
+    return {p.name: p.stat().st_mtime_ns for p in sorted(root.glob("trajectories/*/shard-*"))}
+
+
+def test_a_shard_that_always_fails_stops_the_run_after_the_others(faulty: Path) -> None:
+    (faulty / "fault").write_text("raise ValueError('no such number')")
+    root = faulty / "root"
+    failed = dsno(*words(root, faulty), PYTHONPATH=str(faulty))
+    assert failed.returncode == 1, failed.stderr
+    assert "no such number" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+    assert (faulty / "attempts").read_text() == "xxx"
+    made = shards(root)
+    assert len(made) == 5 and "shard-000002.safetensors" not in made
+    assert not list(root.glob("trajectories/*/manifest.json"))
+
+    (faulty / "fault").unlink()
+    healed = dsno(*words(root, faulty), PYTHONPATH=str(faulty))
+    assert healed.returncode == 0 and "1 to make" in healed.stderr, healed.stderr
+    assert {name: when for name, when in shards(root).items() if name in made} == made  # nothing made twice
+    folder = next((root / "trajectories").iterdir())
+    assert dsno("verify", str(folder)).returncode == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *shards(root)]
+
+
+def test_an_actor_that_dies_is_replaced(faulty: Path) -> None:
+    (faulty / "fault").write_text(
+        "if len((self.folder / 'attempts').read_text()) < 3: os.kill(os.getpid(), 9)"
+    )
+    root = faulty / "root"
+    done = dsno(*words(root, faulty), PYTHONPATH=str(faulty))
+    assert done.returncode == 0, done.stderr
+    assert (faulty / "attempts").read_text() == "xxx" and len(shards(root)) == 6
+
+
+def test_idle_actors_run_the_slowest_shard_again(faulty: Path) -> None:
+    """The first attempt hangs for longer than the test may take."""
+    (faulty / "fault").write_text("if len((self.folder / 'attempts').read_text()) < 2: time.sleep(3600)")
+    root = faulty / "root"
+    done = dsno(*words(root, faulty, actors=2), PYTHONPATH=str(faulty), timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (faulty / "attempts").read_text() == "xx" and len(shards(root)) == 6
+
+
+def test_two_runs_of_one_spec_do_no_harm(tiny_data: Path, tmp_path: Path) -> None:
+    import sys
+
+    command = ["gen-trajectories", *TINY, f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for run in runs:
+        _, stderr = run.communicate(timeout=240)
+        assert run.returncode == 0, stderr
+    folder = next((tmp_path / "trajectories").iterdir())
+    assert json.loads(dsno("verify", str(folder), "--json").stdout)["ok"]
+    theirs = next((tiny_data / "trajectories").iterdir())
+    for path in theirs.glob("shard-*"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+def test_a_full_disk_is_said_and_the_same_command_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let us mount a small file system")
+    try:
+        command = [
+            "gen-trajectories", *TINY, f"storage.root={disk}", "--launcher", "local", "--actors", "1"
+        ]  # fmt: skip
+        full = dsno(*command)
+        assert full.returncode == 1, full.stderr
+        assert "No space left on device" in full.stderr and "Traceback" not in full.stderr, full.stderr
+        assert not list(disk.glob("trajectories/*/manifest.json"))
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        more = dsno(*command)
+        assert more.returncode == 0, more.stderr
+        for path in tiny_data.glob("trajectories/*/shard-*"):
+            assert path.read_bytes() == (disk / path.relative_to(tiny_data)).read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
