@@ -311,18 +311,21 @@ def _plan(arguments: Arguments) -> None:
     a_node = profile.gpus_per_node or max(1, profile.cpus_per_task // config.trajectories.threads)
     measured = error = None
     if options.measure or options.tolerance:
-        from dsno_cluster import console
+        from dsno_cluster.device import compute_device
 
+        plan.find_teacher(config)
+        teacher = plan.open_teacher(config).to(compute_device())
         if options.tolerance:
-            config = plan.choose_solver(config, options.tolerance, options.probes)
-            settings = config.trajectories
-            chosen = f"trajectories.solver={settings.solver} trajectories.steps={settings.steps} trajectories.grid={settings.grid}"
-            console.say(f"cheapest within {options.tolerance:g}: {chosen}")
-        teacher = plan.measured_teacher(config)
+            config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
+        elif plan.own_steps(config, teacher) is None:
+            error = plan.measure_errors(config, teacher, options.probes)
         measured = plan.measure_cost(config, teacher, profile.nodes * a_node)
-        error = plan.measure_error(config, teacher, options.probes)
     show = plan.as_json if options.json else plan.report
     print(show(config, measured=measured, error=error))
+    if options.tolerance and not options.json:
+        settings = config.trajectories
+        chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
+        print(f"use           {' '.join(f'trajectories.{key}={value}' for key, value in chosen.items())}")
 
 
 def _train(arguments: Arguments) -> None:

@@ -139,7 +139,11 @@ class Trajectories(Strict):
     threads: PositiveInt = Field(
         1, description="CPU threads of each actor; part of the spec, as bits depend on it"
     )
-    solver: Literal["ddim", "heun", "dpmpp-2m"] = "dpmpp-2m"
+    solver: Literal["ddim", "heun", "dpmpp-2m", "abm3"] = "abm3"
+    grid: Literal["auto", "uniform", "fine-end"] = Field(
+        "auto",
+        description="how the steps lie in time; auto: the teacher's own where it has some, else what suits the solver",
+    )
     steps: PositiveInt
     times: tuple[float, ...] | TimeGrid
     dtype: Literal["float32", "float16"] = Field("float16", description="storage dtype of the states")
@@ -169,8 +173,9 @@ class Trajectories(Strict):
             t = self.times
             if not t or t[-1] != 0.0 or t[0] >= 1.0 or any(a <= b for a, b in itertools.pairwise(t)):
                 raise ValueError("times must descend strictly from below 1 to exactly 0")
-        if self.steps < self.num_points:
-            raise ValueError(f"steps {self.steps} is below the {self.num_points} time points")
+        from dsno_cluster.diffusion.solvers import grid_points
+
+        grid_points(self.time_points, self.solver, self.steps, self.grid)  # says where steps are too few
         return self
 
 

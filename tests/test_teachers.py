@@ -22,7 +22,7 @@ from torch import Tensor
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import Network, load_config
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-from dsno_cluster.diffusion.solvers import ddim, guided
+from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.diffusion.teachers import (
     Teacher,
     check_fits,
@@ -43,13 +43,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def on_grid(
-    teacher: Teacher, noise: Tensor, grid: tuple[float, ...], labels: Tensor | None = None, scale: float = 1.0
-) -> list[Tensor]:
-    """The states of DDIM at grid[1:], from `noise` at grid[0]; the last is the x0 predicted there, alone."""
-    denoise = guided(teacher, labels, scale)
-    states = [x for _, x in ddim(denoise, noise, grid[:-1])]
-    return [*states, denoise(states[-1], grid[-2])]
+def along(teacher: Teacher, noise: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
+    """DDIM's states at every one of the teacher's own steps, (N, steps, C, H, W)."""
+    grid = teacher.native_grid(steps)
+    assert grid is not None
+    return solve(teacher, noise, grid[1:], "ddim", steps, labels)
 
 
 @pytest.fixture(autouse=True)
@@ -428,7 +426,7 @@ def test_images_of_diffusers_ddim(unet: Any, prediction: str, betas: str, tmp_pa
     teacher = load_teacher(path, schedule="native")
     grid = teacher.native_grid(20)
     assert grid is not None and len(grid) == 21 and grid[-1] == 0.0
-    assert relative(on_grid(teacher, noise, grid, labels)[-1], expected) < 1e-4
+    assert relative(solve(teacher, noise, [0.0], "ddim", 20, labels)[:, 0], expected) < 1e-4
     assert teacher.native_grid(20) == teacher_info(path, schedule="native").native_grid(20)
 
 
@@ -442,8 +440,8 @@ def test_ends_of_the_native_grid(unet: Any, offset: int, one: bool, spacing: str
     noise, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 4])
     expected = diffusers_images(unet, scheduler, noise, 10, labels)
     teacher = load_teacher(path, schedule="native")
-    states = on_grid(teacher, noise, teacher.native_grid(10), labels)  # type: ignore[arg-type]
-    assert relative(states[-1 if one else -2], expected) < 1e-4
+    states = along(teacher, noise, 10, labels)
+    assert relative(states[:, -1 if one else -2], expected) < 1e-4
 
 
 def test_levels_between_and_beyond_those_of_diffusers(unet: Any, tmp_path: Path) -> None:
@@ -480,8 +478,8 @@ def test_a_uniform_grid_ends_near_the_native_one(unet: Any, tmp_path: Path) -> N
     path, _ = saved(unet, tmp_path, prediction_type="v_prediction")
     noise, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     native = load_teacher(path, schedule="native")
-    fine = on_grid(native, noise, native.native_grid(200), labels)[-1]  # type: ignore[arg-type]
-    uniform = on_grid(load_teacher(path), noise, tuple(1 - i / 200 for i in range(201)), labels)[-1]
+    fine = along(native, noise, 200, labels)[:, -1]
+    uniform = solve(load_teacher(path), noise, [0.0], "ddim", 200, labels)[:, 0]
     assert relative(uniform, fine) < 0.03
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+from dsno_cluster.diffusion.schedule import alpha_sigma, angle, check_times, make_grid
 
-from dsno_cluster.diffusion.schedule import alpha_sigma, angle, refine
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Denoiser = Callable[[Tensor, float], Tensor]
-"""(x_NCHW, t) -> predicted clean x0, the shape of x."""
+    Denoiser = Callable[[Tensor, float], Tensor]  # (x_NCHW, t) -> predicted clean x0, the shape of x
+    States = Iterator[tuple[float, Tensor]]  # (t, state) at every point of a grid but its first
 
 
 class TeacherLike(Protocol):
@@ -34,27 +34,35 @@ def solve(
     labels: Tensor | None = None,
     guidance_scale: float = 1.0,
     clip_denoised: bool = False,
+    grid: str | Sequence[float] = "auto",
 ) -> Tensor:
     """States of the probability-flow ODE at `times`, from `noise` at t=1.
 
     `noise` (N, C, H, W) float32; `times` descend strictly within [0, 1); `steps` is the number of intervals
-    from t=1 to t=0, refined so that every time point is hit exactly -> (N, M, C, H, W) float32. The network
-    evaluations used are `count_evaluations(solver, steps, guidance_scale, times)`. `clip_denoised` clamps every
-    prediction of x0 to [-1, 1].
+    from t=1 to t=0 -> (N, M, C, H, W) float32. The network evaluations used are `count_evaluations(...)` of the
+    same arguments. `clip_denoised` clamps every prediction of x0 to [-1, 1].
 
-    Raises ValueError for an unknown solver, times that do not descend, too few steps, or guidance of a teacher
-    that has no null class.
+    `grid` names how the intervals lie; all grids pass exactly through every time point, nothing is
+    interpolated. auto: the teacher's own steps where it has some (then `steps` follows from them, the noise is
+    the state at the first of them, and the state at t=0 is the last prediction of x0), else `fine-end` for
+    abm3 and `uniform` for the other solvers. A sequence of descending times is taken as it is.
+
+    Raises ValueError for an unknown solver or grid, times that do not descend or are not on a given grid, too
+    few steps, or guidance of a teacher that has no null class.
     """
+    import torch
+
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not one of: {', '.join(SOLVERS)}")
-    grid = refine(times, steps)
+    native = native_grid(teacher, steps) if grid == "auto" else None
+    points = grid_points(times, solver, steps, native or grid)
     denoise = guided(teacher, labels, guidance_scale)
     if clip_denoised:
         unclipped = denoise
         denoise = lambda x, t: unclipped(x, t).clamp(-1.0, 1.0)  # noqa: E731
     wanted, states = {float(t) for t in times}, []
     with torch.no_grad():
-        for t, state in SOLVERS[solver](denoise, noise, grid):
+        for t, state in SOLVERS[solver](denoise, noise, points, native is not None):
             if t in wanted:
                 states.append(state)
             if t <= times[-1]:
@@ -62,15 +70,56 @@ def solve(
     return torch.stack(states, dim=1)
 
 
+def native_grid(teacher: Any, steps: int) -> tuple[float, ...] | None:
+    """The teacher's own steps, where it has some: see `Teacher.native_grid`."""
+    own = getattr(teacher, "native_grid", None)
+    return None if own is None else own(steps)
+
+
+def grid_points(
+    times: Sequence[float], solver: str, steps: int, grid: str | Sequence[float] = "auto"
+) -> list[float]:
+    """The points that `solve` goes through, from the first, descending. `grid` as there, but for native steps,
+    which are given as a sequence. Raises ValueError as `solve`.
+    """
+    if grid == "auto":
+        grid = "fine-end" if solver == "abm3" else "uniform"
+    if isinstance(grid, str):
+        return make_grid(grid, times, steps)
+    points = [float(t) for t in grid]
+    if len(points) < 2 or points[0] > 1.0 or points[-1] < 0.0:
+        raise ValueError("a grid must have two times or more, within [0, 1]")
+    check_times(times)
+    if any(a <= b for a, b in itertools.pairwise(points)):
+        raise ValueError("a grid must descend strictly")
+    for t in times:
+        if float(t) not in points[1:]:
+            near = min(points[1:], key=lambda p: abs(p - t))
+            raise ValueError(
+                f"time {t} is not on the grid of {len(points) - 1} steps; the nearest there is {near}"
+            )
+    return points
+
+
 def count_evaluations(
-    solver: str, steps: int, guidance_scale: float = 1.0, times: Sequence[float] = (0.0,)
+    solver: str,
+    steps: int,
+    guidance_scale: float = 1.0,
+    times: Sequence[float] = (0.0,),
+    grid: str | Sequence[float] = "auto",
 ) -> int:
     """Network evaluations (NFE) that `solve` uses for one sample; guidance needs two at a time.
 
-    `times` matter where they end before 0, since the intervals after the last one are not solved.
+    `times` matter where they end before 0, since the intervals after the last one are not solved. For a
+    teacher with steps of its own pass those as `grid`.
     """
-    intervals = refine(times, steps).index(times[-1])
-    per_solve = 2 * intervals - (times[-1] == 0.0) if solver == "heun" else intervals
+    points = grid_points(times, solver, steps, grid)
+    intervals = points.index(float(times[-1]))
+    to_the_end = intervals == len(points) - 1
+    if solver == "heun":
+        per_solve = 2 * intervals - to_the_end
+    else:
+        per_solve = intervals + (solver == "abm3" and not to_the_end)  # one more, to correct the last state
     return per_solve * (1 if guidance_scale == 1.0 else 2)
 
 
@@ -84,7 +133,7 @@ def guided(teacher: TeacherLike, labels: Tensor | None, scale: float) -> Denoise
     null_class = getattr(teacher, "null_class", None)
     if labels is None or null_class is None:
         raise ValueError(f"guidance_scale {scale} needs labels and a teacher with a null class")
-    nulls = torch.full_like(labels, null_class)
+    nulls = labels.new_full(labels.shape, null_class)
 
     def denoise(x: Tensor, t: float) -> Tensor:
         unconditional = teacher(x, t, nulls)
@@ -93,15 +142,19 @@ def guided(teacher: TeacherLike, labels: Tensor | None, scale: float) -> Denoise
     return denoise
 
 
-def ddim(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
-    """First order: DDIM with eta 0 (Song et al. 2021, eq. 12). Yields (t, state) at every point but t=1."""
+# A solver yields (t, state) at every point of the grid but its first. `clean_end`: the state at t=0 is the last
+# prediction of x0 itself, as samplers of published teachers and of diffusers end, where sigma(0) is taken as 0.
+
+
+def ddim(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
+    """First order: DDIM with eta 0 (Song et al. 2021, eq. 12)."""
     x = noise
     for t, s in itertools.pairwise(grid):
-        x = _towards(denoise(x, t), x, t, s)
+        x = _towards(denoise(x, t), x, t, s, clean_end)
         yield s, x
 
 
-def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
     """Second order, two evaluations a step: Heun's method on dx / dtheta = v (Karras et al. 2022, alg. 1).
 
     v = (alpha x - x0) / sigma. The last interval is one DDIM step, since v loses its digits where sigma
@@ -111,7 +164,7 @@ def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterator[tu
     for i, (t, s) in enumerate(itertools.pairwise(grid)):
         x0 = denoise(x, t)
         if i == len(grid) - 2:
-            x = _towards(x0, x, t, s)
+            x = _towards(x0, x, t, s, clean_end)
         else:
             step = angle(s) - angle(t)
             slope = _velocity(x0, x, t)
@@ -120,7 +173,7 @@ def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterator[tu
         yield s, x
 
 
-def dpmpp_2m(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+def dpmpp_2m(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
     """Second order, one evaluation a step: DPM-Solver++(2M) (Lu et al. 2022, alg. 2).
 
     First and last steps are first order: the extrapolation of x0 across the last, huge step in log-SNR is
@@ -132,7 +185,7 @@ def dpmpp_2m(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterato
         x0 = denoise(x, t)
         h = _half_logsnr(s) - _half_logsnr(t)
         if previous is None or i == len(grid) - 2:
-            x = _towards(x0, x, t, s)
+            x = _towards(x0, x, t, s, clean_end)
         else:
             ratio = h / (2.0 * last_h)
             x = _towards((1.0 + ratio) * x0 - ratio * previous, x, t, s)
@@ -140,11 +193,63 @@ def dpmpp_2m(denoise: Denoiser, noise: Tensor, grid: Sequence[float]) -> Iterato
         yield s, x
 
 
-SOLVERS: dict[str, Callable[[Denoiser, Tensor, Sequence[float]], Iterator[tuple[float, Tensor]]]] = {
+def abm3(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
+    """Third order, one evaluation a step: Adams-Bashforth-Moulton on dx / dtheta = v (Hairer, Norsett & Wanner,
+    *Solving ODEs I*, III.1), with steps of any length.
+
+    In the angle theta the equation has no singular end. A two-step Adams-Bashforth prediction is made over each interval,
+    and corrected by the two-step Adams-Moulton formula as soon as the next evaluation, made at the predicted
+    state, is known (PEC mode; Zhao et al. 2023, UniPC, use the same trick). A state is yielded corrected; the
+    last one, for which no evaluation follows, as predicted.
+    """
+    x = noise
+    start: tuple[Tensor, float] | None = None  # state and angle that the present prediction was made from
+    past: list[tuple[float, Tensor]] = []  # (angle, v), newest first
+    for i, (t, s) in enumerate(itertools.pairwise(grid)):
+        theta = angle(t)
+        x0 = denoise(x, t)
+        v = _velocity(x0, x, t)
+        if start is not None:
+            x = _integrate(*start, theta, [(theta, v), *past])
+            yield t, x
+        past = [(theta, v), *past[:1]]
+        start = (x, theta)
+        if clean_end and s == 0.0:
+            x = x0
+        else:
+            x = _integrate(x, theta, angle(s), past)
+        if i == len(grid) - 2:
+            yield s, x
+
+
+SOLVERS: dict[str, Callable[[Denoiser, Tensor, Sequence[float], bool], States]] = {
     "ddim": ddim,
     "heun": heun,
     "dpmpp-2m": dpmpp_2m,
+    "abm3": abm3,
 }
+
+
+def _integrate(x: Tensor, a: float, b: float, slopes: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """x plus the integral from a to b of the polynomial through `slopes` (abscissa, value)."""
+    weights = interpolation_weights([abscissa for abscissa, _ in slopes], a, b)
+    for weight, (_, slope) in zip(weights, slopes, strict=True):
+        x = x + weight * slope
+    return x
+
+
+def interpolation_weights(nodes: Sequence[float], a: float, b: float) -> list[float]:
+    """Integrals from a to b of the Lagrange polynomials of one to three distinct nodes; exact for degree n-1."""
+    middle, width = (a + b) / 2, b - a
+    at = [(node - middle) / width for node in nodes]  # the interval becomes [-1/2, 1/2]: moments 1, 0, 1/12
+    weights = []
+    for i, z in enumerate(at):
+        others = at[:i] + at[i + 1 :]
+        below = math.prod(z - other for other in others)
+        square = 1.0 / 12.0 if len(others) == 2 else 0.0
+        above = square + math.prod(-other for other in others)
+        weights.append(width * above / below)
+    return weights
 
 
 def _scales(t: float) -> tuple[float, float]:
@@ -162,7 +267,9 @@ def _half_logsnr(t: float) -> float:
     return math.log(alpha) - math.log(sigma)
 
 
-def _towards(x0: Tensor, x: Tensor, t: float, s: float) -> Tensor:
+def _towards(x0: Tensor, x: Tensor, t: float, s: float, clean_end: bool = False) -> Tensor:
     """The state at `s` from the state at `t`, for a constant prediction x0 (a DDIM step)."""
+    if clean_end and s == 0.0:
+        return x0
     (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(t), _scales(s)
     return (sigma_s / sigma_t) * x + (alpha_s - sigma_s * alpha_t / sigma_t) * x0

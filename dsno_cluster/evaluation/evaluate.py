@@ -33,7 +33,6 @@ from dsno_cluster.data import load_digits
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
-from dsno_cluster.diffusion.teachers import load_teacher
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import Extractor, load_extractor
 from dsno_cluster.evaluation.statistics import Moments, frechet_distance, merge, moments_of
@@ -43,7 +42,7 @@ from dsno_cluster.models.dsno import load_student
 from dsno_cluster.models.weights import package_path, read_meta, software_versions
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.generate import environment, solve_batch
-from dsno_cluster.trajectories.plan import find_teacher, teacher_path
+from dsno_cluster.trajectories.plan import find_teacher, grid_name, open_teacher, own_steps, teacher_path
 from dsno_cluster.trajectories.shards import Manifest, Shard, commit_manifest, read_manifest, write_shard
 
 SHIPPED_ROWS = "evaluation.json"
@@ -57,6 +56,7 @@ class Source:
     solver: str = ""
     steps: int = 0
     times: tuple[float, ...] = (0.0,)
+    grid: str = "uniform"
 
     @property
     def title(self) -> str:
@@ -193,7 +193,7 @@ def evaluate(
         "feature_extractor": {"name": extractor.name, "weights_sha256": extractor.sha256},
         "seeds": {"noise": settings.seed, "trajectories": config.seed},
         "checkpoint": {"path": path, "step": student_meta.get("step"), "sha256": student_meta["sha256"]},
-        "teacher": find_teacher(config),
+        "teacher": find_teacher(config).identity,
         "versions": software_versions(),
         "real_held_out": held_out_row(config, extractor, reference),
         "teacher_rows": [teacher_rows[row_key(s)] for s in sources[1:]],
@@ -217,17 +217,23 @@ def teacher_sources(config: Config) -> list[Source]:
     """The teacher's rows of the table: DDIM at several costs, and the solver that made the trajectories."""
     rows = [Source("teacher", "ddim", steps) for steps in config.evaluation.teacher_steps]
     settings = config.trajectories
-    made_by = Source("teacher", settings.solver, settings.steps, settings.time_points)
+    grid = grid_name(config) if own_steps(config, find_teacher(config)) is None else "auto"
+    made_by = Source("teacher", settings.solver, settings.steps, settings.time_points, grid)
     rows = rows if made_by in rows else [*rows, made_by]
-    return sorted(
-        rows, key=lambda s: count_evaluations(s.solver, s.steps, config.trajectories.guidance_scale)
-    )
+    return sorted(rows, key=lambda source: evaluations_of(source, config))
+
+
+def evaluations_of(source: Source, config: Config) -> int:
+    """Network evaluations of a teacher's row for one image."""
+    guidance = config.trajectories.guidance_scale
+    return count_evaluations(source.solver, source.steps, guidance, source.times, source.grid)
 
 
 def row_key(source: Source) -> str:
     if source.kind == "student":
         return "student"
-    return f"{source.solver} {source.steps} through {' '.join(map(str, source.times))}"
+    grid = "" if source.grid == "uniform" else f" on {source.grid}"
+    return f"{source.solver} {source.steps} through {' '.join(map(str, source.times))}{grid}"
 
 
 def blocks_of(config: Config, source: Source) -> list[Block]:
@@ -248,9 +254,10 @@ def samples_folder(config: Config, student_meta: dict[str, Any]) -> str:
 
 def comparison_spec(config: Config, extractor: Extractor) -> dict[str, Any]:
     """What a teacher's stored row must agree in to stand beside the student's."""
-    settings = config.evaluation
+    settings, precision = config.evaluation, config.teacher.precision
     return {
-        "teacher": find_teacher(config),
+        "teacher": find_teacher(config).identity,
+        **({} if precision == "float32" else {"precision": precision}),
         "feature_extractor": {"name": extractor.name, "weights_sha256": extractor.sha256},
         "reference": settings.reference,
         "num_samples": settings.num_samples,
@@ -334,9 +341,7 @@ def make_row(
     blocks = list(blocks)
     row: dict[str, Any] = {"source": source.title}
     if source.kind == "teacher":
-        row["evaluations"] = count_evaluations(
-            source.solver, source.steps, config.trajectories.guidance_scale
-        )
+        row["evaluations"] = evaluations_of(source, config)
     if "fid" in config.evaluation.metrics:
         row["fid"] = distance_to(merge(b.moments for b in blocks), reference)
     if "agreement" in config.evaluation.metrics:
@@ -372,7 +377,7 @@ class EvaluationActor:
         self.student_meta = read_meta(student_path, endpoint)
         self.device = compute_device()
         self.student = load_student(student_path, endpoint).to(self.device)
-        self.teacher = load_teacher(teacher_path(config), endpoint).to(self.device)
+        self.teacher = open_teacher(config).to(self.device)
         settings = config.evaluation
         self.extractor = load_extractor(
             settings.feature_extractor, settings.weights_path, settings.weights_sha256
@@ -393,7 +398,8 @@ class EvaluationActor:
         else:
             settings = self.config.trajectories
             args = (noise, block.source.times, block.source.solver, block.source.steps, labels)
-            images = solve(self.teacher, *args, settings.guidance_scale, settings.clip_denoised)[:, -1]
+            rest = (settings.guidance_scale, settings.clip_denoised, block.source.grid)
+            images = solve(self.teacher, *args, *rest)[:, -1]
         pictures = to_uint8(images).cpu()
         found = self.extractor(pictures)
         agreeing = 0

@@ -11,10 +11,9 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
-from dsno_cluster.diffusion.teachers import load_teacher
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.trajectories.plan import teacher_path
+from dsno_cluster.trajectories.plan import grid_name, open_teacher
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)
 _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
@@ -49,19 +48,22 @@ def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str
     """samples.png and trajectory.png, as PNG bytes: teacher over student from the same noise."""
     classes = min(student.network.num_classes, 10) or 4
     columns = config.evaluation.picture_columns
-    teacher = load_teacher(teacher_path(config), config.storage.endpoint_url)
+    teacher = open_teacher(config)
     noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape)
     labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
     settings = config.trajectories
     times = settings.time_points
     args = (times, settings.solver, settings.steps, labels, settings.guidance_scale, settings.clip_denoised)
-    theirs, ours = solve(teacher, noise, *args), student.trajectory(noise, labels, times)
+    theirs = solve(teacher, noise, *args, settings.grid)
+    ours = student.trajectory(noise, labels, times)
 
     def rows(states: Tensor) -> Tensor:
         return states.reshape(classes, columns, *states.shape[1:])
 
     names = [f"{i}" for i in range(classes)]
-    many = count_evaluations(settings.solver, settings.steps, settings.guidance_scale)
+    many = count_evaluations(
+        settings.solver, settings.steps, settings.guidance_scale, times, grid_name(config)
+    )
     samples = _samples_picture(rows(theirs[:, -1]), rows(ours[:, -1]), names, many, metrics)
     # one noise: the first of a class that shows strokes well enough in every data set
     pick = columns * min(3, classes - 1)

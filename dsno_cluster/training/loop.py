@@ -12,10 +12,9 @@ import torch.distributed as dist
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
-from dsno_cluster.diffusion.teachers import KIND as TEACHER_KIND
+from dsno_cluster.diffusion.teachers import warm_start_weights
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.models.weights import read_model
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.engine import EMA, join_ranks, make_engine
@@ -139,24 +138,23 @@ def find_trajectories(config: Config) -> tuple[str, Manifest]:
 def new_student(config: Config) -> DSNO:
     """A student at initialisation: the teacher's backbone where `student.warm_start`, new temporal convolutions.
 
-    The teacher predicts v, the student states; its last layer is negated, since -v is x0 where x is noise.
-    Raises UserError where the teacher's shapes are not the config's.
+    What of the teacher a student can start from: `warm_start_weights`. Raises UserError where the teacher's shapes are
+    not the config's, or it is no U-Net of ours.
     """
     student = DSNO(config.network, config.student.modes, config.trajectories.time_points)
     if not config.student.warm_start:
         return student
-    teacher = read_model(teacher_path(config), config.storage.endpoint_url)
-    if teacher.meta["model"].get("kind") != TEACHER_KIND:
-        raise UserError(f"teacher.path: {config.teacher.path} holds no teacher")
+    endpoint = config.storage.endpoint_url
+    teacher = warm_start_weights(teacher_path(config), endpoint, **config.teacher.options)
     own = student.backbone.state_dict()
-    for name, tensor in teacher.weights.items():
+    for name, tensor in teacher.items():
         if name not in own or own[name].shape != tensor.shape:
             found = "no such tensor" if name not in own else f"{tuple(own[name].shape)}"
             raise UserError(
                 f"student.warm_start: the teacher has {name} {tuple(tensor.shape)}, the student of this config {found}; "
                 "take over the teacher's network, or set student.warm_start=false"
             )
-        own[name] = -tensor if name.startswith("conv_out.") else tensor
+        own[name] = tensor
     student.backbone.load_state_dict(own)
     return student
 

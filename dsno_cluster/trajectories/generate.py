@@ -17,7 +17,7 @@ from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray
 from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import Stat, Storage, open_storage
-from dsno_cluster.trajectories.plan import Plan, make_plan, teacher_path
+from dsno_cluster.trajectories.plan import Plan, make_plan, open_teacher
 from dsno_cluster.trajectories.shards import (
     PROGRESS,
     Manifest,
@@ -214,7 +214,6 @@ class SolveActor:
         import torch
 
         from dsno_cluster.device import compute_device
-        from dsno_cluster.diffusion.teachers import load_teacher
 
         threads = config.trajectories.threads  # bits depend on it: part of the spec
         torch.set_num_threads(threads)
@@ -222,7 +221,7 @@ class SolveActor:
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self.config = config
         self.plan = make_plan(config)
-        self.teacher = load_teacher(teacher_path(config), config.storage.endpoint_url).to(compute_device())
+        self.teacher = open_teacher(config).to(compute_device())
         self.storage = open_storage(config.storage.root, config.storage.endpoint_url)
 
     def environment(self) -> dict[str, Any]:
@@ -279,5 +278,6 @@ def solve_batch(config: Config, teacher: Any, seed: int, indices: range) -> tupl
         None if labels is None else labels.to(device),
         settings.guidance_scale,
         settings.clip_denoised,
+        settings.grid,
     )
     return states, labels

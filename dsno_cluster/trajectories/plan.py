@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
-from dsno_cluster.diffusion.solvers import count_evaluations
+from dsno_cluster.diffusion.solvers import count_evaluations, grid_points
+from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
 from dsno_cluster.errors import UserError
 from dsno_cluster.trajectories.shards import canonical_hash
-
-if TYPE_CHECKING:
-    from dsno_cluster.diffusion.teachers import Teacher
 
 FORMAT_VERSION = 1
 
 _HOW = (
-    "point teacher.path=FOLDER_OR_URL at a teacher's model.safetensors, config.yaml and meta.json, the form that "
-    "`dsno-cluster train-teacher` writes"
+    "point teacher.path at a folder of ours (as `dsno-cluster train-teacher` and `import-weights` write it), a diffusers "
+    "folder, a published checkpoint, or package.module:function"
 )
 
 
@@ -73,7 +71,7 @@ def size_of(config: Config) -> Size:
         num_samples=settings.num_samples,
         num_shards=settings.num_samples // settings.samples_per_shard,
         evaluations_per_sample=count_evaluations(
-            settings.solver, settings.steps, settings.guidance_scale, settings.time_points
+            settings.solver, settings.steps, settings.guidance_scale, settings.time_points, settings.grid
         ),
         bytes_per_shard=settings.samples_per_shard * (numbers * size + (8 if network.num_classes else 0)),
     )
@@ -86,7 +84,7 @@ def make_plan(config: Config) -> Plan:
 
 
 def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
-    """Time the teacher on this machine's device, at the config's batch size and threads, for about two seconds.
+    """Time the teacher on its device, at the config's batch size and threads, for about two seconds.
 
     `devices` of them (GPUs, or actors of `trajectories.threads` CPU threads) then share the work.
     """
@@ -96,15 +94,10 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
     import torch
 
     from dsno_cluster.device import device_name
-    from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 
     settings = config.trajectories
     device = teacher.device
-    indices = range(settings.batch_size)
-    noise = sample_noise(config.seed, indices, teacher.shape).to(device)
-    labels = None
-    if teacher.num_classes:
-        labels = sample_labels(config.seed, indices, teacher.num_classes).to(device)
+    noise, labels = _probes(config, teacher, settings.batch_size)
     seconds: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -122,6 +115,70 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
     each = statistics.median(seconds[1:]) / settings.batch_size
     hours = each * size_of(config).evaluations / 3600
     return Cost(device_name(), each, hours, devices, hours / devices)
+
+
+def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, float]:
+    """Relative error of the config's solver at each time point on `probes` samples, against a very fine solution.
+
+    Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
+    """
+    from dsno_cluster.diffusion.accuracy import reference_states, relative_errors
+    from dsno_cluster.diffusion.solvers import solve
+
+    _refuse_own_steps(config, teacher)
+    settings = config.trajectories
+    noise, labels = _probes(config, teacher, probes)
+    rest = (labels, settings.guidance_scale, settings.clip_denoised)
+    reference = reference_states(teacher, noise, settings.time_points, *rest)
+    states = solve(
+        teacher, noise, settings.time_points, settings.solver, settings.steps, *rest, settings.grid
+    )
+    return _by_time(config, relative_errors(states, reference))
+
+
+def choose_solver(
+    config: Config, teacher: Teacher, tolerance: float, probes: int
+) -> tuple[Config, dict[str, float]]:
+    """The config with the cheapest solver, grid and steps within `tolerance` at every time point, and its errors.
+
+    Measured on `probes` samples. Raises UserError where none is good enough, or the teacher has steps of its own.
+    """
+    from dsno_cluster import console
+    from dsno_cluster.diffusion.accuracy import Choice, cheapest
+
+    _refuse_own_steps(config, teacher)
+    settings = config.trajectories
+    noise, labels = _probes(config, teacher, probes)
+
+    def tell(choice: Choice) -> None:
+        console.say(f"{choice.solver}, {choice.steps} steps: off by {max(choice.errors):.2g}")
+
+    console.say(f"looking for the cheapest solver within {tolerance:g}, on {probes} samples")
+    rest = (labels, settings.guidance_scale, settings.clip_denoised)
+    found = cheapest(teacher, noise, settings.time_points, tolerance, *rest, tried=tell)
+    chosen = settings.model_copy(update={"solver": found.solver, "grid": found.grid, "steps": found.steps})
+    return config.model_copy(update={"trajectories": chosen}), _by_time(config, found.errors)
+
+
+def _refuse_own_steps(config: Config, teacher: Teacher) -> None:
+    if own_steps(config, teacher) is not None:
+        raise UserError(
+            f"the teacher at {config.teacher.path} has {config.trajectories.steps} steps of its own, so there is no finer "
+            "solution to measure an error against; leave --tolerance out, or set teacher.options={schedule: continuous}"
+        )
+
+
+def _probes(config: Config, teacher: Teacher, count: int) -> tuple[Any, Any]:
+    from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+
+    labels = None
+    if teacher.num_classes:
+        labels = sample_labels(config.seed, range(count), teacher.num_classes).to(teacher.device)
+    return sample_noise(config.seed, range(count), teacher.shape).to(teacher.device), labels
+
+
+def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
+    return dict(zip(map(str, config.trajectories.time_points), errors, strict=True))
 
 
 def report(config: Config, *, measured: Cost | None = None, error: dict[str, float] | None = None) -> str:
@@ -190,32 +247,66 @@ def teacher_path(config: Config) -> str:
     return config.teacher.path
 
 
-def find_teacher(config: Config) -> dict[str, Any]:
-    """What a spec records of the config's teacher. UserError that says how to get one where it is not there."""
-    from dsno_cluster.diffusion.teachers import teacher_identity
+def find_teacher(config: Config) -> TeacherInfo:
+    """What is known of the config's teacher without its network.
 
-    path, network = teacher_path(config), config.network
+    Raises UserError that says how to get one where it is not there, and for one whose images, classes or own
+    steps are not those of the config.
+    """
+    path, settings = teacher_path(config), config.trajectories
     try:
-        identity = teacher_identity(path, config.storage.endpoint_url)
+        info = teacher_info(path, config.storage.endpoint_url, **config.teacher.options)
     except UserError as error:
         raise UserError(f"teacher.path: {error}; {_HOW}") from None
-    for key in ("image_size", "channels", "num_classes", "null_class"):
-        ours, theirs = getattr(network, key), identity["network"].get(key)
-        if ours != theirs:
-            raise UserError(f"network.{key}: the config says {ours}, the teacher at {path} has {theirs}")
-    return identity
+    check_fits(config.network, info, path)
+    native = own_steps(config, info)
+    if native is not None:
+        if len(native) - 1 != settings.steps:
+            raise UserError(
+                f"trajectories.steps: {settings.steps}, the teacher at {path} has {len(native) - 1} steps of its own"
+            )
+        try:
+            grid_points(settings.time_points, settings.solver, settings.steps, native)
+        except ValueError as error:
+            raise UserError(f"trajectories.times: {error}, which are the own steps of the teacher") from None
+    return info
 
 
-def trajectory_spec(config: Config, teacher: dict[str, Any]) -> dict[str, Any]:
+def own_steps(config: Config, teacher: TeacherInfo | Teacher) -> tuple[float, ...] | None:
+    """The teacher's own steps where the config leaves the grid to it and it has some."""
+    settings = config.trajectories
+    return teacher.native_grid(settings.steps) if settings.grid == "auto" else None
+
+
+def open_teacher(config: Config) -> Teacher:
+    """The config's teacher, on CPU. Raises UserError where it does not fit the config."""
+    path = teacher_path(config)
+    endpoint, teacher = config.storage.endpoint_url, config.teacher
+    loaded = load_teacher(path, endpoint, precision=teacher.precision, **teacher.options)
+    check_fits(config.network, loaded, path)  # a factory's images and classes are known only now
+    return loaded
+
+
+def grid_name(config: Config) -> str:
+    """The grid that `auto` stands for, for a teacher without steps of its own."""
+    settings = config.trajectories
+    if settings.grid != "auto":
+        return settings.grid
+    return "fine-end" if settings.solver == "abm3" else "uniform"
+
+
+def trajectory_spec(config: Config, teacher: TeacherInfo) -> dict[str, Any]:
     """Everything that can change a byte of a shard. Its hash names the folder, so two specs never mix."""
     settings, network = config.trajectories, config.network
+    native = own_steps(config, teacher)
+    named = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
     shape = (network.channels, network.image_size, network.image_size)
     return {
         "format_version": FORMAT_VERSION,
-        "teacher": teacher,
+        "teacher": teacher.identity,
         "solver": settings.solver,
         "steps": settings.steps,
-        "grid": "uniform between time points",
+        "grid": named[grid_name(config)] if native is None else list(native),
         "times": list(settings.time_points),
         "schedule": "cosine",
         "clip_denoised": settings.clip_denoised,
@@ -224,7 +315,7 @@ def trajectory_spec(config: Config, teacher: dict[str, Any]) -> dict[str, Any]:
         "seed": config.seed,
         "shape": list(shape),
         "dtype": settings.dtype,
-        "inference_precision": "float32",
+        "inference_precision": config.teacher.precision,
         "samples_per_shard": settings.samples_per_shard,
         "batch_size": settings.batch_size,
         "threads": settings.threads,
