@@ -1,7 +1,8 @@
 """Where bytes live: a folder or s3://bucket/prefix behind one small protocol that behaves the same.
 
 A key is a relative path with forward slashes. An object that can be seen is complete: folders write aside and
-rename, S3 puts are atomic and carry a sha256 that the server checks.
+rename, S3 puts are atomic and carry a sha256 that the server checks. What can heal on S3 is tried again, with
+growing, random pauses; what cannot, and what did not, is a WorkError that names bucket, key and attempts.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import fcntl
 import functools
 import hashlib
 import os
+import random
 import tempfile
-from collections.abc import Iterator
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dsno_cluster.errors import UserError, WorkError
 
@@ -36,6 +42,21 @@ class Stat:
     key: str
     size: int
     etag: str
+
+
+Result = TypeVar("Result")
+
+STALE = timedelta(days=1)  # what an interrupted write left is removed when it is older
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long S3 is tried: attempts, the pause after the first one and the longest one, and the socket's time-out."""
+
+    attempts: int = 8
+    first_pause_seconds: float = 0.25
+    longest_pause_seconds: float = 8.0
+    timeout_seconds: float = 60.0
 
 
 class Storage(Protocol):
@@ -64,14 +85,21 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None: ...
 
+    def tidy(self, prefix: str) -> None:
+        """Remove what interrupted writes below `prefix` left more than a day ago."""
+        ...
 
-def open_storage(url: str, endpoint_url: str | None = None) -> Storage:
-    """The storage at a folder path or at s3://bucket/prefix. Raises UserError for any other scheme."""
+
+def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
+    """The storage at a folder path or at s3://bucket/prefix.
+
+    Raises UserError for any other scheme, and for an endpoint that is not a URL or carries a password.
+    """
     if url.startswith("s3://"):
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket:
             raise UserError(f"{url}: names no bucket; write s3://bucket/prefix")
-        return S3Storage(bucket, prefix.strip("/"), endpoint_url)
+        return S3Storage(bucket, prefix.strip("/"), endpoint_url, patience or Patience())
     if "://" in url:
         raise UserError(f"{url}: storage is a folder or s3://bucket/prefix")
     return FolderStorage(Path(url))
@@ -145,6 +173,13 @@ class FolderStorage:
     def delete(self, key: str) -> None:
         (self.root / key).unlink(missing_ok=True)
 
+    def tidy(self, prefix: str) -> None:
+        before = (datetime.now(UTC) - STALE).timestamp()
+        for path in (self.root / prefix).glob(".*.tmp"):
+            with contextlib.suppress(OSError):  # another process may be first
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink()
+
     def _stat(self, path: Path) -> Stat:
         # every write makes a new file and renames it, so inode and time tell one content from the next
         found = path.stat()
@@ -191,77 +226,204 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-class S3Storage:
-    """Objects of a bucket below a prefix. Credentials come only from the usual AWS sources."""
+MULTIPART_ABOVE = (
+    64 << 20
+)  # bytes; S3 takes at most 5 GiB in one put, and a part that fails is sent again alone
+PART_BYTES = 16 << 20
+PARTS_AT_ONCE = 4
 
-    def __init__(self, bucket: str, prefix: str, endpoint_url: str | None) -> None:
-        self.bucket, self.prefix, self.endpoint_url = bucket, prefix, endpoint_url
+# what S3 and its kin answer while they are busy or broken for a moment; every 5xx status is taken so too
+_HEALING_CODES = {
+    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "RequestTimeout",
+    "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable", "BadDigest", "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch", "OperationAborted",
+}  # fmt: skip
+
+
+class S3Storage:
+    """Objects of a bucket below a prefix. Credentials come only from the usual AWS sources.
+
+    Objects above 64 MiB go up in parts. A process that is killed meanwhile leaves an unfinished upload, which no
+    reader sees; `tidy` removes it, as does a lifecycle rule of the bucket (AbortIncompleteMultipartUpload).
+    """
+
+    def __init__(self, bucket: str, prefix: str, endpoint_url: str | None, patience: Patience) -> None:
+        if endpoint_url is not None:
+            parts = urllib.parse.urlsplit(endpoint_url)
+            if parts.username or parts.password:
+                raise UserError(
+                    "storage.endpoint_url: must not carry a password; credentials come from AWS_* or a profile"
+                )
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise UserError(f"storage.endpoint_url: {endpoint_url!r} is not a URL like https://host:port")
+        self.bucket, self.prefix, self.endpoint_url, self.patience = bucket, prefix, endpoint_url, patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:  # a client cannot travel to another process; its address can
-        return S3Storage, (self.bucket, self.prefix, self.endpoint_url)
+        return S3Storage, (self.bucket, self.prefix, self.endpoint_url, self.patience)
 
     @functools.cached_property
     def _client(self) -> Any:
         import boto3
         from botocore.config import Config
 
-        # "standard" retries what can heal (throttling, 5xx, timeouts), with backoff and jitter
-        config = Config(retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10, read_timeout=60)
+        # one owner of retrying, `_try`: botocore would not try again a body that broke off
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": 1},
+            connect_timeout=min(10.0, self.patience.timeout_seconds),
+            read_timeout=self.patience.timeout_seconds,
+            max_pool_connections=16,
+        )
         # a session of its own: the default one is not safe across threads and never reads credentials again
         return boto3.session.Session().client("s3", endpoint_url=self.endpoint_url, config=config)
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    @contextlib.contextmanager
-    def _errors(self, action: str, key: str) -> Iterator[None]:
-        """botocore's errors as ours: bucket, key and attempts in one line."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    def _try(self, action: str, key: str, call: Callable[[int], Result]) -> Result:
+        """`call(attempt)`, again and again where a failure can heal; botocore's errors as ours, in one line."""
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectTimeoutError,
+            EndpointConnectionError,
+            FlexibleChecksumError,
+            HTTPClientError,
+            IncompleteReadError,
+            NoCredentialsError,
+            PartialCredentialsError,
+        )
 
         where = f"s3://{self.bucket}/{self._name(key)}"
-        try:
-            yield
-        except NoCredentialsError:
-            raise WorkError(
-                f"{where}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-            ) from None
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", "?"))
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            attempts = 1 + error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
-            if code == "NoSuchBucket":
-                raise WorkError(f"{where}: there is no bucket {self.bucket}") from None
-            if code in ("NoSuchKey", "404"):
-                raise MissingObject(f"{where}: no such object") from None
-            if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
-                raise PreconditionFailed(
-                    f"{where}: exists already or was changed by another writer"
+        healing = (
+            HTTPClientError,
+            EndpointConnectionError,
+            ConnectTimeoutError,
+            IncompleteReadError,
+            FlexibleChecksumError,
+            OSError,
+        )
+        pause = self.patience.first_pause_seconds
+        attempt = 1
+        while True:
+            try:
+                return call(attempt)
+            except (NoCredentialsError, PartialCredentialsError):
+                raise WorkError(
+                    f"{where}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
                 ) from None
-            raise WorkError(
-                f"{where}: {action} failed after {attempts} attempt(s): {code} (HTTP {status})"
-            ) from error
-        except ValueError as error:  # botocore's word for an endpoint that is not a URL
-            raise UserError(f"{where}: {error}") from None
-        except BotoCoreError as error:
-            raise WorkError(f"{where}: {action} failed: {error}") from error
+            except ClientError as error:
+                code = str(error.response.get("Error", {}).get("Code", "?"))
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
+                if code == "NoSuchBucket":
+                    raise WorkError(f"{where}: there is no bucket {self.bucket}") from None
+                if code in ("NoSuchKey", "404"):
+                    raise MissingObject(f"{where}: no such object") from None
+                if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
+                    raise PreconditionFailed(
+                        f"{where}: exists already or was changed by another writer"
+                    ) from None
+                problem, cause = f"{code} (HTTP {status})", error
+                heals = status >= 500 or status == 429 or code in _HEALING_CODES
+                if not heals or status == 501:  # 501: this server will never do it
+                    raise WorkError(
+                        f"{where}: {action} failed after {attempt} attempt(s): {problem}"
+                    ) from error
+            except healing as error:
+                problem, cause = f"{type(error).__name__}: {error}", error
+            except BotoCoreError as error:
+                raise WorkError(f"{where}: {action} failed: {error}") from error
+            if attempt == self.patience.attempts:
+                raise WorkError(f"{where}: {action} failed after {attempt} attempts: {problem}") from cause
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, self.patience.longest_pause_seconds)
+            attempt += 1
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        span = (
-            {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-        )
-        with self._errors("get", key):
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._name(key), **span)
-            data = answer["Body"].read()
-        return bytes(data)
+        whole = start == 0 and end is None
+        span = {} if whole else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+
+        def get(attempt: int) -> bytes:
+            from botocore.exceptions import IncompleteReadError
+
+            answer = self._client.get_object(
+                Bucket=self.bucket, Key=self._name(key), ChecksumMode="ENABLED", **span
+            )
+            data = bytes(answer["Body"].read())
+            expected = answer["ContentLength"]
+            if len(data) != expected:
+                raise IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
+            return data
+
+        if end is not None and end <= start:
+            return b""
+        return self._try("get", key, get)
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
-        checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
-        with self._errors("put", key):
-            self._client.put_object(
-                Bucket=self.bucket, Key=self._name(key), Body=data, ChecksumSHA256=checksum, **condition
+        if len(data) > MULTIPART_ABOVE:
+            self._write_parts(key, data, condition)
+            return
+
+        def put(attempt: int) -> None:
+            try:
+                self._client.put_object(
+                    Bucket=self.bucket,
+                    Key=self._name(key),
+                    Body=data,
+                    ChecksumSHA256=_sha256(data),
+                    **condition,
+                )
+            except self._client.exceptions.ClientError as error:
+                # an earlier attempt may have succeeded and its answer been lost: then what is there is ours
+                refused = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
+                if not (attempt > 1 and refused and self._holds(key, data)):
+                    raise
+
+        self._try("put", key, put)
+
+    def _write_parts(self, key: str, data: bytes, condition: dict[str, str]) -> None:
+        client, target = self._client, {"Bucket": self.bucket, "Key": self._name(key)}
+        upload: str = self._try(
+            "put",
+            key,
+            lambda attempt: client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")["UploadId"],
+        )
+        target["UploadId"] = upload
+
+        def send(number: int) -> dict[str, Any]:
+            part = data[(number - 1) * PART_BYTES : number * PART_BYTES]
+            checksum = _sha256(part)
+            answer = self._try(
+                "put of a part",
+                key,
+                lambda attempt: client.upload_part(
+                    **target, PartNumber=number, Body=part, ChecksumSHA256=checksum
+                ),
             )
+            return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
+
+        def complete(attempt: int) -> None:
+            try:
+                client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, **condition)
+            except client.exceptions.ClientError:
+                if not (
+                    attempt > 1 and self._holds(key, data)
+                ):  # as in `write`: the answer may have been lost
+                    raise
+
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+                parts = list(threads.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
+            self._try("put", key, complete)
+        except BaseException:
+            with contextlib.suppress(WorkError):  # what failed is what must be told; `tidy` comes again
+                self._try("abort", key, lambda attempt: client.abort_multipart_upload(**target))
+            raise
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        found = self.stat(key)
+        return found is not None and found.size == len(data) and self.read(key) == data
 
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
         self.delete(
@@ -271,23 +433,52 @@ class S3Storage:
             self.write(prefix + key, data)
 
     def stat(self, key: str) -> Stat | None:
+        def head(attempt: int) -> Any:
+            return self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+
         try:
-            with self._errors("head", key):
-                answer = self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+            answer = self._try("head", key, head)
         except MissingObject:
             return None
         return Stat(key, answer["ContentLength"], answer["ETag"])
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        with self._errors("list", prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self._name(prefix)
+        token: dict[str, str] = {}
+        while True:
+            page = self._try(
+                "list",
+                prefix,
+                lambda attempt, token=token: self._client.list_objects_v2(  # type: ignore[misc]
+                    Bucket=self.bucket, Prefix=self._name(prefix), **token
+                ),
             )
-            for page in pages:
-                for item in page.get("Contents", []):
-                    key = item["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")
-                    yield Stat(key, item["Size"], item["ETag"])
+            for item in page.get("Contents", []):
+                key = item["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")
+                yield Stat(key, item["Size"], item["ETag"])
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:
-        with self._errors("delete", key):
-            self._client.delete_object(Bucket=self.bucket, Key=self._name(key))
+        self._try(
+            "delete",
+            key,
+            lambda attempt: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)),
+        )
+
+    def tidy(self, prefix: str) -> None:
+        def unfinished(attempt: int) -> Any:
+            return self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=self._name(prefix))
+
+        for upload in self._try("list uploads", prefix, unfinished).get("Uploads", []):
+            if datetime.now(UTC) - upload["Initiated"] > STALE:
+                target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                self._try(
+                    "abort",
+                    prefix,
+                    lambda attempt, target=target: self._client.abort_multipart_upload(**target),  # type: ignore[misc]
+                )
+
+
+def _sha256(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()

@@ -26,7 +26,7 @@ class Faulty:
         self.marked = sample_noise(0, [40], self.shape)
     def __call__(self, x, t, labels=None):
         fault = self.folder / "fault"
-        if float(t) == 1.0 and fault.exists() and any(torch.equal(one[None], self.marked) for one in x):
+        if float(torch.as_tensor(t).max()) == 1.0 and fault.exists() and any(torch.equal(one[None], self.marked) for one in x):
             with (self.folder / "attempts").open("a") as file:
                 file.write("x")
             exec(fault.read_text())

@@ -83,6 +83,8 @@ def generate(config: Config, actors: int | None = None, ray_address: str | None 
     here = progress.environment or (made_by[0] if made_by else environment())
     commit_manifest(storage, plan.folder, Manifest(plan.spec, shards, here))
     storage.delete(plan.folder + PROGRESS)
+    with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
+        storage.tidy(plan.folder)
     console.say(f"done: {address}")
     return address
 
