@@ -179,6 +179,21 @@ class Trajectories(Strict):
         return self
 
 
+class Reader(Strict):
+    """How training reads trajectories."""
+
+    shuffle: Literal["window", "none"] = Field(
+        "window",
+        description="window: shards, and samples within windows of them; none: in the order of making",
+    )
+    window_shards: PositiveInt = Field(8, description="shards that samples are shuffled among")
+    prefetch_batches: PositiveInt = Field(2, description="batches read ahead in the background")
+    cache_dir: FolderPath | None = Field(
+        None, description="local folder that keeps shards of S3; processes share it"
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size that the cache may have, GB")
+
+
 class StudentConfig(Strict):
     modes: PositiveInt = Field(
         2, description="Fourier modes kept by the temporal convolutions, at most M//2+1"
@@ -274,6 +289,7 @@ class Config(Strict):
     teacher: TeacherConfig = TeacherConfig()
     teacher_training: TeacherTraining = TeacherTraining()
     trajectories: Trajectories
+    reader: Reader = Reader()
     student: StudentConfig = StudentConfig()
     training: Training
     evaluation: Evaluation

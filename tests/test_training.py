@@ -71,7 +71,7 @@ def plain_loop(tiny_data: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     weight = loss_weights(config.training.time_weighting, student.times).float()
     history = []
     batches = read_batches(
-        storage, folder, manifest, seed=0, first_batch=0, batch_size=16, rank=0, world_size=1
+        storage, folder, manifest, seed=0, first_sample=0, batch_size=16, rank=0, world_size=1
     )
     for step, (batch,) in zip(range(4), batches, strict=False):
         rate = learning_rate(step, 4, config.training.lr, config.training.warmup, "cosine")

@@ -170,7 +170,7 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
         "copy/",
         open_trajectories(storage, "copy/", 96),
         seed=config.seed,
-        first_batch=0,
+        first_sample=0,
         batch_size=96,
         rank=0,
         world_size=1,
@@ -203,7 +203,7 @@ def test_reader_gives_every_sample_once_in_one_order_for_any_world_size(tiny_dat
                 folder,
                 manifest,
                 seed=3,
-                first_batch=first,
+                first_sample=32 * first,
                 batch_size=32,
                 rank=rank,
                 world_size=world_size,
@@ -233,7 +233,7 @@ def test_reader_pairs_noise_states_and_labels(tiny_data: Path) -> None:
     storage, folder = open_storage(str(tiny_data)), f"trajectories/{data_set(tiny_data).name}/"
     manifest = open_trajectories(storage, folder, 96)
     (batch,) = next(
-        read_batches(storage, folder, manifest, seed=0, first_batch=1, batch_size=16, rank=0, world_size=1)
+        read_batches(storage, folder, manifest, seed=0, first_sample=16, batch_size=16, rank=0, world_size=1)
     )
     assert torch.equal(batch.noise, sample_noise(0, map(int, batch.indices), (1, 8, 8)))
     assert batch.labels is not None

@@ -115,6 +115,7 @@ def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
         "num_samples": config.trajectories.num_samples,
         "seed": config.seed,
         "batch_size": config.training.batch_size,
+        "order": [config.reader.shuffle, config.reader.window_shards],
         "loss": config.training.loss,
         "time_weighting": config.training.time_weighting,
     }

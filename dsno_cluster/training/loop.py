@@ -60,11 +60,12 @@ def train(config: Config) -> str:
         folder,
         manifest,
         seed=config.seed,
-        first_batch=start,
+        first_sample=start * settings.batch_size,
         batch_size=settings.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
         accumulation=settings.accumulation,
+        settings=config.reader,
     )
 
     if main:

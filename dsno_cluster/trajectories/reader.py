@@ -1,27 +1,41 @@
-"""Reading shards for training: shuffled, every sample once an epoch, the same order for any world size.
+"""Reading shards for training: each sample once per epoch, in an order that depends on (seed, epoch) alone.
 
-The order of an epoch is a function of (seed, epoch): shards are permuted, and samples within windows of a few
-shards, so that few shards are in memory at a time. Global batch b is the same samples on 1 rank or on 8.
+Where a run is, is one number: how many samples it has read. Global batches are runs of samples along the epochs'
+orders, so batch b is the same samples on 1 rank or on 8, and a run saved on 8 ranks goes on with 4.
+
+Every shard is checked against the manifest's sha256 before a sample of it is used: once in a process, for a file
+in a folder or in the cache, which is then mapped into memory; at each download otherwise. Only where some of
+the time points are wanted (`points`) and there is no cache are just their bytes read, and those cannot be checked
+against a hash of the whole: S3's own checks of the transfer are then all there is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
-from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import json
+import os
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_cluster.config import Reader
 from dsno_cluster.diffusion.noise import noise_checksum, sample_noise
-from dsno_cluster.errors import UserError
-from dsno_cluster.storage import Storage
-from dsno_cluster.trajectories.shards import Manifest, Shard, read_manifest, read_shard
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.storage import FolderStorage, Storage
+from dsno_cluster.trajectories.shards import Manifest, Shard, problem_of, read_manifest, read_shard_bytes
 
-WINDOW_SHARDS = 8
+Arrays = dict[str, np.ndarray]
+
+_DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,15 @@ def open_trajectories(storage: Storage, folder: str, num_samples: int) -> Manife
     return Manifest(spec, shards, manifest.environment)
 
 
-def epoch_order(manifest: Manifest, seed: int, epoch: int, window: int = WINDOW_SHARDS) -> np.ndarray:
-    """The samples of an epoch in reading order, (num_samples,) int64: each exactly once."""
+def epoch_order(
+    manifest: Manifest, seed: int, epoch: int, window: int = Reader().window_shards, shuffle: str = "window"
+) -> np.ndarray:
+    """The samples of an epoch in reading order, (num_samples,) int64: each exactly once.
+
+    window: shards in random order, then samples in random order within each `window` of them; none: as made.
+    """
+    if shuffle == "none":
+        return np.arange(manifest.num_samples)
     random = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
     shards = [manifest.shards[i] for i in random.permutation(len(manifest.shards))]
     windows = [shards[i : i + window] for i in range(0, len(shards), window)]
@@ -76,67 +97,201 @@ def read_batches(
     manifest: Manifest,
     *,
     seed: int,
-    first_batch: int,
+    first_sample: int,
     batch_size: int,
     rank: int,
     world_size: int,
     accumulation: int = 1,
+    settings: Reader = Reader(),  # noqa: B008 (frozen)
+    points: Sequence[int] | None = None,
 ) -> Iterator[list[Batch]]:
-    """This rank's part of global batch `first_batch`, and of every one after it, without end.
+    """This rank's part of the global batch that starts with sample `first_sample`, and of every one after it.
 
     A list has `accumulation` micro-batches. Global batches are runs of `batch_size` samples along the epochs'
-    orders, one epoch after the other, so (batch, batch_size) says where a run is, whatever its world size. The
-    next batch is read while the present one is used.
+    orders, one epoch after the other, without end; `first_sample` counts samples read so far, over all epochs and
+    ranks. `points` are the time points wanted, as positions in the spec's times (default: all). The next
+    batches are read in the background; what fails there is raised here, at its batch.
     """
     micro = batch_size // (world_size * accumulation)
-    shards = _ShardCache(storage, folder, manifest)
+    shards = ShardReader(storage, folder, manifest, settings, points)
 
     @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
     def order(epoch: int) -> np.ndarray:
-        return epoch_order(manifest, seed, epoch)
+        return epoch_order(manifest, seed, epoch, settings.window_shards, settings.shuffle)
 
-    def load(number: int) -> list[Batch]:
-        epochs, within = np.divmod(np.arange(batch_size) + number * batch_size, manifest.num_samples)
-        flat = np.array([order(int(e))[i] for e, i in zip(epochs, within, strict=True)])
+    def load(first: int) -> list[Batch]:
+        epochs, within = np.divmod(np.arange(batch_size) + first, manifest.num_samples)
+        flat = np.empty(batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            flat[epochs == epoch] = order(int(epoch))[within[epochs == epoch]]
         indices = flat.reshape(accumulation, world_size, micro)[:, rank]
         return [shards.batch(part) for part in indices]
 
     with ThreadPoolExecutor(1) as ahead:
-        number = first_batch
-        pending = ahead.submit(load, number)
-        while True:
-            ready = pending.result()
-            number += 1
-            pending = ahead.submit(load, number)
-            yield ready
+        pending: deque[Future[list[Batch]]] = deque()
+        try:
+            while True:
+                while len(pending) <= settings.prefetch_batches:
+                    pending.append(ahead.submit(load, first_sample))
+                    first_sample += batch_size
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-class _ShardCache:
-    """The shards of the present window and of the one before it, decoded and checked, in memory."""
+class ShardReader:
+    """Samples by index, from the shards that were used last, which are kept open."""
 
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
-        self.storage, self.folder, self.manifest = storage, folder, manifest
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        manifest: Manifest,
+        settings: Reader,
+        points: Sequence[int] | None = None,
+    ) -> None:
+        self.storage, self.folder, self.manifest, self.settings = storage, folder, manifest, settings
+        self.points = None if points is None else list(points)
         self.per_shard = manifest.shards[0].stop - manifest.shards[0].start
-        self.loaded: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self.opened: OrderedDict[int, Arrays] = OrderedDict()
+        self.checked: set[int] = set()
 
     def batch(self, indices: np.ndarray) -> Batch:
         spec = self.manifest.spec
-        states: list[Tensor] = []
-        labels: list[Tensor] = []
-        for index in indices:
-            shard, row = divmod(int(index), self.per_shard)
-            tensors = self._shard(shard)
-            states.append(tensors["states"][:, row])
-            if "labels" in tensors:
-                labels.append(tensors["labels"][row])
+        states, labels = self.samples(indices)
         noise = sample_noise(spec["seed"], map(int, indices), tuple(spec["shape"]))
-        return Batch(indices, noise, torch.stack(states).float(), torch.stack(labels) if labels else None)
+        return Batch(indices, noise, states.float(), labels)
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self.loaded:
-            shard: Shard = self.manifest.shards[number]
-            self.loaded[number] = read_shard(self.storage, self.folder, shard)
-            while len(self.loaded) > 2 * WINDOW_SHARDS:
-                self.loaded.popitem(last=False)
-        self.loaded.move_to_end(number)
-        return self.loaded[number]
+    def samples(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """States (N, M, C, H, W) in the dtype that is stored, and labels (N,) where there are classes."""
+        numbers, rows = np.divmod(indices, self.per_shard)
+        states: np.ndarray | None = None
+        labels: np.ndarray | None = None
+        for number in np.unique(numbers):
+            arrays = self._shard(int(number))
+            where = np.flatnonzero(numbers == number)
+            part_MNCHW = arrays["states"].take(rows[where], axis=1)
+            if states is None:
+                shape = (len(indices), part_MNCHW.shape[0], *part_MNCHW.shape[2:])
+                states = np.empty(shape, part_MNCHW.dtype)
+                labels = np.empty(len(indices), np.int64) if "labels" in arrays else None
+            states[where] = part_MNCHW.swapaxes(0, 1)
+            if labels is not None:
+                labels[where] = arrays["labels"][rows[where]]
+        assert states is not None
+        return torch.from_numpy(states), None if labels is None else torch.from_numpy(labels)
+
+    def _shard(self, number: int) -> Arrays:
+        if number not in self.opened:
+            self.opened[number] = self._open(number)
+            while len(self.opened) > 2 * self.settings.window_shards:
+                self.opened.popitem(last=False)
+        self.opened.move_to_end(number)
+        return self.opened[number]
+
+    def _open(self, number: int) -> Arrays:
+        shard, trusted = self.manifest.shards[number], number in self.checked
+        if isinstance(self.storage, FolderStorage):
+            data = _mapped_file(self.storage, self.folder, shard, trusted)
+        elif self.settings.cache_dir is not None:
+            data = cached_shard(self.settings, self.storage, self.folder, shard, trusted)
+        elif self.points is not None:
+            return read_points(self.storage, self.folder, shard, self.points)
+        else:
+            data = np.frombuffer(read_shard_bytes(self.storage, self.folder, shard), np.uint8)
+        self.checked.add(number)
+        arrays = parse_shard(data)
+        return arrays if self.points is None else arrays | {"states": arrays["states"][self.points]}
+
+
+def parse_shard(data: np.ndarray) -> Arrays:
+    """The tensors of a safetensors file, (bytes,) uint8, which they share."""
+    (length,) = struct.unpack("<Q", data[:8].tobytes())
+    header = json.loads(data[8 : 8 + length].tobytes())
+    arrays = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            arrays[name] = data[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+def _mapped_file(storage: FolderStorage, folder: str, shard: Shard, trusted: bool) -> np.ndarray:
+    if not trusted:
+        read_shard_bytes(storage, folder, shard)
+    path = storage.root / folder / shard.key
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{path}: cannot be read: {error}") from error
+
+
+def read_points(storage: Storage, folder: str, shard: Shard, points: Sequence[int]) -> Arrays:
+    """`states` of a shard at some time points only, (len(points), N, C, H, W), and its labels: just their bytes."""
+    (length,) = struct.unpack("<Q", storage.read(folder + shard.key, 0, 8))
+    header = json.loads(storage.read(folder + shard.key, 8, 8 + length))
+
+    def read(name: str, start: int, size: int, shape: Sequence[int]) -> np.ndarray:
+        begin = 8 + length + header[name]["data_offsets"][0] + start
+        raw = storage.read(folder + shard.key, begin, begin + size)
+        if len(raw) != size:
+            raise WorkError(
+                f"{storage.url}/{folder}{shard.key}: ends before its {name}; `dsno-cluster verify` names every bad shard"
+            )
+        return np.frombuffer(raw, _DTYPES[header[name]["dtype"]]).reshape(shape)
+
+    shape, (first, last) = header["states"]["shape"], header["states"]["data_offsets"]
+    block = (last - first) // shape[0]
+    arrays = {"states": np.stack([read("states", point * block, block, shape[1:]) for point in points])}
+    if "labels" in header:
+        first, last = header["labels"]["data_offsets"]
+        arrays["labels"] = read("labels", 0, last - first, header["labels"]["shape"])
+    return arrays
+
+
+def cached_shard(
+    settings: Reader, storage: Storage, folder: str, shard: Shard, trusted: bool = False
+) -> np.ndarray:
+    """The file of a shard, mapped from the cache, (bytes,) uint8; downloaded where it is missing or wrong.
+
+    Files are named by their sha256, so all data sets share a cache, and checked unless `trusted`. Processes that
+    want the same shard wait for the one that downloads it. When the cache outgrows `cache_gb`, the files used
+    longest ago go; who has one mapped keeps its content. A crash leaves whole files and, at worst, hidden
+    temporaries, which are swept when a day old.
+    """
+    assert settings.cache_dir is not None
+    cache = FolderStorage(Path(settings.cache_dir))
+    name = f"{shard.sha256}.safetensors"
+    path = cache.root / name
+    try:
+        cache.root.mkdir(parents=True, exist_ok=True)
+        with (cache.root / f".{shard.sha256[:2]}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError, ValueError):  # not there, cut short, or evicted this moment
+                data = np.memmap(path, np.uint8, "r")
+                if trusted or problem_of(memoryview(data), shard) is None:  # type: ignore[arg-type]
+                    os.utime(path)
+                    return data
+            cache.write(name, read_shard_bytes(storage, folder, shard))
+            data = np.memmap(path, np.uint8, "r")
+        _evict(cache, settings.cache_gb * 1e9, keep=name)
+    except OSError as error:
+        raise WorkError(f"reader.cache_dir: {path}: {error.strerror}") from error
+    return data
+
+
+def _evict(cache: FolderStorage, limit: float, keep: str) -> None:
+    """Delete the files used longest ago until `limit` bytes are left."""
+    cache.tidy("")
+    with (cache.root / ".evict.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = []
+        for path in cache.root.glob("*.safetensors"):
+            found = path.stat()
+            files.append((found.st_mtime_ns, found.st_size, path.name))
+        total = sum(size for _, size, _ in files)
+        for _, size, name in sorted(files):
+            if total > limit and name != keep:
+                cache.delete(name)
+                total -= size

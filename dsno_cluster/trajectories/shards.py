@@ -89,13 +89,18 @@ def write_shard(storage: Storage, folder: str, index: int, start: int, tensors: 
 
 def read_shard(storage: Storage, folder: str, shard: Shard) -> dict[str, Tensor]:
     """The tensors of a shard, its bytes checked against the manifest. Raises WorkError naming the shard."""
-    data = storage.read(folder + shard.key)
-    problem = _problem(data, shard)
-    if problem:
-        raise WorkError(
-            f"{storage.url}/{folder}{shard.key}: {problem}; delete it and run gen-trajectories again"
-        )
-    return decode_shard(data)
+    return decode_shard(read_shard_bytes(storage, folder, shard))
+
+
+def read_shard_bytes(storage: Storage, folder: str, shard: Shard) -> bytes:
+    """The file of a shard as the manifest has it; wrong bytes are fetched once more. WorkError names the shard."""
+    problem = None
+    for _ in range(2):
+        data = storage.read(folder + shard.key)
+        problem = problem_of(data, shard)
+        if problem is None:
+            return data
+    raise WorkError(f"{storage.url}/{folder}{shard.key}: {problem}; delete it and run gen-trajectories again")
 
 
 def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
@@ -191,7 +196,7 @@ def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterat
 
     def check(shard: Shard) -> tuple[Shard, str | None]:
         try:
-            return shard, _problem(storage.read(folder + shard.key), shard)
+            return shard, problem_of(storage.read(folder + shard.key), shard)
         except MissingObject:
             return shard, "is missing"
         except WorkError as error:
@@ -213,7 +218,8 @@ def manifest_problems(manifest: Manifest) -> list[str]:
     return problems if manifest.shards else ["the manifest names no shard"]
 
 
-def _problem(data: bytes, shard: Shard) -> str | None:
+def problem_of(data: bytes, shard: Shard) -> str | None:
+    """What is wrong with a shard's bytes, or None."""
     if len(data) != shard.size:
         return f"has {len(data)} bytes, the manifest says {shard.size}"
     if hashlib.sha256(data).hexdigest() != shard.sha256:
