@@ -250,6 +250,12 @@ def _inspecting(parser: argparse.ArgumentParser) -> None:
     _endpoint(parser)
 
 
+def _importing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="YAML", help="the published model's config")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model folder to write")
+    _endpoint(parser)
+
+
 def _endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint")
 
@@ -470,6 +476,19 @@ def _inspect(arguments: Arguments) -> None:
         print(f"picture: {options.out}")
 
 
+def _import_weights(arguments: Arguments) -> None:
+    if len(arguments.words) != 1 or arguments.overrides:
+        raise UserError("name one SRC: a published checkpoint")
+    from dsno_cluster import console
+    from dsno_cluster.models.importers import import_teacher
+
+    options = arguments.options
+    import_teacher(
+        arguments.words[0], options.config, options.out, options.endpoint_url, arguments.command_line
+    )
+    console.say(f"written: {options.out}; use it with teacher.path={options.out}")
+
+
 def _demo(arguments: Arguments) -> None:
     from dsno_cluster.demo import describe_demo, run_demo
     from dsno_cluster.trajectories.plan import make_plan
@@ -532,6 +551,13 @@ COMMANDS = {
         "FOLDER_OR_URL",
         "dsno-cluster inspect runs/trajectories/0123456789abcdef --out trajectories.png",
         [_inspecting],
+    ),
+    "import-weights": Command(
+        _import_weights,
+        "a published progressive-distillation teacher as a model folder of ours",
+        "SRC",
+        "dsno-cluster import-weights imagenet64-16/checkpoint --config imagenet64.yaml --out teachers/imagenet64-16",
+        [_importing],
     ),
     "train-teacher": Command(
         _train_teacher,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import statistics
 import sys
 import time
@@ -130,6 +131,7 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
 
 @contextlib.contextmanager
 def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCluster]:
+    _check_listening(address)
     ray = import_ray()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
@@ -145,6 +147,17 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
         yield cluster
     finally:
         ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Raises WorkError at once where nothing listens at host:port, which Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise WorkError(f"Ray cluster {address}: nothing answers there ({error})") from error
 
 
 @dataclass(eq=False)

@@ -1,0 +1,143 @@
+"""plan and inspect: what trajectories will cost, and what they hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import DATA, TINY, dsno
+
+GAUSSIAN = [
+    *("network.num_classes=0", "network.null_class=false", "teacher.path=closed-form:gaussian"),
+    "teacher.options={mean: 0.3, std: 0.4, shape: [1, 8, 8]}",
+]
+
+
+def test_the_arithmetic_of_the_paper_needs_no_teacher_and_no_torch() -> None:
+    code = (
+        "import sys; from dsno_cluster.cli import main; main(sys.argv[1:]); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'boto3', 'diffusers')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, "plan", "configs/imagenet64.yaml", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    plan = json.loads(run.stdout)
+    assert plan["num_samples"] == 2_300_000 and plan["num_shards"] == 2300
+    assert plan["evaluations_per_sample"] == 16 and plan["evaluations"] == 36_800_000
+    assert plan["bytes"] == 2_300_000 * (4 * 3 * 64 * 64 * 2 + 8)
+    assert plan["measured"] is None and plan["relative_error"] is None
+
+
+def test_the_plan_is_what_is_made(tiny_data: Path) -> None:
+    planned = json.loads(dsno("plan", *TINY, "--json").stdout)
+    folder = next((tiny_data / "trajectories").iterdir())
+    sizes = [path.stat().st_size for path in folder.glob("shard-*")]
+    assert planned["num_shards"] == len(sizes)
+    assert sum(sizes) == pytest.approx(planned["bytes"], abs=400 * len(sizes))  # a file has a header
+
+
+def test_the_cheapest_solver_within_a_tolerance_is_named_and_works(tmp_path: Path) -> None:
+    found = dsno("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--nodes", "3")
+    assert found.returncode == 0, found.stderr
+    assert "off by" in found.stderr and "device-hours" in found.stdout
+    use = next(line for line in found.stdout.splitlines() if line.startswith("use")).split()[1:]
+    root = [f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
+    made = dsno("gen-trajectories", *TINY, *GAUSSIAN, *use, "trajectories.dtype=float32", *root)
+    assert made.returncode == 0, made.stderr
+
+    import torch
+
+    from dsno_cluster.diffusion.noise import sample_noise
+    from dsno_cluster.diffusion.teachers import gaussian_trajectory
+
+    folder = next((tmp_path / "trajectories").iterdir())
+    states = torch.from_numpy(safetensors.numpy.load_file(folder / "shard-000001.safetensors")["states"])
+    noise = sample_noise(0, range(16, 32), (1, 8, 8))
+    for number, t in enumerate((0.5625, 0.25, 0.0625, 0.0)):
+        exact = gaussian_trajectory(noise, t, 0.3, 0.4)
+        assert float((states[number] - exact).norm() / exact.norm()) < 1.2e-3
+
+
+def test_measuring_says_seconds_and_errors() -> None:
+    measured = json.loads(dsno("plan", *TINY, *GAUSSIAN, "--measure", "--nodes", "2", "--json").stdout)
+    cost = measured["measured"]
+    assert cost["seconds_per_evaluation"] > 0 and cost["devices"] >= 2
+    assert cost["device_hours"] == pytest.approx(
+        cost["seconds_per_evaluation"] * measured["evaluations"] / 3600
+    )
+    assert cost["wall_hours"] == pytest.approx(cost["device_hours"] / cost["devices"])
+    errors = measured["relative_error"]
+    assert list(errors) == ["0.5625", "0.25", "0.0625", "0.0"] and all(0 < e < 0.5 for e in errors.values())
+
+
+def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
+    published = DATA / "published" / "teacher_flax_x"
+    config = tmp_path / "distilled.yaml"
+    out = tmp_path / "teacher"
+    imported = dsno(
+        "import-weights", str(published / "teacher"), "--config", str(published / "config.yaml"), "--out", str(out)
+    )  # fmt: skip
+    assert imported.returncode == 0, imported.stderr
+    model = json.loads((out / "meta.json").read_text())["model"]
+    steps = model["num_steps"]
+    experiment = {
+        "network": model["network"],
+        "teacher": {"path": str(out)},
+        "trajectories": {
+            "num_samples": 4,
+            "samples_per_shard": 2,
+            "batch_size": 2,
+            "solver": "ddim",
+            "steps": steps,
+            "times": [0.5, 0.0],
+        },
+        "student": {"modes": 1},
+        "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+        "evaluation": {"num_samples": 2, "reference": "none.npz"},
+    }
+    config.write_text(json.dumps(experiment))
+    root = [f"storage.root={tmp_path / 'root'}", "--launcher", "local", "--actors", "1"]
+    made = dsno("gen-trajectories", str(config), *root)
+    assert made.returncode == 0, made.stderr
+    spec = json.loads(next(tmp_path.glob("root/trajectories/*/manifest.json")).read_text())["spec"]
+    assert spec["grid"] == [(steps - i) / steps for i in range(steps + 1)]
+    wrong = dsno("gen-trajectories", str(config), f"trajectories.steps={steps * 2}", *root)
+    assert wrong.returncode == 2 and f"has {steps} steps of its own" in wrong.stderr, wrong.stderr
+    off = dsno("gen-trajectories", str(config), "trajectories.times=[0.51, 0.0]", *root)
+    assert off.returncode == 2 and "0.51 is not on the grid" in off.stderr, off.stderr
+    asked = dsno("plan", str(config), "--tolerance", "1e-3")
+    assert asked.returncode == 2 and "steps of its own" in asked.stderr, asked.stderr
+
+
+def test_inspect_tells_what_is_there(tiny_data: Path, tmp_path: Path) -> None:
+    folder = next((tiny_data / "trajectories").iterdir())
+    picture = tmp_path / "trajectories.png"
+    found = dsno("inspect", str(folder), "--json", "--shards", "99", "--out", str(picture))
+    assert found.returncode == 0, found.stderr
+    told = json.loads(found.stdout)
+    files = [safetensors.numpy.load_file(path) for path in sorted(folder.glob("shard-*"))]
+    states = np.concatenate([file["states"] for file in files], axis=1).astype(np.float64)
+    assert told["samples_read"] == told["samples"] == 96 and told["shards"] == 6
+    for line, values in zip(told["by_time"], states, strict=True):
+        assert line["mean"] == pytest.approx(values.mean()) and line["std"] == pytest.approx(values.std())
+        assert (line["min"], line["max"]) == (values.min(), values.max())
+    labels = np.concatenate([file["labels"] for file in files])
+    assert told["classes"] == np.bincount(labels, minlength=10).tolist()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    people = dsno("inspect", str(folder / "manifest.json"))
+    assert people.returncode == 0 and "96 trajectories of 1x8x8" in people.stdout
+    assert dsno("inspect", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.parametrize("words", [["--tolerance", "2"], ["--tolerance", "small"], ["--probes", "0"]])
+def test_wrong_options_of_plan_are_one_line(words: list[str]) -> None:
+    refused = dsno("plan", *words)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
