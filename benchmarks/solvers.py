@@ -57,12 +57,12 @@ def main() -> None:
             states = solve(teacher, noise, TIMES, solver, steps, labels, grid=grid)
             evaluations = count_evaluations(solver, steps, times=TIMES, grid=grid)
             curves.setdefault(name, []).append((evaluations, relative_errors(states, exact)))
-    header = ["evaluations", *(f"{name}: end / worst point" for name in METHODS)]
+    header = ["NFE", *METHODS]
     rows = [
-        [str(wanted), *(f"{curves[n][i][1][-1]:.1e} / {max(curves[n][i][1]):.1e}" for n in METHODS)]
+        [str(wanted), *(f"{curves[n][i][1][-1]:.1e}/{max(curves[n][i][1]):.1e}" for n in METHODS)]
         for i, wanted in enumerate(EVALUATIONS)
     ]
-    console.table(f"relative error, {options.samples} samples", header, rows)
+    console.table(f"relative error at the end / at the worst point, {options.samples} samples", header, rows)
     print(f"512-step DDIM: {words(target)} at t = {', '.join(map(str, TIMES))}")
     for name, points in curves.items():
         end = needed(points, lambda errors: errors[-1] <= target[-1])
