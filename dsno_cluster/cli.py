@@ -480,13 +480,14 @@ def _import_weights(arguments: Arguments) -> None:
     if len(arguments.words) != 1 or arguments.overrides:
         raise UserError("name one SRC: a published checkpoint")
     from dsno_cluster import console
-    from dsno_cluster.models.importers import import_teacher
+    from dsno_cluster.models.importers import import_weights
 
     options = arguments.options
-    import_teacher(
+    kind = import_weights(
         arguments.words[0], options.config, options.out, options.endpoint_url, arguments.command_line
     )
-    console.say(f"written: {options.out}; use it with teacher.path={options.out}")
+    use = f"teacher.path={options.out}" if kind == "teacher" else f"dsno-cluster sample {options.out}"
+    console.say(f"{kind} written: {options.out}; use it with {use}")
 
 
 def _demo(arguments: Arguments) -> None:
@@ -554,7 +555,7 @@ COMMANDS = {
     ),
     "import-weights": Command(
         _import_weights,
-        "a published progressive-distillation teacher as a model folder of ours",
+        "a published DSNO student or progressive-distillation teacher as a model folder of ours",
         "SRC",
         "dsno-cluster import-weights imagenet64-16/checkpoint --config imagenet64.yaml --out teachers/imagenet64-16",
         [_importing],

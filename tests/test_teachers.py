@@ -32,7 +32,7 @@ from dsno_cluster.diffusion.teachers import (
     warm_start_weights,
 )
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers import import_teacher
+from dsno_cluster.models.importers import import_weights
 from dsno_cluster.models.unet import UNet
 
 PUBLISHED = DATA / "published"
@@ -72,7 +72,7 @@ def test_outputs_of_published_teachers(name: str, door: str, tmp_path: Path) -> 
     elif door == "folder":
         teacher = load_teacher(str(folder))
     else:
-        import_teacher(str(folder / "teacher"), str(folder / "config.yaml"), str(tmp_path / "a" / "b"))
+        import_weights(str(folder / "teacher"), str(folder / "config.yaml"), str(tmp_path / "a" / "b"))
         teacher = load_teacher(str(tmp_path / "a" / "b"))
     found = torch.stack([teacher(expected["x"], t, expected["labels"]) for t in expected["times"]], dim=1)
     assert relative(found, expected["output"]) < 1e-5

@@ -1,24 +1,27 @@
-"""Published checkpoints -> ours: progressive-distillation teachers (flax msgpack), and the published names.
+"""Published checkpoints -> ours: DSNO students (torch zip) and progressive-distillation teachers (flax msgpack).
 
 A published network is a U-Net of `unet.py` under other names. `published_parts` lists its parts in their order,
 with our name and flax's; the published torch networks number the same list. No code of a file is executed:
-msgpack holds data only, and its reader has limits.
+msgpack holds data only and its reader has limits; a torch zip is read by torch's restricted unpickler, with
+`argparse.Namespace` (the published training arguments) as the only class allowed besides its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, parse_yaml, validate
 from dsno_cluster.errors import UserError
+from dsno_cluster.models.flax_file import read_flax
 from dsno_cluster.storage import open_storage
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from dsno_cluster.models.unet import UNet
@@ -40,13 +43,9 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "logsnr_max": (20,),
 }
 
-_MAX_KEYS = 100_000  # of one msgpack map; the published ImageNet-64 network has 89 modules
-_ARRAY, _BFLOAT16 = 1, "bfloat16"  # flax's msgpack extension type of an array, and the dtype numpy lacks
-_FLOATS = ("float16", "float32", "float64")
-
 
 @dataclass(frozen=True)
-class PublishedTeacher:
+class PublishedModel:
     """`model` is what our `meta.json` says under `model`; weights carry our names, float32."""
 
     model: dict[str, Any]
@@ -56,32 +55,36 @@ class PublishedTeacher:
 # ---- doors -------------------------------------------------------------------------------------------------
 
 
-def import_teacher(
+def import_weights(
     src: str, published_yaml: str, out_dir: str, endpoint_url: str | None = None, command: str = ""
 ) -> str:
-    """Write the published teacher at `src` as a model folder `out_dir`; returns the sha256 of its weights.
+    """Write the published student or teacher at `src`, told apart by its first bytes, as the model folder `out_dir`.
 
-    `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Raises UserError for a file of another
-    kind, a switch that is not implemented, and tensors that are missing, surplus or misshapen, by name.
+    `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Returns what it was, "student" or "teacher".
+    Raises UserError for a file of another kind, a switch that is not implemented, and tensors that are missing,
+    surplus or misshapen, by name.
     """
     import yaml
 
     from dsno_cluster.models.weights import split_path, write_model
 
     data, text = read_object(src, endpoint_url), read_object(published_yaml, endpoint_url)
-    teacher = read_published_teacher(data, src, text, published_yaml)
+    student = recognise(data[:4]) == "torch"
+    read = read_published_student if student else read_published_teacher
+    published = read(data, src, text, published_yaml)
     meta = {
-        "model": teacher.model,
-        "made_by": command or "dsno_cluster.models.importers.import_teacher",
+        "model": published.model,
+        "made_by": command or "dsno_cluster.models.importers.import_weights",
         "imported": {
             "file": src.rstrip("/").rpartition("/")[2],
             "sha256": hashlib.sha256(data).hexdigest(),
             "config": parse_yaml(text.decode(), published_yaml),
         },
     }
-    config = yaml.safe_dump({"network": teacher.model["network"]}, sort_keys=False)
+    config = yaml.safe_dump({"network": published.model["network"]}, sort_keys=False)
     parent, name = split_path(out_dir)
-    return write_model(open_storage(parent, endpoint_url), f"{name}/", teacher.weights, config, meta)
+    write_model(open_storage(parent, endpoint_url), f"{name}/", published.weights, config, meta)
+    return "student" if student else "teacher"
 
 
 def read_object(path: str, endpoint_url: str | None) -> bytes:
@@ -106,13 +109,13 @@ def recognise(head: bytes) -> str:
     return "flax" if is_map else "unknown"
 
 
-def read_published_teacher(data: bytes, where: str, config: bytes, config_path: str) -> PublishedTeacher:
+def read_published_teacher(data: bytes, where: str, config: bytes, config_path: str) -> PublishedModel:
     """A progressive-distillation teacher (Salimans & Ho 2022), its `ema_params`, as a network of ours.
 
     What the tensors tell is inferred from them and must agree with the published YAML. An output layer of
     2C channels is parametrised as `both`, whatever the YAML's mean_type says.
 
-    Raises UserError as `import_teacher` does.
+    Raises UserError as `import_weights` does.
     """
     from dsno_cluster.diffusion.teachers import describe
     from dsno_cluster.models.unet import UNet
@@ -125,7 +128,7 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
         }
         raise UserError(f"{where}: {what[kind]}")
     settings = _published_settings(config, config_path)
-    params, steps = _read_flax(data, where)
+    params, steps = read_flax(data, where)
     network = _network(params, settings, where, config_path)
     prediction = _prediction(params, network, settings, where, config_path)
     import torch
@@ -137,7 +140,38 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
     steps = steps or settings["data"].get("num_steps")
     if steps is not None and (type(steps) is not int or steps < 1):
         raise UserError(f"{config_path}: data.num_steps {steps!r} is not a positive whole number")
-    return PublishedTeacher(model if steps is None else {**model, "num_steps": steps}, weights)
+    return PublishedModel(model if steps is None else {**model, "num_steps": steps}, weights)
+
+
+def read_published_student(data: bytes, where: str, config: bytes, config_path: str) -> PublishedModel:
+    """A published DSNO checkpoint (`solver-model_*.pt`), its `ema`, as a student of ours.
+
+    Sizes that the tensors tell must agree with the published YAML; heads, time points and the resolutions of
+    attention stand in the YAML alone.
+
+    Raises UserError as `import_weights` does.
+    """
+    import torch
+
+    from dsno_cluster.models.dsno import DSNO
+
+    settings = _published_settings(config, config_path)
+    theirs = _read_torch_zip(data, where)
+    times = _published_times(settings, config_path)
+    modes = (
+        _whole(settings, "model.num_modes", config_path) if settings["model"].get("time_conv", True) else 0
+    )
+    network = _student_network(theirs, settings, where, config_path)
+    if modes > len(times) // 2 + 1:
+        raise UserError(
+            f"{config_path}: model.num_modes {modes} is above {len(times) // 2 + 1} = M//2+1 for M={len(times)} time points"
+        )
+    with torch.device("meta"):
+        student = DSNO(network, modes, times)
+    weights = from_published_torch(theirs, student.backbone, f"{where} with {config_path}")
+    return PublishedModel(
+        student.describe(), {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    )
 
 
 def out_channels(prediction: str, channels: int) -> int:
@@ -265,6 +299,81 @@ def _prediction(
     return str(said)
 
 
+def _whole(settings: dict[str, Any], key: str, path: str, default: int | None = None) -> int:
+    """The whole number at `section.name` of the published YAML. Raises UserError where it is none."""
+    section, name = key.split(".")
+    value = settings[section].get(name, default)
+    if type(value) is not int or value < 0:
+        raise UserError(f"{path}: {key} {value!r} is not a whole number of 0 or more")
+    return value
+
+
+def _published_times(settings: dict[str, Any], path: str) -> tuple[float, ...]:
+    """The time points of a published student, descending: the last num_t of its t_idx, on its grid of t_dim.
+
+    Quadratic t = (i / (t_dim - 1))^2 over reversed t_idx, uniform t = 1 - i / (t_dim - 1) over t_idx, both
+    stretched to [epsilon, 1]. (The published index formula gives these for its own two configs only.)
+    """
+    data = settings["data"]
+    indices, points = data.get("t_idx"), _whole(settings, "model.num_t", path)
+    last = _whole(settings, "data.t_dim", path) - 1
+    if not isinstance(indices, list) or not all(type(i) is int and 0 <= i <= last for i in indices):
+        raise UserError(
+            f"{path}: data.t_idx {indices!r} is not a list of indices in 0..{last} (data.t_dim - 1)"
+        )
+    if not 1 <= points <= len(indices):
+        raise UserError(f"{path}: model.num_t {points} is not in 1..{len(indices)}, the length of data.t_idx")
+    spacing, epsilon = data.get("time_step"), data.get("epsilon", 0.0)
+    if spacing not in ("quad", "uniform"):
+        raise UserError(f"{path}: data.time_step {spacing!r} is not implemented here; quad and uniform are")
+    if not isinstance(epsilon, int | float) or not 0.0 <= epsilon < 1.0:
+        raise UserError(f"{path}: data.epsilon {epsilon!r} is not in [0, 1)")
+    if last < 1:
+        raise UserError(f"{path}: data.t_dim {last + 1} leaves no grid of times")
+    if spacing == "quad":
+        times = [(i / last) ** 2 for i in reversed(indices)]
+    else:
+        times = [1.0 - i / last for i in indices]
+    times = [epsilon + (1.0 - epsilon) * t for t in times[-points:]]
+    if any(a <= b for a, b in itertools.pairwise(times)):
+        raise UserError(f"{path}: data.t_idx {indices} does not ascend")
+    return tuple(times)
+
+
+def _student_network(theirs: dict[str, Tensor], settings: dict[str, Any], where: str, path: str) -> Network:
+    model, data = settings["model"], settings["data"]
+    classes = _whole(settings, "model.num_classes", path)
+    first = tuple(theirs["all_modules.0.weight"].shape) if "all_modules.0.weight" in theirs else ()
+    expected = (_whole(settings, "model.temb_dim", path), _whole(settings, "model.nf", path))
+    if first != expected:
+        raise UserError(
+            f"{where}: all_modules.0.weight has shape {first or 'none'}, {path} says (model.temb_dim, model.nf) {expected}"
+        )
+    size, levels = _whole(settings, "data.image_size", path), model.get("ch_mult")
+    if not isinstance(levels, list) or not isinstance(model.get("attn_resolutions"), list):
+        raise UserError(f"{path}: model.ch_mult and model.attn_resolutions must be lists")
+    if model.get("head_dim") is None and model.get("num_attn_heads") is None:
+        raise UserError(f"{path}: has neither model.head_dim nor model.num_attn_heads")
+    sizes = [size // 2**i for i in range(len(levels))]  # a size that no level has does nothing there
+    return validate(
+        Network,
+        {
+            "image_size": size,
+            "channels": data.get("num_channels", 3),
+            "num_classes": classes,
+            "width": expected[1],
+            "multipliers": levels,
+            "blocks_per_level": model.get("num_res_blocks"),
+            "attention_resolutions": [s for s in model["attn_resolutions"] if s in sizes],
+            "heads": model.get("num_attn_heads") or 1,
+            "head_dim": model.get("head_dim"),
+            "embedding_dim": expected[0],
+            "dropout": model.get("dropout", 0.0),
+        },
+        path,
+    )
+
+
 # ---- the names ---------------------------------------------------------------------------------------------
 
 
@@ -385,43 +494,90 @@ def _from_flax(params: dict[str, Tensor], unet: UNet, where: str) -> dict[str, T
                     simple(kind, f"{part.ours}.{inner}", f"{part.flax}/{flax}")
         else:
             simple(part.kind, part.ours, part.flax)
-    wrong += [f"{name} is not of this network" for name in left]
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{where}: does not fit the network of its YAML: {'; '.join(wrong[:4])}{more}")
+    _say_wrong(where, wrong, left)
     return ours
 
 
-def from_published_torch(theirs: dict[str, Tensor], unet: UNet) -> dict[str, Tensor]:
+def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of `ema` by name. Raises UserError where the file is not a published checkpoint."""
+    import argparse
+    import pickle
+    import zipfile
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        unsafe = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", reason)
+        if unsafe:
+            reason = (
+                f"it names {unsafe[1]}, which could run code; only tensors and argparse.Namespace are read"
+            )
+        raise UserError(f"{where}: is not a published checkpoint: {reason[:160]}") from None
+    ema = saved.get("ema") if isinstance(saved, dict) else None
+    if not isinstance(ema, dict) or not ema or not all(isinstance(v, torch.Tensor) for v in ema.values()):
+        raise UserError(f"{where}: holds no tensors `ema`; it is not a published DSNO checkpoint")
+    tensors = {
+        str(name).removeprefix("module."): tensor for name, tensor in ema.items()
+    }  # as saved under DDP
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(f"{where}: {name} holds values that are not finite floating-point numbers")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def from_published_torch(theirs: dict[str, Tensor], unet: UNet, where: str) -> dict[str, Tensor]:
     """The published torch network's `all_modules.N.*`, under our names and layouts.
 
-    Raises KeyError that names a tensor which is missing or left over.
+    Raises UserError that begins with `where` and names the tensors that are missing, surplus or misshapen.
     """
-    wanted, left, ours = unet.state_dict(), dict(theirs), {}
+    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    left, ours, wrong = dict(theirs), {}, []
+
+    def take(name: str, theirs: str, shape: tuple[int, ...]) -> None:
+        tensor = left.pop(theirs, None)
+        if tensor is None:
+            wrong.append(f"{theirs} is missing")
+        elif tuple(tensor.shape) != shape:
+            wrong.append(f"{theirs} has shape {tuple(tensor.shape)}, expected {shape}")
+        else:  # a 1x1 convolution of theirs is a matrix (in, out)
+            matrix = len(shape) == 2 and len(wanted[name]) == 4
+            ours[name] = (tensor.T[:, :, None, None] if matrix else tensor).contiguous()
+
     for number, part in enumerate(published_parts(unet)):
+        prefix = f"all_modules.{number}."
         names = {"": ""}
         if part.kind == "residual":
             names = {f"{inner}.": f"{torch_name}." for inner, (_, _, torch_name) in _RESIDUAL.items()}
         elif part.kind == "attention":
             names = {"norm.": "GroupNorm_0.", "qkv.": "NINs.", "out.": "NIN_3."}
         elif part.kind == "temporal":
-            ours[f"{part.ours}.weight"] = left.pop(f"all_modules.{number}.t_conv.weights1")
+            name = f"{part.ours}.weight"
+            take(name, f"{prefix}t_conv.weights1", wanted[name])
             continue
         for inner, their in names.items():
-            for leaf in ("weight", "bias"):
-                if f"{part.ours}.{inner}{leaf}" not in wanted:
-                    continue
-                # their 1x1 convolutions are (in, out) matrices W, with a vector b
-                matrix = their.startswith("NIN")
-                tensor = left.pop(
-                    f"all_modules.{number}.{their}{leaf[0].replace('w', 'W') if matrix else leaf}"
-                )
-                if matrix and leaf == "weight":
-                    tensor = tensor.T[:, :, None, None]
-                ours[f"{part.ours}.{inner}{leaf}"] = tensor
-    if left:
-        raise KeyError(f"not of this network: {', '.join(sorted(left))}")
+            weight, bias = f"{part.ours}.{inner}weight", f"{part.ours}.{inner}bias"
+            if weight not in wanted:
+                continue
+            if their.startswith("NIN"):
+                take(weight, f"{prefix}{their}W", wanted[weight][1::-1])
+                take(bias, f"{prefix}{their}b", wanted[bias])
+            else:
+                take(weight, f"{prefix}{their}weight", wanted[weight])
+                take(bias, f"{prefix}{their}bias", wanted[bias])
+    _say_wrong(where, wrong, left)
     return ours
+
+
+def _say_wrong(where: str, wrong: list[str], left: Iterable[str]) -> None:
+    """Raises UserError that names tensors, four at most, where there are wrong ones or any are left over."""
+    wrong = wrong + [f"{name} is not of this network" for name in left]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{where}: does not fit the network of its YAML: {'; '.join(wrong[:4])}{more}")
 
 
 def _without_leading_ones(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -429,85 +585,3 @@ def _without_leading_ones(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     while len(shape) > rank and shape[0] == 1:
         shape = shape[1:]
     return shape
-
-
-# ---- flax msgpack ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """An array as it stands in the file: decoded only where it is wanted."""
-
-    code: int
-    data: bytes
-
-
-def _read_flax(data: bytes, where: str) -> tuple[dict[str, Tensor], int | None]:
-    """`ema_params` flattened to names with slashes, and `num_sample_steps` (None where it says none).
-
-    Optimiser state is skipped undecoded. Raises UserError for anything but nested maps of arrays.
-    """
-    tree = _unpack(data, where)
-    if not isinstance(tree, dict) or not isinstance(tree.get("ema_params"), dict):
-        raise UserError(f"{where}: holds no map of arrays `ema_params`; it is not a published teacher")
-    params: dict[str, Tensor] = {}
-
-    def walk(node: Any, name: str) -> None:
-        if isinstance(node, dict):
-            for key, child in node.items():
-                walk(child, f"{name}/{key}" if name else key)
-        elif isinstance(node, _Packed) and node.code == _ARRAY:
-            params[name] = _tensor(node.data, f"{where}: {name}")
-        else:
-            raise UserError(f"{where}: {name} is {type(node).__name__}, not an array")
-
-    walk(tree["ema_params"], "")
-    steps = tree.get("num_sample_steps")
-    if isinstance(steps, _Packed) and steps.code == _ARRAY:
-        steps = _array(steps.data, f"{where}: num_sample_steps").reshape(-1)[:1].tolist()[:1]
-        steps = steps[0] if steps else None
-    return params, steps if isinstance(steps, int) and steps > 0 else None
-
-
-def _unpack(data: bytes, where: str) -> Any:
-    """msgpack with limits: a length can never exceed the file, a map or list never `_MAX_KEYS`."""
-    import msgpack
-
-    try:
-        return msgpack.unpackb(data, ext_hook=_Packed, max_map_len=_MAX_KEYS, max_array_len=_MAX_KEYS)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{where}: is damaged or not flax msgpack: {reason}") from None
-
-
-def _array(data: bytes, where: str) -> np.ndarray[Any, Any]:
-    """A flax array, (shape, dtype name, little-endian bytes), as numpy; bfloat16 as float32."""
-    import numpy as np
-
-    content = _unpack(data, where)
-    if not isinstance(content, list) or len(content) != 3:
-        raise UserError(f"{where}: an array must be (shape, dtype, bytes)")
-    shape, name, buffer = content
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
-        raise UserError(f"{where}: {str(shape)[:60]!r} is no shape of an array")
-    if name not in (*_FLOATS, _BFLOAT16, "int32", "int64") or not isinstance(buffer, bytes):
-        raise UserError(f"{where}: an array of {str(name)[:40]!r}, which is not read here")
-    dtype = np.dtype("uint16" if name == _BFLOAT16 else name).newbyteorder("<")
-    if len(buffer) != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{where}: {len(buffer)} bytes do not make an array {shape} of {name}")
-    array = np.frombuffer(buffer, dtype).reshape(shape)
-    return (array.astype(np.uint32) << 16).view(np.float32) if name == _BFLOAT16 else array
-
-
-def _tensor(data: bytes, where: str) -> Tensor:
-    """A flax array of floating-point numbers as a float32 tensor of its own memory."""
-    import numpy as np
-    import torch
-
-    array = _array(data, where)
-    if array.dtype.kind != "f":
-        raise UserError(f"{where}: holds {array.dtype}, not floating-point weights")
-    tensor = torch.from_numpy(array.astype(np.float32, copy=True))
-    if not bool(tensor.isfinite().all()):
-        raise UserError(f"{where}: holds values that are not finite")
-    return tensor
