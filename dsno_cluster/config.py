@@ -195,10 +195,40 @@ class Reader(Strict):
 
 
 class StudentConfig(Strict):
-    modes: PositiveInt = Field(
-        2, description="Fourier modes kept by the temporal convolutions, at most M//2+1"
+    backbone: Literal["unet", "diffusers"] = Field(
+        "unet", description="unet: ours, as `network` says; diffusers: the teacher's own UNet2DModel"
+    )
+    operator: Literal["convolution", "series"] = Field(
+        "convolution",
+        description="convolution: M evaluations' worth of backbone, mixed by temporal convolutions (published); "
+        "series: one, whose last layer gives a cosine series in time",
+    )
+    modes: Annotated[int, Field(ge=0)] = Field(
+        2,
+        description="Fourier modes kept by the temporal convolutions, at most M//2+1 (0: no such layers); or terms of "
+        "the series, 1 to M",
+    )
+    prediction: Literal["state", "data"] = Field(
+        "state",
+        description="of the last layer; state: x_t itself (published); data: F in x_t = alpha_t F + sigma_t noise",
+    )
+    points: Literal["all", "drawn"] = Field(
+        "all",
+        description="time points that convolutions see in a training step; all: together (published); drawn: some, "
+        "often t=0 alone, so that a sample costs one evaluation of the backbone",
+    )
+    temporal_init: Literal["published", "zero"] = Field(
+        "zero", description="of the temporal convolutions; zero: they begin as the identity"
     )
     warm_start: bool = Field(True, description="start from the teacher's weights where shapes allow")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudentConfig:
+        if self.operator == "series" and self.modes == 0:
+            raise ValueError("modes 0: a series needs one term or more")
+        if self.operator == "series" and self.points == "drawn":
+            raise ValueError("points drawn is for operator convolution; a series gives all points at once")
+        return self
 
 
 class Training(Strict):
@@ -213,12 +243,19 @@ class Training(Strict):
     halve_at: tuple[PositiveInt, ...] = Field(
         (), description="optimiser steps where lr_decay=halving halves the rate"
     )
+    end_share: Fraction = Field(
+        0.5, description="student.points=drawn: share of the steps that ask for t=0 alone"
+    )
+    most_points: PositiveInt = Field(
+        1, description="student.points=drawn: the other steps ask for 1 to so many points, drawn from all"
+    )
     loss: Literal["l1", "l2", "pseudo-huber", "lpips"] = "l1"
     time_weighting: Literal["snr", "sqrt", "flat"] = "snr"
     lpips_weights: str | None = Field(None, description="torchvision's VGG-16 state dict, for loss=lpips")
     lpips_sha256: str | None = Field(None, description="sha256 that the file of lpips_weights must have")
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(False, description="torch.compile the backbone")
     gradient_clip: Annotated[float, Field(ge=0)] = Field(
         0.0, description="largest global gradient norm; 0: none"
     )
@@ -247,6 +284,8 @@ class Evaluation(Strict):
     num_samples: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt = 250
     threads: PositiveInt = 1
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's network")
+    compile: bool = Field(False, description="torch.compile the student's network")
     seed: Seed = Field(
         1, description="seed of the evaluated noise; must differ from the seed of the trajectories"
     )
@@ -303,9 +342,15 @@ class Config(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         points = self.trajectories.num_points
-        if self.student.modes > points // 2 + 1:
+        student = self.student
+        most, formula = (points, "M") if student.operator == "series" else (points // 2 + 1, "M//2+1")
+        if student.modes > most:
             raise ValueError(
-                f"student.modes {self.student.modes} is above {points // 2 + 1} = M//2+1 for M={points} time points"
+                f"student.modes {student.modes} is above {most} = {formula} for M={points} time points"
+            )
+        if self.training.most_points > points:
+            raise ValueError(
+                f"training.most_points {self.training.most_points} is above M={points} time points"
             )
         if self.evaluation.seed == self.seed:
             raise ValueError(

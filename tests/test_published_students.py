@@ -22,7 +22,7 @@ from dsno_cluster import load_student
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.importers import import_weights
-from dsno_cluster.models.temporal import TemporalConv
+from dsno_cluster.models.temporal import TemporalConv, fourier_basis
 
 PUBLISHED = DATA / "published"
 CHECKPOINT = "solver-model_1000.pt"
@@ -146,5 +146,7 @@ def test_temporal_convolution_is_the_fourier_one(points: int, modes: int) -> Non
         "nkihw,iok->nkohw", spectrum, torch.view_as_complex(conv.weight.detach().contiguous())
     )
     expected = u + torch.nn.functional.leaky_relu(torch.fft.irfft(mixed, n=points, dim=1), 0.01)
-    found = conv(u.flatten(0, 1), points).reshape(u.shape)
+    nyquist = points // 2 if points % 2 == 0 else None
+    basis = fourier_basis(tuple(i / points for i in range(points)), modes, nyquist, dtype=torch.float64)
+    found = conv(u.flatten(0, 1), basis).reshape(u.shape)
     assert torch.allclose(found, expected, atol=1e-12)

@@ -12,13 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers import PRECISIONS, NativeGrid, Shape, Teacher, TeacherInfo, clean_images
+from dsno_cluster.diffusion.teachers import (
+    PRECISIONS,
+    NativeGrid,
+    Shape,
+    Teacher,
+    TeacherInfo,
+    clean_images,
+    with_last_layer_of_x0,
+)
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.weights import split_path
 from dsno_cluster.storage import MissingObject, Storage, open_storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
@@ -57,15 +69,7 @@ def info(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Teache
 
 def load(path: str, endpoint_url: str | None, precision: str, options: dict[str, Any]) -> Teacher:
     """The model as a teacher, on CPU. Raises UserError for a folder or an option that does not fit."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        raise UserError(
-            f"{path}: reading it needs diffusers: pip install 'dsno-cluster[diffusers]'"
-        ) from None
-    import safetensors.torch
     import torch
-    from torch import Tensor
 
     from dsno_cluster.diffusion.schedule import logsnr
 
@@ -73,7 +77,51 @@ def load(path: str, endpoint_url: str | None, precision: str, options: dict[str,
     folder = _read(path, endpoint_url, options)
     known = folder.info
     assert known.shape is not None and known.num_classes is not None
-    unet = UNet2DModel.from_config(folder.config)
+    unet = _network(folder, path)
+    dtype = getattr(torch, precision)
+    unet.eval().requires_grad_(False)
+    for parameter in unet.parameters():  # not unet.to(dtype), which warns of models that this is not
+        parameter.data = parameter.data.to(dtype)
+    prediction = PREDICTIONS[folder.scheduler["prediction_type"]]
+
+    def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
+        level_N = logsnr(t_N).clamp(folder.levels[-1], folder.levels[0])
+        timestep_N = timesteps_at(folder.levels, level_N).float()
+        output = unet(x.to(dtype), timestep_N, labels, return_dict=False)[0].to(x.dtype)
+        alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
+        scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
+        return clean_images(prediction, output, x, *scales)
+
+    return Teacher(
+        denoise, known.shape, known.num_classes, known.null_class, known.identity, unet, known.native
+    )
+
+
+def warm_start_weights(path: str, endpoint_url: str | None, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's weights under the names of a student's backbone, as `teachers.warm_start_weights` says."""
+    folder = _read(path, endpoint_url, options)
+    assert folder.info.shape is not None
+    weights = {f"unet.{name}": tensor for name, tensor in _network(folder, path).state_dict().items()}
+    prediction = PREDICTIONS[folder.scheduler["prediction_type"]]
+    return with_last_layer_of_x0(weights, "unet.conv_out.", prediction, folder.info.shape[0])
+
+
+def unet2d_model(config: dict[str, Any], where: str) -> Any:
+    """A diffusers UNet2DModel of that config, at initialisation. Raises UserError where diffusers is missing."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise UserError(
+            f"{where}: reading it needs diffusers: pip install 'dsno-cluster[diffusers]'"
+        ) from None
+    return UNet2DModel.from_config(config)
+
+
+def _network(folder: Folder, path: str) -> Any:
+    """The UNet2DModel with its weights. Raises UserError where the files are not of this network."""
+    import safetensors.torch
+
+    unet = unet2d_model(folder.config, path)
     weights = {k: v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()}
     wanted = unet.state_dict()
     wrong = [f"{k} is missing" for k in wanted if k not in weights]
@@ -86,28 +134,22 @@ def load(path: str, endpoint_url: str | None, precision: str, options: dict[str,
     if wrong:
         raise UserError(f"{path}: does not fit its config.json: {'; '.join(wrong[:4])}")
     unet.load_state_dict(weights)
-    dtype = getattr(torch, precision)
-    unet.eval().requires_grad_(False)
-    for parameter in unet.parameters():  # not unet.to(dtype), which warns of models that this is not
-        parameter.data = parameter.data.to(dtype)
-    prediction = PREDICTIONS[folder.scheduler["prediction_type"]]
-    ascending = torch.tensor(folder.levels[::-1], dtype=torch.float64)
+    return unet
+
+
+def timesteps_at(levels: Sequence[float], logsnr: Tensor) -> Tensor:
+    """The timesteps, real numbers, of log-SNRs of any shape, among the model's descending `levels`; float64.
+
+    Interpolated linearly in log-SNR; outside the levels, the nearest.
+    """
+    import torch
+
+    ascending = torch.tensor(levels[::-1], dtype=torch.float64, device=logsnr.device)
     last = len(ascending) - 1
-
-    def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
-        levels = ascending.to(x.device)
-        level_N = logsnr(t_N).clamp(folder.levels[-1], folder.levels[0])
-        upper = torch.searchsorted(levels, level_N.contiguous()).clamp(1, last)
-        part = (level_N - levels[upper - 1]) / (levels[upper] - levels[upper - 1])
-        timestep_N = (last - (upper - 1 + part)).float()
-        output = unet(x.to(dtype), timestep_N, labels, return_dict=False)[0].to(x.dtype)
-        alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
-        scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
-        return clean_images(prediction, output, x, *scales)
-
-    return Teacher(
-        denoise, known.shape, known.num_classes, known.null_class, known.identity, unet, known.native
-    )
+    level = logsnr.double().clamp(levels[-1], levels[0]).contiguous()
+    upper = torch.searchsorted(ascending, level).clamp(1, last)
+    part = (level - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
+    return last - (upper - 1 + part)
 
 
 def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folder:
@@ -122,7 +164,7 @@ def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folde
     config = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
     shape, num_classes, null = _images_and_classes(config, path, options)
     scheduler = _scheduler(storage, path, endpoint_url, options)
-    levels = _levels(scheduler, path)
+    levels = noise_levels(scheduler, path)
     files = _weights(storage, prefix, path)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     native = _native(scheduler, levels) if _wants_native(options, path) else None
@@ -210,7 +252,7 @@ def _scheduler(
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
+def noise_levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
     """log(abar_n / (1 - abar_n)), strictly descending, (num_train_timesteps,).
 
     Betas and abar in float32 as diffusers has them (the model was trained on those: 1 - abar_0 is off by 2e-4

@@ -223,9 +223,14 @@ def warm_start_weights(path: str, endpoint_url: str | None = None, **options: An
 
     There x is pure noise, so x0 is the output of a network that predicts x0 (or both: its first half) and
     minus that of one that predicts v; one that predicts eps says nothing of x0, so its last layer is left out.
-    Raises UserError for a teacher that is no U-Net of ours.
+    Names are those of our U-Net, or of a diffusers teacher's own network (`DiffusersBackbone`).
+    Raises UserError for a teacher that is no U-Net.
     """
     kind = _kind(str(path), endpoint_url)
+    if kind == "diffusers":
+        from dsno_cluster.diffusion import diffusers_folder
+
+        return diffusers_folder.warm_start_weights(path, endpoint_url, options)
     if kind == "ours":
         folder = read_model(str(path), endpoint_url)
         model, weights = _identity(path, folder.meta), folder.weights
@@ -235,13 +240,33 @@ def warm_start_weights(path: str, endpoint_url: str | None = None, **options: An
         raise UserError(
             f"student.warm_start: the {kind} teacher at {path} is not a U-Net of this project; set student.warm_start=false"
         )
-    prediction, channels = model["prediction"], model["network"]["channels"]
-    last = {name: tensor for name, tensor in weights.items() if name.startswith("conv_out.")}
+    return with_last_layer_of_x0(weights, "conv_out.", model["prediction"], model["network"]["channels"])
+
+
+def with_last_layer_of_x0(
+    weights: dict[str, Tensor], last_layer: str, prediction: str, channels: int
+) -> dict[str, Tensor]:
+    """The weights with the last layer, named `last_layer`, turned to give x0 at t=1; without it for eps."""
+    last = {name: tensor for name, tensor in weights.items() if name.startswith(last_layer)}
     others = {name: tensor for name, tensor in weights.items() if name not in last}
     if prediction == "eps":
         return others
     sign = -1 if prediction == "v" else 1
     return others | {name: sign * tensor[:channels] for name, tensor in last.items()}
+
+
+def diffusers_model(path: str, endpoint_url: str | None = None, **options: Any) -> dict[str, Any]:
+    """Config and scheduler of a diffusers teacher, from which a student's backbone is built.
+
+    Raises UserError for another kind of teacher.
+    """
+    kind = _kind(str(path), endpoint_url)
+    if kind != "diffusers":
+        raise UserError(
+            f"student.backbone diffusers: the teacher at {path} is of kind {kind}; take backbone=unet"
+        )
+    identity = teacher_info(path, endpoint_url, **options).identity
+    return {"config": identity["config"], "scheduler": identity["scheduler"]}
 
 
 def _kind(path: str, endpoint_url: str | None) -> str:
@@ -358,12 +383,15 @@ def _only_checkpoint(path: str, endpoint_url: str | None) -> str:
 def _unet_teacher_of(
     path: str, identity: dict[str, Any], weights: dict[str, Tensor], precision: str, schedule: str | None
 ) -> Teacher:
+    import torch
+
     from dsno_cluster.models.unet import UNet
 
     info = _unet_info(path, identity, schedule)
     network = validate(Network, identity["network"], f"{path}: its network")
     unet = UNet(network, out_channels=out_channels(identity["prediction"], network.channels))
     unet.load_state_dict(weights)
+    unet.to(memory_format=torch.channels_last)
     unet.eval().requires_grad_(False)
     return unet_teacher(unet, network, identity, precision=precision, native=info.native)
 

@@ -1,47 +1,92 @@
-"""The student: a U-Net backbone with temporal convolutions that maps noise to states at M times at once.
+"""The student: the solution operator of the sampling ODE, from noise to states at any of its times, in one evaluation.
 
 `load_student(path)` is the door; `student.sample(noise, labels)` and `student.trajectory(noise, labels)` are
-what it is for.
+what it is for. How time is in the network is its `operator`:
+
+    convolution   as published: the backbone is evaluated at M time points, which temporal convolutions mix
+    series        the backbone is evaluated once; its last layer gives the coefficients of a cosine series in time
+
+and what the last layer means its `prediction`: the state itself, as published, or `data`, the clean image F that the
+chord from the noise through the state points at, x_t = alpha_t F + sigma_t x_1. That holds x_1 by construction, F hardly
+changes with t, and at t = 0 it is the state: nothing is multiplied by a sigma that vanishes there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dsno_cluster.config import Network, validate
-from dsno_cluster.diffusion.schedule import logsnr
+from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, time_points
 from dsno_cluster.errors import UserError
+from dsno_cluster.models.temporal import cosine_series, fourier_basis
 from dsno_cluster.models.unet import UNet
 from dsno_cluster.models.weights import read_model
 
 KIND = "dsno"
+FINEST = 16  # most points between two of its own that a published-form student is asked for
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a student has time: see the module's first lines.
+
+    `modes`: Fourier modes of the convolutions (0: none of them), or terms of the series. `points`: whether the
+    convolutions were trained on `all` time points together, so that they must be asked that way, or on drawn
+    ones, so that any of them, and one alone, is a question that the student knows.
+    """
+
+    modes: int
+    operator: str = "convolution"
+    prediction: str = "state"
+    points: str = "all"
 
 
 class DSNO(nn.Module):
-    """The solution operator of the probability-flow ODE (Zheng et al. 2023).
+    """The solution operator of the probability-flow ODE (Zheng et al. 2023), on a backbone of `network`'s shape.
 
-    `forward` gives the states themselves, not a noise prediction: at t = 0 sigma vanishes, and with it every
-    gradient through a term multiplied by it.
+    The backbone is our U-Net or, where `diffusers` gives its config and scheduler, a diffusers UNet2DModel. `init` is
+    that of temporal convolutions. `precision` bfloat16 runs it in autocast; states are float32 all the same.
     """
 
-    def __init__(self, network: Network, modes: int, times: Sequence[float]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        form: Form,
+        times: Sequence[float],
+        *,
+        diffusers: dict[str, Any] | None = None,
+        init: str = "published",
+    ) -> None:
         super().__init__()
-        if modes > len(times) // 2 + 1:
-            raise ValueError(
-                f"modes {modes} is above M//2+1 = {len(times) // 2 + 1} for {len(times)} time points"
-            )
-        self.network, self.modes = network, modes
+        self.network, self.form, self.diffusers = network, form, diffusers
         self.times = tuple(float(t) for t in times)
-        self.backbone = UNet(network, modes)
+        series = form.operator == "series"
+        most = len(self.times) if series else len(self.times) // 2 + 1
+        if form.modes > most:
+            raise ValueError(
+                f"modes {form.modes} is above {most} = {'M' if series else 'M//2+1'} for {len(self.times)} time points"
+            )
+        self.precision = "float32"
+        modes, out_channels = (0, form.modes * network.channels) if series else (form.modes, network.channels)
+        if diffusers is None:
+            self.backbone: nn.Module = UNet(network, modes, out_channels, init)
+        else:
+            from dsno_cluster.models.diffusers_backbone import DiffusersBackbone
 
-    def forward(self, noise_NCHW: Tensor, labels_N: Tensor | None = None) -> Tensor:
-        """Noise (N, C, H, W) at t=1 -> states at `self.times`, (N, M, C, H, W)."""
-        levels_1M = logsnr(torch.tensor(self.times)).to(noise_NCHW.device, torch.float32)[None]
-        return self.backbone(noise_NCHW, levels_1M, self._checked(labels_N))
+            self.backbone = DiffusersBackbone(**diffusers, modes=modes, out_channels=out_channels, init=init)
+
+    def forward(
+        self, noise_NCHW: Tensor, labels_N: Tensor | None = None, drawn: Sequence[int] | None = None
+    ) -> Tensor:
+        """Noise (N, C, H, W) at t=1 -> states at `self.times`, or at the `drawn` positions of them, (N, M, C, H, W)."""
+        times = self.times if drawn is None else tuple(self.times[i] for i in drawn)
+        return self._states(noise_NCHW, labels_N, times)
 
     @torch.no_grad()
     def trajectory(
@@ -49,25 +94,135 @@ class DSNO(nn.Module):
     ) -> Tensor:
         """States at `times` (default: the model's own), (N, M, C, H, W), in the noise's dtype.
 
-        Raises ValueError for a time that is not one of the model's own, naming those, and for labels that are
-        missing or out of range.
+        A series answers at any time in [0, 1], convolutions at the model's own times and between them: see
+        `docs/operator.md`. Raises ValueError for a time that the model cannot answer, naming those it can, and for
+        labels that are missing or out of range.
         """
-        wanted = self.times if times is None else tuple(float(t) for t in times)
-        unknown = [t for t in wanted if t not in self.times]
-        if unknown or not wanted:
-            raise ValueError(f"times {unknown} are not among those of this model: {list(self.times)}")
-        states = self(noise, labels)
-        return states if wanted == self.times else states[:, [self.times.index(t) for t in wanted]]
+        if times is None:
+            return self._states(noise, labels, self.times)
+        asked = tuple(float(t) for t in times)
+        if not asked or not all(0.0 <= t <= 1.0 for t in asked):
+            raise ValueError(f"times {list(asked)} must be one or more, each within [0, 1]")
+        if self.form.operator == "series":
+            return self._states(noise, labels, asked)
+        together = self._together(asked)
+        states = self._states(noise, labels, together)
+        return states if together == asked else states[:, [together.index(t) for t in asked]]
 
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images from noise in one evaluation, (N, C, H, W): the last state, in [-1, 1] up to overshoot."""
-        return self.trajectory(noise, labels)[:, -1]
+        if self.form.operator == "series" or self.form.points == "drawn":
+            return self._states(noise, labels, self.times[-1:])[:, 0]
+        return self._states(noise, labels, self.times, last_only=True)[:, 0]
+
+    @torch.no_grad()
+    def warm_start(self, teacher: dict[str, Tensor]) -> None:
+        """Take over a teacher's weights, whose last layer gives x0 at t=1 (`warm_start_weights`).
+
+        A series takes them as its constant term: at first every state is the teacher's one DDIM step from the noise.
+        Raises UserError for tensors that the backbone does not have.
+        """
+        own = self.backbone.state_dict()
+        for name, tensor in teacher.items():
+            rows = len(tensor)
+            fits = name in own and own[name].shape[1:] == tensor.shape[1:]
+            grown = name.split(".")[-2] == "conv_out" and fits and len(own[name]) % rows == 0
+            if not grown and not (fits and len(own[name]) == rows):
+                found = "no such tensor" if name not in own else f"{tuple(own[name].shape)}"
+                raise UserError(
+                    f"student.warm_start: the teacher has {name} {tuple(tensor.shape)}, the student of this config {found}; "
+                    "take over the teacher's network, or set student.warm_start=false"
+                )
+            own[name].zero_()
+            own[name][:rows] = tensor
+        self.backbone.load_state_dict(own)
+
+    def accelerate(self, *, precision: str = "float32", compile: bool = False) -> DSNO:
+        """This student with its network run in `precision` (float32 or bfloat16 autocast) and, if asked, compiled."""
+        self.precision = precision
+        if compile:
+            self.backbone.compile()
+        return self
 
     def describe(self) -> dict[str, Any]:
         """What `meta.json` says under `model`, enough to build the network again."""
         network = self.network.model_dump(mode="json")
-        return {"kind": KIND, "network": network, "modes": self.modes, "times": list(self.times)}
+        known = {"kind": KIND, "network": network, **asdict(self.form), "times": list(self.times)}
+        return known if self.diffusers is None else {**known, "diffusers": self.diffusers}
+
+    def _states(
+        self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
+    ) -> Tensor:
+        """States at `times`, computed together, (N, M, C, H, W), or (N, 1, C, H, W) of the last alone."""
+        device, dtype = noise.device, noise.dtype
+        labels = self._checked(labels)
+        x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 where the whole network is
+        half = self.precision == "bfloat16"
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=half or torch.is_autocast_enabled(device.type)
+        ):
+            if self.form.operator == "series":
+                coefficients = self.backbone(x, _levels((1.0,), device), labels)[:, 0].to(dtype)
+                coefficients_NKX = coefficients.reshape(len(noise), self.form.modes, -1)
+                output = _series(times, self.form.modes, device, dtype) @ coefficients_NKX
+                output = output.reshape(len(noise), len(times), *noise.shape[1:])
+            else:
+                bases = self._bases(times, last_only, device, x.dtype)
+                output = self.backbone(x, _levels(times, device), labels, *bases).to(dtype)
+                if last_only:
+                    output, times = output[:, -1:], times[-1:]
+        if self.form.prediction == "state":
+            return output
+        alpha_M, sigma_M = _scales(times, device, dtype)
+        return alpha_M * output + sigma_M * noise[:, None]
+
+    def _bases(
+        self, times: tuple[float, ...], last_only: bool, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        """The Fourier bases of all temporal convolutions and of the last one; nothing where there are none."""
+        if not self.form.modes:
+            return ()
+        own = len(self.times)
+        phases = tuple(self._phase(t) for t in times)
+        nyquist = own // 2 if own % 2 == 0 else None
+        make = functools.partial(fourier_basis, phases, self.form.modes, nyquist, device=device, dtype=dtype)
+        return make(), make(wanted=(len(times) - 1,)) if last_only else None
+
+    def _spacing(self) -> str | None:
+        """quadratic or uniform, where the model's times are such a grid."""
+        own = torch.tensor(self.times)
+        names = ("uniform", "quadratic")
+        return next((n for n in names if torch.allclose(torch.tensor(time_points(n, len(own))), own)), None)
+
+    def _phase(self, time: float) -> float:
+        """Where `time` lies on the period of the Fourier modes; the model's own times at 0, 1/M, 2/M, ...
+
+        A grid of M points that starts at phase 0 ends one interval before the period does, so the first interval,
+        from the pure noise, is the one that is left out and closes the circle.
+        """
+        own = len(self.times)
+        if time in self.times:
+            return self.times.index(time) / own
+        root = time if self._spacing() == "uniform" else time**0.5
+        return (1.0 - root - 1.0 / own) % 1.0
+
+    def _together(self, asked: tuple[float, ...]) -> tuple[float, ...]:
+        """The times that must be computed together to answer at `asked`. Raises ValueError where there are none."""
+        spacing, own = self._spacing(), len(self.times)
+        if self.form.points == "drawn" and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
+            return tuple(sorted(set(asked), reverse=True))
+        if set(asked) <= set(self.times):
+            return self.times
+        for factor in range(2, FINEST + 1) if spacing else ():
+            finer = time_points(cast(str, spacing), factor * own)
+            near = [min(finer, key=lambda f: abs(f - t)) for t in asked]
+            if all(abs(f - t) < 1e-6 for f, t in zip(near, asked, strict=True)):
+                exact = dict(zip(near, asked, strict=True)) | {t: t for t in self.times}
+                return tuple(exact.get(f, f) for f in finer)
+        between = f", and on the {spacing} grids of 2 to {FINEST} times as many points" if spacing else ""
+        strangers = [t for t in asked if t not in self.times]
+        raise ValueError(f"times {strangers} are not among those of this model: {list(self.times)}{between}")
 
     def _checked(self, labels_N: Tensor | None) -> Tensor | None:
         classes = self.network.num_classes
@@ -86,15 +241,41 @@ class DSNO(nn.Module):
         return labels_N
 
 
-def load_student(path: str, endpoint_url: str | None = None) -> DSNO:
+# What depends on times alone is computed once for each set of them, device and dtype.
+
+
+@functools.lru_cache(maxsize=256)
+def _levels(times: tuple[float, ...], device: torch.device) -> Tensor:
+    return logsnr(torch.tensor(times, dtype=torch.float64)).to(device, torch.float32)[None]
+
+
+@functools.lru_cache(maxsize=256)
+def _scales(times: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """alpha and sigma, each (M, 1, 1, 1)."""
+    alpha, sigma = alpha_sigma(torch.tensor(times, dtype=torch.float64))
+    return alpha.to(device, dtype)[:, None, None, None], sigma.to(device, dtype)[:, None, None, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _series(times: tuple[float, ...], modes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return cosine_series(times, modes).to(device, dtype)
+
+
+def load_student(
+    path: str, endpoint_url: str | None = None, *, precision: str = "float32", compile: bool = False
+) -> DSNO:
     """The student of a run folder (its `latest`), a step folder or an import folder, on CPU, for inference.
 
-    Raises UserError where the folder holds no student.
+    `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError where the folder
+    holds no student.
     """
     folder = read_model(str(path), endpoint_url)
     model = folder.meta["model"]
     if model["kind"] != KIND:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a student")
-    student = DSNO(validate(Network, model["network"], f"{path}/meta.json"), model["modes"], model["times"])
+    network = validate(Network, model["network"], f"{path}/meta.json")
+    form = Form(**{name: model[name] for name in Form.__dataclass_fields__ if name in model})
+    student = DSNO(network, form, model["times"], diffusers=model.get("diffusers"))
     student.load_state_dict(folder.weights)
-    return student.eval().requires_grad_(False)
+    student.to(memory_format=torch.channels_last)  # not in training: DeepSpeed wants weights contiguous
+    return student.eval().requires_grad_(False).accelerate(precision=precision, compile=compile)

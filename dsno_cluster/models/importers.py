@@ -153,7 +153,8 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
     """
     import torch
 
-    from dsno_cluster.models.dsno import DSNO
+    from dsno_cluster.models.dsno import DSNO, Form
+    from dsno_cluster.models.unet import UNet
 
     settings = _published_settings(config, config_path)
     theirs = _read_torch_zip(data, where)
@@ -167,7 +168,8 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
             f"{config_path}: model.num_modes {modes} is above {len(times) // 2 + 1} = M//2+1 for M={len(times)} time points"
         )
     with torch.device("meta"):
-        student = DSNO(network, modes, times)
+        student = DSNO(network, Form(modes), times)
+    assert isinstance(student.backbone, UNet)
     weights = from_published_torch(theirs, student.backbone, f"{where} with {config_path}")
     return PublishedModel(
         student.describe(), {f"backbone.{name}": tensor for name, tensor in weights.items()}

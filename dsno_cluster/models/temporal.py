@@ -1,8 +1,8 @@
-"""The Fourier temporal convolution of DSNO, as a real linear operator.
+"""Time in the student: the published Fourier temporal convolution as a real operator, and the cosine series.
 
 Published form (Zheng et al. 2023, section 3.2): u + LeakyReLU(irfft(R . rfft(u))), the transform taken over
-the M time points, only the lowest K modes kept, R complex. For a fixed M that is a real linear map: a
-truncated real DFT, a real channel mix per mode, and its inverse. Written so, it has no complex parameters
+the M time points, only the lowest K modes kept, R complex. For given points that is a real linear map: an analysis
+into Fourier modes, a real channel mix for each mode, and a synthesis. Written so, it has no complex parameters
 (DeepSpeed cannot partition those), needs no float32 detour, and works in bfloat16 and under compile.
 """
 
@@ -10,61 +10,108 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@functools.lru_cache(maxsize=64)
-def real_dft(points: int, modes: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """The truncated real DFT over M time points: analysis (F, M), synthesis (M, F), and its modes, float64.
+class FourierBasis(NamedTuple):
+    """Functions of time that temporal convolutions work in, for given points.
 
-    F = 2K - 1, or 2K - 2 where M is even and K = M/2 + 1: the mean (and the Nyquist mode) of a real signal are
-    real, and the imaginary part given to them never reaches the output of `irfft`. The rows are those real
-    modes first, then real and imaginary part of each of the others; both lists are returned, in that order.
+    `analysis` (F, M) takes values at M points to real coefficients, `synthesis` (P, F) takes those to values at the
+    points `wanted` (P positions among the M). The first `real` coefficients belong to modes with a real coefficient
+    (the mean; the Nyquist mode), the others are real and imaginary parts of one mode after the other. `modes` are their
+    numbers.
     """
-    real = [k for k in range(modes) if k == 0 or 2 * k == points]
-    other = [k for k in range(modes) if k not in real]
-    m = torch.arange(points, dtype=torch.float64)
-    analysis, synthesis = [], []
-    for k in real + other:
-        angle_M = 2 * math.pi * k * m / points
-        analysis.append(angle_M.cos())
-        synthesis.append(angle_M.cos() * (1.0 if k in real else 2.0) / points)
-        if k in other:
-            analysis.append(-angle_M.sin())
-            synthesis.append(-angle_M.sin() * 2.0 / points)
-    return torch.stack(analysis), torch.stack(synthesis, dim=1), real, other
+
+    analysis: Tensor
+    synthesis: Tensor
+    wanted: tuple[int, ...]
+    real: int
+    modes: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def fourier_basis(
+    phases: tuple[float, ...],
+    modes: int,
+    nyquist: int | None = None,
+    wanted: tuple[int, ...] | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> FourierBasis:
+    """The lowest `modes` Fourier modes at M points, `phases` in units of one period.
+
+    On a uniform grid this is the truncated discrete Fourier transform, elsewhere the least-squares fit of the same
+    modes. Modes that M points do not determine are left out. `nyquist` is the mode whose imaginary part
+    the model's own grid cannot see (M/2 for an even M), so it never reaches the output of `irfft`. `wanted`: the
+    points to give (default: all).
+    """
+    real: list[int] = []
+    other: list[int] = []
+    for k in range(modes):
+        alone = k in (0, nyquist)
+        if len(real) + 2 * len(other) + (1 if alone else 2) <= len(phases):
+            (real if alone else other).append(k)
+    phase_M = torch.tensor(phases, dtype=torch.float64)
+    columns = [torch.cos(2 * math.pi * k * phase_M) for k in real]
+    for k in other:
+        angle_M = 2 * math.pi * k * phase_M
+        columns += [angle_M.cos(), -angle_M.sin()]
+    synthesis_MF = torch.stack(columns, dim=1)
+    analysis_FM = torch.linalg.pinv(synthesis_MF)
+    wanted = tuple(range(len(phases))) if wanted is None else wanted
+    analysis, synthesis = (x.to(device, dtype) for x in (analysis_FM, synthesis_MF[list(wanted)]))
+    return FourierBasis(analysis, synthesis, wanted, len(real), (*real, *other))
 
 
 class TemporalConv(nn.Module):
     """u + LeakyReLU(0.01)(irfft(R . rfft(u))) over time, channels kept.
 
-    `weight` is R as real numbers, (C_in, C_out, K, 2), initialised uniform in [0, 1 / (C_in C_out)) as
-    published. With fewer than 2(K-1) time points the modes that the grid cannot carry are left out.
+    `weight` is R as real numbers, (C_in, C_out, K, 2). `init` published: uniform in [0, 1 / (C_in C_out)); zero: the
+    layer begins as the identity, and a student as its backbone.
     """
 
-    def __init__(self, channels: int, modes: int) -> None:
+    def __init__(self, channels: int, modes: int, init: str = "published") -> None:
         super().__init__()
-        self.modes = modes
-        self.weight = nn.Parameter(torch.rand(channels, channels, modes, 2) / (channels * channels))
+        shape = (channels, channels, modes, 2)
+        zero = init == "zero"
+        self.weight = nn.Parameter(torch.zeros(shape) if zero else torch.rand(shape) / (channels * channels))
 
-    def forward(self, u_BCHW: Tensor, points: int) -> Tensor:
-        """(N*M, C, H, W), the M time points of a sample adjacent -> the same shape."""
+    def forward(self, u_BCHW: Tensor, basis: FourierBasis) -> Tensor:
+        """(N*M, C, H, W), the M points of a sample adjacent -> (N*P, C, H, W) at the basis' wanted points.
+
+        Channels-last inside: what lies so already is not copied.
+        """
         batch, channels, height, width = u_BCHW.shape
-        count, pixels = batch // points, height * width
-        analysis, synthesis, real, other = real_dft(points, min(self.modes, points // 2 + 1))
-        spectrum_NFCP = (analysis.to(u_BCHW) @ u_BCHW.reshape(count, points, -1)).reshape(
-            count, -1, channels, pixels
-        )
-        re, im = self.weight.to(u_BCHW.dtype).permute(3, 2, 1, 0)  # each (K, C_out, C_in)
-        mixed = [re[real] @ spectrum_NFCP[:, : len(real)]]
-        if other:
-            # a complex product as a real one, [[Re, -Im], [Im, Re]] on real and imaginary parts stacked
-            re, im = re[other], im[other]
-            matrix = torch.cat([torch.cat([re, -im], dim=2), torch.cat([im, re], dim=2)], dim=1)
-            stacked = spectrum_NFCP[:, len(real) :].reshape(count, len(other), 2 * channels, pixels)
-            mixed.append((matrix @ stacked).reshape(count, -1, channels, pixels))
-        v_NMX = synthesis.to(u_BCHW) @ torch.cat(mixed, dim=1).reshape(count, -1, channels * pixels)
-        return u_BCHW + F.leaky_relu(v_NMX.reshape(u_BCHW.shape), 0.01)
+        points = basis.analysis.shape[1]
+        u_NMX = u_BCHW.permute(0, 2, 3, 1).reshape(batch // points, points, -1)
+        spectrum_NFLC = (basis.analysis @ u_NMX).reshape(len(u_NMX), -1, height * width, channels)
+        re_KIO, im_KIO = self.weight.to(u_BCHW.dtype)[:, :, list(basis.modes)].permute(3, 2, 0, 1)
+        mixed = [spectrum_NFLC[:, : basis.real] @ re_KIO[: basis.real]]
+        for k in range(basis.real, len(basis.modes)):
+            # (a + ib)(Re + i Im) as one real product of [a, b] with [[Re, Im], [-Im, Re]]
+            at = basis.real + 2 * (k - basis.real)
+            parts_NLC = torch.cat([spectrum_NFLC[:, at], spectrum_NFLC[:, at + 1]], dim=-1)
+            re, im = re_KIO[k], im_KIO[k]
+            product = parts_NLC @ torch.cat([torch.cat([re, im], 1), torch.cat([-im, re], 1)])
+            mixed.append(product.unflatten(-1, (2, channels)).transpose(1, 2))
+        v_NPX = basis.synthesis @ torch.cat(mixed, dim=1).reshape(len(u_NMX), -1, u_NMX.shape[2])
+        if len(basis.wanted) < points:
+            u_NMX = u_NMX[:, list(basis.wanted)]
+        sum_NPX = u_NMX + F.leaky_relu(v_NPX, 0.01)
+        return sum_NPX.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def cosine_series(times: Sequence[float], modes: int) -> Tensor:
+    """cos(pi k sqrt(t)) for k = 0..K-1 at `times` in [0, 1], (M, K) float64.
+
+    In the square root of the cosine time the clean image that a chord of the trajectory points at,
+    (x_t - sigma_t x_1) / alpha_t, is smooth: four modes through four points are within 1.3 % of the whole curve
+    of the digits teacher, eight through eight within 0.3 % (`benchmarks/operator_study.py`).
+    """
+    root_M = torch.tensor(list(times), dtype=torch.float64).sqrt()
+    return torch.cos(math.pi * root_M[:, None] * torch.arange(modes, dtype=torch.float64))

@@ -2,8 +2,9 @@
 
 The network answers M time points of the same input at once: `forward(x, logsnr, labels)` gives (N, M, C, H, W).
 A denoiser is the case M = 1. Inside, the M points of a sample lie next to each other in the batch, so every
-block but the temporal convolution sees plain images. Structure, normalisation and embeddings are those of the
-published DSNO network (Zheng et al. 2023; Salimans & Ho 2022), so published weights fit.
+block but the temporal convolution sees plain images; what does not depend on time is computed once a sample.
+Structure, normalisation and embeddings are those of the published DSNO network (Zheng et al. 2023; Salimans & Ho
+2022), so published weights fit. Activations are channels-last.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsno_cluster.models.temporal import TemporalConv
+from dsno_cluster.models.temporal import FourierBasis, TemporalConv
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Network
@@ -76,16 +77,27 @@ class ResidualBlock(nn.Module):
         self.skip = _conv(c_in, c_out, 1, scale=0.1) if c_in != c_out else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        """(B, C_in, H, W) and the embedding after SiLU, (B, E) -> (B, C_out, H', W')."""
+        """(B, C_in, H, W) and the embedding after SiLU, (B, E) -> (B, C_out, H', W').
+
+        With M embeddings for each of N images, adjacent, x may be (N, C_in, H, W): the result is (N*M, ...).
+        """
         h = F.silu(self.norm_in(x_BCHW))
         if self.resample == "down":
             h, x_BCHW = F.avg_pool2d(h, 2), F.avg_pool2d(x_BCHW, 2)
         elif self.resample == "up":
             h, x_BCHW = (F.interpolate(y, scale_factor=2, mode="nearest") for y in (h, x_BCHW))
-        h = self.conv_in(h)
+        h, skip = (repeat(y, len(embedding_BE)) for y in (self.norm_out(self.conv_in(h)), self.skip(x_BCHW)))
         scale, shift = self.film(embedding_BE)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm_out(h) * (scale + 1.0) + shift)
-        return self.skip(x_BCHW) + self.conv_out(self.dropout(h))
+        h = F.silu(h * (scale + 1.0) + shift)
+        return skip + self.conv_out(self.dropout(h))
+
+
+def repeat(x_NCHW: Tensor, batch: int) -> Tensor:
+    """Each image as often as makes `batch` of them, its copies adjacent, channels-last."""
+    if len(x_NCHW) == batch:
+        return x_NCHW
+    copies_NMHWC = x_NCHW.permute(0, 2, 3, 1)[:, None].expand(-1, batch // len(x_NCHW), -1, -1, -1)
+    return copies_NMHWC.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -100,25 +112,30 @@ class Attention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         batch, channels, height, width = x_BCHW.shape
-        qkv = self.qkv(self.norm(x_BCHW)).reshape(batch, self.heads, -1, height * width).transpose(2, 3)
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # (B, heads, pixels, head_dim)
-        return x_BCHW + self.out(h.transpose(2, 3).reshape(batch, channels, height, width))
+        qkv_BLhD = (
+            self.qkv(self.norm(x_BCHW)).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, -1)
+        )
+        h_BhLd = F.scaled_dot_product_attention(*qkv_BLhD.transpose(1, 2).chunk(3, dim=-1))
+        h_BHWC = h_BhLd.transpose(1, 2).reshape(batch, height, width, channels)
+        return x_BCHW + self.out(h_BHWC.permute(0, 3, 1, 2))
 
 
 class Stage(nn.Module):
     """A residual block, then attention and temporal convolution where the network has them."""
 
-    def __init__(self, c_in: int, c_out: int, network: Network, *, attend: bool, modes: int) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, network: Network, *, attend: bool, modes: int, init: str
+    ) -> None:
         super().__init__()
         self.residual = ResidualBlock(c_in, c_out, network.embedding_dim, network.dropout)
         self.attention = Attention(c_out, network.head_dim or c_out // network.heads) if attend else None
-        self.temporal = TemporalConv(c_out, modes) if modes else None
+        self.temporal = TemporalConv(c_out, modes, init) if modes else None
 
-    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor, points: int) -> Tensor:
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor, basis: FourierBasis | None) -> Tensor:
         h = self.residual(x_BCHW, embedding_BE)
         if self.attention is not None:
             h = self.attention(h)
-        return h if self.temporal is None else self.temporal(h, points)
+        return h if self.temporal is None else self.temporal(h, basis)
 
 
 class Level(nn.Module):
@@ -133,10 +150,13 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """See the module's first lines. `modes` 0 means no temporal convolutions (a plain denoiser).
 
-    `out_channels` is the images' own number unless given: a denoiser may predict x0 and eps at once.
+    `out_channels` is the images' own number unless given: a denoiser may predict x0 and eps at once. `init` is that of
+    the temporal convolutions.
     """
 
-    def __init__(self, network: Network, modes: int = 0, out_channels: int | None = None) -> None:
+    def __init__(
+        self, network: Network, modes: int = 0, out_channels: int | None = None, init: str = "published"
+    ) -> None:
         super().__init__()
         self.width = width = network.width
         self.num_classes = network.num_classes
@@ -146,8 +166,8 @@ class UNet(nn.Module):
         self.embed_class = nn.Linear(network.class_slots, dim) if network.num_classes else None
         self.conv_in = _conv(network.channels, width, 3)
 
-        def stage(c_in: int, c_out: int, size: int) -> Stage:
-            return Stage(c_in, c_out, network, attend=size in network.attention_resolutions, modes=modes)
+        def stage(c_in: int, c_out: int, attend: bool) -> Stage:
+            return Stage(c_in, c_out, network, attend=attend, modes=modes, init=init)
 
         def resample(channels: int, direction: str) -> ResidualBlock:
             return ResidualBlock(channels, channels, dim, network.dropout, direction)
@@ -158,28 +178,39 @@ class UNet(nn.Module):
         for i, (multiplier, size) in enumerate(zip(network.multipliers, sizes, strict=True)):
             stages = []
             for _ in range(network.blocks_per_level):
-                stages.append(stage(c, width * multiplier, size))
+                stages.append(stage(c, width * multiplier, size in network.attention_resolutions))
                 c = width * multiplier
                 skips.append(c)
             last = i == len(sizes) - 1
             self.down.append(Level(stages, None if last else resample(c, "down")))
             skips += [] if last else [c]
-        self.middle_in = Stage(c, c, network, attend=True, modes=modes)
+        self.middle_in = stage(c, c, True)
         self.middle_out = ResidualBlock(c, c, dim, network.dropout)
         self.up = nn.ModuleList()
         for i, (multiplier, size) in reversed(list(enumerate(zip(network.multipliers, sizes, strict=True)))):
             stages = []
             for _ in range(network.blocks_per_level + 1):
-                stages.append(stage(c + skips.pop(), width * multiplier, size))
+                stages.append(
+                    stage(c + skips.pop(), width * multiplier, size in network.attention_resolutions)
+                )
                 c = width * multiplier
             self.up.append(Level(stages, None if i == 0 else resample(c, "up")))
         self.norm_out = nn.GroupNorm(32, c, eps=NORM_EPS)
         self.conv_out = _conv(c, out_channels or network.channels, 3, scale=0.0)
 
-    def forward(self, x_NCHW: Tensor, logsnr: Tensor, labels_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_NCHW: Tensor,
+        logsnr: Tensor,
+        labels_N: Tensor | None = None,
+        basis: FourierBasis | None = None,
+        last_basis: FourierBasis | None = None,
+    ) -> Tensor:
         """Images (N, C, H, W) and levels (N, M), or (1, M) shared by all -> (N, M, C_out, H, W).
 
-        `labels_N` are int64 class indices, needed where the network has classes.
+        `labels_N` are int64 class indices, needed where the network has classes; `basis` is what temporal
+        convolutions work in, needed where there are any. After the last of them points no longer meet: with a
+        `last_basis` that wants P of the points, only those are computed from there on -> (N, P, C_out, H, W).
         Raises ValueError where labels are missing or not wanted.
         """
         if (labels_N is not None) != (self.embed_class is not None):
@@ -195,20 +226,23 @@ class UNet(nn.Module):
         # silu is the first thing every block does to the embedding: once here instead of once a block
         e = F.silu(embedding).expand(count, points, -1).reshape(count * points, -1)
 
-        h = self.conv_in(x_NCHW).repeat_interleave(points, dim=0)  # (N*M, C, H, W), M fastest
+        # time enters in the middle of the first block: (N, C, H, W) until there, then (N*M, C, H, W), M fastest
+        h = self.conv_in(x_NCHW.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for level in self.down:
             for block in level.blocks:  # type: ignore[union-attr]
-                h = block(h, e, points)
+                h = block(h, e, basis)
                 skips.append(h)
             if level.resample is not None:
                 h = level.resample(h, e)  # type: ignore[operator]
                 skips.append(h)
-        h = self.middle_out(self.middle_in(h, e, points), e)
+        h = self.middle_out(self.middle_in(h, e, basis), e)
+        last_block = self.up[-1].blocks[-1]  # type: ignore[index]
         for level in self.up:
             for block in level.blocks:  # type: ignore[union-attr]
-                h = block(torch.cat([h, skips.pop()], dim=1), e, points)
+                wanted = last_basis if block is last_block and last_basis is not None else basis
+                h = block(torch.cat([h, repeat(skips.pop(), len(e))], dim=1), e, wanted)
             if level.resample is not None:
                 h = level.resample(h, e)  # type: ignore[operator]
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return h.reshape(count, points, *h.shape[1:])
+        return h.reshape(count, -1, *h.shape[1:])

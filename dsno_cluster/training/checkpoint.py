@@ -110,7 +110,7 @@ def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
     """What makes it another run, whose checkpoints must not be continued, if it differs."""
     return {
         "network": config.network.model_dump(mode="json"),
-        "modes": config.student.modes,
+        "student": config.student.model_dump(mode="json"),
         "trajectories": trajectories,
         "num_samples": config.trajectories.num_samples,
         "seed": config.seed,
@@ -118,6 +118,7 @@ def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
         "order": [config.reader.shuffle, config.reader.window_shards],
         "loss": config.training.loss,
         "time_weighting": config.training.time_weighting,
+        "drawn": [config.training.end_share, config.training.most_points],
     }
 
 

@@ -12,14 +12,13 @@ import torch.distributed as dist
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
-from dsno_cluster.diffusion.teachers import warm_start_weights
-from dsno_cluster.errors import UserError
-from dsno_cluster.models.dsno import DSNO
+from dsno_cluster.diffusion.teachers import diffusers_model, warm_start_weights
+from dsno_cluster.models.dsno import DSNO, Form
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.engine import EMA, join_ranks, make_engine
 from dsno_cluster.training.losses import make_distance, weighted
-from dsno_cluster.training.optim import ema_decay_at, learning_rate
+from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
 from dsno_cluster.trajectories.plan import make_plan, teacher_path
 from dsno_cluster.trajectories.reader import open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import Manifest
@@ -46,6 +45,8 @@ def train(config: Config) -> str:
     device, main = ranks.device, ranks.rank == 0
     torch.manual_seed(config.seed)
     student = new_student(config)
+    if settings.compile:
+        student.accelerate(compile=True)
     engine = make_engine(student, config, ranks)
     ema = EMA(student)
     if start:
@@ -54,7 +55,6 @@ def train(config: Config) -> str:
     if isinstance(distance, torch.nn.Module):
         distance.to(device)
     weights_M = loss_weights(settings.time_weighting, student.times).float().to(device)
-    dtype = getattr(torch, settings.precision)
     batches = read_batches(
         storage,
         folder,
@@ -90,13 +90,14 @@ def train(config: Config) -> str:
             # dropout: its masks differ between ranks and do not depend on where a run was resumed
             torch.manual_seed(((config.seed << 20) + step) * 4096 % 2**63 + ranks.rank)
             distances_M = torch.zeros(len(weights_M), device=device)
+            drawn = points_of_step(config, step)
             for batch in micro_batches:
                 labels = None if batch.labels is None else batch.labels.to(device)
-                predicted = engine(batch.noise.to(device, dtype), labels)
-                distances = distance(predicted.float(), batch.states.to(device))  # (M,)
-                engine.backward(weighted(distances, weights_M))
+                predicted = engine(batch.noise.to(device), labels, drawn)
+                distances = distance(predicted, batch.states[:, drawn].to(device))  # of the drawn points
+                engine.backward(weighted(distances, weights_M[drawn]))
                 engine.step()
-                distances_M += distances.detach() / settings.accumulation
+                distances_M[drawn] += distances.detach() / settings.accumulation
             ema.update(ema_decay_at(step, settings.ema_decay, settings.ema_ramp))
 
             done = step + 1
@@ -105,18 +106,13 @@ def train(config: Config) -> str:
                 distances_M /= ranks.world_size
                 seconds = train_seconds + time.perf_counter() - began
                 if main:
-                    _log(
-                        config,
-                        done,
-                        rate,
-                        float(weighted(distances_M, weights_M)),
-                        distances_M.tolist(),
-                        seconds,
-                    )
+                    loss = float(weighted(distances_M[drawn], weights_M[drawn]))
+                    known = [distances_M[i].item() if i in drawn else None for i in range(len(weights_M))]
+                    _log(config, done, rate, loss, known, seconds)
             if main:
                 advance(
                     1,
-                    loss=float(weighted(distances_M, weights_M)),
+                    loss=float(weighted(distances_M[drawn], weights_M[drawn])),
                     **{"images/s": (done - start) * settings.batch_size / (time.perf_counter() - began)},
                 )
             if done % settings.checkpoint_every == 0 or done == settings.steps:
@@ -137,26 +133,18 @@ def find_trajectories(config: Config) -> tuple[str, Manifest]:
 
 
 def new_student(config: Config) -> DSNO:
-    """A student at initialisation: the teacher's backbone where `student.warm_start`, new temporal convolutions.
+    """A student at initialisation: the teacher's backbone where `student.warm_start`, new layers of time.
 
-    What of the teacher a student can start from: `warm_start_weights`. Raises UserError where the teacher's shapes are
-    not the config's, or it is no U-Net of ours.
+    Raises UserError where the teacher's shapes are not the config's, or it is no network that a student can start from.
     """
-    student = DSNO(config.network, config.student.modes, config.trajectories.time_points)
-    if not config.student.warm_start:
-        return student
-    endpoint = config.storage.endpoint_url
-    teacher = warm_start_weights(teacher_path(config), endpoint, **config.teacher.options)
-    own = student.backbone.state_dict()
-    for name, tensor in teacher.items():
-        if name not in own or own[name].shape != tensor.shape:
-            found = "no such tensor" if name not in own else f"{tuple(own[name].shape)}"
-            raise UserError(
-                f"student.warm_start: the teacher has {name} {tuple(tensor.shape)}, the student of this config {found}; "
-                "take over the teacher's network, or set student.warm_start=false"
-            )
-        own[name] = tensor
-    student.backbone.load_state_dict(own)
+    settings, endpoint = config.student, config.storage.endpoint_url
+    form = Form(settings.modes, settings.operator, settings.prediction, settings.points)
+    path, options = teacher_path(config), config.teacher.options
+    diffusers = diffusers_model(path, endpoint, **options) if settings.backbone == "diffusers" else None
+    times, init = config.trajectories.time_points, settings.temporal_init
+    student = DSNO(config.network, form, times, diffusers=diffusers, init=init)
+    if settings.warm_start:
+        student.warm_start(warm_start_weights(path, endpoint, **options))
     return student
 
 
@@ -167,7 +155,17 @@ def _seconds_before(config: Config, start: int) -> float:
     return max((x["seconds"] for x in lines if x["step"] <= start), default=0.0)
 
 
-def _log(config: Config, step: int, rate: float, loss: float, distances: list[float], seconds: float) -> None:
+def points_of_step(config: Config, step: int) -> list[int]:
+    """Which of the time points optimiser step `step` (0-based) sees, ascending: all, or those drawn for it."""
+    points, settings = config.trajectories.num_points, config.training
+    if config.student.points == "all":
+        return list(range(points))
+    return drawn_points(config.seed, step, points, settings.end_share, settings.most_points)
+
+
+def _log(
+    config: Config, step: int, rate: float, loss: float, distances: list[float | None], seconds: float
+) -> None:
     line: dict[str, Any] = {"step": step, "loss": loss, "lr": rate, "seconds": round(seconds, 2)}
     line["distance_per_time"] = distances
     with checkpoint.metrics_file(config).open("a") as file:

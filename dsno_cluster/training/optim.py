@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def learning_rate(
     step: int, steps: int, lr: float, warmup: int, decay: str, halve_at: Sequence[int] = ()
@@ -20,6 +22,19 @@ def learning_rate(
     elif decay == "halving":
         factor *= 0.5 ** sum(step >= milestone for milestone in halve_at)
     return lr * factor
+
+
+def drawn_points(seed: int, step: int, points: int, end_share: float, most: int) -> list[int]:
+    """Positions of the time points that optimiser step `step` (0-based) sees, ascending.
+
+    With probability `end_share` the last (t=0) alone; else 1 to `most` of all `points`, any set as likely as another of
+    its size. A function of (seed, step) alone: the same on every rank and after a restart.
+    """
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+    if random.random() < end_share:
+        return [points - 1]
+    count = int(random.integers(1, most + 1))
+    return sorted(random.choice(points, count, replace=False).tolist())
 
 
 def ema_decay_at(step: int, decay: float, ramp: bool) -> float:
