@@ -516,6 +516,26 @@ def test_places_and_forms_of_diffusers_folders(unet: Any, tmp_path: Path) -> Non
     assert torch.equal(load_teacher(str(tmp_path / "sharded"), **options)(x, 0.4, labels), expected)
 
 
+def test_attention_under_the_names_of_old_diffusers(unet: Any, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    path, _ = saved(unet, tmp_path)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 4])
+    expected = load_teacher(path)(x, 0.5, labels)
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    weights = {}
+    for name, tensor in safetensors.torch.load_file(file).items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        weights[name] = tensor
+    assert sum(".query." in name for name in weights) > 2
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    assert torch.equal(load_teacher(path)(x, 0.5, labels), expected)
+    theirs = UNet2DModel.from_pretrained(tmp_path / "unet").state_dict()
+    assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in theirs.items())
+
+
 def test_diffusers_folders_that_are_refused(unet: Any, tmp_path: Path) -> None:
     path, _ = saved(unet, tmp_path / "a")
 

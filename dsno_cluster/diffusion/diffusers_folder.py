@@ -38,6 +38,9 @@ SCHEDULER = {
 }
 OPTIONS = ("schedule", "null_class", "sample_size", *SCHEDULER)
 
+# Attention's layers as early versions of diffusers saved them, and as they are called now.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -74,7 +77,9 @@ def load(path: str, endpoint_url: str | None, precision: str, options: dict[str,
     known = folder.info
     assert known.shape is not None and known.num_classes is not None
     unet = UNet2DModel.from_config(folder.config)
-    weights = {k: v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()}
+    weights = {
+        _present_name(k): v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()
+    }
     wanted = unet.state_dict()
     wrong = [f"{k} is missing" for k in wanted if k not in weights]
     wrong += [f"{k} is not of this network" for k in weights if k not in wanted]
@@ -136,6 +141,12 @@ def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folde
         "null_class": null,
     }
     return Folder(config, scheduler, files, TeacherInfo(identity, shape, num_classes, null, native), levels)
+
+
+def _present_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _wants_native(options: dict[str, Any], path: str) -> bool:
