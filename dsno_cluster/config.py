@@ -84,10 +84,11 @@ class Network(Strict):
             raise ValueError(
                 f"image_size {self.image_size} cannot be halved {len(self.multipliers) - 1} times"
             )
-        for multiplier in self.multipliers:
-            if (self.width * multiplier) % (self.head_dim or self.heads):
-                raise ValueError(f"{self.width * multiplier} channels do not divide into the attention heads")
         sizes = [self.image_size // 2**i for i in range(len(self.multipliers))]
+        for multiplier, size in zip(self.multipliers, sizes, strict=True):
+            attends = size in self.attention_resolutions or size == sizes[-1]  # the middle always does
+            if attends and (self.width * multiplier) % (self.head_dim or self.heads):
+                raise ValueError(f"{self.width * multiplier} channels do not divide into the attention heads")
         if not set(self.attention_resolutions) <= set(sizes):
             raise ValueError(
                 f"attention_resolutions {list(self.attention_resolutions)} are not all among {sizes}"

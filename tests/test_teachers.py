@@ -195,6 +195,14 @@ SIZES = {
         {"image_size": 8, "channels": 3, "num_classes": 7, "width": 64, "multipliers": (1,)},
         {"blocks_per_level": 1, "attention_resolutions": (8,), "head_dim": 16, "embedding_dim": 64},
     ),
+    "a first level narrower than an attention head": (
+        {"image_size": 8, "channels": 3, "num_classes": 3, "width": 32, "multipliers": (1, 2)},
+        {"blocks_per_level": 1, "attention_resolutions": (4,), "head_dim": 64, "embedding_dim": 32},
+    ),
+    "a first level that does not divide into the heads of the middle": (
+        {"image_size": 8, "channels": 3, "width": 32, "multipliers": (1, 3)},
+        {"blocks_per_level": 1, "heads": 3, "embedding_dim": 32},
+    ),
     "head size over several widths": (
         {"image_size": 8, "channels": 2, "num_classes": 2, "width": 32, "multipliers": (2, 1)},
         {"blocks_per_level": 3, "attention_resolutions": (4, 8), "head_dim": 32, "embedding_dim": 128},
