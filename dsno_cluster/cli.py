@@ -315,19 +315,22 @@ def _plan(arguments: Arguments) -> None:
     config, options = arguments.config(), arguments.options
     profile = load_profile("gen-trajectories", {"nodes": options.nodes})
     a_node = profile.gpus_per_node or max(1, profile.cpus_per_task // config.trajectories.threads)
-    measured = error = None
+    measured = error = native = None
     if options.measure or options.tolerance:
         from dsno_cluster.device import compute_device
 
         plan.find_teacher(config)
         teacher = plan.open_teacher(config).to(compute_device())
+        native = plan.own_steps(config, teacher)
         if options.tolerance:
             config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
-        elif plan.own_steps(config, teacher) is None:
+        elif native is None:
             error = plan.measure_errors(config, teacher, options.probes)
         measured = plan.measure_cost(config, teacher, profile.nodes * a_node)
+    elif config.teacher.options.get("schedule") == "native":  # its own steps may be one more than asked for
+        native = plan.own_steps(config, plan.find_teacher(config))
     show = plan.as_json if options.json else plan.report
-    print(show(config, measured=measured, error=error))
+    print(show(config, plan.size_of(config, native), measured=measured, error=error))
     if options.tolerance and not options.json:
         settings = config.trajectories
         chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}

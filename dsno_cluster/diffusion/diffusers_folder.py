@@ -293,7 +293,7 @@ def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
 
     def grid(steps: int) -> tuple[float, ...]:
         if not 1 <= steps <= count:
-            raise ValueError(f"steps={steps}: the model has {count} levels of its own")
+            raise ValueError(f"{steps} steps, where the model has {count} levels of its own; take fewer")
         if scheduler["timestep_spacing"] == "leading":
             timesteps = [i * (count // steps) + offset for i in reversed(range(steps))]
         elif scheduler["timestep_spacing"] == "trailing":
@@ -301,7 +301,7 @@ def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
         else:
             timesteps = [round(i * (count - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
         if timesteps[0] >= count:
-            raise ValueError(f"steps={steps} with steps_offset {offset} goes beyond the {count} levels")
+            raise ValueError(f"{steps} steps with steps_offset {offset} go beyond the {count} levels")
         if not scheduler["set_alpha_to_one"] and timesteps[-1] > 0:
             timesteps.append(0)
         return (*(time(n) for n in timesteps), 0.0)
