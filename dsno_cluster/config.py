@@ -384,11 +384,15 @@ def with_absolute_paths(config: Config) -> Config:
         return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
 
     storage, run, teacher = config.storage, config.run, config.teacher
+    options = dict(teacher.options)
     if "://" not in storage.root:
         storage = storage.model_copy(update={"root": str(Path(storage.root).absolute())})
     run = run.model_copy(update={"dir": str(config.run_dir.absolute())})
     if teacher.path is not None:
-        teacher = teacher.model_copy(update={"path": absolute(teacher.path)})
+        # the YAML of a published teacher; the options of a Python factory are its own, and part of the spec
+        if isinstance(options.get("config"), str) and ("://" in teacher.path or Path(teacher.path).exists()):
+            options["config"] = absolute(str(options["config"]))
+        teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
     return config.model_copy(update={"storage": storage, "run": run, "teacher": teacher})
 
 

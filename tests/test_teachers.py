@@ -20,7 +20,8 @@ from conftest import DATA, dsno
 from torch import Tensor
 
 from dsno_cluster import load_teacher, solve
-from dsno_cluster.config import Network, load_config
+from dsno_cluster.config import Network, load_config, with_absolute_paths
+from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.diffusion.solvers import guided
@@ -35,6 +36,7 @@ from dsno_cluster.diffusion.teachers import (
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.importers import import_weights
 from dsno_cluster.models.unet import UNet
+from dsno_cluster.models.weights import software_versions
 from dsno_cluster.trajectories.generate import solve_batch
 from dsno_cluster.trajectories.plan import make_plan, open_teacher
 
@@ -815,6 +817,39 @@ def test_config_reaches_the_teacher() -> None:
         check_fits(config.network, teacher, "here")
     with pytest.raises(UserError, match="precision"):
         load_config("configs/digits.yaml", ["teacher.precision=int8"])
+
+
+def test_a_relative_published_config_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor may start in another folder than the one that the options were written in."""
+    shutil.copytree(PUBLISHED / "teacher_flax_x", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(
+        str(Path(__file__).parents[1] / "configs/digits.yaml"),
+        ["teacher.path=teacher", "teacher.options={config: config.yaml, schedule: continuous}"],
+    )
+    identity = teacher_identity("teacher", **config.teacher.options)
+    there = with_absolute_paths(config).teacher
+    monkeypatch.chdir(tmp_path)
+    assert teacher_identity(str(there.path), **there.options) == identity
+    factory = config.model_copy(
+        update={"teacher": config.teacher.model_copy(update={"path": "my.module:function"})}
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    assert with_absolute_paths(factory).teacher == factory.teacher  # its options are part of the spec
+
+
+def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    compute_device()
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_version_of_diffusers_is_on_record(unet: Any) -> None:
+    import diffusers
+
+    assert software_versions()["diffusers"] == diffusers.__version__
 
 
 def test_identity_needs_no_torch() -> None:
