@@ -261,13 +261,26 @@ def _endpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profile]:
+    from dsno_cluster import console
+    from dsno_cluster.cluster.ray_pool import given_address
     from dsno_cluster.cluster.slurm import choose_launcher
     from dsno_cluster.config import load_profile
 
     options = arguments.options
+    asked = options.launcher
+    address = None if stage == "train" else given_address(options.ray_address)
+    if address is not None:  # its actors are driven from here: a job of Slurm would start a Ray of its own
+        if asked == "slurm":
+            raise UserError(
+                f"--launcher slurm: a Ray cluster is given, {address}; leave out --ray-address and unset RAY_ADDRESS, or take "
+                "--launcher local to use it"
+            )
+        if asked == "auto":
+            console.say(f"using the Ray cluster {address} from this machine")
+        asked = "local"
     changes = {"nodes": options.nodes, "tasks_per_node": getattr(options, "tasks_per_node", None)}
     profile = load_profile(stage, changes)
-    launcher = choose_launcher(options.launcher, options.nodes or 1)
+    launcher = choose_launcher(asked, options.nodes or 1)
     if launcher == "slurm" and profile.nodes > 1 and stage != "train":
         raise UserError(
             f"--nodes {profile.nodes}: {stage} runs on one node of Slurm in this version; take --nodes 1"
