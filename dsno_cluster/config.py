@@ -22,6 +22,23 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.storage import endpoint_problem, split_address
+
+
+def _root(value: str) -> str:
+    try:
+        if "://" in value:
+            split_address(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None  # which pydantic gathers with the key's name
+    return os.path.expanduser(value)
+
+
+def _endpoint(value: str) -> str:
+    if problem := endpoint_problem(value):
+        raise ValueError(problem)
+    return value
+
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -37,8 +54,8 @@ class Strict(BaseModel):
 class StorageConfig(Strict):
     """Where shared results live."""
 
-    root: FolderPath = Field("runs", description="a folder, or s3://bucket/prefix")
-    endpoint_url: str | None = Field(
+    root: Annotated[str, AfterValidator(_root)] = Field("runs", description="a folder, or s3://bucket/prefix")
+    endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = Field(
         None, description="S3 endpoint; credentials come from the usual AWS sources"
     )
 
