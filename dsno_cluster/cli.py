@@ -261,13 +261,26 @@ def _endpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profile]:
+    from dsno_cluster import console
+    from dsno_cluster.cluster.ray_pool import given_address
     from dsno_cluster.cluster.slurm import choose_launcher
     from dsno_cluster.config import load_profile
 
     options = arguments.options
+    asked = options.launcher
+    address = None if stage == "train" else given_address(options.ray_address)
+    if address is not None:  # its actors are driven from here: a job of Slurm would start a Ray of its own
+        if asked == "slurm":
+            raise UserError(
+                f"--launcher slurm: a Ray cluster is given, {address}; leave out --ray-address and unset RAY_ADDRESS, or take "
+                "--launcher local to use it"
+            )
+        if asked == "auto":
+            console.say(f"using the Ray cluster {address} from this machine")
+        asked = "local"
     changes = {"nodes": options.nodes, "tasks_per_node": getattr(options, "tasks_per_node", None)}
     profile = load_profile(stage, changes)
-    launcher = choose_launcher(options.launcher, options.nodes or 1)
+    launcher = choose_launcher(asked, options.nodes or 1)
     if launcher == "slurm" and profile.nodes > 1 and stage != "train":
         raise UserError(
             f"--nodes {profile.nodes}: {stage} runs on one node of Slurm in this version; take --nodes 1"
@@ -315,19 +328,22 @@ def _plan(arguments: Arguments) -> None:
     config, options = arguments.config(), arguments.options
     profile = load_profile("gen-trajectories", {"nodes": options.nodes})
     a_node = profile.gpus_per_node or max(1, profile.cpus_per_task // config.trajectories.threads)
-    measured = error = None
+    measured = error = native = None
     if options.measure or options.tolerance:
         from dsno_cluster.device import compute_device
 
         plan.find_teacher(config)
         teacher = plan.open_teacher(config).to(compute_device())
+        native = plan.own_steps(config, teacher)
         if options.tolerance:
             config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
-        elif plan.own_steps(config, teacher) is None:
+        elif native is None:
             error = plan.measure_errors(config, teacher, options.probes)
         measured = plan.measure_cost(config, teacher, profile.nodes * a_node)
+    elif config.teacher.options.get("schedule") == "native":  # its own steps may be one more than asked for
+        native = plan.own_steps(config, plan.find_teacher(config))
     show = plan.as_json if options.json else plan.report
-    print(show(config, measured=measured, error=error))
+    print(show(config, plan.size_of(config, native), measured=measured, error=error))
     if options.tolerance and not options.json:
         settings = config.trajectories
         chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}

@@ -22,6 +22,23 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.storage import endpoint_problem, split_address
+
+
+def _root(value: str) -> str:
+    try:
+        if "://" in value:
+            split_address(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None  # which pydantic gathers with the key's name
+    return os.path.expanduser(value)
+
+
+def _endpoint(value: str) -> str:
+    if problem := endpoint_problem(value):
+        raise ValueError(problem)
+    return value
+
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -37,8 +54,8 @@ class Strict(BaseModel):
 class StorageConfig(Strict):
     """Where shared results live."""
 
-    root: FolderPath = Field("runs", description="a folder, or s3://bucket/prefix")
-    endpoint_url: str | None = Field(
+    root: Annotated[str, AfterValidator(_root)] = Field("runs", description="a folder, or s3://bucket/prefix")
+    endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = Field(
         None, description="S3 endpoint; credentials come from the usual AWS sources"
     )
 
@@ -84,10 +101,11 @@ class Network(Strict):
             raise ValueError(
                 f"image_size {self.image_size} cannot be halved {len(self.multipliers) - 1} times"
             )
-        for multiplier in self.multipliers:
-            if (self.width * multiplier) % (self.head_dim or self.heads):
-                raise ValueError(f"{self.width * multiplier} channels do not divide into the attention heads")
         sizes = [self.image_size // 2**i for i in range(len(self.multipliers))]
+        for multiplier, size in zip(self.multipliers, sizes, strict=True):
+            attends = size in self.attention_resolutions or size == sizes[-1]  # the middle always does
+            if attends and (self.width * multiplier) % (self.head_dim or self.heads):
+                raise ValueError(f"{self.width * multiplier} channels do not divide into the attention heads")
         if not set(self.attention_resolutions) <= set(sizes):
             raise ValueError(
                 f"attention_resolutions {list(self.attention_resolutions)} are not all among {sizes}"
@@ -428,11 +446,15 @@ def with_absolute_paths(config: Config) -> Config:
         return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
 
     storage, run, teacher = config.storage, config.run, config.teacher
+    options = dict(teacher.options)
     if "://" not in storage.root:
         storage = storage.model_copy(update={"root": str(Path(storage.root).absolute())})
     run = run.model_copy(update={"dir": str(config.run_dir.absolute())})
     if teacher.path is not None:
-        teacher = teacher.model_copy(update={"path": absolute(teacher.path)})
+        # the YAML of a published teacher; the options of a Python factory are its own, and part of the spec
+        if isinstance(options.get("config"), str) and ("://" in teacher.path or Path(teacher.path).exists()):
+            options["config"] = absolute(str(options["config"]))
+        teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
     return config.model_copy(update={"storage": storage, "run": run, "teacher": teacher})
 
 

@@ -16,19 +16,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dsno_cluster.errors import without_passwords
+
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_EVERY_SECONDS = 10.0
 
 
 def say(message: str) -> None:
     """One line of what is going on, or is about to."""
-    _console.print(message, markup=False)
+    _console.print(without_passwords(message), markup=False)
 
 
 def error(message: str) -> None:
     """One line that says what went wrong and what to do."""
     _console.print(
-        f"dsno-cluster: {' '.join(message.split())}",
+        f"dsno-cluster: {without_passwords(' '.join(message.split()))}",
         markup=False,
         style="bold red" if _console.is_terminal else None,
     )

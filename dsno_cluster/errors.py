@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """The input is wrong: a key, an option, a path. Exit status 2."""
@@ -9,3 +11,8 @@ class UserError(Exception):
 
 class WorkError(Exception):
     """The work or its surroundings failed: storage, a node, a disk. Exit status 1."""
+
+
+def without_passwords(text: str) -> str:
+    """`text` with user:password of every URL in it left out; what is shown to people goes through here."""
+    return re.sub(r"://[^\s/@]*:[^\s@]*@", "://***@", text)

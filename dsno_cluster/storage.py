@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import tempfile
 import time
 import urllib.parse
@@ -24,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import UserError, WorkError, without_passwords
 
 
 class MissingObject(WorkError):
@@ -57,6 +58,7 @@ class Patience:
     first_pause_seconds: float = 0.25
     longest_pause_seconds: float = 8.0
     timeout_seconds: float = 60.0
+    first_attempts: int = 4  # for an endpoint that has not answered yet: it may well be written wrong
 
 
 class Storage(Protocol):
@@ -93,16 +95,46 @@ class Storage(Protocol):
 def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
     """The storage at a folder path or at s3://bucket/prefix.
 
-    Raises UserError for any other scheme, and for an endpoint that is not a URL or carries a password.
+    Raises UserError for any other scheme, for what cannot be a bucket, and for an endpoint that is not a URL;
+    also where either carries a password.
     """
-    if url.startswith("s3://"):
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise UserError(f"{url}: names no bucket; write s3://bucket/prefix")
-        return S3Storage(bucket, prefix.strip("/"), endpoint_url, patience or Patience())
-    if "://" in url:
+    if "://" not in url:
+        return FolderStorage(Path(url))
+    return S3Storage(*split_address(url), endpoint_url, patience or Patience())
+
+
+_BUCKET = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+def split_address(url: str) -> tuple[str, str]:
+    """Bucket and prefix of s3://bucket/prefix. Raises UserError, without a password that stands there."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    if scheme == "s3" and _BUCKET.fullmatch(bucket):
+        return bucket, prefix.strip("/")
+    if ":" in bucket or "@" in bucket:
+        raise UserError(
+            f"an address {scheme}://... holds a bucket's name, no user or password; credentials come from AWS_* or a profile"
+        )
+    if scheme != "s3":
         raise UserError(f"{url}: storage is a folder or s3://bucket/prefix")
-    return FolderStorage(Path(url))
+    if not bucket:
+        raise UserError(f"{url}: names no bucket; write s3://bucket/prefix")
+    raise UserError(
+        f"{url}: {bucket!r} is no bucket's name: those are 3 to 63 lower-case letters, digits, dots and hyphens"
+    )
+
+
+def endpoint_problem(url: str) -> str | None:
+    """What is wrong with an endpoint, in words that hold no password; None for http(s)://host or host:port."""
+    if "@" in url:
+        return "must not carry a password; credentials come from AWS_* or a profile"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        right = False
+    return None if right else f"{url!r} is not a URL like https://host:port"
 
 
 class FolderStorage:
@@ -161,17 +193,36 @@ class FolderStorage:
 
     def stat(self, key: str) -> Stat | None:
         path = self.root / key
-        return self._stat(path) if path.is_file() else None
+        try:
+            return self._stat(path) if path.is_file() else None
+        except FileNotFoundError:  # it went meanwhile
+            return None
+        except OSError as error:
+            raise WorkError(f"{path}: cannot be read: {error.strerror}") from error
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        below = self.root / prefix.rpartition("/")[0]
-        for path in sorted(below.rglob("*")):
-            key = path.relative_to(self.root).as_posix()
-            if key.startswith(prefix) and path.is_file() and not path.name.startswith("."):
-                yield self._stat(path)
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise WorkError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+        keys = [
+            (Path(folder) / name).relative_to(self.root).as_posix()
+            for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=unreadable)
+            for name in names
+            if not name.startswith(".")
+        ]
+        for key in sorted(keys):
+            if key.startswith(prefix) and (found := self.stat(key)) is not None:
+                yield found
 
     def delete(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
+        path = self.root / key
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise WorkError(f"{path}: cannot be deleted: {error.strerror}") from error
 
     def tidy(self, prefix: str) -> None:
         before = (datetime.now(UTC) - STALE).timestamp()
@@ -240,6 +291,10 @@ _HEALING_CODES = {
 }  # fmt: skip
 
 
+# Endpoints (None: Amazon's, or the environment's) that have answered this process: what fails there now may heal.
+_answered: set[str | None] = set()
+
+
 class S3Storage:
     """Objects of a bucket below a prefix. Credentials come only from the usual AWS sources.
 
@@ -248,16 +303,11 @@ class S3Storage:
     """
 
     def __init__(self, bucket: str, prefix: str, endpoint_url: str | None, patience: Patience) -> None:
-        if endpoint_url is not None:
-            parts = urllib.parse.urlsplit(endpoint_url)
-            if parts.username or parts.password:
-                raise UserError(
-                    "storage.endpoint_url: must not carry a password; credentials come from AWS_* or a profile"
-                )
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise UserError(f"storage.endpoint_url: {endpoint_url!r} is not a URL like https://host:port")
+        if endpoint_url is not None and (problem := endpoint_problem(endpoint_url)):
+            raise UserError(f"storage.endpoint_url: {problem}")
         self.bucket, self.prefix, self.endpoint_url, self.patience = bucket, prefix, endpoint_url, patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._bucket_is_there = False
 
     def __reduce__(self) -> tuple[Any, ...]:  # a client cannot travel to another process; its address can
         return S3Storage, (self.bucket, self.prefix, self.endpoint_url, self.patience)
@@ -266,6 +316,7 @@ class S3Storage:
     def _client(self) -> Any:
         import boto3
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
 
         # one owner of retrying, `_try`: botocore would not try again a body that broke off
         config = Config(
@@ -275,7 +326,16 @@ class S3Storage:
             max_pool_connections=16,
         )
         # a session of its own: the default one is not safe across threads and never reads credentials again
-        return boto3.session.Session().client("s3", endpoint_url=self.endpoint_url, config=config)
+        session, found_there = boto3.session.Session(), "AWS_ENDPOINT_URL, or endpoint_url of the AWS profile"
+        try:
+            client = session.client("s3", endpoint_url=self.endpoint_url, config=config)
+        except BotoCoreError:
+            raise
+        except ValueError:  # of the endpoint; its text may hold a password
+            raise UserError(f"{found_there}: is not a URL like https://host:port") from None
+        if problem := endpoint_problem(client.meta.endpoint_url):
+            raise UserError(f"{found_there}: {problem}")
+        return client
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
@@ -285,34 +345,30 @@ class S3Storage:
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,
-            ConnectTimeoutError,
-            EndpointConnectionError,
             FlexibleChecksumError,
             HTTPClientError,
             IncompleteReadError,
             NoCredentialsError,
             PartialCredentialsError,
         )
+        from botocore.exceptions import ConnectionError as NoConnection  # refused, unknown host, TLS, proxy
 
         where = f"s3://{self.bucket}/{self._name(key)}"
-        healing = (
-            HTTPClientError,
-            EndpointConnectionError,
-            ConnectTimeoutError,
-            IncompleteReadError,
-            FlexibleChecksumError,
-            OSError,
-        )
+        healing = (NoConnection, HTTPClientError, IncompleteReadError, FlexibleChecksumError, OSError)
+        attempts = self.patience.attempts
         pause = self.patience.first_pause_seconds
         attempt = 1
         while True:
             try:
-                return call(attempt)
+                result = call(attempt)
+                _answered.add(self.endpoint_url)
+                return result
             except (NoCredentialsError, PartialCredentialsError):
                 raise WorkError(
                     f"{where}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
                 ) from None
             except ClientError as error:
+                _answered.add(self.endpoint_url)
                 code = str(error.response.get("Error", {}).get("Code", "?"))
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
                 if code == "NoSuchBucket":
@@ -330,10 +386,12 @@ class S3Storage:
                         f"{where}: {action} failed after {attempt} attempt(s): {problem}"
                     ) from error
             except healing as error:
-                problem, cause = f"{type(error).__name__}: {error}", error
+                problem, cause = without_passwords(f"{type(error).__name__}: {error}"), error
+                if isinstance(error, NoConnection) and self.endpoint_url not in _answered:
+                    attempts = min(attempts, self.patience.first_attempts)
             except BotoCoreError as error:
-                raise WorkError(f"{where}: {action} failed: {error}") from error
-            if attempt == self.patience.attempts:
+                raise WorkError(f"{where}: {action} failed: {without_passwords(str(error))}") from error
+            if attempt >= attempts:
                 raise WorkError(f"{where}: {action} failed after {attempt} attempts: {problem}") from cause
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, self.patience.longest_pause_seconds)
@@ -439,8 +497,29 @@ class S3Storage:
         try:
             answer = self._try("head", key, head)
         except MissingObject:
+            self._check_bucket()
             return None
+        self._bucket_is_there = True
         return Stat(key, answer["ContentLength"], answer["ETag"])
+
+    def _check_bucket(self) -> None:
+        """Raises WorkError where there is no bucket: the 404 of a head, which has no body, does not tell. Asks once."""
+
+        def head(attempt: int) -> None:
+            try:
+                self._client.head_bucket(Bucket=self.bucket)
+            except self._client.exceptions.ClientError as error:
+                # any other answer, such as 403 for want of a permission, says nothing against the bucket
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+                    raise
+
+        if self._bucket_is_there:
+            return
+        try:
+            self._try("head of the bucket", "", head)
+        except MissingObject:
+            raise WorkError(f"{self.url}: there is no bucket {self.bucket}") from None
+        self._bucket_is_there = True
 
     def list(self, prefix: str) -> Iterator[Stat]:
         token: dict[str, str] = {}

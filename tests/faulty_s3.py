@@ -22,7 +22,7 @@ INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an interna
 class FaultyS3:
     """`url` speaks S3. `fault(method, path, number)` names what happens to the request; `seen` counts them."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, port: int = 0) -> None:
         self.fault: Callable[[str, str, int], Fault] = lambda method, path, number: ""
         self.seen: list[tuple[str, str, Fault]] = []
         self.lock = threading.Lock()
@@ -107,7 +107,7 @@ class FaultyS3:
                 self.close_connection = True
                 self.connection.close()
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 

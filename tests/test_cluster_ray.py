@@ -23,12 +23,14 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 
 SLOW = [*TINY, "trajectories.steps=160", "trajectories.num_samples=384"]  # 24 shards of about half a second
 
+TOKEN = secrets.token_hex(32)  # Ray reads it once a process
+
 
 @pytest.fixture
 def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray head without CPUs; nodes are added by the test. Several raylets on one machine, as Ray tests itself."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -103,6 +105,16 @@ def test_actors_killed_nodes_lost_and_nodes_that_join(ray_cluster: Any, tmp_path
         "manifest.json",
         *shards(root),
     ]
+
+
+def test_a_cluster_without_room_for_one_actor_is_refused(ray_cluster: Any, tmp_path: Path) -> None:
+    ray_cluster.add_node(num_cpus=1)
+    words = ["gen-trajectories", *TINY, "trajectories.threads=2", f"storage.root={tmp_path}"]
+    words += ["--launcher", "local", "--ray-address", ray_cluster.address]
+    for actors in ([], ["--actors", "1"]):
+        refused = dsno(*words, *actors, timeout=90)
+        assert refused.returncode == 2, refused.stderr
+        assert "no node has the 2 CPUs of one actor" in refused.stderr, refused.stderr
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:

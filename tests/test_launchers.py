@@ -39,6 +39,20 @@ def test_auto_is_slurm_where_its_controller_answers(slurm: Path, tmp_path: Path)
     assert asked.returncode == 1 and "controller is down" in asked.stderr
 
 
+def test_a_ray_cluster_that_is_given_is_used_from_here(slurm: Path, tmp_path: Path) -> None:
+    words = ["gen-trajectories", *TINY, "--dry-run"]
+    path = f"{slurm}:/usr/bin:/bin"
+    for option, env in ((["--ray-address", "10.0.0.1:6379"], {}), ([], {"RAY_ADDRESS": "10.0.0.1:6379"})):
+        auto = dsno(*words, *option, cwd=tmp_path, PATH=path, **env)
+        assert auto.returncode == 0 and "would make" in auto.stdout, auto.stderr
+        assert "10.0.0.1:6379" in auto.stderr
+        asked = dsno(*words, *option, "--launcher", "slurm", cwd=tmp_path, PATH=path, **env)
+        assert asked.returncode == 2 and "10.0.0.1:6379" in asked.stderr, asked.stderr
+        assert len(asked.stderr.splitlines()) == 1
+    own = dsno(*words, "--ray-address", "local", cwd=tmp_path, PATH=path, RAY_ADDRESS="10.0.0.1:6379")
+    assert own.returncode == 0 and "#SBATCH" in own.stdout, own.stderr
+
+
 def test_a_silent_controller_is_not_waited_for(slurm: Path, tmp_path: Path) -> None:
     (slurm / "scontrol").write_text("#!/bin/sh\nexec sleep 60\n")
     local = dsno(

@@ -48,7 +48,9 @@ def test_the_cheapest_solver_within_a_tolerance_is_named_and_works(tmp_path: Pat
     found = dsno("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--nodes", "3")
     assert found.returncode == 0, found.stderr
     assert "off by" in found.stderr and "device-hours" in found.stdout
+    told = json.loads(dsno("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--json").stdout)
     use = next(line for line in found.stdout.splitlines() if line.startswith("use")).split()[1:]
+    assert use == [f"trajectories.{key}={told[key]}" for key in ("solver", "steps", "grid")]
     root = [f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
     made = dsno("gen-trajectories", *TINY, *GAUSSIAN, *use, "trajectories.dtype=float32", *root)
     assert made.returncode == 0, made.stderr
@@ -73,6 +75,7 @@ def test_measuring_says_seconds_and_errors() -> None:
     assert cost["device_hours"] == pytest.approx(
         cost["seconds_per_evaluation"] * measured["evaluations"] / 3600
     )
+    assert measured["grid"] == "auto"
     assert cost["wall_hours"] == pytest.approx(cost["device_hours"] / cost["devices"])
     errors = measured["relative_error"]
     assert list(errors) == ["0.5625", "0.25", "0.0625", "0.0"] and all(0 < e < 0.5 for e in errors.values())
@@ -111,6 +114,9 @@ def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
     assert spec["grid"] == [(steps - i) / steps for i in range(steps + 1)]
     wrong = dsno("gen-trajectories", str(config), f"trajectories.steps={steps * 2}", *root)
     assert wrong.returncode == 2 and f"has {steps} steps of its own" in wrong.stderr, wrong.stderr
+    for solver in ("abm3", "dpmpp-2m", "heun"):
+        other = dsno("gen-trajectories", str(config), f"trajectories.solver={solver}", *root)
+        assert other.returncode == 2 and "set trajectories.solver=ddim" in other.stderr, other.stderr
     off = dsno("gen-trajectories", str(config), "trajectories.times=[0.51, 0.0]", *root)
     assert off.returncode == 2 and "0.51 is not on the grid" in off.stderr, off.stderr
     asked = dsno("plan", str(config), "--tolerance", "1e-3")

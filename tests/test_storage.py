@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +153,90 @@ def test_a_folder_shows_no_half_written_file(tmp_path: Path) -> None:
     storage.write("d/shard-0", b"x")
     (tmp_path / "d" / ".shard-1.abc.tmp").write_bytes(b"half")
     assert [s.key for s in storage.list("d/")] == ["d/shard-0"]
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    """Root may read everything, so a name that no file system takes stands for every refusal."""
+    storage, name = open_storage(str(tmp_path)), "n" * 300
+    storage.write("folder/file", b"x")
+    for refused in (
+        lambda: storage.stat(name),
+        lambda: list(storage.list(f"{name}/")),
+        lambda: storage.delete(name),
+        lambda: storage.delete("folder"),
+    ):
+        with pytest.raises(WorkError, match=r"cannot be (read|listed|deleted): \w+") as caught:
+            refused()
+        assert len(str(caught.value).splitlines()) == 1
+    storage.delete("folder/file/below")  # there is none, as on S3
+    failed = dsno("verify", str(tmp_path / name))
+    assert failed.returncode == 1 and "File name too long" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root")
+def test_a_folder_of_somebody_else_is_not_an_empty_one() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(folder)
+        storage.write("mine/shard-0", b"x")
+        Path(folder).chmod(0o755)
+        Path(folder, "mine").chmod(0o700)
+        os.seteuid(65534)
+        try:
+            for refused in (lambda: storage.stat("mine/shard-0"), lambda: list(storage.list("mine/"))):
+                with pytest.raises(WorkError, match="Permission denied"):
+                    refused()
+        finally:
+            os.seteuid(0)
+
+
+PASSWORDS = [
+    "s3://AK:hunter2@bucket/x",
+    "s3://AK:hun/ter2@bucket/x",
+    "s3://AK:hun/ter2",
+    "gs://AK:hunter2@bucket",
+]
+
+
+@pytest.mark.parametrize("address", PASSWORDS)
+def test_a_password_in_an_address_is_refused_and_not_repeated(address: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no user or password; credentials come from AWS_\*") as caught:
+        open_storage(address)
+    root = [f"storage.root={address}"]
+    people = [str(caught.value)]
+    for words in (["verify", address], ["plan", *root], ["train", *root], ["eval", "--student", address]):
+        refused = dsno(*words, cwd=tmp_path)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
+        people += [refused.stderr, refused.stdout]
+    assert not [text for text in people if "hun" in text or "ter2" in text]
+
+
+@pytest.mark.parametrize("endpoint", ["http://bob:hunter2@127.0.0.1:1", "bob:hunter2@127.0.0.1:1"])
+def test_a_password_in_an_endpoint_is_refused_and_not_repeated(endpoint: str, tmp_path: Path) -> None:
+    as_option = ["verify", "s3://bucket/x", "--endpoint-url", endpoint]
+    as_key = ["plan", "storage.root=s3://bucket/x", f"storage.endpoint_url={endpoint}"]
+    for words in (as_option, as_key):
+        refused = dsno(*words, cwd=tmp_path)
+        assert refused.returncode == 2 and "storage.endpoint_url: must not carry" in refused.stderr
+        assert "hunter2" not in refused.stderr + refused.stdout
+    (tmp_path / "profile").write_text(f"[default]\nendpoint_url = {endpoint}\n")
+    for source in ({"AWS_ENDPOINT_URL": endpoint}, {"AWS_CONFIG_FILE": str(tmp_path / "profile")}):
+        refused = dsno("verify", "s3://bucket/x", cwd=tmp_path, **KEYS, **source)
+        assert refused.returncode == 2 and "AWS_ENDPOINT_URL" in refused.stderr, refused.stderr
+        assert "hunter2" not in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_word_that_holds_a_password_by_mistake_is_not_repeated(tmp_path: Path) -> None:
+    for words in (["plan", "s3://AK:hun/ter2@bucket/x.yaml"], ["plan", "x=[s3://AK:hunter2@bucket"]):
+        refused = dsno(*words, cwd=tmp_path)
+        assert refused.returncode == 2 and "s3://***@bucket" in refused.stderr, refused.stderr
+        assert "hun" not in refused.stderr
+
+
+@pytest.mark.parametrize("bucket", ["", "ab", "Bucket", "my_bucket", "-bucket", "a..b", "b" * 64])
+def test_what_cannot_be_a_bucket_is_said_before_any_request(bucket: str) -> None:
+    with pytest.raises(UserError, match="bucket"):
+        open_storage(f"s3://{bucket}/x")
 
 
 def test_errors_are_for_people(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +137,57 @@ def test_what_cannot_heal_is_told_at_once(
     with pytest.raises(UserError, match="must not carry a password") as caught:
         open_storage("s3://bucket/x", "http://user:hidden@host:1")
     assert "hidden" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_not_a_missing_object(proxy: FaultyS3, request: pytest.FixtureRequest) -> None:
+    """A HEAD's 404 has no body to tell them apart: the bucket is asked for, once."""
+    for words in (["verify", "s3://no-such-bucket/x"], ["inspect", "s3://no-such-bucket/x"]):
+        failed = dsno(*words, "--endpoint-url", proxy.url, **KEYS)
+        assert failed.returncode == 1, failed.stderr
+        assert failed.stderr.endswith("there is no bucket no-such-bucket\n"), failed.stderr
+    proxy.seen.clear()
+    storage = through(proxy, request)
+    assert [storage.stat(f"nothing-{i}") for i in range(4)] == [None] * 4
+    assert [path for method, path, _ in proxy.seen if not path.startswith("/bucket/faults/")] == ["/bucket"]
+
+
+def test_an_endpoint_that_never_answered_is_not_waited_for(
+    proxy: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = socket.create_server(("127.0.0.1", 0))  # listens, and speaks no TLS
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/nonexistent/ca.pem")
+    for endpoint in (
+        "http://127.0.0.1:1",
+        "http://no-such-host.invalid",
+        f"https://127.0.0.1:{closed.getsockname()[1]}",
+    ):
+        began = time.monotonic()
+        with pytest.raises(WorkError, match="get failed after 4 attempts"):
+            open_storage("s3://bucket/x", endpoint).read("k")
+        assert time.monotonic() - began < 5  # a little of which is boto3's own import
+    closed.close()
+
+
+def test_a_server_that_restarts_is_waited_for(s3_endpoint: str, proxy: FaultyS3) -> None:  # noqa: F811
+    """Also by a client made meanwhile: this process has had answers from there."""
+    open_storage("s3://bucket/restart", proxy.url).write("k", DATA)
+    proxy.server.shutdown()
+    proxy.server.server_close()
+    again: list[FaultyS3] = []
+    port = int(proxy.url.rpartition(":")[2])
+
+    def restart() -> None:
+        again.append(FaultyS3(s3_endpoint, port))
+        again[0].server.serve_forever()
+
+    timer = threading.Timer(3.0, restart)  # longer than the four attempts of a first call take
+    timer.daemon = True
+    timer.start()
+    try:
+        assert open_storage("s3://bucket/restart", proxy.url).read("k") == DATA
+    finally:
+        again[0].server.shutdown()
+        again[0].server.server_close()
 
 
 def test_large_objects_go_up_in_parts(

@@ -16,11 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import DATA
+from conftest import DATA, dsno
 from torch import Tensor
 
 from dsno_cluster import load_teacher, solve
-from dsno_cluster.config import Network, load_config
+from dsno_cluster.config import Network, load_config, with_absolute_paths
+from dsno_cluster.device import compute_device
+from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.diffusion.teachers import (
@@ -34,6 +36,9 @@ from dsno_cluster.diffusion.teachers import (
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.importers import import_weights
 from dsno_cluster.models.unet import UNet
+from dsno_cluster.models.weights import software_versions
+from dsno_cluster.trajectories.generate import solve_batch
+from dsno_cluster.trajectories.plan import make_plan, open_teacher
 
 PUBLISHED = DATA / "published"
 FLAX = ["teacher_flax_x", "teacher_flax_both"]
@@ -81,6 +86,19 @@ def test_outputs_of_published_teachers(name: str, door: str, tmp_path: Path) -> 
     assert teacher.num_classes == int(
         yaml.safe_load((folder / "config.yaml").read_text())["model"]["num_classes"]
     )
+
+
+def test_own_steps_of_a_distilled_teacher_are_ddim_steps() -> None:
+    teacher = load_teacher(str(PUBLISHED / "teacher_flax_x"))
+    noise, labels = torch.randn(1, *teacher.shape), torch.zeros(1, dtype=torch.int64)
+    for solver in ("heun", "dpmpp-2m", "abm3"):
+        with pytest.raises(ValueError, match="one step of 'ddim'"):
+            solve(teacher, noise, [0.5, 0.0], solver, 16, labels)
+        assert solve(teacher, noise, [0.5], solver, 2, labels, grid="uniform").isfinite().all()  # as asked
+    states = solve(teacher, noise, [0.5, 0.0], "ddim", 16, labels)
+    assert torch.equal(solve(teacher, noise, [0.5, 0.0], "ddim", 4, labels), states)  # its own 16, always
+    plain = load_teacher(str(PUBLISHED / "teacher_flax_x"), schedule="continuous")
+    assert solve(plain, noise, [0.5], "abm3", 4, labels).isfinite().all()
 
 
 @pytest.mark.parametrize("mean_type", ["eps", "v"])
@@ -194,6 +212,14 @@ SIZES = {
     "one level, classes, head size": (
         {"image_size": 8, "channels": 3, "num_classes": 7, "width": 64, "multipliers": (1,)},
         {"blocks_per_level": 1, "attention_resolutions": (8,), "head_dim": 16, "embedding_dim": 64},
+    ),
+    "a first level narrower than an attention head": (
+        {"image_size": 8, "channels": 3, "num_classes": 3, "width": 32, "multipliers": (1, 2)},
+        {"blocks_per_level": 1, "attention_resolutions": (4,), "head_dim": 64, "embedding_dim": 32},
+    ),
+    "a first level that does not divide into the heads of the middle": (
+        {"image_size": 8, "channels": 3, "width": 32, "multipliers": (1, 3)},
+        {"blocks_per_level": 1, "heads": 3, "embedding_dim": 32},
     ),
     "head size over several widths": (
         {"image_size": 8, "channels": 2, "num_classes": 2, "width": 32, "multipliers": (2, 1)},
@@ -516,6 +542,92 @@ def test_places_and_forms_of_diffusers_folders(unet: Any, tmp_path: Path) -> Non
     assert torch.equal(load_teacher(str(tmp_path / "sharded"), **options)(x, 0.4, labels), expected)
 
 
+def test_attention_under_the_names_of_old_diffusers(unet: Any, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    path, _ = saved(unet, tmp_path)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 4])
+    expected = load_teacher(path)(x, 0.5, labels)
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    weights = {}
+    for name, tensor in safetensors.torch.load_file(file).items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        weights[name] = tensor
+    assert sum(".query." in name for name in weights) > 2
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    assert torch.equal(load_teacher(path)(x, 0.5, labels), expected)
+    theirs = UNet2DModel.from_pretrained(tmp_path / "unet").state_dict()
+    assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in theirs.items())
+
+
+def experiment(path: str, *more: str) -> list[str]:
+    """Overrides of the digits config for a few trajectories of the diffusers model at `path`."""
+    return [
+        *("network.channels=3", "network.num_classes=5", "network.null_class=false", f"teacher.path={path}"),
+        *("trajectories.num_samples=4", "trajectories.samples_per_shard=2", "trajectories.batch_size=2"),
+        *("trajectories.times=[0.0]", "trajectories.steps=10", "student.modes=1"),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_evaluations_on_the_native_grid_are_counted(
+    unet: Any, one: bool, guidance: float, tmp_path: Path
+) -> None:
+    """Where the last alpha is not set to one, the native grid has one more interval than steps."""
+    from dsno_cluster.evaluation.evaluate import evaluations_of, teacher_sources
+
+    path, _ = saved(unet, tmp_path, set_alpha_to_one=one, timestep_spacing="trailing")
+    null = ["network.num_classes=4", "network.null_class=true"]
+    native = "teacher.options={schedule: native, null_class: 4}"
+    config = load_config(
+        "configs/digits.yaml", experiment(path, *null, native, f"trajectories.guidance_scale={guidance}")
+    )
+    teacher = open_teacher(config)
+    calls: list[Any] = []
+    assert teacher.network is not None
+    hook = teacher.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    solve_batch(config, teacher, 0, range(2))
+    hook.remove()
+    assert len(calls) == (10 if one else 11) * int(guidance)
+    assert make_plan(config).size.evaluations_per_sample == len(calls)
+    counted = [evaluations_of(s, config) for s in teacher_sources(config) if s.grid == "auto"]
+    assert counted == [len(calls)]
+
+
+def test_a_native_schedule_from_the_command_line(unet: Any, tmp_path: Path) -> None:
+    path, _ = saved(unet, tmp_path, set_alpha_to_one=False, timestep_spacing="trailing")
+    words = experiment(path, "teacher.options={schedule: native}", f"storage.root={tmp_path / 'root'}")
+    planned = dsno("plan", *words, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["evaluations_per_sample"] == 11
+    for command in ("plan", "gen-trajectories"):
+        refused = dsno(command, *words, "trajectories.steps=2000")
+        assert refused.returncode == 2, refused.stderr
+        assert "trajectories.steps: 2000 steps, where the model has 1000 levels" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+
+
+def test_guided_trajectories_of_a_diffusers_model(unet: Any, tmp_path: Path) -> None:
+    path, _ = saved(unet, tmp_path / "model", prediction_type="v_prediction")
+    root = tmp_path / "root"
+    null = ["network.num_classes=4", "network.null_class=true", "teacher.options={null_class: 4}"]
+    words = experiment(path, *null, "trajectories.guidance_scale=3", "trajectories.dtype=float32")
+    made = dsno("gen-trajectories", *words, f"storage.root={root}", "--launcher", "local", "--actors", "1")
+    assert made.returncode == 0, made.stderr
+    shard = safetensors.torch.load_file(next(root.glob("trajectories/*/shard-000001.safetensors")))
+    teacher = load_teacher(path, null_class=4)
+    noise, labels = sample_noise(0, range(2, 4), (3, 8, 8)), sample_labels(0, range(2, 4), 4)
+    solver = load_config("configs/digits.yaml").trajectories.solver
+    guided_states = solve(teacher, noise, [0.0], solver, 10, labels, guidance_scale=3.0)
+    assert torch.equal(shard["labels"], labels)
+    assert relative(shard["states"].transpose(0, 1), guided_states) < 1e-5
+    assert relative(shard["states"].transpose(0, 1), solve(teacher, noise, [0.0], solver, 10, labels)) > 0.01
+
+
 def test_diffusers_folders_that_are_refused(unet: Any, tmp_path: Path) -> None:
     path, _ = saved(unet, tmp_path / "a")
 
@@ -705,6 +817,39 @@ def test_config_reaches_the_teacher() -> None:
         check_fits(config.network, teacher, "here")
     with pytest.raises(UserError, match="precision"):
         load_config("configs/digits.yaml", ["teacher.precision=int8"])
+
+
+def test_a_relative_published_config_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor may start in another folder than the one that the options were written in."""
+    shutil.copytree(PUBLISHED / "teacher_flax_x", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(
+        str(Path(__file__).parents[1] / "configs/digits.yaml"),
+        ["teacher.path=teacher", "teacher.options={config: config.yaml, schedule: continuous}"],
+    )
+    identity = teacher_identity("teacher", **config.teacher.options)
+    there = with_absolute_paths(config).teacher
+    monkeypatch.chdir(tmp_path)
+    assert teacher_identity(str(there.path), **there.options) == identity
+    factory = config.model_copy(
+        update={"teacher": config.teacher.model_copy(update={"path": "my.module:function"})}
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    assert with_absolute_paths(factory).teacher == factory.teacher  # its options are part of the spec
+
+
+def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    compute_device()
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_version_of_diffusers_is_on_record(unet: Any) -> None:
+    import diffusers
+
+    assert software_versions()["diffusers"] == diffusers.__version__
 
 
 def test_identity_needs_no_torch() -> None:

@@ -138,13 +138,14 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
     except (RuntimeError, ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise WorkError(f"Ray cluster {address}: cannot be joined: {_last_line(error)}") from error
     try:
-        resources = ray.cluster_resources()
-        cluster = RayCluster(threads, 1 if resources.get("GPU") else 0, actors)
-        if actors is None and not cluster.capacity():
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_gpus = 1 if any(node.get("GPU") for node in nodes) else 0
+        room = [node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= num_gpus]
+        if max(room, default=0) < threads:  # however many actors are asked for, not one would start
             raise UserError(
                 f"Ray cluster {address}: no node has the {threads} CPUs of one actor; lower the config's threads"
             )
-        yield cluster
+        yield RayCluster(threads, num_gpus, actors)
     finally:
         ray.shutdown()
 

@@ -50,6 +50,9 @@ SCHEDULER = {
 }
 OPTIONS = ("schedule", "null_class", "sample_size", *SCHEDULER)
 
+# Attention's layers as early versions of diffusers saved them, and as they are called now.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -122,7 +125,9 @@ def _network(folder: Folder, path: str) -> Any:
     import safetensors.torch
 
     unet = unet2d_model(folder.config, path)
-    weights = {k: v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()}
+    weights = {
+        _present_name(k): v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()
+    }
     wanted = unet.state_dict()
     wrong = [f"{k} is missing" for k in wanted if k not in weights]
     wrong += [f"{k} is not of this network" for k in weights if k not in wanted]
@@ -178,6 +183,12 @@ def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folde
         "null_class": null,
     }
     return Folder(config, scheduler, files, TeacherInfo(identity, shape, num_classes, null, native), levels)
+
+
+def _present_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _wants_native(options: dict[str, Any], path: str) -> bool:
@@ -324,7 +335,7 @@ def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
 
     def grid(steps: int) -> tuple[float, ...]:
         if not 1 <= steps <= count:
-            raise ValueError(f"steps={steps}: the model has {count} levels of its own")
+            raise ValueError(f"{steps} steps, where the model has {count} levels of its own; take fewer")
         if scheduler["timestep_spacing"] == "leading":
             timesteps = [i * (count // steps) + offset for i in reversed(range(steps))]
         elif scheduler["timestep_spacing"] == "trailing":
@@ -332,7 +343,7 @@ def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
         else:
             timesteps = [round(i * (count - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
         if timesteps[0] >= count:
-            raise ValueError(f"steps={steps} with steps_offset {offset} goes beyond the {count} levels")
+            raise ValueError(f"{steps} steps with steps_offset {offset} go beyond the {count} levels")
         if not scheduler["set_alpha_to_one"] and timesteps[-1] > 0:
             timesteps.append(0)
         return (*(time(n) for n in timesteps), 0.0)

@@ -48,13 +48,16 @@ def solve(
     abm3 and `uniform` for the other solvers. A sequence of descending times is taken as it is.
 
     Raises ValueError for an unknown solver or grid, times that do not descend or are not on a given grid, too
-    few steps, or guidance of a teacher that has no null class.
+    few steps or more than the teacher has of its own, a solver other than ddim on the own steps of a distilled
+    teacher, or guidance of a teacher that has no null class.
     """
     import torch
 
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not one of: {', '.join(SOLVERS)}")
     native = native_grid(teacher, steps) if grid == "auto" else None
+    if native is not None and solver != "ddim" and getattr(teacher, "distilled", False):
+        raise ValueError(f"solver {solver!r}: each own step of a distilled teacher is one step of 'ddim'")
     points = grid_points(times, solver, steps, native or grid)
     denoise = guided(teacher, labels, guidance_scale)
     if clip_denoised:

@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,15 +76,24 @@ class TeacherInfo:
     num_classes: int | None
     null_class: int | None = None
     native: NativeGrid | None = None
+    num_steps: int | None = None
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
         """See `Teacher.native_grid`."""
         return None if self.native is None else self.native(steps)
 
+    @property
+    def distilled(self) -> bool:
+        """See `Teacher.distilled`."""
+        return _distilled(self.num_steps)
+
 
 @dataclass(frozen=True)
 class Teacher:
-    """A denoiser. `shape` is (C, H, W); `null_class` is the label that means none, where there is one."""
+    """A denoiser. `shape` is (C, H, W); `null_class` is the label that means none, where there is one.
+
+    `num_steps` is set where its native grid has that one number of steps, whatever number is asked for.
+    """
 
     denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     shape: Shape
@@ -93,6 +102,7 @@ class Teacher:
     identity: dict[str, Any]
     network: nn.Module | None = None
     native: NativeGrid | None = field(default=None, repr=False)
+    num_steps: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -110,10 +120,15 @@ class Teacher:
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
         """The cosine times of the teacher's own solver steps, descending to 0; None: any grid will do.
 
-        A distilled teacher has one number of steps, whatever `steps` says. The first time may lie below 1:
-        the noise is then the state at the teacher's noisiest level.
+        A teacher with `num_steps` has those, whatever `steps` says. The first time may lie below 1: the noise
+        is then the state at the teacher's noisiest level. Raises ValueError for more steps than it has levels.
         """
         return None if self.native is None else self.native(steps)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether each step of the native grid is one DDIM step of the network, and no other solver's."""
+        return _distilled(self.num_steps)
 
     def __call__(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Noisy images (N, C, H, W) at time t (a float, a 0-d tensor or (N,)) -> clean images x0, unclipped.
@@ -133,6 +148,10 @@ class Teacher:
         t_N = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
         with torch.no_grad():
             return self.denoise(x, t_N, labels)
+
+
+def _distilled(num_steps: int | None) -> bool:
+    return num_steps is not None and num_steps <= MOST_DISTILLED_STEPS
 
 
 # ---- doors -------------------------------------------------------------------------------------------------
@@ -332,16 +351,17 @@ def _identity(path: str, meta: dict[str, Any]) -> dict[str, Any]:
 def _unet_info(path: str, identity: dict[str, Any], schedule: str | None) -> TeacherInfo:
     network = validate(Network, identity["network"], f"{path}: its network")
     steps = identity.get("num_steps")
-    distilled = steps is not None and steps <= MOST_DISTILLED_STEPS
-    schedule = schedule or ("native" if distilled else "continuous")
+    schedule = schedule or ("native" if _distilled(steps) else "continuous")
     if schedule not in ("native", "continuous"):
         raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
     if schedule == "native" and steps is None:
         raise UserError(f"{path}: schedule native: its meta names no num_steps of its own; leave it out")
-    native = None if schedule == "continuous" or steps is None else lambda _: uniform_grid(steps)
     null = network.num_classes if network.null_class else None
     shape = (network.channels, network.image_size, network.image_size)
-    return TeacherInfo(identity, shape, network.num_classes, null, native)
+    if schedule == "continuous" or steps is None:
+        return TeacherInfo(identity, shape, network.num_classes, null)
+    grid = uniform_grid(steps)
+    return TeacherInfo(identity, shape, network.num_classes, null, lambda _: grid, steps)
 
 
 def uniform_grid(steps: int) -> tuple[float, ...]:
@@ -393,7 +413,8 @@ def _unet_teacher_of(
     unet.load_state_dict(weights)
     unet.to(memory_format=torch.channels_last)
     unet.eval().requires_grad_(False)
-    return unet_teacher(unet, network, identity, precision=precision, native=info.native)
+    teacher = unet_teacher(unet, network, identity, precision=precision)
+    return replace(teacher, native=info.native, num_steps=info.num_steps)
 
 
 def unet_teacher(
@@ -402,7 +423,6 @@ def unet_teacher(
     identity: dict[str, Any],
     *,
     precision: str = "float32",
-    native: NativeGrid | None = None,
 ) -> Teacher:
     """A U-Net as a teacher; `identity["prediction"]` says what it predicts, v where it says nothing."""
     import torch
@@ -419,7 +439,7 @@ def unet_teacher(
 
     null = network.num_classes if network.null_class else None
     shape = (network.channels, network.image_size, network.image_size)
-    return Teacher(denoise, shape, network.num_classes, null, identity, unet, native)
+    return Teacher(denoise, shape, network.num_classes, null, identity, unet)
 
 
 def clean_images(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

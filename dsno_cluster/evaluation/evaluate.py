@@ -226,7 +226,8 @@ def teacher_sources(config: Config) -> list[Source]:
 def evaluations_of(source: Source, config: Config) -> int:
     """Network evaluations of a teacher's row for one image."""
     guidance = config.trajectories.guidance_scale
-    return count_evaluations(source.solver, source.steps, guidance, source.times, source.grid)
+    native = own_steps(config, find_teacher(config)) if source.grid == "auto" else None
+    return count_evaluations(source.solver, source.steps, guidance, source.times, native or source.grid)
 
 
 def row_key(source: Source) -> str:

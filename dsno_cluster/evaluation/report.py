@@ -13,7 +13,7 @@ from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.trajectories.plan import grid_name, open_teacher
+from dsno_cluster.trajectories.plan import grid_name, open_teacher, own_steps
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)
 _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
@@ -61,9 +61,8 @@ def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str
         return states.reshape(classes, columns, *states.shape[1:])
 
     names = [f"{i}" for i in range(classes)]
-    many = count_evaluations(
-        settings.solver, settings.steps, settings.guidance_scale, times, grid_name(config)
-    )
+    grid = own_steps(config, teacher) or grid_name(config)
+    many = count_evaluations(settings.solver, settings.steps, settings.guidance_scale, times, grid)
     samples = _samples_picture(rows(theirs[:, -1]), rows(ours[:, -1]), names, many, metrics)
     # one noise: the first of a class that shows strokes well enough in every data set
     pick = columns * min(3, classes - 1)

@@ -128,7 +128,7 @@ def software_versions() -> dict[str, str]:
     from dsno_cluster import __version__
 
     versions = {"dsno-cluster": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "ray", "deepspeed", "safetensors", "torch-fidelity"):
+    for package in ("torch", "numpy", "ray", "deepspeed", "diffusers", "safetensors", "torch-fidelity"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -62,8 +62,8 @@ class Cost:
     wall_hours: float
 
 
-def size_of(config: Config) -> Size:
-    """The arithmetic of a config."""
+def size_of(config: Config, native: tuple[float, ...] | None = None) -> Size:
+    """The arithmetic of a config; `native` are the teacher's own steps where it is solved on them."""
     settings, network = config.trajectories, config.network
     numbers = settings.num_points * network.channels * network.image_size**2
     size = {"float16": 2, "float32": 4}[settings.dtype]
@@ -71,7 +71,11 @@ def size_of(config: Config) -> Size:
         num_samples=settings.num_samples,
         num_shards=settings.num_samples // settings.samples_per_shard,
         evaluations_per_sample=count_evaluations(
-            settings.solver, settings.steps, settings.guidance_scale, settings.time_points, settings.grid
+            settings.solver,
+            settings.steps,
+            settings.guidance_scale,
+            settings.time_points,
+            native or settings.grid,
         ),
         bytes_per_shard=settings.samples_per_shard * (numbers * size + (8 if network.num_classes else 0)),
     )
@@ -79,8 +83,10 @@ def size_of(config: Config) -> Size:
 
 def make_plan(config: Config) -> Plan:
     """The plan of a config. Raises UserError where it names no teacher or one that is not there."""
-    spec = trajectory_spec(config, find_teacher(config))
-    return Plan(spec=spec, folder=f"trajectories/{canonical_hash(spec)}/", size=size_of(config))
+    teacher = find_teacher(config)
+    spec = trajectory_spec(config, teacher)
+    size = size_of(config, own_steps(config, teacher))
+    return Plan(spec=spec, folder=f"trajectories/{canonical_hash(spec)}/", size=size)
 
 
 def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
@@ -113,7 +119,7 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
     finally:
         torch.set_num_threads(threads)
     each = statistics.median(seconds[1:]) / settings.batch_size
-    hours = each * size_of(config).evaluations / 3600
+    hours = each * size_of(config, own_steps(config, teacher)).evaluations / 3600
     return Cost(device_name(), each, hours, devices, hours / devices)
 
 
@@ -181,9 +187,9 @@ def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(map(str, config.trajectories.time_points), errors, strict=True))
 
 
-def report(config: Config, *, measured: Cost | None = None, error: dict[str, float] | None = None) -> str:
+def report(config: Config, size: Size, *, measured: Cost | None, error: dict[str, float] | None) -> str:
     """The plan as lines for people."""
-    size, settings = size_of(config), config.trajectories
+    settings = config.trajectories
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
     lines = [
         f"trajectories  {size.num_samples:,} of {settings.num_points} time points, {settings.dtype}",
@@ -210,14 +216,15 @@ def report(config: Config, *, measured: Cost | None = None, error: dict[str, flo
     return "\n".join(lines)
 
 
-def as_json(config: Config, *, measured: Cost | None, error: dict[str, float] | None) -> str:
+def as_json(config: Config, size: Size, *, measured: Cost | None, error: dict[str, float] | None) -> str:
     """The plan as one JSON object: sizes in bytes, times in seconds and hours."""
-    size, settings = size_of(config), config.trajectories
+    settings = config.trajectories
     content = {
         **asdict(size),
         "evaluations": size.evaluations,
         "bytes": size.bytes,
         "solver": settings.solver,
+        "grid": settings.grid,
         "steps": settings.steps,
         "times": list(settings.time_points),
         "measured": None if measured is None else asdict(measured),
@@ -251,7 +258,7 @@ def find_teacher(config: Config) -> TeacherInfo:
     """What is known of the config's teacher without its network.
 
     Raises UserError that says how to get one where it is not there, and for one whose images, classes or own
-    steps are not those of the config.
+    steps are not those of the config, or whose own steps are for another solver.
     """
     path, settings = teacher_path(config), config.trajectories
     try:
@@ -259,11 +266,19 @@ def find_teacher(config: Config) -> TeacherInfo:
     except UserError as error:
         raise UserError(f"teacher.path: {error}; {_HOW}") from None
     check_fits(config.network, info, path)
-    native = own_steps(config, info)
+    try:
+        native = own_steps(config, info)
+    except ValueError as error:
+        raise UserError(f"trajectories.steps: {error}") from None
     if native is not None:
-        if len(native) - 1 != settings.steps:
+        if info.distilled and settings.solver != "ddim":
             raise UserError(
-                f"trajectories.steps: {settings.steps}, the teacher at {path} has {len(native) - 1} steps of its own"
+                f"trajectories.solver: {settings.solver}, but each of the {info.num_steps} steps of the distilled teacher "
+                f"at {path} is one DDIM step; set trajectories.solver=ddim"
+            )
+        if info.num_steps not in (None, settings.steps):
+            raise UserError(
+                f"trajectories.steps: {settings.steps}, the teacher at {path} has {info.num_steps} steps of its own"
             )
         try:
             grid_points(settings.time_points, settings.solver, settings.steps, native)
