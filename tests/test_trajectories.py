@@ -179,6 +179,27 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
         next(batches)
 
 
+@pytest.mark.parametrize("last", [90, 9999])
+def test_verify_compares_the_sample_ranges(tiny_data: Path, tmp_path: Path, last: int) -> None:
+    folder = shutil.copytree(data_set(tiny_data), tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][-1]["stop"] = manifest["num_samples"] = last
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    result = dsno("verify", str(folder), "--json")
+    assert result.returncode == 1, result.stdout
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem == f"shard-000005.safetensors holds 16 samples, the manifest says 80 to {last - 1}"
+
+
+def test_verify_compares_a_folder_named_by_a_hash_with_the_spec(tiny_data: Path, tmp_path: Path) -> None:
+    wrong = shutil.copytree(data_set(tiny_data), tmp_path / "0123456789abcdef")
+    result = dsno("verify", str(wrong))
+    assert result.returncode == 1 and data_set(tiny_data).name in result.stderr, result.stderr
+    copied = shutil.copytree(wrong, tmp_path / "my-copy")
+    assert dsno("verify", str(copied)).returncode == 0
+    assert dsno("verify", ".", cwd=data_set(tiny_data)).returncode == 0
+
+
 def test_commit_is_conditional_and_never_shrinks(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     shards = tuple(Shard(f"shard-{i:06d}.safetensors", i * 4, i * 4 + 4, 10, f"{i}") for i in range(3))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -75,6 +76,16 @@ def decode_shard(data: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise WorkError(f"not a safetensors shard: {error}") from None
+
+
+def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its tensors' bytes begin. WorkError where there is none."""
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(bytes(data[8 : 8 + length]))
+    except (struct.error, ValueError) as error:
+        raise WorkError(f"not a safetensors shard: {error}") from None
+    return header, 8 + length
 
 
 def write_shard(storage: Storage, folder: str, index: int, start: int, tensors: dict[str, Tensor]) -> Shard:
@@ -196,7 +207,8 @@ def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterat
 
     def check(shard: Shard) -> tuple[Shard, str | None]:
         try:
-            return shard, problem_of(storage.read(folder + shard.key), shard)
+            data = storage.read(folder + shard.key)
+            return shard, problem_of(data, shard) or _wrong_range(data, shard)
         except MissingObject:
             return shard, "is missing"
         except WorkError as error:
@@ -204,6 +216,20 @@ def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterat
 
     with ThreadPoolExecutor(8) as threads:
         yield from threads.map(check, manifest.shards)
+
+
+def _wrong_range(data: bytes, shard: Shard) -> str | None:
+    header, _ = read_header(data)
+    try:  # N is the second size of `states`, the first of all others
+        counts = {
+            entry["shape"][name == "states"] for name, entry in header.items() if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return "has a header that does not tell its samples"
+    if counts != {shard.stop - shard.start}:
+        found = ", ".join(map(str, sorted(counts)))
+        return f"holds {found} samples, the manifest says {shard.start} to {shard.stop - 1}"
+    return None
 
 
 def manifest_problems(manifest: Manifest) -> list[str]:
