@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from conftest import TINY, dsno
 
-# A teacher that misbehaves on one sample, as long as a file says so: how it does stands in that file.
+# A teacher that misbehaves on some samples, as long as a file says so: how it does stands in that file.
 FAULTY = """
 import os, time
 from pathlib import Path
@@ -20,32 +21,32 @@ from dsno_cluster.diffusion.noise import sample_noise
 
 class Faulty:
     shape, num_classes = (1, 8, 8), 10
-    def __init__(self, folder):
+    def __init__(self, folder, samples):
         self.teacher = load_teacher("package:digits-teacher")
         self.folder = Path(folder)
-        self.marked = sample_noise(0, [40], self.shape)
+        self.marked = sample_noise(0, samples, self.shape)
     def __call__(self, x, t, labels=None):
         fault = self.folder / "fault"
-        if float(torch.as_tensor(t).max()) == 1.0 and fault.exists() and any(torch.equal(one[None], self.marked) for one in x):
+        if float(torch.as_tensor(t).max()) == 1.0 and fault.exists() and any(torch.equal(a, b) for a in x for b in self.marked):
             with (self.folder / "attempts").open("a") as file:
                 file.write("x")
             exec(fault.read_text())
         return self.teacher(x, t, labels)
 
-def make(folder):
-    return Faulty(folder)
+def make(folder, samples):
+    return Faulty(folder, samples)
 """
 
 
-def words(root: Path, folder: Path, actors: int = 1) -> list[str]:
-    """A run of the faulty teacher: 6 shards of 16, sample 40 is in shard 2."""
+def words(root: Path, folder: Path, actors: int = 1, shards: Sequence[int] = (2,)) -> list[str]:
+    """A run of the faulty teacher, 6 shards of 16; it misbehaves on one sample of each of `shards`."""
     return [
         "gen-trajectories",
         *TINY,
         "network.null_class=false",
         f"storage.root={root}",
         "teacher.path=faulty_teacher:make",
-        f"teacher.options={{folder: '{folder}'}}",
+        f"teacher.options={{folder: '{folder}', samples: {[16 * shard + 8 for shard in shards]}}}",
         "--launcher",
         "local",
         "--actors",
@@ -81,6 +82,33 @@ def test_a_shard_that_always_fails_stops_the_run_after_the_others(faulty: Path) 
     folder = next((root / "trajectories").iterdir())
     assert dsno("verify", str(folder)).returncode == 0
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *shards(root)]
+
+
+def test_shards_that_always_fail_do_not_keep_the_others_from_being_made(faulty: Path) -> None:
+    (faulty / "fault").write_text("raise ValueError('no such number')")
+    root = faulty / "root"
+    failed = dsno(*words(root, faulty, shards=(0, 1, 2)), PYTHONPATH=str(faulty))
+    assert failed.returncode == 1 and "3 of 6 tasks failed again and again" in failed.stderr, failed.stderr
+    assert "no such number" in failed.stderr and (faulty / "attempts").read_text() == 9 * "x"
+    assert list(shards(root)) == [f"shard-{index:06d}.safetensors" for index in (3, 4, 5)]
+
+
+def test_a_run_whose_shards_all_fail_once_heals(faulty: Path) -> None:
+    (faulty / "fault").write_text(
+        "if len((self.folder / 'attempts').read_text()) <= 6: raise OSError('for a moment')"
+    )
+    root = faulty / "root"
+    healed = dsno(*words(root, faulty, shards=range(6)), PYTHONPATH=str(faulty))
+    assert healed.returncode == 0 and len(shards(root)) == 6, healed.stderr
+
+
+def test_a_cause_that_all_shards_share_stops_a_long_run_soon(faulty: Path) -> None:
+    (faulty / "fault").write_text("raise ValueError(f'cannot run, {time.time()} s')")
+    root = faulty / "root"
+    command = [*words(root, faulty, shards=range(60)), "trajectories.num_samples=960"]
+    failed = dsno(*command, PYTHONPATH=str(faulty))
+    assert failed.returncode == 1 and "cannot run" in failed.stderr, failed.stderr
+    assert 16 <= len((faulty / "attempts").read_text()) < 24 and not shards(root)
 
 
 def test_an_actor_that_dies_is_replaced(faulty: Path) -> None:
