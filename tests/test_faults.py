@@ -111,6 +111,43 @@ def test_a_cause_that_all_shards_share_stops_a_long_run_soon(faulty: Path) -> No
     assert 16 <= len((faulty / "attempts").read_text()) < 24 and not shards(root)
 
 
+def factory(folder: Path, words: str) -> list[str]:
+    """A run with a teacher of a package `changing`, whose class body has `words`."""
+    (folder / "changing").mkdir()
+    (folder / "changing" / "teacher.py").write_text(
+        "class Flat:\n    shape, num_classes = (1, 8, 8), 10\n"
+        f"    {words}\n    def __call__(self, x, t, labels=None): return 0 * x\n"
+    )
+    (folder / "changing" / "__init__.py").touch()
+    root = [f"storage.root={folder / 'root'}", "--launcher", "local", "--actors", "1"]
+    return [
+        "gen-trajectories", *TINY, "network.null_class=false", "teacher.path=changing.teacher:Flat", *root
+    ]  # fmt: skip
+
+
+def test_a_teacher_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> None:
+    command = factory(tmp_path, "pass")
+    (tmp_path / "changing" / "__init__.py").write_text(  # each process that looks finds another teacher
+        "from pathlib import Path\n"
+        "with Path(__file__).with_name('teacher.py').open('a') as file: file.write('# changed\\n')\n"
+    )
+    refused = dsno(*command, PYTHONPATH=str(tmp_path))
+    assert refused.returncode == 2, refused.stderr
+    assert "the teacher changed, or differs on this node" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and not list(tmp_path.glob("root/trajectories/*/*"))
+
+
+def test_a_factory_with_steps_of_its_own_names_the_key(tmp_path: Path) -> None:
+    command = factory(tmp_path, "native_grid = lambda self, steps: (1.0, 0.6, 0.3, 0.0)")
+    refused = dsno(*command, PYTHONPATH=str(tmp_path))
+    assert refused.returncode == 2 and "trajectories.grid" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and "tasks failed" not in refused.stderr
+    made = dsno(*command, "trajectories.grid=uniform", PYTHONPATH=str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    spec = json.loads(next(tmp_path.glob("root/trajectories/*/manifest.json")).read_text())["spec"]
+    assert spec["grid"] == "uniform between time points"
+
+
 def test_an_actor_that_dies_is_replaced(faulty: Path) -> None:
     (faulty / "fault").write_text(
         "if len((self.folder / 'attempts').read_text()) < 3: os.kill(os.getpid(), 9)"

@@ -17,7 +17,7 @@ from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray
 from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import Stat, Storage, open_storage
-from dsno_cluster.trajectories.plan import Plan, make_plan, open_teacher
+from dsno_cluster.trajectories.plan import Plan, check_planned, make_plan, open_teacher
 from dsno_cluster.trajectories.shards import (
     PROGRESS,
     Manifest,
@@ -181,7 +181,7 @@ def _make_shards(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
         ) as advance:
             pool = run_pool(
-                lambda: remote.remote(there),
+                lambda: remote.remote(there, plan),
                 lambda actor, index: actor.make_shard.remote(index),
                 todo,
                 cluster.capacity,
@@ -210,9 +210,12 @@ def _make_shards(
 
 
 class SolveActor:
-    """A Ray actor that holds the teacher and makes shards."""
+    """A Ray actor that holds the teacher and makes the shards of `plan`.
 
-    def __init__(self, config: Config) -> None:
+    Raises UserError where the teacher that it loads is not the one that was planned with.
+    """
+
+    def __init__(self, config: Config, plan: Plan) -> None:
         import torch
 
         from dsno_cluster.device import compute_device
@@ -221,9 +224,10 @@ class SolveActor:
         torch.set_num_threads(threads)
         # the number of threads is a property of the calling thread too, so all solving is done in this one
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
-        self.config = config
-        self.plan = make_plan(config)
-        self.teacher = open_teacher(config).to(compute_device())
+        self.config, self.folder = config, plan.folder
+        teacher = open_teacher(config)
+        check_planned(config, plan, teacher)
+        self.teacher = teacher.to(compute_device())
         self.storage = open_storage(config.storage.root, config.storage.endpoint_url)
 
     def environment(self) -> dict[str, Any]:
@@ -233,12 +237,10 @@ class SolveActor:
         """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag."""
         start = index * self.config.trajectories.samples_per_shard
         tensors = self.compute.submit(self._solve, index).result()
-        shard = write_shard(self.storage, self.plan.folder, index, start, tensors)
-        stat = self.storage.stat(self.plan.folder + shard.key)
+        shard = write_shard(self.storage, self.folder, index, start, tensors)
+        stat = self.storage.stat(self.folder + shard.key)
         if stat is None or stat.size != shard.size:
-            raise WorkError(
-                f"{self.storage.url}/{self.plan.folder}{shard.key}: not there after it was written"
-            )
+            raise WorkError(f"{self.storage.url}/{self.folder}{shard.key}: not there after it was written")
         return shard, stat.etag
 
     def _solve(self, index: int) -> dict[str, Any]:
