@@ -111,6 +111,24 @@ def test_a_cause_that_all_shards_share_stops_a_long_run_soon(faulty: Path) -> No
     assert 16 <= len((faulty / "attempts").read_text()) < 24 and not shards(root)
 
 
+def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Path) -> None:
+    (faulty / "fault").write_text(
+        "path = next(self.folder.glob('root/trajectories/*')) / 'shard-000002.safetensors'\n"
+        "path.write_bytes(b'theirs')"
+    )
+    root = faulty / "root"
+    failed = dsno(*words(root, faulty), PYTHONPATH=str(faulty))
+    assert failed.returncode == 1, failed.stderr
+    assert "shard-000002.safetensors: is there, made with other bits" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr and len(shards(root)) == 6
+    (theirs,) = root.glob("trajectories/*/shard-000002*")
+    assert theirs.read_bytes() == b"theirs" and not list(root.glob("trajectories/*/manifest.json"))
+    (faulty / "fault").unlink()
+    again = dsno(*words(root, faulty), PYTHONPATH=str(faulty))  # which sees that it is no shard
+    assert again.returncode == 0 and "1 to make" in again.stderr, again.stderr
+    assert dsno("verify", str(theirs.parent)).returncode == 0
+
+
 def factory(folder: Path, words: str) -> list[str]:
     """A run with a teacher of a package `changing`, whose class body has `words`."""
     (folder / "changing").mkdir()

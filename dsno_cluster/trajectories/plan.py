@@ -17,7 +17,7 @@ from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, lo
 from dsno_cluster.errors import UserError
 from dsno_cluster.trajectories.shards import canonical_hash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
 
 _HOW = (
     "point teacher.path at a folder of ours (as `dsno-cluster train-teacher` and `import-weights` write it), a diffusers "
