@@ -83,6 +83,19 @@ def test_same_bytes_from_one_actor_and_a_longer_run_adds_shards(tiny_data: Path,
     assert len(names) == 6
 
 
+def test_same_sha256_from_one_and_from_four_actors(tmp_path: Path) -> None:
+    made = {}
+    for actors in ("1", "4"):
+        root = tmp_path / actors
+        run = dsno(
+            "gen-trajectories", *TINY, f"storage.root={root}", "--launcher", "local", "--actors", actors
+        )
+        assert run.returncode == 0, run.stderr
+        lines = json.loads((data_set(root) / "manifest.json").read_text())["shards"]
+        made[actors] = {line["key"]: line["sha256"] for line in lines}
+    assert made["1"] == made["4"] and len(made["1"]) == 6
+
+
 def test_a_damaged_data_set_is_mended_by_the_same_command(tiny_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(tiny_data, root)
