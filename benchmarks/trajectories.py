@@ -26,7 +26,7 @@ from dsno_cluster import console, load_teacher
 from dsno_cluster.cluster.ray_pool import import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.trajectories.generate import SolveActor, solve_batch
-from dsno_cluster.trajectories.plan import teacher_path
+from dsno_cluster.trajectories.plan import make_plan, teacher_path
 
 ROUNDS = 5
 SHARDS_A_ROUND = 16
@@ -50,7 +50,7 @@ def machinery(config: Config, actors: int) -> None:
     rates: dict[str, list[float]] = {"bare loop": [], "actors, shards, storage": []}
     with bare_workers(config, actors) as bare, open_ray(None, actors, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        handles = [remote.remote(config) for _ in range(actors)]
+        handles = [remote.remote(config, make_plan(config)) for _ in range(actors)]
         import_ray().get([handle.environment.remote() for handle in handles])
         for number in range(ROUNDS):
             began = time.perf_counter()

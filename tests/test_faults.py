@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from conftest import TINY, dsno
 
-# A teacher that misbehaves on one sample, as long as a file says so: how it does stands in that file.
+# A teacher that misbehaves on some samples, as long as a file says so: how it does stands in that file.
 FAULTY = """
 import os, time
 from pathlib import Path
@@ -20,32 +21,32 @@ from dsno_cluster.diffusion.noise import sample_noise
 
 class Faulty:
     shape, num_classes = (1, 8, 8), 10
-    def __init__(self, folder):
+    def __init__(self, folder, samples):
         self.teacher = load_teacher("package:digits-teacher")
         self.folder = Path(folder)
-        self.marked = sample_noise(0, [40], self.shape)
+        self.marked = sample_noise(0, samples, self.shape)
     def __call__(self, x, t, labels=None):
         fault = self.folder / "fault"
-        if float(torch.as_tensor(t).max()) == 1.0 and fault.exists() and any(torch.equal(one[None], self.marked) for one in x):
+        if float(torch.as_tensor(t).max()) == 1.0 and fault.exists() and any(torch.equal(a, b) for a in x for b in self.marked):
             with (self.folder / "attempts").open("a") as file:
                 file.write("x")
             exec(fault.read_text())
         return self.teacher(x, t, labels)
 
-def make(folder):
-    return Faulty(folder)
+def make(folder, samples):
+    return Faulty(folder, samples)
 """
 
 
-def words(root: Path, folder: Path, actors: int = 1) -> list[str]:
-    """A run of the faulty teacher: 6 shards of 16, sample 40 is in shard 2."""
+def words(root: Path, folder: Path, actors: int = 1, shards: Sequence[int] = (2,)) -> list[str]:
+    """A run of the faulty teacher, 6 shards of 16; it misbehaves on one sample of each of `shards`."""
     return [
         "gen-trajectories",
         *TINY,
         "network.null_class=false",
         f"storage.root={root}",
         "teacher.path=faulty_teacher:make",
-        f"teacher.options={{folder: '{folder}'}}",
+        f"teacher.options={{folder: '{folder}', samples: {[16 * shard + 8 for shard in shards]}}}",
         "--launcher",
         "local",
         "--actors",
@@ -81,6 +82,88 @@ def test_a_shard_that_always_fails_stops_the_run_after_the_others(faulty: Path) 
     folder = next((root / "trajectories").iterdir())
     assert dsno("verify", str(folder)).returncode == 0
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *shards(root)]
+
+
+def test_shards_that_always_fail_do_not_keep_the_others_from_being_made(faulty: Path) -> None:
+    (faulty / "fault").write_text("raise ValueError('no such number')")
+    root = faulty / "root"
+    failed = dsno(*words(root, faulty, shards=(0, 1, 2)), PYTHONPATH=str(faulty))
+    assert failed.returncode == 1 and "3 of 6 tasks failed again and again" in failed.stderr, failed.stderr
+    assert "no such number" in failed.stderr and (faulty / "attempts").read_text() == 9 * "x"
+    assert list(shards(root)) == [f"shard-{index:06d}.safetensors" for index in (3, 4, 5)]
+
+
+def test_a_run_whose_shards_all_fail_once_heals(faulty: Path) -> None:
+    (faulty / "fault").write_text(
+        "if len((self.folder / 'attempts').read_text()) <= 6: raise OSError('for a moment')"
+    )
+    root = faulty / "root"
+    healed = dsno(*words(root, faulty, shards=range(6)), PYTHONPATH=str(faulty))
+    assert healed.returncode == 0 and len(shards(root)) == 6, healed.stderr
+
+
+def test_a_cause_that_all_shards_share_stops_a_long_run_soon(faulty: Path) -> None:
+    (faulty / "fault").write_text("raise ValueError(f'cannot run, {time.time()} s')")
+    root = faulty / "root"
+    command = [*words(root, faulty, shards=range(60)), "trajectories.num_samples=960"]
+    failed = dsno(*command, PYTHONPATH=str(faulty))
+    assert failed.returncode == 1 and "cannot run" in failed.stderr, failed.stderr
+    assert 16 <= len((faulty / "attempts").read_text()) < 24 and not shards(root)
+
+
+def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Path) -> None:
+    (faulty / "fault").write_text(
+        "path = next(self.folder.glob('root/trajectories/*')) / 'shard-000002.safetensors'\n"
+        "path.write_bytes(b'theirs')"
+    )
+    root = faulty / "root"
+    failed = dsno(*words(root, faulty), PYTHONPATH=str(faulty))
+    assert failed.returncode == 1, failed.stderr
+    assert "shard-000002.safetensors: is there, made with other bits" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr and len(shards(root)) == 6
+    (theirs,) = root.glob("trajectories/*/shard-000002*")
+    assert theirs.read_bytes() == b"theirs" and not list(root.glob("trajectories/*/manifest.json"))
+    (faulty / "fault").unlink()
+    again = dsno(*words(root, faulty), PYTHONPATH=str(faulty))  # which sees that it is no shard
+    assert again.returncode == 0 and "1 to make" in again.stderr, again.stderr
+    assert dsno("verify", str(theirs.parent)).returncode == 0
+
+
+def factory(folder: Path, words: str) -> list[str]:
+    """A run with a teacher of a package `changing`, whose class body has `words`."""
+    (folder / "changing").mkdir()
+    (folder / "changing" / "teacher.py").write_text(
+        "class Flat:\n    shape, num_classes = (1, 8, 8), 10\n"
+        f"    {words}\n    def __call__(self, x, t, labels=None): return 0 * x\n"
+    )
+    (folder / "changing" / "__init__.py").touch()
+    root = [f"storage.root={folder / 'root'}", "--launcher", "local", "--actors", "1"]
+    return [
+        "gen-trajectories", *TINY, "network.null_class=false", "teacher.path=changing.teacher:Flat", *root
+    ]  # fmt: skip
+
+
+def test_a_teacher_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> None:
+    command = factory(tmp_path, "pass")
+    (tmp_path / "changing" / "__init__.py").write_text(  # each process that looks finds another teacher
+        "from pathlib import Path\n"
+        "with Path(__file__).with_name('teacher.py').open('a') as file: file.write('# changed\\n')\n"
+    )
+    refused = dsno(*command, PYTHONPATH=str(tmp_path))
+    assert refused.returncode == 2, refused.stderr
+    assert "the teacher changed, or differs on this node" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and not list(tmp_path.glob("root/trajectories/*/*"))
+
+
+def test_a_factory_with_steps_of_its_own_names_the_key(tmp_path: Path) -> None:
+    command = factory(tmp_path, "native_grid = lambda self, steps: (1.0, 0.6, 0.3, 0.0)")
+    refused = dsno(*command, PYTHONPATH=str(tmp_path))
+    assert refused.returncode == 2 and "trajectories.grid" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and "tasks failed" not in refused.stderr
+    made = dsno(*command, "trajectories.grid=uniform", PYTHONPATH=str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    spec = json.loads(next(tmp_path.glob("root/trajectories/*/manifest.json")).read_text())["spec"]
+    assert spec["grid"] == "uniform between time points"
 
 
 def test_an_actor_that_dies_is_replaced(faulty: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +145,41 @@ def test_inspect_tells_what_is_there(tiny_data: Path, tmp_path: Path) -> None:
     people = dsno("inspect", str(folder / "manifest.json"))
     assert people.returncode == 0 and "96 trajectories of 1x8x8" in people.stdout
     assert dsno("inspect", str(tmp_path)).returncode == 2
+
+
+def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from dsno_cluster.storage import open_storage
+    from dsno_cluster.trajectories import inspect as module
+    from dsno_cluster.trajectories.shards import Manifest, Shard, commit_manifest, write_shard
+
+    storage, alive, most = open_storage(str(tmp_path)), 0, 0
+    states = torch.zeros(2, 4, 1, 2, 2)
+    shards = tuple(write_shard(storage, "", index, 4 * index, {"states": states}) for index in range(40))
+    commit_manifest(storage, "", Manifest({"times": [0.5, 0.0], "shape": [1, 2, 2]}, shards, {}))
+    read, lock = module.read_shard, threading.Lock()
+
+    def gone() -> None:
+        nonlocal alive
+        with lock:
+            alive -= 1
+
+    def counted(*words: Any) -> dict[str, Any]:
+        nonlocal alive, most
+        shard: Shard = words[-1]
+        if shard.start == 0:
+            time.sleep(0.5)  # the others go on meanwhile
+        tensors = read(*words)
+        with lock:
+            alive += 1
+            most = max(most, alive)
+        weakref.finalize(tensors["states"], gone)
+        return tensors
+
+    monkeypatch.setattr(module, "read_shard", counted)
+    assert module.inspect(str(tmp_path), 40, None)["samples_read"] == 160
+    assert 1 <= most <= 8
 
 
 @pytest.mark.parametrize("words", [["--tolerance", "2"], ["--tolerance", "small"], ["--probes", "0"]])

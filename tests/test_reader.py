@@ -136,6 +136,14 @@ def test_only_the_wanted_time_points_are_read(tmp_path: Path) -> None:
     assert torch.equal(local.states, batch.states)
 
 
+@pytest.mark.parametrize("points", [[-1], [0, 3], []])
+def test_points_that_are_none_are_refused(tmp_path: Path, points: list[int]) -> None:
+    manifest = make_data(tmp_path)
+    for storage in (FolderStorage(tmp_path), Remote(tmp_path)):
+        with pytest.raises(ValueError, match="must be positions 0 to 2"):
+            next(batches(manifest, storage, points=points))
+
+
 @pytest.mark.parametrize("where", ["folder", "remote", "cache"])
 def test_a_corrupt_shard_is_fetched_once_more_and_named(tmp_path: Path, where: str) -> None:
     manifest = make_data(tmp_path / "data")

@@ -19,7 +19,7 @@ from test_storage import KEYS, s3_endpoint  # noqa: F401
 from dsno_cluster import storage as storage_module
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import MissingObject, Patience, PreconditionFailed, Storage, open_storage
-from dsno_cluster.trajectories.shards import Shard, read_shard
+from dsno_cluster.trajectories.shards import Shard, read_shard, write_shard
 
 QUICK = Patience(attempts=4, first_pause_seconds=0.01, longest_pause_seconds=0.05, timeout_seconds=2.0)
 DATA = os.urandom(300_000)
@@ -214,6 +214,32 @@ def test_large_objects_go_up_in_parts(
     assert storage.stat("broken") is None
     uploads = storage._client.list_multipart_uploads(Bucket="bucket")  # type: ignore[attr-defined]
     assert not [u for u in uploads.get("Uploads", []) if "large_objects" in u["Key"]]
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_shard_is_not_put_over_another(
+    proxy: FaultyS3, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_parts: bool
+) -> None:
+    import torch
+
+    if in_parts:
+        monkeypatch.setattr(storage_module, "MULTIPART_ABOVE", 6 << 20)
+        monkeypatch.setattr(storage_module, "PART_BYTES", 5 << 20)
+    storage = through(proxy, request)
+    ours = {"states": torch.zeros(2, 1 << 20, 1, 1, 1)}
+    theirs = {"states": torch.ones(2, 1 << 20, 1, 1, 1)}
+    put = 3 if in_parts else 0  # the request that makes the object: after the upload's start and two parts
+    proxy.fault = lambda method, path, number: "lost-answer" if number == put else ""
+    line = write_shard(storage, "d/", 0, 0, theirs)  # the second attempt meets its own object
+    assert [method for method, _, fault in proxy.seen if fault] == ["POST" if in_parts else "PUT"]
+    with pytest.raises(WorkError, match="made with other bits"):
+        write_shard(storage, "d/", 0, 0, ours)
+    assert write_shard(storage, "d/", 0, 0, theirs) == line
+    (bad,) = storage.list("d/")
+    replaced = write_shard(storage, "d/", 0, 0, ours, replace=bad.etag)
+    with pytest.raises(WorkError, match="made with other bits"):
+        write_shard(storage, "d/", 0, 0, theirs, replace=bad.etag)
+    assert replaced != line and torch.equal(read_shard(storage, "d/", replaced)["states"], ours["states"])
 
 
 def test_a_run_through_a_bad_network_gives_the_same_bytes(

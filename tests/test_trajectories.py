@@ -23,7 +23,16 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.reader import epoch_order, open_trajectories, read_batches
-from dsno_cluster.trajectories.shards import Manifest, Shard, canonical_hash, commit_manifest, read_manifest
+from dsno_cluster.trajectories.shards import (
+    Manifest,
+    Progress,
+    Shard,
+    canonical_hash,
+    commit_manifest,
+    read_manifest,
+    write_progress,
+    write_shard,
+)
 
 DIGITS = "configs/digits.yaml"
 
@@ -74,6 +83,19 @@ def test_same_bytes_from_one_actor_and_a_longer_run_adds_shards(tiny_data: Path,
     assert len(names) == 6
 
 
+def test_same_sha256_from_one_and_from_four_actors(tmp_path: Path) -> None:
+    made = {}
+    for actors in ("1", "4"):
+        root = tmp_path / actors
+        run = dsno(
+            "gen-trajectories", *TINY, f"storage.root={root}", "--launcher", "local", "--actors", actors
+        )
+        assert run.returncode == 0, run.stderr
+        lines = json.loads((data_set(root) / "manifest.json").read_text())["shards"]
+        made[actors] = {line["key"]: line["sha256"] for line in lines}
+    assert made["1"] == made["4"] and len(made["1"]) == 6
+
+
 def test_a_damaged_data_set_is_mended_by_the_same_command(tiny_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(tiny_data, root)
@@ -117,6 +139,8 @@ def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not list(tmp_path.glob("trajectories/*/manifest.json"))
+    note = json.loads((data_set(tmp_path) / "progress.json").read_text())
+    assert note["environment"]["device"]  # from before the first shard
     assert dsno("verify", str(data_set(tmp_path))).returncode == 2  # unfinished: there is no manifest
     done = shard_bytes(tmp_path)
     assert done and done == {k: v for k, v in shard_bytes(tiny_data).items() if k in done}
@@ -127,6 +151,53 @@ def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
     assert dsno("verify", str(data_set(tmp_path))).returncode == 0
     third = dsno(*words)
     assert third.returncode == 0 and "there already" in third.stderr
+
+
+@pytest.mark.parametrize("note", ["of this device", "of another device", "missing"])
+def test_a_shard_that_no_note_names_must_vouch_for_itself(tiny_data: Path, tmp_path: Path, note: str) -> None:
+    """As a killed driver leaves them, before it noted any shard."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny_data, root)
+    folder = data_set(root)
+    environment = json.loads((folder / "manifest.json").read_text())["environment"]
+    (folder / "manifest.json").unlink()
+    if note == "of another device":
+        environment["device"] = "Another Device 9000"
+    if note != "missing":
+        storage = open_storage(str(root))
+        write_progress(storage, f"trajectories/{folder.name}/", Progress({}, environment))
+    flipped, misplaced = folder / "shard-000002.safetensors", folder / "shard-000004.safetensors"
+    data = bytearray(flipped.read_bytes())
+    data[-5] ^= 1
+    flipped.write_bytes(data)
+    misplaced.write_bytes((folder / "shard-000003.safetensors").read_bytes())
+
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    again = dsno("gen-trajectories", *TINY, f"storage.root={root}", "--launcher", "local", "--actors", "1")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    changed = [name for name in sorted(before) if before[name] != after[name]]
+    if note == "of another device":
+        assert again.returncode == 2 and "was made on Another Device 9000" in again.stderr, again.stderr
+        assert not changed and not (folder / "manifest.json").exists()
+        return
+    assert again.returncode == 0, again.stderr
+    assert changed == ([flipped.name, misplaced.name] if note == "of this device" else sorted(before))
+    assert shard_bytes(root) == shard_bytes(tiny_data)
+    assert dsno("verify", str(folder)).returncode == 0
+
+
+def test_the_first_writer_of_a_shard_wins(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    ours, theirs = {"states": torch.zeros(2, 3, 1, 4, 4)}, {"states": torch.ones(2, 3, 1, 4, 4)}
+    first = write_shard(storage, "d/", 0, 0, ours)
+    assert write_shard(storage, "d/", 0, 0, ours) == first
+    with pytest.raises(WorkError, match=r"shard-000000.*made with other bits"):
+        write_shard(storage, "d/", 0, 0, theirs)
+    (found,) = storage.list("d/")
+    write_shard(storage, "d/", 0, 0, theirs, replace=found.etag)  # that one was bad
+    with pytest.raises(WorkError, match="made with other bits"):  # and this one was not
+        write_shard(storage, "d/", 0, 0, ours, replace=found.etag)
+    assert torch.equal(safetensors.torch.load(storage.read("d/" + first.key))["states"], theirs["states"])
 
 
 def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
@@ -177,6 +248,27 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
     )
     with pytest.raises(WorkError, match="shard-000003"):  # training does not read it either
         next(batches)
+
+
+@pytest.mark.parametrize("last", [90, 9999])
+def test_verify_compares_the_sample_ranges(tiny_data: Path, tmp_path: Path, last: int) -> None:
+    folder = shutil.copytree(data_set(tiny_data), tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][-1]["stop"] = manifest["num_samples"] = last
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    result = dsno("verify", str(folder), "--json")
+    assert result.returncode == 1, result.stdout
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem == f"shard-000005.safetensors holds 16 samples, the manifest says 80 to {last - 1}"
+
+
+def test_verify_compares_a_folder_named_by_a_hash_with_the_spec(tiny_data: Path, tmp_path: Path) -> None:
+    wrong = shutil.copytree(data_set(tiny_data), tmp_path / "0123456789abcdef")
+    result = dsno("verify", str(wrong))
+    assert result.returncode == 1 and data_set(tiny_data).name in result.stderr, result.stderr
+    copied = shutil.copytree(wrong, tmp_path / "my-copy")
+    assert dsno("verify", str(copied)).returncode == 0
+    assert dsno("verify", ".", cwd=data_set(tiny_data)).returncode == 0
 
 
 def test_commit_is_conditional_and_never_shrinks(tmp_path: Path) -> None:

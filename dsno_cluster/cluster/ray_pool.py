@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import statistics
@@ -24,6 +25,7 @@ ATTEMPTS = 3  # a task that raised so often is given up
 DEATHS = (
     6  # a task under which so many actors died: a machine may be killed now and then, a crash comes again
 )
+PROBES = 16  # so many tasks, spread over a long list, are tried first: where all of them fail alike, all others would
 POLL_SECONDS = 1.0
 SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
@@ -176,11 +178,10 @@ class _Attempt(Generic[Task]):
 
 @dataclass
 class _Failures(Generic[Task]):
-    """What went wrong so far: by task, and which tasks failed since one last succeeded."""
+    """What went wrong so far, by task."""
 
     raised: dict[Task, list[BaseException]] = field(default_factory=dict)
     died: dict[Task, int] = field(default_factory=dict)
-    in_a_row: set[Task] = field(default_factory=set)
     given_up: dict[Task, BaseException] = field(default_factory=dict)
 
     def add(self, task: Task, error: BaseException, *, died: bool) -> None:
@@ -188,9 +189,14 @@ class _Failures(Generic[Task]):
             self.died[task] = self.died.get(task, 0) + 1
         else:
             self.raised.setdefault(task, []).append(error)
-            self.in_a_row.add(task)
         if len(self.raised.get(task, ())) >= ATTEMPTS or self.died.get(task, 0) >= DEATHS:
             self.given_up[task] = error
+
+    def alike(self, tasks: Sequence[Task]) -> bool:
+        """Whether each of the tasks raised, and always for the same cause but for the numbers in it."""
+        errors = [error for task in tasks for error in self.raised.get(task, ())]
+        causes = {(type(error), re.sub(r"\d+", "", _last_line(error))) for error in errors}
+        return all(task in self.raised for task in tasks) and len(causes) == 1
 
 
 def run_pool(
@@ -211,12 +217,13 @@ def run_pool(
     for an actor that does not belong here. Near the end idle actors run the slowest tasks a second time (tasks
     must be idempotent) and the first answer counts. At the end every actor goes to `release` (default: it is
     killed). A task whose actor died or raised goes back to the queue;
-    one that raised three times stops the run, with its reason, after the others are finished. A UserError,
-    and task after task failing with no success between, stop it at once.
+    one that raised three times stops the run, with its reason, after the others are finished. A UserError stops
+    it at once, and so do `PROBES` tasks spread over a longer list that all fail alike before any task succeeds.
     """
     ray = import_ray()
     greet = greet or (lambda actor: actor.__ray_ready__.remote())
-    waiting: deque[Task] = deque(tasks)
+    probes = _spread(tasks)
+    waiting: deque[Task] = deque(dict.fromkeys([*probes, *tasks]))
     open_tasks = set(tasks)
     starting: dict[Any, _Worker] = {}
     workers: set[_Worker] = set()
@@ -273,15 +280,14 @@ def run_pool(
                         open_tasks.discard(task)
                     elif all(other.task != task for other in running.values()):
                         waiting.append(task)
-                    if len(failures.in_a_row) >= max(ATTEMPTS, len(workers) + 1):
+                    if len(tasks) > PROBES and not durations and failures.alike(probes):
                         # not the tasks' fault: a disk, a bucket, a bug
                         raise WorkError(
-                            f"{len(failures.in_a_row)} tasks failed one after the other: {_last_line(cause)}"
+                            f"{len(probes)} tasks from all over the list failed alike and none succeeded: {_last_line(cause)}"
                         ) from cause
                     continue
                 if task in open_tasks:
                     open_tasks.discard(task)
-                    failures.in_a_row.clear()
                     durations.append(time.monotonic() - attempt.began)
                     yield task, result
     except (ray.exceptions.RaySystemError, ConnectionError) as error:
@@ -298,6 +304,13 @@ def run_pool(
             f"{len(failures.given_up)} of {len(tasks)} tasks failed again and again; "
             f"the first, {task}: {_last_line(cause)}"
         )
+
+
+def _spread(tasks: Sequence[Task]) -> list[Task]:
+    """At most PROBES of the tasks, evenly spread, the first and the last among them."""
+    if len(tasks) <= PROBES:
+        return list(tasks)
+    return [tasks[i * (len(tasks) - 1) // (PROBES - 1)] for i in range(PROBES)]
 
 
 def _hand_out(
@@ -335,7 +348,13 @@ def _hand_out(
 
 def _start_failure(error: BaseException) -> Exception:
     cause = getattr(error, "cause", None) or error
-    return cause if isinstance(cause, UserError) else WorkError(f"an actor cannot start: {_last_line(cause)}")
+    if isinstance(cause, UserError):
+        return cause
+    # of what an actor's __init__ raised Ray hands on the text alone
+    line, user_error = _last_line(cause), f"{UserError.__module__}.{UserError.__name__}: "
+    if line.startswith(user_error):
+        return UserError(line.removeprefix(user_error))
+    return WorkError(f"an actor cannot start: {line}")
 
 
 def _last_line(error: BaseException) -> str:

@@ -17,17 +17,17 @@ from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray
 from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import Stat, Storage, open_storage
-from dsno_cluster.trajectories.plan import Plan, make_plan, open_teacher
+from dsno_cluster.trajectories.plan import Plan, check_planned, make_plan, open_teacher
 from dsno_cluster.trajectories.shards import (
     PROGRESS,
     Manifest,
     Progress,
     Shard,
     commit_manifest,
-    decode_shard,
     read_manifest,
     read_progress,
     shard_key,
+    vouches_for_itself,
     write_progress,
     write_shard,
 )
@@ -71,10 +71,11 @@ def generate(config: Config, actors: int | None = None, ray_address: str | None 
     if done:
         console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
     made_by = [current[0].environment] if current else []
-    made_by += [progress.environment] if progress.environment else []
+    made_by += [progress.environment] if progress.environment and progress.shards else []
+    bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
     if todo:
         try:
-            progress = _make_shards(config, plan, storage, todo, progress, made_by, actors, ray_address)
+            progress = _make_shards(config, plan, storage, todo, bad, progress, made_by, actors, ray_address)
         except KeyboardInterrupt:
             console.say("interrupted: finished shards are kept, the same command makes the others")
             raise
@@ -112,11 +113,19 @@ def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]
 
 
 def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress:
-    """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again."""
+    """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
+
+    None without the note of what made them: that is written before the first shard, so they are not a run's.
+    """
     noted = read_progress(storage, plan.folder)
+    if noted.environment is None:
+        return noted
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
     per_shard = plan.size.num_samples // plan.size.num_shards
     shape = [len(plan.spec["times"]), per_shard, *plan.spec["shape"]]
+    expected = {"states": (plan.spec["dtype"], shape)}
+    if plan.spec["labels"]["num_classes"]:
+        expected["labels"] = ("int64", [per_shard])
     kept = {
         key: line
         for key, line in noted.shards.items()
@@ -125,15 +134,13 @@ def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress
 
     def hashed(key: str) -> tuple[Shard, str] | None:
         data, start = storage.read(plan.folder + key), wanted[key] * per_shard
-        try:
-            whole = list(decode_shard(data)["states"].shape) == shape
-        except (WorkError, KeyError):
-            whole = False  # not of ours: made again
+        if not vouches_for_itself(data, start, expected):
+            return None
         shard = Shard(key, start, start + per_shard, len(data), hashlib.sha256(data).hexdigest())
-        return (shard, found[key].etag) if whole else None
+        return shard, found[key].etag
 
     unknown = [key for key in found if key in wanted and key not in kept]
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(4) as threads:
         read = zip(unknown, threads.map(hashed, unknown), strict=True)
         kept |= {key: line for key, line in read if line is not None}
     return Progress(kept, noted.environment)
@@ -144,11 +151,13 @@ def _make_shards(
     plan: Plan,
     storage: Storage,
     todo: list[int],
+    bad: dict[int, str],
     before: Progress,
     made_by: Sequence[dict[str, Any]],
     actors: int | None,
     ray_address: str | None,
 ) -> Progress:
+    """Make the shards `todo`; `bad` has the etags of those that are there but wrong, which are replaced."""
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
     lines = dict(before.shards)
@@ -158,6 +167,7 @@ def _make_shards(
         check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
         if not present:
             present.append(environment)
+            note()  # before the first shard, so that a shard that is there can be told what made it
         for part in ("device", "versions"):
             if environment[part] != present[0][part]:
                 raise UserError(
@@ -165,11 +175,8 @@ def _make_shards(
                     "model and one set of versions, so give gen-trajectories nodes that are alike"
                 )
 
-    def note() -> Progress:
-        progress = Progress(lines, present[0] if present else before.environment)
-        if lines:
-            write_progress(storage, plan.folder, progress)
-        return progress
+    def note() -> None:
+        write_progress(storage, plan.folder, Progress(lines, present[0]))
 
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded the next is being solved
@@ -181,8 +188,8 @@ def _make_shards(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
         ) as advance:
             pool = run_pool(
-                lambda: remote.remote(there),
-                lambda actor, index: actor.make_shard.remote(index),
+                lambda: remote.remote(there, plan),
+                lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
                 todo,
                 cluster.capacity,
                 in_flight=2,
@@ -203,16 +210,20 @@ def _make_shards(
                         noted = time.monotonic()
             except BaseException:
                 pool.close()
-                with contextlib.suppress(WorkError):  # what stopped the run is what must be told
-                    note()
+                if present:
+                    with contextlib.suppress(WorkError):  # what stopped the run is what must be told
+                        note()
                 raise
-    return Progress(lines, present[0] if present else before.environment)
+    return Progress(lines, present[0])
 
 
 class SolveActor:
-    """A Ray actor that holds the teacher and makes shards."""
+    """A Ray actor that holds the teacher and makes the shards of `plan`.
 
-    def __init__(self, config: Config) -> None:
+    Raises UserError where the teacher that it loads is not the one that was planned with.
+    """
+
+    def __init__(self, config: Config, plan: Plan) -> None:
         import torch
 
         from dsno_cluster.device import compute_device
@@ -221,24 +232,26 @@ class SolveActor:
         torch.set_num_threads(threads)
         # the number of threads is a property of the calling thread too, so all solving is done in this one
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
-        self.config = config
-        self.plan = make_plan(config)
-        self.teacher = open_teacher(config).to(compute_device())
+        self.config, self.folder = config, plan.folder
+        teacher = open_teacher(config)
+        check_planned(config, plan, teacher)
+        self.teacher = teacher.to(compute_device())
         self.storage = open_storage(config.storage.root, config.storage.endpoint_url)
 
     def environment(self) -> dict[str, Any]:
         return environment()
 
-    def make_shard(self, index: int) -> tuple[Shard, str]:
-        """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag."""
+    def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
+        """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.
+
+        `replace` is the etag of a bad one that is there. Raises WorkError as `write_shard`.
+        """
         start = index * self.config.trajectories.samples_per_shard
         tensors = self.compute.submit(self._solve, index).result()
-        shard = write_shard(self.storage, self.plan.folder, index, start, tensors)
-        stat = self.storage.stat(self.plan.folder + shard.key)
+        shard = write_shard(self.storage, self.folder, index, start, tensors, replace)
+        stat = self.storage.stat(self.folder + shard.key)
         if stat is None or stat.size != shard.size:
-            raise WorkError(
-                f"{self.storage.url}/{self.plan.folder}{shard.key}: not there after it was written"
-            )
+            raise WorkError(f"{self.storage.url}/{self.folder}{shard.key}: not there after it was written")
         return shard, stat.etag
 
     def _solve(self, index: int) -> dict[str, Any]:

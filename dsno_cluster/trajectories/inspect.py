@@ -38,26 +38,22 @@ def inspect(
     if "times" not in manifest.spec:
         raise UserError(f"{address}: holds samples, not trajectories")
     chosen = _spread(manifest.shards, num_shards)
-    moments: list[np.ndarray] = []  # of each shard: sum, sum of squares, min and max by time, (4, M) float64
+    moments: list[np.ndarray] = []
     classes: np.ndarray | None = None
-    first: dict[str, Any] = {}
     with (
         ThreadPoolExecutor(4) as threads,
         console.progress("inspecting", len(chosen), "shards") as advance,
     ):
-        for tensors in threads.map(lambda shard: read_shard(storage, "", shard), chosen):
-            first = first or tensors
-            states_MX = tensors["states"].double().flatten(1).numpy()
-            sums = [states_MX.sum(1), np.square(states_MX).sum(1), states_MX.min(1), states_MX.max(1)]
-            moments.append(np.stack(sums))
-            if "labels" in tensors:
-                counts = np.bincount(
-                    tensors["labels"].numpy(), minlength=manifest.spec["labels"]["num_classes"]
-                )
+        # reduced where it is read: no more shards are in memory than there are threads
+        for sums, counts in threads.map(
+            lambda shard: _reduce(manifest, read_shard(storage, "", shard)), chosen
+        ):
+            moments.append(sums)
+            if counts is not None:
                 classes = counts if classes is None else classes + counts
             advance(1)
     if picture is not None:
-        _draw(manifest, first, picture)
+        _draw(manifest, read_shard(storage, "", chosen[0]), picture)
     samples_read = sum(shard.stop - shard.start for shard in chosen)
     numbers = samples_read * int(np.prod(manifest.spec["shape"]))
     parts = np.stack(moments)
@@ -113,6 +109,18 @@ def rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
     picks = np.linspace(0, len(shards) - 1, min(count, len(shards))).round().astype(int)
     return [shards[i] for i in sorted(set(picks.tolist()))]
+
+
+def _reduce(manifest: Manifest, tensors: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of a shard's states: sum, sum of squares, smallest and largest by time, (4, M) float64; and its class counts."""
+    sums = []
+    for states_NCHW in tensors["states"]:  # one time point at a time, as float64 takes four times the memory
+        values = states_NCHW.double().numpy()
+        sums.append([values.sum(), np.square(values).sum(), values.min(), values.max()])
+    counts = None
+    if "labels" in tensors:
+        counts = np.bincount(tensors["labels"].numpy(), minlength=manifest.spec["labels"]["num_classes"])
+    return np.array(sums).T, counts
 
 
 def _draw(manifest: Manifest, tensors: dict[str, Any], path: str) -> None:

@@ -6,6 +6,7 @@ The arithmetic needs neither the teacher nor torch.
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, lo
 from dsno_cluster.errors import UserError
 from dsno_cluster.trajectories.shards import canonical_hash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
 
 _HOW = (
     "point teacher.path at a folder of ours (as `dsno-cluster train-teacher` and `import-weights` write it), a diffusers "
@@ -298,8 +299,25 @@ def open_teacher(config: Config) -> Teacher:
     path = teacher_path(config)
     endpoint, teacher = config.storage.endpoint_url, config.teacher
     loaded = load_teacher(path, endpoint, precision=teacher.precision, **teacher.options)
-    check_fits(config.network, loaded, path)  # a factory's images and classes are known only now
+    # a factory's images, classes and steps are known only now
+    check_fits(config.network, loaded, path)
+    if loaded.identity["kind"] == "factory" and own_steps(config, loaded) is not None:
+        raise UserError(
+            f"trajectories.grid: auto, but the teacher at {path} has a native_grid, which no plan can know before it is "
+            "made; set trajectories.grid to uniform or fine-end"
+        )
     return loaded
+
+
+def check_planned(config: Config, plan: Plan, teacher: Teacher) -> None:
+    """Raises UserError unless `teacher`, as this process loaded it, gives the spec that the plan was made with."""
+    spec = trajectory_spec(config, teacher)
+    differing = [key for key in spec if spec[key] != plan.spec.get(key)]
+    if differing:
+        raise UserError(
+            f"{teacher_path(config)}: the teacher changed, or differs on this node ({socket.gethostname()}), since the run "
+            f"began (other than planned: {', '.join(differing)}); make it the same everywhere and start again"
+        )
 
 
 def grid_name(config: Config) -> str:
@@ -310,7 +328,7 @@ def grid_name(config: Config) -> str:
     return "fine-end" if settings.solver == "abm3" else "uniform"
 
 
-def trajectory_spec(config: Config, teacher: TeacherInfo) -> dict[str, Any]:
+def trajectory_spec(config: Config, teacher: TeacherInfo | Teacher) -> dict[str, Any]:
     """Everything that can change a byte of a shard. Its hash names the folder, so two specs never mix."""
     settings, network = config.trajectories, config.network
     native = own_steps(config, teacher)

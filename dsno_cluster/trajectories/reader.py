@@ -31,7 +31,14 @@ from dsno_cluster.config import Reader
 from dsno_cluster.diffusion.noise import noise_checksum, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import FolderStorage, Storage
-from dsno_cluster.trajectories.shards import Manifest, Shard, problem_of, read_manifest, read_shard_bytes
+from dsno_cluster.trajectories.shards import (
+    Manifest,
+    Shard,
+    problem_of,
+    read_header,
+    read_manifest,
+    read_shard_bytes,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -109,8 +116,8 @@ def read_batches(
 
     A list has `accumulation` micro-batches. Global batches are runs of `batch_size` samples along the epochs'
     orders, one epoch after the other, without end; `first_sample` counts samples read so far, over all epochs and
-    ranks. `points` are the time points wanted, as positions in the spec's times (default: all). The next
-    batches are read in the background; what fails there is raised here, at its batch.
+    ranks. `points` are the time points wanted, as positions in the spec's times (default: all), ValueError where
+    they are not. The next batches are read in the background; what fails there is raised here, at its batch.
     """
     micro = batch_size // (world_size * accumulation)
     shards = ShardReader(storage, folder, manifest, settings, points)
@@ -141,7 +148,10 @@ def read_batches(
 
 
 class ShardReader:
-    """Samples by index, from the shards that were used last, which are kept open."""
+    """Samples by index, from the shards that were used last, which are kept open.
+
+    Raises ValueError where `points` are not positions in the spec's times.
+    """
 
     def __init__(
         self,
@@ -153,6 +163,9 @@ class ShardReader:
     ) -> None:
         self.storage, self.folder, self.manifest, self.settings = storage, folder, manifest, settings
         self.points = None if points is None else list(points)
+        count = len(manifest.spec["times"])
+        if self.points is not None and not (self.points and all(0 <= point < count for point in self.points)):
+            raise ValueError(f"points {self.points}: must be positions 0 to {count - 1} in the spec's times")
         self.per_shard = manifest.shards[0].stop - manifest.shards[0].start
         self.opened: OrderedDict[int, Arrays] = OrderedDict()
         self.checked: set[int] = set()
@@ -207,12 +220,11 @@ class ShardReader:
 
 def parse_shard(data: np.ndarray) -> Arrays:
     """The tensors of a safetensors file, (bytes,) uint8, which they share."""
-    (length,) = struct.unpack("<Q", data[:8].tobytes())
-    header = json.loads(data[8 : 8 + length].tobytes())
+    header, begin = read_header(data.data)
     arrays = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
+            start, stop = (begin + offset for offset in entry["data_offsets"])
             arrays[name] = data[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 

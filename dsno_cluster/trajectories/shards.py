@@ -3,13 +3,15 @@
 A data set is a folder of `shard-000000.safetensors ...` and a `manifest.json` that is written last: if it is
 there, everything that it names is there and right. Tensor `states` is (M, N, C, H, W), time-major, so that a
 reader of some time points reads only those; sample shards hold `images` uint8 (N, C, H, W). `labels` (N,)
-stand beside them where there are classes.
+stand beside them where there are classes. The file's header carries `tensors_sha256` over the first sample's
+number and the tensors, so a shard that no manifest names yet can be told from a damaged or misplaced one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 SCHEMA_VERSION = 1
+CHECKSUM = "tensors_sha256"
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,21 @@ def shard_key(index: int) -> str:
     return f"shard-{index:06d}.safetensors"
 
 
-def encode_shard(tensors: dict[str, Tensor]) -> bytes:
-    """The file of a shard. Equal tensors give equal bytes."""
+def encode_shard(tensors: dict[str, Tensor], start: int) -> bytes:
+    """The file of a shard of the samples from `start`. Equal tensors give equal bytes."""
     import safetensors.torch
 
-    return bytes(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # one entry of metadata only: safetensors writes several in random order
+    return bytes(safetensors.torch.save(whole, {CHECKSUM: _tensors_sha256(whole, start)}))
+
+
+def _tensors_sha256(tensors: dict[str, Tensor], start: int) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([start, name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def decode_shard(data: bytes) -> dict[str, Tensor]:
@@ -77,10 +90,48 @@ def decode_shard(data: bytes) -> dict[str, Tensor]:
         raise WorkError(f"not a safetensors shard: {error}") from None
 
 
-def write_shard(storage: Storage, folder: str, index: int, start: int, tensors: dict[str, Tensor]) -> Shard:
-    """Write a shard below `folder` (ending in /) and return its line for the manifest."""
-    data = encode_shard(tensors)
-    storage.write(folder + shard_key(index), data)
+def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its tensors' bytes begin. WorkError where there is none."""
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(bytes(data[8 : 8 + length]))
+    except (struct.error, ValueError) as error:
+        raise WorkError(f"not a safetensors shard: {error}") from None
+    return header, 8 + length
+
+
+def vouches_for_itself(data: bytes, start: int, expected: dict[str, tuple[str, list[int]]]) -> bool:
+    """Whether a file is a whole shard of the samples from `start`, with the tensors `expected`: name -> (dtype, shape)."""
+    try:
+        tensors = decode_shard(data)
+    except WorkError:
+        return False
+    found = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+    return found == expected and encode_shard(tensors, start) == data  # and so the checksum agrees
+
+
+def write_shard(
+    storage: Storage,
+    folder: str,
+    index: int,
+    start: int,
+    tensors: dict[str, Tensor],
+    replace: str | None = None,
+) -> Shard:
+    """Write a shard below `folder` (ending in /) and return its line for the manifest.
+
+    The first writer wins: nothing that is there is overwritten, but for a bad object, whose etag is `replace`.
+    Raises WorkError where there is a shard of other bytes.
+    """
+    key, data = folder + shard_key(index), encode_shard(tensors, start)
+    try:
+        storage.write(key, data, if_absent=replace is None, if_match=replace)
+    except PreconditionFailed:
+        if storage.read(key) != data:
+            raise WorkError(
+                f"{storage.url}/{key}: is there, made with other bits (by another run, on another device or with other "
+                "versions?); it was left as it is: delete it if this run's are the right ones"
+            ) from None
     count = next(
         t.shape[1] if name == "states" else t.shape[0] for name, t in tensors.items() if name != "labels"
     )
@@ -196,7 +247,8 @@ def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterat
 
     def check(shard: Shard) -> tuple[Shard, str | None]:
         try:
-            return shard, problem_of(storage.read(folder + shard.key), shard)
+            data = storage.read(folder + shard.key)
+            return shard, problem_of(data, shard) or _wrong_range(data, shard)
         except MissingObject:
             return shard, "is missing"
         except WorkError as error:
@@ -204,6 +256,20 @@ def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterat
 
     with ThreadPoolExecutor(8) as threads:
         yield from threads.map(check, manifest.shards)
+
+
+def _wrong_range(data: bytes, shard: Shard) -> str | None:
+    header, _ = read_header(data)
+    try:  # N is the second size of `states`, the first of all others
+        counts = {
+            entry["shape"][name == "states"] for name, entry in header.items() if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return "has a header that does not tell its samples"
+    if counts != {shard.stop - shard.start}:
+        found = ", ".join(map(str, sorted(counts)))
+        return f"holds {found} samples, the manifest says {shard.start} to {shard.stop - 1}"
+    return None
 
 
 def manifest_problems(manifest: Manifest) -> list[str]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.errors import UserError
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.shards import MANIFEST, find_bad_shards, manifest_problems, read_manifest
+from dsno_cluster.trajectories.shards import (
+    MANIFEST,
+    Manifest,
+    canonical_hash,
+    find_bad_shards,
+    manifest_problems,
+    read_manifest,
+)
 
 
 def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
     """Check the data set at a folder, an S3 address or its manifest; `problems` names each bad shard.
 
+    A folder may be copied and renamed, but one that is named by a spec's hash must hold that spec.
     Raises UserError where there is no manifest.
     """
     url = address.removesuffix(MANIFEST).rstrip("/") or "."
@@ -23,7 +33,7 @@ def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
             f"{address}: no {MANIFEST} here; an unfinished data set has none: gen-trajectories finishes it"
         )
     manifest = found[0]
-    problems = manifest_problems(manifest)
+    problems = _wrong_name(url, manifest) + manifest_problems(manifest)
     with console.progress("verifying", len(manifest.shards), "shards") as advance:
         for shard, problem in find_bad_shards(storage, "", manifest):
             problems += [f"{shard.key} {problem}"] if problem else []
@@ -36,3 +46,11 @@ def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
         "bytes": sizes,
         "problems": problems,
     }
+
+
+def _wrong_name(url: str, manifest: Manifest) -> list[str]:
+    name = os.path.basename(url if "://" in url else os.path.abspath(url))
+    spec_hash = canonical_hash(manifest.spec)
+    if not re.fullmatch("[0-9a-f]{16}", name) or name == spec_hash:
+        return []
+    return [f"{MANIFEST} is that of {spec_hash}, the folder is named {name}"]
