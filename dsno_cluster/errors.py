@@ -13,6 +13,10 @@ class WorkError(Exception):
     """The work or its surroundings failed: storage, a node, a disk. Exit status 1."""
 
 
+class StorageError(WorkError):
+    """The storage failed, and what can heal was tried again: the next thing to store will fail as well."""
+
+
 def without_passwords(text: str) -> str:
     """`text` with user:password of every URL in it left out; what is shown to people goes through here."""
     return re.sub(r"://[^\s/@]*:[^\s@]*@", "://***@", text)

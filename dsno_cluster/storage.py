@@ -2,7 +2,7 @@
 
 A key is a relative path with forward slashes. An object that can be seen is complete: folders write aside and
 rename, S3 puts are atomic and carry a sha256 that the server checks. What can heal on S3 is tried again, with
-growing, random pauses; what cannot, and what did not, is a WorkError that names bucket, key and attempts.
+growing, random pauses; what cannot, and what did not, is a StorageError that names bucket, key and attempts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dsno_cluster.errors import UserError, WorkError, without_passwords
+from dsno_cluster.errors import StorageError, UserError, WorkError, without_passwords
 
 
 class MissingObject(WorkError):
@@ -152,7 +152,7 @@ class FolderStorage:
         except (FileNotFoundError, NotADirectoryError):
             raise MissingObject(f"{self.root / key}: no such file") from None
         except OSError as error:
-            raise WorkError(f"{self.root / key}: cannot be read: {error.strerror}") from error
+            raise StorageError(f"{self.root / key}: cannot be read: {error.strerror}") from error
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
         path = self.root / key
@@ -173,7 +173,7 @@ class FolderStorage:
         except FileExistsError:
             raise PreconditionFailed(f"{path}: exists already") from None
         except OSError as error:
-            raise WorkError(f"{path}: cannot be written: {error.strerror}") from error
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
         path = self.root / prefix.rstrip("/")
@@ -189,7 +189,7 @@ class FolderStorage:
                 os.rename(new, path)
             sync(path.parent)
         except OSError as error:
-            raise WorkError(f"{path}: cannot be written: {error.strerror}") from error
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
     def stat(self, key: str) -> Stat | None:
         path = self.root / key
@@ -198,12 +198,12 @@ class FolderStorage:
         except FileNotFoundError:  # it went meanwhile
             return None
         except OSError as error:
-            raise WorkError(f"{path}: cannot be read: {error.strerror}") from error
+            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
     def list(self, prefix: str) -> Iterator[Stat]:
         def unreadable(error: OSError) -> None:
             if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                raise WorkError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+                raise StorageError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
         keys = [
             (Path(folder) / name).relative_to(self.root).as_posix()
@@ -222,7 +222,7 @@ class FolderStorage:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise WorkError(f"{path}: cannot be deleted: {error.strerror}") from error
+            raise StorageError(f"{path}: cannot be deleted: {error.strerror}") from error
 
     def tidy(self, prefix: str) -> None:
         before = (datetime.now(UTC) - STALE).timestamp()
@@ -364,7 +364,7 @@ class S3Storage:
                 _answered.add(self.endpoint_url)
                 return result
             except (NoCredentialsError, PartialCredentialsError):
-                raise WorkError(
+                raise StorageError(
                     f"{where}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
                 ) from None
             except ClientError as error:
@@ -372,7 +372,7 @@ class S3Storage:
                 code = str(error.response.get("Error", {}).get("Code", "?"))
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
                 if code == "NoSuchBucket":
-                    raise WorkError(f"{where}: there is no bucket {self.bucket}") from None
+                    raise StorageError(f"{where}: there is no bucket {self.bucket}") from None
                 if code in ("NoSuchKey", "404"):
                     raise MissingObject(f"{where}: no such object") from None
                 if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
@@ -382,7 +382,7 @@ class S3Storage:
                 problem, cause = f"{code} (HTTP {status})", error
                 heals = status >= 500 or status == 429 or code in _HEALING_CODES
                 if not heals or status == 501:  # 501: this server will never do it
-                    raise WorkError(
+                    raise StorageError(
                         f"{where}: {action} failed after {attempt} attempt(s): {problem}"
                     ) from error
             except healing as error:
@@ -390,9 +390,9 @@ class S3Storage:
                 if isinstance(error, NoConnection) and self.endpoint_url not in _answered:
                     attempts = min(attempts, self.patience.first_attempts)
             except BotoCoreError as error:
-                raise WorkError(f"{where}: {action} failed: {without_passwords(str(error))}") from error
+                raise StorageError(f"{where}: {action} failed: {without_passwords(str(error))}") from error
             if attempt >= attempts:
-                raise WorkError(f"{where}: {action} failed after {attempt} attempts: {problem}") from cause
+                raise StorageError(f"{where}: {action} failed after {attempt} attempts: {problem}") from cause
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, self.patience.longest_pause_seconds)
             attempt += 1
@@ -518,7 +518,7 @@ class S3Storage:
         try:
             self._try("head of the bucket", "", head)
         except MissingObject:
-            raise WorkError(f"{self.url}: there is no bucket {self.bucket}") from None
+            raise StorageError(f"{self.url}: there is no bucket {self.bucket}") from None
         self._bucket_is_there = True
 
     def list(self, prefix: str) -> Iterator[Stat]:

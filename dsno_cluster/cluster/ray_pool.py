@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from dsno_cluster import console
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import StorageError, UserError, WorkError
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -216,9 +216,10 @@ def run_pool(
     again, so nodes that join are used. `greet(actor)` is called first and `welcome` sees its answer: it raises
     for an actor that does not belong here. Near the end idle actors run the slowest tasks a second time (tasks
     must be idempotent) and the first answer counts. At the end every actor goes to `release` (default: it is
-    killed). A task whose actor died or raised goes back to the queue;
-    one that raised three times stops the run, with its reason, after the others are finished. A UserError stops
-    it at once, and so do `PROBES` tasks spread over a longer list that all fail alike before any task succeeds.
+    killed). A task whose actor died or raised goes back to the queue; one that raised three times stops the run, with
+    its reason, after the others are finished. What no task is to blame for stops it at once: a UserError, three
+    StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all fail alike before
+    any task succeeds.
     """
     ray = import_ray()
     greet = greet or (lambda actor: actor.__ray_ready__.remote())
@@ -230,7 +231,7 @@ def run_pool(
     running: dict[Any, _Attempt[Task]] = {}
     failures: _Failures[Task] = _Failures()
     durations: list[float] = []
-    failed_starts = 0
+    failed_starts = storage_failures = 0
     quiet_since = polled = time.monotonic()
     room = capacity()
     try:
@@ -276,6 +277,9 @@ def run_pool(
                     if task not in open_tasks:
                         continue
                     failures.add(task, cause, died=died)
+                    storage_failures += isinstance(cause, StorageError)
+                    if storage_failures >= ATTEMPTS:  # no task's fault; the others would work for nothing
+                        raise cause from error
                     if task in failures.given_up:
                         open_tasks.discard(task)
                     elif all(other.task != task for other in running.values()):
@@ -286,6 +290,7 @@ def run_pool(
                             f"{len(probes)} tasks from all over the list failed alike and none succeeded: {_last_line(cause)}"
                         ) from cause
                     continue
+                storage_failures = 0
                 if task in open_tasks:
                     open_tasks.discard(task)
                     durations.append(time.monotonic() - attempt.began)
