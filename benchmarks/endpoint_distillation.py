@@ -1,4 +1,4 @@
-"""Does the trajectory pay? DSNO (four time points) against endpoint-only distillation, at equal training time.
+"""Does the trajectory pay? The digits config against endpoint-only distillation, at equal training time.
 
 Both students start from the same teacher with the digits config's settings; the second sees t=0 alone, costs a
 fraction per step, and gets as many steps as fit in the first one's training time (its rate is measured by a
@@ -29,7 +29,7 @@ def main(overrides: list[str]) -> None:
         def config(*more: str) -> Config:
             return load_config("configs/digits.yaml", [*overrides, f"storage.root={folder}", *more])
 
-        only_end = ["trajectories.times=[0.0]", "student.modes=1"]
+        only_end = ["trajectories.times=[0.0]", "student.operator=convolution", "student.modes=0"]
         operator = config("name=operator")
         seconds = run(operator)
         probe = run(config(*only_end, "name=probe", f"training.steps={PROBE_STEPS}"))

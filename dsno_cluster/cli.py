@@ -209,6 +209,30 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default: 64)"
     )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the student (default: float32)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the student: slow to begin, then faster"
+    )
+    parser.add_argument(
+        "--refine",
+        type=_positive,
+        metavar="K",
+        help="finish the student's state at a time with K steps of its teacher",
+    )
+    parser.add_argument(
+        "--refine-from",
+        type=float,
+        metavar="T",
+        help="that time (default: the student's own nearest to 0.25)",
+    )
+    parser.add_argument(
+        "--teacher", metavar="PATH", help="the teacher to refine with (default: the student's)"
+    )
     parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint of the checkpoint")
 
 
@@ -449,10 +473,23 @@ def _sample(arguments: Arguments) -> None:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
     if not options.out.endswith((".png", ".npz")):
         raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
-    from dsno_cluster.evaluation.sample import sample_to_file
+    if options.refine is None and (options.refine_from is not None or options.teacher):
+        raise UserError("--refine-from and --teacher go with --refine K")
+    if options.refine_from is not None and not 0.0 < options.refine_from < 1.0:
+        raise UserError(f"--refine-from {options.refine_from}: must lie between 0 (data) and 1 (noise)")
+    from dsno_cluster.evaluation.sample import Refinement, sample_to_file
 
+    refinement = Refinement(options.refine, options.refine_from, options.teacher) if options.refine else None
     sample_to_file(
-        arguments.words[0], options.out, options.num, options.seed, options.batch_size, options.endpoint_url
+        arguments.words[0],
+        options.out,
+        options.num,
+        options.seed,
+        options.batch_size,
+        options.endpoint_url,
+        precision=options.precision,
+        compile=options.compile,
+        refinement=refinement,
     )
 
 

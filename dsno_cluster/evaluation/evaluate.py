@@ -377,7 +377,8 @@ class EvaluationActor:
         self.storage = open_storage(config.storage.root, endpoint)
         self.student_meta = read_meta(student_path, endpoint)
         self.device = compute_device()
-        self.student = load_student(student_path, endpoint).to(self.device)
+        half, compiled = config.evaluation.precision, config.evaluation.compile
+        self.student = load_student(student_path, endpoint, precision=half, compile=compiled).to(self.device)
         self.teacher = open_teacher(config).to(self.device)
         settings = config.evaluation
         self.extractor = load_extractor(

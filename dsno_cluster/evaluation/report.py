@@ -117,7 +117,7 @@ def _samples_picture(
     notes = [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
     notes += [
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
-        "measured; one of the student answers several time points, so it costs several.",
+        "measured: a published-form student answers all its time points at once.",
         f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",
     ]
     if lines:

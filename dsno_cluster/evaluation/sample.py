@@ -1,41 +1,73 @@
-"""sample: images from a student into a file, with the rate they came at."""
+"""sample: images from a student into a file, with the rate they came at; finished by its teacher where asked."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dsno_cluster import console
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.errors import WorkError
+from dsno_cluster.diffusion.teachers import check_fits, load_teacher
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.images import grid_png, to_uint8
-from dsno_cluster.models.dsno import load_student
+from dsno_cluster.models.dsno import DSNO, load_student
+from dsno_cluster.models.weights import read_config_of
 from dsno_cluster.storage import open_storage
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """`steps` of the teacher from the student's state at `time` (default: its own time nearest to 0.25).
+
+    `teacher` names one in place of the teacher that the student's config names.
+    """
+
+    steps: int
+    time: float | None = None
+    teacher: str | None = None
+
+
 def sample_to_file(
-    checkpoint: str, out: str, num: int, seed: int, batch_size: int, endpoint_url: str | None = None
+    checkpoint: str,
+    out: str,
+    num: int,
+    seed: int,
+    batch_size: int,
+    endpoint_url: str | None = None,
+    *,
+    precision: str = "float32",
+    compile: bool = False,
+    refinement: Refinement | None = None,
 ) -> None:
     """Write `num` images to `out`: a grid (.png) or arrays `images` uint8 (N, C, H, W) and `labels` (.npz).
 
-    Image i is a function of (seed, i) alone. Raises WorkError where the file cannot be written.
+    Image i is a function of (seed, i) alone. Raises UserError where there is no student, or no teacher to refine with,
+    and WorkError where the file cannot be written.
     """
-    student = load_student(checkpoint, endpoint_url)
+    student = load_student(checkpoint, endpoint_url, precision=precision, compile=compile)
     device = compute_device()
     student.to(device)
     network = student.network
     shape = (network.channels, network.image_size, network.image_size)
+    draw: Callable[[Tensor, Tensor | None], Tensor] = student.sample
+    if refinement is not None:
+        draw = _refined(student, checkpoint, endpoint_url, refinement)
     labels = sample_labels(seed, range(num), network.num_classes) if network.num_classes else None
     images, seconds = [], 0.0
     for start in range(0, num, batch_size):
         part = slice(start, min(start + batch_size, num))
         noise = sample_noise(seed, range(part.start, part.stop), shape).to(device)
         began = time.perf_counter()
-        images.append(student.sample(noise, None if labels is None else labels[part].to(device)).cpu())
+        images.append(draw(noise, None if labels is None else labels[part].to(device)).cpu())
         seconds += time.perf_counter() - began
     path = Path(out)
     if out.endswith(".npz"):
@@ -55,3 +87,34 @@ def sample_to_file(
     except OSError as error:
         raise WorkError(f"{out}: cannot be written: {error.strerror}") from error
     console.say(f"{num} images in {seconds:.2f} s, {num / seconds:.0f} images/s: {out}")
+
+
+def _refined(
+    student: DSNO, checkpoint: str, endpoint_url: str | None, refinement: Refinement
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Draws images that the teacher finishes. Raises UserError where no teacher, or none that fits, is named."""
+    config: dict[str, Any] = read_config_of(checkpoint, endpoint_url)
+    teacher_config, settings = config.get("teacher") or {}, config.get("trajectories") or {}
+    path = refinement.teacher or teacher_config.get("path")
+    if path is None:
+        raise UserError(f"--refine: {checkpoint} names no teacher; name one with --teacher PATH")
+    options = {} if refinement.teacher else teacher_config.get("options") or {}
+    teacher = load_teacher(path, endpoint_url, **options).to(compute_device())
+    check_fits(student.network, teacher, path)
+    start = refinement.time
+    if start is None:
+        start = min((t for t in student.times if t > 0.0), key=lambda t: abs(t - 0.25), default=0.25)
+    guidance = settings.get("guidance_scale", 1.0)
+    clip = settings.get("clip_denoised", False)
+    console.say(
+        f"the student's states at t = {start:.4g}, then {refinement.steps} step(s) of {path}: "
+        f"{1 + refinement.steps * (1 if guidance == 1.0 else 2)} network evaluations an image"
+    )
+
+    def draw(noise: Tensor, labels: Tensor | None) -> Tensor:
+        try:
+            return refine(student, teacher, noise, labels, start, refinement.steps, guidance, clip)
+        except ValueError as error:
+            raise UserError(f"--refine-from {start}: {error}") from None
+
+    return draw

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.storage import MissingObject, Storage, open_storage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,21 @@ def read_meta(path: str, endpoint_url: str | None = None) -> dict[str, Any]:
     """`meta.json` of a model alone, without its weights. Raises UserError where there is no model."""
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     return _read_meta(storage, prefix)
+
+
+def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]:
+    """The config that a model's folder holds, as plain values; empty where it holds none.
+
+    Raises UserError where there is no model.
+    """
+    from dsno_cluster.config import parse_yaml
+
+    storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
+    try:
+        config = parse_yaml(storage.read(prefix + CONFIG).decode(), f"{storage.url}/{prefix}{CONFIG}")
+    except MissingObject:
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _read_meta(storage: Storage, prefix: str) -> dict[str, Any]:

@@ -82,9 +82,9 @@ def check_same_run(config: Config, step: int, identity: dict[str, Any]) -> None:
     folder = resume_dir(config) / step_name(step)
     saved = json.loads((folder / STATE).read_text())
     for key, value in identity.items():
-        if saved[key] != value:
+        if saved.get(key) != value:
             raise UserError(
-                f"{folder}: was saved with {key} {saved[key]}, now it is {value}; "
+                f"{folder}: was saved with {key} {saved.get(key)}, now it is {value}; "
                 "go back to that, or start a new run with name=..."
             )
 

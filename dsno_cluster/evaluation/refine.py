@@ -1,0 +1,34 @@
+"""Trading time for quality: the student's state at an intermediate time, finished by a few steps of its teacher."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsno_cluster.diffusion.solvers import solve
+from dsno_cluster.diffusion.teachers import Teacher
+from dsno_cluster.models.dsno import DSNO
+
+
+def refinement_grid(time: float, steps: int) -> list[float]:
+    """`steps` intervals from `time` down to 0, equal in the square root of the time (finer towards the data)."""
+    return [time * ((steps - i) / steps) ** 2 for i in range(steps + 1)]
+
+
+def refine(
+    student: DSNO,
+    teacher: Teacher,
+    noise: Tensor,
+    labels: Tensor | None,
+    time: float,
+    steps: int,
+    guidance_scale: float = 1.0,
+    clip_denoised: bool = False,
+) -> Tensor:
+    """Images (N, C, H, W) from noise: the student's state at `time`, then `steps` DDIM steps of the teacher to t=0.
+
+    One evaluation of the student and `steps` of the teacher (twice as many with guidance). Raises ValueError for a
+    time that the student cannot answer.
+    """
+    state = student.trajectory(noise, labels, [time])[:, 0]
+    grid = refinement_grid(time, steps)
+    return solve(teacher, state, [0.0], "ddim", steps, labels, guidance_scale, clip_denoised, grid)[:, 0]
