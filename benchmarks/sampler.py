@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
     )  # a process of ours
     options = parser.parse_args(argv)
     config = load_config(options.config)
+    network = config.network.model_copy(update={"channels": 3})  # the published network knows no other
+    config = config.model_copy(update={"network": network})
     if options.memory_of:
         print(peak_memory(config, options.published, options.batch, *options.memory_of))
         return
@@ -83,9 +85,7 @@ def build(case: str, config: Config, published: Path | None) -> nn.Module:
     torch.manual_seed(0)
     if case == "published":
         assert published is not None
-        model = published_network(config, published)
-        randomise(model)
-        return model.to(compute_device())
+        return published_network(config, published).to(compute_device())
     times = time_points("quadratic", 4)
     if case == "T=1 U-Net":
         student = DSNO(network, Form(0), (0.0,))
@@ -96,7 +96,6 @@ def build(case: str, config: Config, published: Path | None) -> nn.Module:
     randomise(student)
     if case not in ("series", "T=1 U-Net") and published is not None:
         theirs = published_network(config, published)
-        randomise(theirs)
         assert isinstance(student.backbone, UNet)
         student.backbone.load_state_dict(
             from_published_torch(theirs.state_dict(), student.backbone, "benchmark")
@@ -107,7 +106,7 @@ def build(case: str, config: Config, published: Path | None) -> nn.Module:
 
 
 def published_network(config: Config, folder: Path) -> nn.Module:
-    """The published TDDPMm of the config's sizes."""
+    """The published TDDPMm of the config's sizes; the same weights at every call."""
     sys.path.insert(0, str(folder))
     from models.tddpmm import TDDPMm  # type: ignore[import-not-found]
 
@@ -121,7 +120,10 @@ def published_network(config: Config, folder: Path) -> nn.Module:
         "fourier_feature": False, "init_scale": 0.0, "nonlinearity": "swish", "normalization": "GroupNorm",
     }  # fmt: skip
     data = {"image_size": network.image_size, "num_channels": network.channels}
-    return TDDPMm(SimpleNamespace(model=SimpleNamespace(**model), data=SimpleNamespace(**data)))
+    torch.manual_seed(0)
+    built = TDDPMm(SimpleNamespace(model=SimpleNamespace(**model), data=SimpleNamespace(**data)))
+    randomise(built)
+    return built
 
 
 def randomise(model: nn.Module) -> None:
