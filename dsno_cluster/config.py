@@ -366,6 +366,11 @@ class Config(Strict):
             raise ValueError(
                 f"student.modes {student.modes} is above {most} = {formula} for M={points} time points"
             )
+        if student.points == "drawn" and student.modes > 0 and self.training.most_points == 1:
+            raise ValueError(
+                "training.most_points 1: temporal convolutions mix points, so student.points=drawn needs 2 or more; "
+                "or take student.modes=0"
+            )
         if self.training.most_points > points:
             raise ValueError(
                 f"training.most_points {self.training.most_points} is above M={points} time points"

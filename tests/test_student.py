@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_a_finer_grid_keeps_the_curve_of_a_published_student(tmp_path: Path) -> 
 
 
 def test_a_trained_students_finer_curve_lies_between_its_own_points() -> None:
-    """More points at inference than in training: near the teacher's states there, for both operators."""
+    """More points of a series at inference than in training: near the teacher's states there."""
     teacher = load_teacher("package:digits-teacher")
     torch.manual_seed(0)
     noise, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
@@ -338,6 +339,10 @@ def test_what_does_not_depend_on_time_is_computed_once(monkeypatch: pytest.Monke
         (["student.operator=series", "student.modes=0"], "one term or more"),
         (["student.operator=series", "student.points=drawn"], "points drawn is for operator convolution"),
         (["training.most_points=5"], "most_points 5 is above M=4"),
+        (
+            ["student.operator=convolution", "student.modes=2", "student.points=drawn"],
+            "student.points=drawn needs 2",
+        ),
         (["student.operatr=series"], "did you mean student.operator"),
     ],
 )
@@ -358,3 +363,78 @@ def test_levels_of_the_schedule_reach_the_network() -> None:
     data, state = (student_of(Form(0, prediction=p), (0.25, 0.0)) for p in ("data", "state"))
     by_hand = float(alpha) * state.trajectory(noise, labels) + float(sigma) * noise[:, None]
     assert relative(data.trajectory(noise, labels)[:, 0], by_hand[:, 0]) < 1e-6
+
+
+# ---- what went wrong once ---------------------------------------------------------------------------------------
+
+
+def test_own_times_off_by_rounding_are_own_times() -> None:
+    thirds = student_of(Form(1), (1 - 1 / 3, 1 - 2 / 3, 0.0))
+    noise, labels = question()
+    assert torch.equal(
+        thirds.trajectory(noise, labels, [2 / 3, 1 / 3, 0.0]), thirds.trajectory(noise, labels)
+    )
+    fifths = student_of(Form(2), time_points("quadratic", 5))
+    times = torch.tensor(fifths.times)  # float32
+    assert torch.equal(fifths.trajectory(noise, labels, times), fifths.trajectory(noise, labels))
+    near = fifths.trajectory(noise, labels, [0.64, 0.64 + 1e-9, 0.49 + 1e-9])
+    assert torch.equal(near[:, 0], near[:, 1])
+
+
+@pytest.mark.parametrize("name", ["published", "series"])
+def test_inference_mode_leaves_nothing_that_training_trips_over(name: str) -> None:
+    times = (0.81, 0.37, 0.0) if name == "published" else QUARTERS
+    student = student_of(Form(1) if name == "published" else FORMS["series"], times).requires_grad_(True)
+    noise, labels = question()
+    with torch.inference_mode():
+        student.sample(noise, labels)
+        student.trajectory(noise, labels)
+    student(noise, labels).mean().backward()
+
+
+def test_states_of_bfloat16_are_float32_and_contiguous() -> None:
+    noise, labels = question()
+    for form in FORMS.values():
+        student = student_of(form).accelerate(precision="bfloat16")
+        for states in (student.trajectory(noise, labels), student.sample(noise, labels)):
+            assert states.dtype == torch.float32 and states.is_contiguous()
+    with pytest.raises(ValueError, match="one for each noise"):
+        student.sample(noise, labels[:1])
+
+
+def test_crowded_times_are_finite() -> None:
+    student = student_of(Form(3, prediction="data", points="drawn"))
+    states = student.trajectory(*question(), [0.25 - 1e-5 * i for i in range(7)])
+    assert bool(states.isfinite().all())
+    assert float(states.abs().max()) < 100
+
+
+def test_a_copy_of_a_diffusers_student_is_its_own(tmp_path: Path) -> None:
+    path = diffusers_folder(tmp_path, "sample")
+    config = [
+        *DIFFUSERS_NETWORK,
+        *REFERENCE,
+        f"teacher.path={path}",
+        "data.name=null",
+        "student.backbone=diffusers",
+    ]
+    form = ["student.operator=convolution", "student.modes=2", "student.temporal_init=published"]
+    student = new_student(load_config("configs/digits.yaml", [*config, *form])).eval()
+    noise, labels = question()
+    before = student.trajectory(noise, labels)
+    again = copy.deepcopy(student)
+    assert torch.equal(again.trajectory(noise, labels), before)
+    for name, parameter in again.named_parameters():
+        if ".temporal." in name:
+            parameter.data.zero_()
+    assert not torch.allclose(again.trajectory(noise, labels), before)
+    assert torch.equal(student.trajectory(noise, labels), before)
+
+
+def test_without_convolutions_the_end_alone_is_computed() -> None:
+    student, (noise, labels) = student_of(Form(0)), question()
+    seen: list[int] = []
+    last: Any = student.backbone.conv_out
+    last.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
+    assert relative(student.sample(noise, labels), student.trajectory(noise, labels)[:, -1]) < 1e-5
+    assert seen == [3, 12]

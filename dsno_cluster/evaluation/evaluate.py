@@ -142,13 +142,15 @@ def evaluate(
         "seed": settings.seed,
         "samples_per_shard": settings.batch_size,
         "threads": settings.threads,
+        "precision": settings.precision,
+        "compile": settings.compile,
     }
     if settings.keep_samples:
         kept = read_manifest(storage, samples_folder(config, student_meta))
         if kept is not None and kept[0].spec != samples_spec:
             raise UserError(
-                f"{storage.url}/{samples_folder(config, student_meta)}: holds samples of another evaluation.batch_size or "
-                "threads; go back to those, or delete that folder"
+                f"{storage.url}/{samples_folder(config, student_meta)}: holds samples of another evaluation.batch_size, "
+                "threads, precision or compile; go back to those, or delete that folder"
             )
     extractor = load_extractor(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
     reference = load_reference(config, extractor)
@@ -194,6 +196,7 @@ def evaluate(
         "seeds": {"noise": settings.seed, "trajectories": config.seed},
         "checkpoint": {"path": path, "step": student_meta.get("step"), "sha256": student_meta["sha256"]},
         "teacher": find_teacher(config).identity,
+        "precision": settings.precision,
         "versions": software_versions(),
         "real_held_out": held_out_row(config, extractor, reference),
         "teacher_rows": [teacher_rows[row_key(s)] for s in sources[1:]],

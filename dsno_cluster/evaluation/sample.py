@@ -103,7 +103,10 @@ def _refined(
     check_fits(student.network, teacher, path)
     start = refinement.time
     if start is None:
-        start = min((t for t in student.times if t > 0.0), key=lambda t: abs(t - 0.25), default=0.25)
+        between = [t for t in student.times if t > 0.0]
+        if not between:
+            raise UserError(f"--refine: {checkpoint} answers t=0 alone, and nothing is left to refine there")
+        start = min(between, key=lambda t: abs(t - 0.25))
     guidance = settings.get("guidance_scale", 1.0)
     clip = settings.get("clip_denoised", False)
     console.say(

@@ -1,8 +1,8 @@
 """A diffusers UNet2DModel as the backbone of a student: the same call as our U-Net's, with temporal convolutions.
 
 One stands after each residual (+ attention) block, and in the middle between attention and the second block, as in
-our own (Zheng et al. 2023, figure 3). They are hung on diffusers' own blocks as forward hooks, so the tensors of the
-model keep diffusers' names, below `unet.`.
+our own (Zheng et al. 2023, figure 3). They hang on diffusers' own blocks as a part `temporal` and a forward hook, so the
+tensors of the model keep diffusers' names, below `unet.`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dsno_cluster.diffusion.diffusers_folder import noise_levels, timesteps_at, unet2d_model
+from dsno_cluster.errors import UserError
 from dsno_cluster.models.temporal import FourierBasis, TemporalConv
+
+PAIRED = (
+    *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    *("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+)
 
 
 class DiffusersBackbone(nn.Module):
@@ -33,10 +39,8 @@ class DiffusersBackbone(nn.Module):
             {**config, "out_channels": out_channels}, "a student with a diffusers backbone"
         )
         self.levels = noise_levels(scheduler, "scheduler")
-        self.temporal = nn.ModuleList()
-        self._bases: tuple[FourierBasis | None, FourierBasis | None] = (None, None)  # of the pass that runs
         if modes:
-            self._add_temporal(modes, init)
+            _add_temporal(self.unet, modes, init)
 
     def forward(
         self,
@@ -51,26 +55,47 @@ class DiffusersBackbone(nn.Module):
         timestep_B = timesteps_at(self.levels, logsnr).expand(count, points).reshape(-1).float()
         x_BCHW = x_NCHW.contiguous(memory_format=torch.channels_last).repeat_interleave(points, dim=0)
         labels_B = None if labels_N is None else labels_N.repeat_interleave(points)
-        self._bases = (basis, last_basis or basis)
+        last = [m for m in self.unet.up_blocks.modules() if isinstance(m, _BlockTemporal)][-1:]
+        for module in self.unet.modules():
+            if isinstance(module, _BlockTemporal):
+                module.basis = last_basis if last_basis is not None and module in last else basis
         output = self.unet(x_BCHW, timestep_B, labels_B, return_dict=False)[0]
         return output.reshape(count, -1, *output.shape[1:])
 
-    def _add_temporal(self, modes: int, init: str) -> None:
-        def follow(block: nn.Module, channels: int, last: bool = False) -> None:
-            temporal = TemporalConv(channels, modes, init)
-            self.temporal.append(temporal)
-            block.register_forward_hook(lambda _block, _inputs, h: temporal(h, self._bases[last]))
 
-        unet, middle = self.unet, self.unet.mid_block
-        ends = [
-            (block, resnet.out_channels)
-            for level in (*unet.down_blocks, *unet.up_blocks)
-            for resnet, block in zip(level.resnets, getattr(level, "attentions", level.resnets), strict=True)
-        ]
-        for i, (block, channels) in enumerate(ends):
-            follow(block, channels, last=i == len(ends) - 1)
-        if middle is not None:
-            has_attention = len(middle.attentions) > 0 and middle.attentions[0] is not None
-            follow(
-                middle.attentions[0] if has_attention else middle.resnets[0], middle.resnets[0].out_channels
+class _BlockTemporal(TemporalConv):
+    """A temporal convolution that is told its basis before a pass: diffusers' blocks cannot hand it down."""
+
+    basis: FourierBasis | None = None
+
+
+def _after_block(block: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
+    temporal = block.temporal
+    return temporal(hidden, temporal.basis)  # type: ignore[operator,union-attr]
+
+
+def _add_temporal(unet: Any, modes: int, init: str) -> None:
+    """Raises UserError for kinds of blocks whose residual and attention blocks do not come in pairs."""
+    for level in (*unet.down_blocks, *unet.up_blocks):
+        kind = type(level).__name__
+        if kind not in PAIRED:
+            raise UserError(
+                f"student.backbone diffusers: blocks of kind {kind} are not supported; {', '.join(PAIRED)} are"
             )
+
+    def follow(block: nn.Module, channels: int) -> None:
+        block.temporal = _BlockTemporal(channels, modes, init)
+        block.register_forward_hook(_after_block)
+
+    def follow_level(level: Any) -> None:
+        for resnet, block in zip(level.resnets, getattr(level, "attentions", level.resnets), strict=True):
+            follow(block, resnet.out_channels)
+
+    for level in unet.down_blocks:
+        follow_level(level)
+    middle = unet.mid_block
+    if middle is not None:
+        has_attention = len(middle.attentions) > 0 and middle.attentions[0] is not None
+        follow(middle.attentions[0] if has_attention else middle.resnets[0], middle.resnets[0].out_channels)
+    for level in unet.up_blocks:
+        follow_level(level)

@@ -13,6 +13,7 @@ changes with t, and at t = 0 it is the state: nothing is multiplied by a sigma t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -100,7 +101,7 @@ class DSNO(nn.Module):
         """
         if times is None:
             return self._states(noise, labels, self.times)
-        asked = tuple(float(t) for t in times)
+        asked = tuple(_nearest(float(t), self.times) for t in times)
         if not asked or not all(0.0 <= t <= 1.0 for t in asked):
             raise ValueError(f"times {list(asked)} must be one or more, each within [0, 1]")
         if self.form.operator == "series":
@@ -112,7 +113,7 @@ class DSNO(nn.Module):
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images from noise in one evaluation, (N, C, H, W): the last state, in [-1, 1] up to overshoot."""
-        if self.form.operator == "series" or self.form.points == "drawn":
+        if self.form.operator == "series" or self._points_apart():
             return self._states(noise, labels, self.times[-1:])[:, 0]
         return self._states(noise, labels, self.times, last_only=True)[:, 0]
 
@@ -142,7 +143,8 @@ class DSNO(nn.Module):
         """This student with its network run in `precision` (float32 or bfloat16 autocast) and, if asked, compiled."""
         self.precision = precision
         if compile:
-            self.backbone.compile()
+            # static shapes: with a symbolic number of time points tracing does not come to an end
+            self.backbone.compile(dynamic=False)
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -156,26 +158,26 @@ class DSNO(nn.Module):
     ) -> Tensor:
         """States at `times`, computed together, (N, M, C, H, W), or (N, 1, C, H, W) of the last alone."""
         device, dtype = noise.device, noise.dtype
-        labels = self._checked(labels)
+        labels = self._checked(labels, len(noise))
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 where the whole network is
-        half = self.precision == "bfloat16"
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=half or torch.is_autocast_enabled(device.type)
-        ):
+        half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None
+        with half or contextlib.nullcontext():
             if self.form.operator == "series":
-                coefficients = self.backbone(x, _levels((1.0,), device), labels)[:, 0].to(dtype)
-                coefficients_NKX = coefficients.reshape(len(noise), self.form.modes, -1)
-                output = _series(times, self.form.modes, device, dtype) @ coefficients_NKX
-                output = output.reshape(len(noise), len(times), *noise.shape[1:])
+                output = self.backbone(x, _levels((1.0,), device), labels)
             else:
                 bases = self._bases(times, last_only, device, x.dtype)
-                output = self.backbone(x, _levels(times, device), labels, *bases).to(dtype)
-                if last_only:
-                    output, times = output[:, -1:], times[-1:]
-        if self.form.prediction == "state":
-            return output
-        alpha_M, sigma_M = _scales(times, device, dtype)
-        return alpha_M * output + sigma_M * noise[:, None]
+                output = self.backbone(x, _levels(times, device), labels, *bases)
+        output = output.to(dtype)
+        if self.form.operator == "series":
+            coefficients_NKX = output.reshape(len(noise), self.form.modes, -1)
+            output = _series(times, self.form.modes, device, dtype) @ coefficients_NKX
+            output = output.reshape(len(noise), len(times), *noise.shape[1:])
+        elif last_only:
+            output, times = output[:, -1:], times[-1:]
+        if self.form.prediction == "data":
+            alpha_M, sigma_M = _scales(times, device, dtype)
+            output = alpha_M * output + sigma_M * noise[:, None]
+        return output.contiguous()
 
     def _bases(
         self, times: tuple[float, ...], last_only: bool, device: torch.device, dtype: torch.dtype
@@ -189,8 +191,14 @@ class DSNO(nn.Module):
         make = functools.partial(fourier_basis, phases, self.form.modes, nyquist, device=device, dtype=dtype)
         return make(), make(wanted=(len(times) - 1,)) if last_only else None
 
+    def _points_apart(self) -> bool:
+        """Whether any set of times is a question by itself, so that nothing else need be computed with it."""
+        return self.form.points == "drawn" or self.form.modes == 0
+
     def _spacing(self) -> str | None:
         """quadratic or uniform, where the model's times are such a grid."""
+        if len(self.times) == 1:
+            return None
         own = torch.tensor(self.times)
         names = ("uniform", "quadratic")
         return next((n for n in names if torch.allclose(torch.tensor(time_points(n, len(own))), own)), None)
@@ -210,25 +218,30 @@ class DSNO(nn.Module):
     def _together(self, asked: tuple[float, ...]) -> tuple[float, ...]:
         """The times that must be computed together to answer at `asked`. Raises ValueError where there are none."""
         spacing, own = self._spacing(), len(self.times)
-        if self.form.points == "drawn" and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
+        if self._points_apart() and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
             return tuple(sorted(set(asked), reverse=True))
         if set(asked) <= set(self.times):
             return self.times
         for factor in range(2, FINEST + 1) if spacing else ():
             finer = time_points(cast(str, spacing), factor * own)
-            near = [min(finer, key=lambda f: abs(f - t)) for t in asked]
-            if all(abs(f - t) < 1e-6 for f, t in zip(near, asked, strict=True)):
-                exact = dict(zip(near, asked, strict=True)) | {t: t for t in self.times}
-                return tuple(exact.get(f, f) for f in finer)
+            finer = tuple(_nearest(_nearest(t, asked), self.times) for t in finer)
+            if set(asked) <= set(finer):
+                return finer
         between = f", and on the {spacing} grids of 2 to {FINEST} times as many points" if spacing else ""
+        if spacing and self.form.points == "drawn":
+            between = ", and any others in [0, 1)"
         strangers = [t for t in asked if t not in self.times]
         raise ValueError(f"times {strangers} are not among those of this model: {list(self.times)}{between}")
 
-    def _checked(self, labels_N: Tensor | None) -> Tensor | None:
+    def _checked(self, labels_N: Tensor | None, count: int) -> Tensor | None:
         classes = self.network.num_classes
         if (labels_N is None) != (classes == 0):
             raise ValueError(
                 f"this model has {classes} classes: {'labels are needed' if classes else 'it takes no labels'}"
+            )
+        if labels_N is not None and labels_N.shape != (count,):
+            raise ValueError(
+                f"labels must be {count}, one for each noise, found shape {tuple(labels_N.shape)}"
             )
         if (
             labels_N is not None
@@ -241,15 +254,23 @@ class DSNO(nn.Module):
         return labels_N
 
 
-# What depends on times alone is computed once for each set of them, device and dtype.
+def _nearest(time: float, times: Sequence[float]) -> float:
+    """The one of `times` that `time` is but for rounding, else `time` itself."""
+    return next((t for t in times if abs(t - time) < 1e-6), time)
+
+
+# What depends on times alone is computed once for each set of them, device and dtype: never as inference tensors, which
+# a later training step could not use.
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _levels(times: tuple[float, ...], device: torch.device) -> Tensor:
     return logsnr(torch.tensor(times, dtype=torch.float64)).to(device, torch.float32)[None]
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _scales(times: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """alpha and sigma, each (M, 1, 1, 1)."""
     alpha, sigma = alpha_sigma(torch.tensor(times, dtype=torch.float64))
@@ -257,6 +278,7 @@ def _scales(times: tuple[float, ...], device: torch.device, dtype: torch.dtype) 
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _series(times: tuple[float, ...], modes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return cosine_series(times, modes).to(device, dtype)
 

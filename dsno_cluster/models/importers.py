@@ -194,10 +194,15 @@ def _published_settings(config: bytes, path: str) -> dict[str, Any]:
         if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
             raise UserError(f"{path}: has no section {section!r}; give the published YAML of this checkpoint")
     for key, values in _IMPLEMENTED.items():
-        if key in settings["model"] and settings["model"][key] not in values:
+        if key in settings["model"] and _lower(settings["model"][key]) not in map(_lower, values):
             found, right = settings["model"][key], values[0]
             raise UserError(f"{path}: model.{key} {found!r} is not implemented here; only {right!r} is")
     return settings
+
+
+def _lower(value: Any) -> Any:
+    """The published code compares these words in lower case."""
+    return value.lower() if isinstance(value, str) else value
 
 
 def _network(params: dict[str, Tensor], settings: dict[str, Any], where: str, path: str) -> Network:
@@ -511,8 +516,11 @@ def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+    except (
+        *(pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile),
+        *(LookupError, AssertionError, TypeError, AttributeError, NotImplementedError),
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         unsafe = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", reason)
         if unsafe:
             reason = (
@@ -526,6 +534,8 @@ def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
         str(name).removeprefix("module."): tensor for name, tensor in ema.items()
     }  # as saved under DDP
     for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise UserError(f"{where}: {name} is not a plain tensor")
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise UserError(f"{where}: {name} holds values that are not finite floating-point numbers")
     return {name: tensor.float() for name, tensor in tensors.items()}

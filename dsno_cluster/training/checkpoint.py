@@ -108,6 +108,7 @@ def _publish(config: Config, weights: dict[str, Any], step: int, meta: dict[str,
 
 def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
     """What makes it another run, whose checkpoints must not be continued, if it differs."""
+    drawn = [config.training.end_share, config.training.most_points]
     return {
         "network": config.network.model_dump(mode="json"),
         "student": config.student.model_dump(mode="json"),
@@ -118,7 +119,7 @@ def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
         "order": [config.reader.shuffle, config.reader.window_shards],
         "loss": config.training.loss,
         "time_weighting": config.training.time_weighting,
-        "drawn": [config.training.end_share, config.training.most_points],
+        "drawn": drawn if config.student.points == "drawn" else None,
     }
 
 
