@@ -14,7 +14,6 @@ bfloat16 is autocast of ours against float32 of theirs, as they ship it. Nothing
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--published", type=Path, metavar="DIR")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="default: all")
+    parser.add_argument("--works", nargs="+", choices=("sample", "step"), default=("sample", "step"))
     parser.add_argument(
         "--memory-of", nargs=2, metavar=("CASE", "WORK"), help=argparse.SUPPRESS
     )  # a process of ours
@@ -53,11 +54,11 @@ def main(argv: list[str]) -> None:
     if options.memory_of:
         print(peak_memory(config, options.published, options.batch, *options.memory_of))
         return
-    cases = [c for c in CASES if c != "published" or options.published]
+    cases = [c for c in options.cases if c != "published" or options.published]
     base = "published" if options.published else "T=1 U-Net"
     parameters = sum(p.numel() for p in build("float32", config, None).parameters())
     print(f"{options.config}: {parameters / 1e6:.1f} M parameters, batch {options.batch}, {device_name()}")
-    for work in ("sample", "step"):
+    for work in options.works:
         models = {case: build(case, config, options.published) for case in cases}
         calls = {case: call_of(models[case], case, work, config, options.batch) for case in cases}
         seconds = in_turn(calls, options.rounds)
@@ -222,9 +223,16 @@ def peak_memory(config: Config, published: Path | None, batch: int, case: str, w
     if work == "step":
         for parameter in model.parameters():  # what every step holds, so that it is not counted
             parameter.grad = torch.zeros_like(parameter)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
     call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """Bytes, from this process's status. Not getrusage: its peak begins with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":
