@@ -41,7 +41,7 @@ def test_paper_settings() -> None:
         ("training.lr=fast", 'training.lr: input should be a valid number, found "fast"'),
         ("training.steps=1.5", "training.steps: input should be a valid integer"),
         ("training.steps=true", "training.steps: input should be a valid integer"),
-        ("student.modes=4", "student.modes 4 is above 3 = M//2+1"),
+        ("student.modes=5", "student.modes 5 is above 4 = M"),
         ("trajectories.solver=dim", "trajectories.solver: input should be 'ddim'"),
         ("trajectories.times=[0.5, 0.7]", "times must descend"),
         (

@@ -249,7 +249,7 @@ def test_samples_finished_by_the_teacher(demo: tuple[Path, str, str], tmp_path: 
     for wrong, says in [
         (["--refine-from", "0.3"], "--refine K"),
         (["--refine", "1", "--refine-from", "1.5"], "between 0"),
-        (["--refine", "1", "--teacher", "closed-form:gaussian"], "network."),
+        (["--refine", "1", "--teacher", str(DATA / "published/teacher_flax_x")], "network."),
     ]:
         refused = dsno("sample", path, *wrong, "--out", str(out))
         assert refused.returncode == 2 and says in refused.stderr, refused.stderr
