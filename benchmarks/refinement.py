@@ -51,7 +51,6 @@ def main(argv: list[str]) -> None:
         ]
     rows += [(f"teacher alone, ddim in {n} steps", n, alone("ddim", n)) for n in (1, 2, 3, 5)]
     rows += [(f"teacher alone, dpmpp-2m in {n} steps", n, alone("dpmpp-2m", n)) for n in (3, 5)]
-    rows.append(("teacher alone, abm3 in 64 steps", 64, alone("abm3", 64)))
     extractor = load_extractor("digits-features", "package:digits-features", None)
     real = moments_of(extractor(to_uint8(load_digits()[0].images))["features"].numpy())
     table = []
