@@ -35,9 +35,9 @@ from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.dsno import DSNO
 from dsno_cluster.storage import open_storage
-from dsno_cluster.training.loop import find_trajectories, new_student
+from dsno_cluster.training.loop import find_trajectories, new_student, points_of_step
 from dsno_cluster.training.losses import make_distance, weighted
-from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
+from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.trajectories.generate import generate, solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.reader import read_batches
@@ -186,9 +186,7 @@ def train(
         if len(order) < settings.batch_size:
             order = torch.randperm(len(noise), generator=random)
         pick, order = order[: settings.batch_size], order[settings.batch_size :]
-        drawn = list(range(len(student.times)))
-        if config.student.points == "drawn":
-            drawn = drawn_points(config.seed, step, len(drawn), settings.end_share, settings.most_points)
+        drawn = points_of_step(config, step)
         predicted = student(noise[pick], labels[pick], drawn)
         loss = weighted(distance(predicted, states[pick][:, drawn]), weights_M[drawn])
         optimizer.zero_grad()

@@ -9,10 +9,10 @@ answers is what it learned to answer, and no division by an alpha that it has ne
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from dsno_cluster.models.weights import split_path
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -142,14 +143,23 @@ def _network(folder: Folder, path: str) -> Any:
     return unet
 
 
-def timesteps_at(levels: Sequence[float], logsnr: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _ascending(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """The levels as a tensor, made once: every evaluation of the network asks for it."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(levels[::-1], dtype=torch.float64, device=device)
+
+
+def timesteps_at(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
     """The timesteps, real numbers, of log-SNRs of any shape, among the model's descending `levels`; float64.
 
     Interpolated linearly in log-SNR; outside the levels, the nearest.
     """
     import torch
 
-    ascending = torch.tensor(levels[::-1], dtype=torch.float64, device=logsnr.device)
+    ascending = _ascending(levels, logsnr.device)
     last = len(ascending) - 1
     level = logsnr.double().clamp(levels[-1], levels[0]).contiguous()
     upper = torch.searchsorted(ascending, level).clamp(1, last)

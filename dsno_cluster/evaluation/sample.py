@@ -60,7 +60,7 @@ def sample_to_file(
     shape = (network.channels, network.image_size, network.image_size)
     draw: Callable[[Tensor, Tensor | None], Tensor] = student.sample
     if refinement is not None:
-        draw = _refined(student, checkpoint, endpoint_url, refinement)
+        draw = _refined(student, device, checkpoint, endpoint_url, refinement)
     labels = sample_labels(seed, range(num), network.num_classes) if network.num_classes else None
     images, seconds = [], 0.0
     for start in range(0, num, batch_size):
@@ -90,7 +90,7 @@ def sample_to_file(
 
 
 def _refined(
-    student: DSNO, checkpoint: str, endpoint_url: str | None, refinement: Refinement
+    student: DSNO, device: torch.device, checkpoint: str, endpoint_url: str | None, refinement: Refinement
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Draws images that the teacher finishes. Raises UserError where no teacher, or none that fits, is named."""
     config: dict[str, Any] = read_config_of(checkpoint, endpoint_url)
@@ -99,7 +99,7 @@ def _refined(
     if path is None:
         raise UserError(f"--refine: {checkpoint} names no teacher; name one with --teacher PATH")
     options = {} if refinement.teacher else teacher_config.get("options") or {}
-    teacher = load_teacher(path, endpoint_url, **options).to(compute_device())
+    teacher = load_teacher(path, endpoint_url, **options).to(device)
     check_fits(student.network, teacher, path)
     start = refinement.time
     if start is None:
