@@ -40,7 +40,7 @@ from dsno_cluster.training.losses import make_distance, weighted
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.trajectories.generate import generate, solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
-from dsno_cluster.trajectories.reader import read_batches
+from dsno_cluster.trajectories.reader import ShardReader, read_batches
 
 DATA = [
     "storage.root=runs/operator-study",
@@ -155,7 +155,7 @@ def read_all() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     config = load_config("configs/digits.yaml", DATA)
     folder, manifest = find_trajectories(config)
     batches = read_batches(
-        open_storage(config.storage.root), folder, manifest,
+        ShardReader(open_storage(config.storage.root), folder, manifest),
         seed=0, first_sample=0, batch_size=manifest.num_samples, rank=0, world_size=1,
     )  # fmt: skip
     (batch,) = next(batches)

@@ -126,9 +126,7 @@ def ours(storage: Storage, manifest: Manifest) -> dict[str, Read]:
 
     def training(number: int) -> int:
         batches = read_batches(
-            storage,
-            "d/",
-            manifest,
+            ShardReader(storage, "d/", manifest),
             seed=0,
             first_sample=number * SAMPLES,
             batch_size=BATCH,

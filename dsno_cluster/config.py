@@ -272,19 +272,59 @@ class Training(Strict):
     lpips_weights: str | None = Field(None, description="torchvision's VGG-16 state dict, for loss=lpips")
     lpips_sha256: str | None = Field(None, description="sha256 that the file of lpips_weights must have")
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of weights and layers; master weights stay float32, float16 scales its loss"
+    )
+    optimizer: Literal["adam", "adamw", "radam"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    recompute: Literal["none", "cheap", "blocks"] = Field(
+        "none",
+        description="activation checkpointing: what backward computes again to save memory; cheap: norms and "
+        "activations, blocks: whole residual blocks",
+    )
     compile: bool = Field(False, description="torch.compile the backbone")
     gradient_clip: Annotated[float, Field(ge=0)] = Field(
         0.0, description="largest global gradient norm; 0: none"
     )
-    ema_decay: BelowOne = 0.9999
+    ema_decay: BelowOne | Annotated[tuple[BelowOne, ...], Field(min_length=1)] = Field(
+        0.9999,
+        description="one, or several averages at once; others load the first unless they ask for another",
+    )
     ema_ramp: bool = Field(True, description="decay min(ema_decay, (1 + n) / (10 + n)) at step n")
     checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = Field(
+        2, description="newest checkpoints kept to resume from, beside the best by held-out error"
+    )
     log_every: PositiveInt = 50
+    tensorboard: bool = Field(False, description="also write TensorBoard's event files, beside metrics.jsonl")
+    heldout_every: PositiveInt | None = Field(
+        None, description="steps between measurements of the trajectory error on held-out noise; null: none"
+    )
+    heldout_samples: PositiveInt = Field(64, description="held-out noises, those of evaluation.seed")
+    picture_every: PositiveInt | None = Field(
+        None, description="steps between pictures of samples from fixed noise; null: none"
+    )
+    divergence_factor: Annotated[float, Field(ge=0)] = Field(
+        20.0, description="stop where a time point's distance is so many times its running mean; 0: never"
+    )
     threads: PositiveInt | None = Field(None, description="CPU threads of each rank; default: cores / ranks")
+    online: bool = Field(
+        False,
+        description="make the trajectories while training, without keeping them; reader.shuffle must be none",
+    )
+    online_actors: PositiveInt | None = Field(
+        None, description="Ray actors that make them; default: as many as there is room for"
+    )
+    online_staged_shards: PositiveInt = Field(16, description="about how many shards are on disk at once")
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Training:
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decay {list(self.ema_decays)}: the same twice")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
@@ -304,6 +344,9 @@ class Evaluation(Strict):
     threads: PositiveInt = 1
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's network")
     compile: bool = Field(False, description="torch.compile the student's network")
+    ema_decay: BelowOne | None = Field(
+        None, description="which of the student's moving averages; default: the first of training.ema_decay"
+    )
     seed: Seed = Field(
         1, description="seed of the evaluated noise; must differ from the seed of the trajectories"
     )
@@ -388,6 +431,14 @@ class Config(Strict):
         if self.trajectories.guidance_scale != 1.0 and not self.network.null_class:
             raise ValueError(
                 "trajectories.guidance_scale other than 1 needs a teacher with network.null_class"
+            )
+        if self.training.online and self.reader.shuffle != "none":
+            raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
+        ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size
+        shards = -(-ahead // self.trajectories.samples_per_shard) + 1
+        if self.training.online and self.training.online_staged_shards < shards:
+            raise ValueError(
+                f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"
             )
         if self.training.loss == "lpips" and (self.network.channels != 3 or self.network.image_size < 16):
             raise ValueError("training.loss lpips needs colour images of 16x16 or more")

@@ -64,7 +64,8 @@ def make_data(
 
 def batches(manifest: Manifest, storage: Any, **options: Any) -> Iterator[Any]:
     given = {"seed": 1, "first_sample": 0, "batch_size": 8, "rank": 0, "world_size": 1} | options
-    return read_batches(storage, "d/", manifest, **given)
+    shards = ShardReader(storage, "d/", manifest, given.pop("settings", Reader()), given.pop("points", None))
+    return read_batches(shards, **given)
 
 
 def read_order(manifest: Manifest, storage: Any, count: int, world: int, **options: Any) -> list[int]:

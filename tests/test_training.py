@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY, dsno
+from training_runs import metrics, train, weights
 
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
@@ -24,29 +20,6 @@ from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.training import losses
 from dsno_cluster.training.loop import new_student
 from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
-
-STEP_4 = "students/digits/step-000000004/model.safetensors"
-
-
-def train(data: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Train the tiny experiment on `data`, writing below `out`."""
-    if not (out / "trajectories").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "trajectories").symlink_to(data / "trajectories")
-    done = dsno(
-        "train", *TINY, f"storage.root={out}", "training.threads=1", "--launcher", "local", *more, **env
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(out / STEP_4)
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "students/digits/metrics.jsonl").read_text().splitlines()]
-
 
 # what the plain loop is compared with: the series of the digits config, and convolutions on drawn points
 FORMS = {
@@ -69,11 +42,17 @@ def new_student_weights(form: str) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in new_student(config).state_dict().items()}
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+DECAYS = (0.9, 0.2)
+
+
 @functools.cache
-def plain_loop(tiny_data: Path, form: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_loop(
+    tiny_data: Path, form: str, optimizer_name: str = "adam", weight_decay: float = 0.0
+) -> tuple[list[float], dict[float, dict[str, torch.Tensor]]]:
     """The truth: the same training as a dozen lines of torch, without engine, reader's ranks or checkpoints."""
     from dsno_cluster.storage import open_storage
-    from dsno_cluster.trajectories.reader import open_trajectories, read_batches
+    from dsno_cluster.trajectories.reader import ShardReader, open_trajectories, read_batches
 
     torch.set_num_threads(1)
     config = load_config("configs/digits.yaml", [*TINY, *FORMS[form], f"storage.root={tiny_data}"])
@@ -82,12 +61,12 @@ def plain_loop(tiny_data: Path, form: str) -> tuple[list[float], dict[str, torch
     manifest = open_trajectories(storage, folder, 96)
     torch.manual_seed(config.seed)
     student = new_student(config)
-    optimizer = torch.optim.Adam(student.parameters())
-    average = {k: v.clone() for k, v in student.state_dict().items()}
+    optimizer = OPTIMIZERS[optimizer_name](student.parameters(), weight_decay=weight_decay)
+    averages = {d: {k: v.clone() for k, v in student.state_dict().items()} for d in DECAYS}
     weight = loss_weights(config.training.time_weighting, student.times).float()
     history = []
     batches = read_batches(
-        storage, folder, manifest, seed=0, first_sample=0, batch_size=16, rank=0, world_size=1
+        ShardReader(storage, folder, manifest), seed=0, first_sample=0, batch_size=16, rank=0, world_size=1
     )
     for step, (batch,) in zip(range(4), batches, strict=False):
         rate = learning_rate(step, 4, config.training.lr, config.training.warmup, "cosine")
@@ -102,9 +81,10 @@ def plain_loop(tiny_data: Path, form: str) -> tuple[list[float], dict[str, torch
         loss.backward()
         optimizer.step()
         history.append(float(loss.detach()))
-        decay = ema_decay_at(step, config.training.ema_decay, ramp=True)
-        average = {k: decay * average[k] + (1 - decay) * v for k, v in student.state_dict().items()}
-    return history, average
+        for d, average in averages.items():
+            decay = ema_decay_at(step, d, ramp=True)
+            averages[d] = {k: decay * average[k] + (1 - decay) * v for k, v in student.state_dict().items()}
+    return history, averages
 
 
 # Losses agree to float32 rounding. Adam divides a gradient by its own size, so a parameter whose gradient is
@@ -113,77 +93,61 @@ LOSS_TOLERANCE, MOVE_TOLERANCE = 2e-4, 0.05
 
 
 @pytest.mark.parametrize(
-    ("form", "stage", "tasks", "accumulation"),
-    [("series", 1, 1, 1), ("drawn", 2, 2, 1), ("series", 3, 2, 1), ("drawn", 0, 2, 2)],
-    ids=["z1", "z2x2", "z3x2", "z0x2acc"],
+    ("form", "stage", "tasks", "more"),
+    [
+        ("series", 1, 1, []),
+        ("drawn", 2, 2, []),
+        ("series", 3, 2, ["training.optimizer=radam"]),
+        ("drawn", 0, 2, ["training.accumulation=2"]),
+        ("series", 1, 4, ["training.optimizer=adamw", "training.weight_decay=0.1"]),
+        ("drawn", 3, 1, ["training.recompute=blocks"]),
+        ("series", 2, 1, ["training.recompute=cheap"]),
+    ],
+    ids=["z1", "z2x2", "z3x2 radam", "z0x2 accumulation", "z1x4 adamw", "z3 recompute", "z2 cheap"],
 )
 def test_ranks_and_stages_train_like_the_plain_loop(
-    form: str, stage: int, tasks: int, accumulation: int, tiny_data: Path, tmp_path: Path
+    form: str, stage: int, tasks: int, more: list[str], tiny_data: Path, tmp_path: Path
 ) -> None:
-    history, average = plain_loop(tiny_data, form)
-    more = [
-        *FORMS[form],
-        f"training.zero_stage={stage}",
-        f"training.accumulation={accumulation}",
-        "--tasks-per-node",
-        str(tasks),
-    ]
-    train(tiny_data, tmp_path / "out", *more)
-    losses_seen = [line["loss"] for line in metrics(tmp_path / "out")]
-    assert losses_seen == pytest.approx(history, rel=LOSS_TOLERANCE)
+    changed = dict(word.removeprefix("training.").split("=") for word in more)
+    decay = float(changed.get("weight_decay", 0.0))
+    history, averages = plain_loop(tiny_data, form, changed.get("optimizer", "adam"), decay)
+    out = tmp_path / "out"
+    where = [f"training.zero_stage={stage}", "--tasks-per-node", str(tasks)]
+    train(tiny_data, out, *FORMS[form], *more, *where, f"training.ema_decay={list(DECAYS)}")
+    assert [line["loss"] for line in metrics(out)] == pytest.approx(history, rel=LOSS_TOLERANCE)
     start = new_student_weights(form)
-    moved = torch.cat([(average[k] - start[k]).flatten() for k in start])
-    found = weights(tmp_path / "out")
-    assert found.keys() == start.keys()
-    apart = torch.cat([(found[k] - average[k]).flatten() for k in start])
-    assert float(moved.norm()) > 1e-3
-    assert float(apart.norm() / moved.norm()) < MOVE_TOLERANCE
-    meta = json.loads((tmp_path / "out/students/digits/step-000000004/meta.json").read_text())
+    for d, file in zip(DECAYS, ("model.safetensors", "ema-0.2.safetensors"), strict=True):
+        average, found = averages[d], weights(out, file=file)
+        moved = torch.cat([(average[k] - start[k]).flatten() for k in start])
+        assert found.keys() == start.keys()
+        apart = torch.cat([(found[k] - average[k]).flatten() for k in start])
+        assert float(moved.norm()) > 1e-4
+        assert float(apart.norm() / moved.norm()) < MOVE_TOLERANCE
+    meta = json.loads((out / "students/digits/step-000000004/meta.json").read_text())
     assert meta["world_size"] == tasks and meta["step"] == 4
-    student = load_student(str(tmp_path / "out"))  # a run folder means its latest
+    student = load_student(str(out))  # a run folder means its latest
     noise = torch.randn(3, 1, 8, 8)
     end = student.trajectory(noise, torch.arange(3), [0.0])[:, 0]
     assert torch.allclose(student.sample(noise, torch.arange(3)), end, atol=1e-5)
 
 
-def test_killed_run_resumes_to_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
-    """With dropout, whose masks a resumed run must draw as the uninterrupted one did."""
-    train(tiny_data, tmp_path / "whole", "network.dropout=0.1")
-    out = tmp_path / "killed"
-    out.mkdir()
-    (out / "trajectories").symlink_to(tiny_data / "trajectories")
-    words = [
-        "train",
-        *TINY,
-        f"storage.root={out}",
-        "training.threads=1",
-        "network.dropout=0.1",
-        "--launcher",
-        "local",
-    ]
-    victim = subprocess.Popen([sys.executable, "-m", "dsno_cluster.cli", *words], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (out / "students/digits/resume/step-000000002").exists():
-        time.sleep(0.005)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    shutil.rmtree(
-        out / "students/digits/step-000000004", ignore_errors=True
-    )  # had it been faster than the kill
-    shutil.rmtree(out / "students/digits/resume/step-000000004", ignore_errors=True)
+def test_one_of_several_averages_is_asked_for(tiny_data: Path, tmp_path: Path) -> None:
+    from dsno_cluster.errors import UserError
 
-    again = dsno(*words)
-    assert again.returncode == 0 and "steps 2 to 4" in again.stderr, again.stderr
-    assert (out / STEP_4).read_bytes() == (tmp_path / "whole" / STEP_4).read_bytes()
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
-    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
-    third = dsno(*words)
-    assert third.returncode == 0 and "finished already" in third.stderr
-
-    changed = dsno(*words, "training.steps=6", "training.zero_stage=2")
-    assert changed.returncode == 2 and "zero_stage 1, now it is 2" in changed.stderr, changed.stderr
-    other = dsno(*words, "training.loss=l2")
-    assert other.returncode == 2 and "loss l1, now it is l2" in other.stderr, other.stderr
+    out = tmp_path / "out"
+    train(tiny_data, out, "training.ema_decay=[0.9, 0.2]")
+    of = {d: load_student(str(out), ema=d).state_dict() for d in (None, 0.9, 0.2)}
+    name = "backbone.conv_out.weight"
+    assert torch.equal(of[None][name], of[0.9][name]) and not torch.equal(of[0.9][name], of[0.2][name])
+    assert torch.equal(of[0.2][name], weights(out, file="ema-0.2.safetensors")[name])
+    with pytest.raises(UserError, match=r"no average of decay 0\.7; it has 0\.9, 0\.2"):
+        load_student(str(out), ema=0.7)
+    words = ["eval", *TINY, f"storage.root={out}", "--launcher", "local", "--actors", "1"]
+    assert dsno(*words, "evaluation.ema_decay=0.2").returncode == 0
+    found = json.loads((out / "evaluation/digits/metrics.json").read_text())["checkpoint"]
+    assert found["ema_decay"] == 0.2
+    told = dsno(*words, "evaluation.ema_decay=0.7")
+    assert told.returncode == 2 and "0.9, 0.2" in told.stderr
 
 
 def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -> None:
@@ -193,41 +157,6 @@ def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -
     half, full = (np.array([line["loss"] for line in metrics(tmp_path / name)]) for name in ("half", "full"))
     assert half == pytest.approx(full, rel=0.1) and not np.array_equal(half, full)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
-
-
-def test_interrupt_ends_every_rank(tiny_data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "trajectories").symlink_to(tiny_data / "trajectories")
-    words = [
-        "train",
-        *TINY,
-        f"storage.root={out}",
-        "training.steps=100000",
-        "training.checkpoint_every=100000",
-    ]
-    parent = subprocess.Popen(
-        [sys.executable, "-m", "dsno_cluster.cli", *words, "--launcher", "local", "--tasks-per-node", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (out / "students/digits/metrics.jsonl").is_file():
-        time.sleep(0.1)
-    parent.send_signal(signal.SIGINT)
-    _, stderr = parent.communicate(timeout=60)
-    assert parent.returncode == 130 and "Traceback" not in stderr, stderr
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _processes_with(str(out)):
-        time.sleep(0.5)
-    assert not _processes_with(str(out))
-
-
-def _processes_with(text: str) -> list[str]:
-    commands = [
-        p.read_bytes().decode(errors="replace") for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()
-    ]
-    return [command for command in commands if text in command]
 
 
 def test_a_failing_rank_ends_the_job_with_its_reason(tiny_data: Path, tmp_path: Path) -> None:
@@ -240,30 +169,6 @@ def test_a_failing_rank_ends_the_job_with_its_reason(tiny_data: Path, tmp_path: 
     failed = dsno(*words)
     assert failed.returncode == 1
     assert "sha256" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
-
-
-def test_under_a_launcher_that_sets_rank_variables(tiny_data: Path, tmp_path: Path) -> None:
-    """torchrun, srun and the like: two processes of ours, without submitit."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "trajectories").symlink_to(tiny_data / "trajectories")
-    from dsno_cluster.training.engine import free_port
-
-    port = str(free_port())
-    ranks = []
-    for rank in range(2):
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "dsno_cluster.cli", "train", *TINY, f"storage.root={out}"],
-                env={**os.environ, **variables, "MASTER_ADDR": "127.0.0.1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    errors = [process.communicate(timeout=200)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
-    assert (out / STEP_4).is_file()
 
 
 def test_warm_start_is_the_teacher_and_wants_its_shapes() -> None:

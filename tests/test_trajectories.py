@@ -22,7 +22,7 @@ from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.reader import epoch_order, open_trajectories, read_batches
+from dsno_cluster.trajectories.reader import ShardReader, epoch_order, open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import (
     Manifest,
     Progress,
@@ -237,9 +237,7 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
     config = load_config(DIGITS, TINY)
     storage = open_storage(str(tmp_path))
     batches = read_batches(
-        storage,
-        "copy/",
-        open_trajectories(storage, "copy/", 96),
+        ShardReader(storage, "copy/", open_trajectories(storage, "copy/", 96)),
         seed=config.seed,
         first_sample=0,
         batch_size=96,
@@ -291,9 +289,7 @@ def test_reader_gives_every_sample_once_in_one_order_for_any_world_size(tiny_dat
     def indices(world_size: int, accumulation: int, first: int = 0) -> list[np.ndarray]:
         ranks = [
             read_batches(
-                storage,
-                folder,
-                manifest,
+                ShardReader(storage, folder, manifest),
                 seed=3,
                 first_sample=32 * first,
                 batch_size=32,
@@ -325,7 +321,14 @@ def test_reader_pairs_noise_states_and_labels(tiny_data: Path) -> None:
     storage, folder = open_storage(str(tiny_data)), f"trajectories/{data_set(tiny_data).name}/"
     manifest = open_trajectories(storage, folder, 96)
     (batch,) = next(
-        read_batches(storage, folder, manifest, seed=0, first_sample=16, batch_size=16, rank=0, world_size=1)
+        read_batches(
+            ShardReader(storage, folder, manifest),
+            seed=0,
+            first_sample=16,
+            batch_size=16,
+            rank=0,
+            world_size=1,
+        )
     )
     assert torch.equal(batch.noise, sample_noise(0, map(int, batch.indices), (1, 8, 8)))
     assert batch.labels is not None

@@ -206,6 +206,7 @@ def run_pool(
     capacity: Callable[[], int],
     *,
     in_flight: int = 1,
+    in_order: bool = False,
     greet: Callable[[Any], Any] | None = None,
     welcome: Callable[[Any], None] = lambda answer: None,
     release: Callable[[Any], None] | None = None,
@@ -219,11 +220,11 @@ def run_pool(
     killed). A task whose actor died or raised goes back to the queue; one that raised three times stops the run, with
     its reason, after the others are finished. What no task is to blame for stops it at once: a UserError, three
     StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all fail alike before
-    any task succeeds.
+    any task succeeds. `in_order`: without such probes, so that tasks begin in their own order.
     """
     ray = import_ray()
     greet = greet or (lambda actor: actor.__ray_ready__.remote())
-    probes = _spread(tasks)
+    probes = list(tasks[:PROBES]) if in_order else _spread(tasks)
     waiting: deque[Task] = deque(dict.fromkeys([*probes, *tasks]))
     open_tasks = set(tasks)
     starting: dict[Any, _Worker] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from dsno_cluster.config import Config, Profile, dump_config, with_absolute_path
 from dsno_cluster.errors import UserError, WorkError
 
 CONTROLLER_SECONDS = 2.0
+MOST_REQUEUES = 1000
 _REASONS = {"UserError: ": UserError, "WorkError: ": WorkError}
 
 
@@ -86,6 +88,14 @@ class StageTask:
             # leaves no traceback, ends the other ranks, and is found in the log by `follow`
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    def checkpoint(self) -> Any:
+        """What submitit submits again when the job is requeued: the same task, which goes on from its own checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
     def _run(self) -> str:
         import yaml
@@ -149,11 +159,7 @@ def follow(job: Any, *, poll_seconds: float = 0.5) -> str:
                 break
             time.sleep(poll_seconds)
     except KeyboardInterrupt:
-        job.cancel()
-        for _ in range(int(10 / poll_seconds)):  # the ranks have a second to end by themselves
-            if job.done():
-                break
-            time.sleep(poll_seconds)
+        _interrupt(job, poll_seconds)
         raise
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
@@ -166,6 +172,26 @@ def follow(job: Any, *, poll_seconds: float = 0.5) -> str:
                     if line.startswith(kind):
                         raise raised(line.removeprefix(kind)) from error
         raise WorkError(f"job {job.job_id} failed; its logs are in {job.paths.folder}") from error
+
+
+def _interrupt(job: Any, poll_seconds: float) -> None:
+    """End a local job: its ranks save and leave; a second Ctrl-C ends them at once."""
+    import psutil
+
+    console.say("interrupted: the ranks save at their next step; Ctrl-C again ends them at once")
+    try:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(int(job.job_id)).children():
+                child.send_signal(signal.SIGINT)
+        while not job.done():
+            time.sleep(poll_seconds)
+    except KeyboardInterrupt:
+        job.cancel()
+        for _ in range(int(10 / poll_seconds)):  # the ranks have a second to end by themselves
+            if job.done():
+                break
+            time.sleep(poll_seconds)
+        raise
 
 
 @contextlib.contextmanager
@@ -206,7 +232,9 @@ def _executor(config: Config, profile: Profile, stage: str, cluster: str) -> Any
         from dsno_cluster.training.engine import free_port
 
         os.environ["MASTER_PORT"] = str(free_port())
-    executor = submitit.AutoExecutor(folder=folder.absolute(), cluster=cluster)
+    # submitit takes any signal to a job of under ten minutes for a time-out: its budget of them is no limit here
+    budget = {f"{cluster}_max_num_timeout": MOST_REQUEUES}
+    executor = submitit.AutoExecutor(folder=folder.absolute(), cluster=cluster, **budget)
     parameters: dict[str, Any] = {
         "name": f"{stage}-{config.name}",
         "nodes": profile.nodes,

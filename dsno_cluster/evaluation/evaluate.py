@@ -101,7 +101,7 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
     """
     path = student_path or f"{config.storage.root.rstrip('/')}/students/{config.name}"
     try:
-        meta = read_meta(path, config.storage.endpoint_url)
+        meta = read_meta(path, config.storage.endpoint_url, config.evaluation.ema_decay)
     except UserError as error:
         how = (
             "name one that is there"
@@ -194,7 +194,12 @@ def evaluate(
         "reference": {"what": settings.reference, "count": reference.count},
         "feature_extractor": {"name": extractor.name, "weights_sha256": extractor.sha256},
         "seeds": {"noise": settings.seed, "trajectories": config.seed},
-        "checkpoint": {"path": path, "step": student_meta.get("step"), "sha256": student_meta["sha256"]},
+        "checkpoint": {
+            "path": path,
+            "step": student_meta.get("step"),
+            "ema_decay": student_meta.get("ema_decay"),
+            "sha256": student_meta["sha256"],
+        },
         "teacher": find_teacher(config).identity,
         "precision": settings.precision,
         "versions": software_versions(),
@@ -209,7 +214,7 @@ def evaluate(
     from dsno_cluster.evaluation import report
 
     for name, png in report.pictures(
-        config, load_student(path, config.storage.endpoint_url), metrics
+        config, load_student(path, config.storage.endpoint_url, ema=settings.ema_decay), metrics
     ).items():
         storage.write(folder + name, png)
     console.say(f"written: {storage.url}/{folder}{{metrics.json, samples.png, trajectory.png}}")
@@ -378,10 +383,12 @@ class EvaluationActor:
         endpoint = config.storage.endpoint_url
         self.config = config
         self.storage = open_storage(config.storage.root, endpoint)
-        self.student_meta = read_meta(student_path, endpoint)
+        ema = config.evaluation.ema_decay
+        self.student_meta = read_meta(student_path, endpoint, ema)
         self.device = compute_device()
         half, compiled = config.evaluation.precision, config.evaluation.compile
-        self.student = load_student(student_path, endpoint, precision=half, compile=compiled).to(self.device)
+        student = load_student(student_path, endpoint, ema=ema, precision=half, compile=compiled)
+        self.student = student.to(self.device)
         self.teacher = open_teacher(config).to(self.device)
         settings = config.evaluation
         self.extractor = load_extractor(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dsno_cluster.config import Network, validate
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, time_points
 from dsno_cluster.errors import UserError
+from dsno_cluster.models.recompute import recompute_in_backward
 from dsno_cluster.models.temporal import cosine_series, fourier_basis
 from dsno_cluster.models.unet import UNet
 from dsno_cluster.models.weights import read_model
@@ -145,6 +146,11 @@ class DSNO(nn.Module):
         if compile:
             # static shapes: with a symbolic number of time points tracing does not come to an end
             self.backbone.compile(dynamic=False)
+        return self
+
+    def recompute(self, what: str) -> DSNO:
+        """This student with less kept for backward (`training.recompute`), which it then computes again."""
+        recompute_in_backward(self.backbone, what)
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -284,14 +290,20 @@ def _series(times: tuple[float, ...], modes: int, device: torch.device, dtype: t
 
 
 def load_student(
-    path: str, endpoint_url: str | None = None, *, precision: str = "float32", compile: bool = False
+    path: str,
+    endpoint_url: str | None = None,
+    *,
+    ema: float | None = None,
+    precision: str = "float32",
+    compile: bool = False,
 ) -> DSNO:
     """The student of a run folder (its `latest`), a step folder or an import folder, on CPU, for inference.
 
+    `ema` is the decay of the moving average wanted, where it was trained with several (default: the first of them).
     `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError where the folder
-    holds no student.
+    holds no such student.
     """
-    folder = read_model(str(path), endpoint_url)
+    folder = read_model(str(path), endpoint_url, ema)
     model = folder.meta["model"]
     if model["kind"] != KIND:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a student")

@@ -20,7 +20,8 @@ from dsno_cluster.storage import MissingObject, Storage, open_storage
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS, CONFIG, META, LATEST = "model.safetensors", "config.yaml", "meta.json", "latest"
+WEIGHTS, CONFIG, META = "model.safetensors", "config.yaml", "meta.json"
+LATEST, BEST = "latest", "best"  # text files that name a step folder beside them
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,28 @@ def split_path(path: str) -> tuple[str, str]:
     return (parent or (slash or ".")), name
 
 
-def read_model(path: str, endpoint_url: str | None = None) -> ModelFolder:
+def read_model(path: str, endpoint_url: str | None = None, ema: float | None = None) -> ModelFolder:
     """The model at a folder path, an S3 address or `package:NAME`; a run folder means its `latest`.
 
-    Raises UserError where there is no model and WorkError where the bytes are not those of `meta.json`.
+    `ema` chooses among a student's moving averages by decay. Raises UserError where there is no model, or no such
+    average, and WorkError where the bytes are not those of `meta.json`.
     """
     import safetensors.torch
 
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
-    meta = _read_meta(storage, prefix)
-    data = storage.read(prefix + WEIGHTS)
+    meta = _read_meta(storage, prefix, ema)
+    name = _weights_file(meta)
+    data = storage.read(prefix + name)
     found = hashlib.sha256(data).hexdigest()
     if found != meta["sha256"]:
-        raise WorkError(f"{path}: {prefix}{WEIGHTS} has sha256 {found}, its {META} says {meta['sha256']}")
+        raise WorkError(f"{path}: {prefix}{name} has sha256 {found}, its {META} says {meta['sha256']}")
     return ModelFolder(safetensors.torch.load(data), meta)
 
 
-def read_meta(path: str, endpoint_url: str | None = None) -> dict[str, Any]:
-    """`meta.json` of a model alone, without its weights. Raises UserError where there is no model."""
+def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = None) -> dict[str, Any]:
+    """`meta.json` of a model alone, without its weights; `ema` and errors as in `read_model`."""
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
-    return _read_meta(storage, prefix)
+    return _read_meta(storage, prefix, ema)
 
 
 def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]:
@@ -90,7 +93,17 @@ def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]
     return config if isinstance(config, dict) else {}
 
 
-def _read_meta(storage: Storage, prefix: str) -> dict[str, Any]:
+def _weights_file(meta: dict[str, Any]) -> str:
+    """The file that holds the weights of the average that `meta` is about."""
+    average = f"{meta.get('ema_decay'):g}" if meta.get("ema_decay") is not None else ""
+    return _average_file(average) if average in meta.get("averages", {}) else WEIGHTS
+
+
+def _average_file(decay: str) -> str:
+    return f"ema-{decay}.safetensors"
+
+
+def _read_meta(storage: Storage, prefix: str, ema: float | None = None) -> dict[str, Any]:
     where = f"{storage.url}/{prefix}{META}"
     try:
         meta = json.loads(storage.read(prefix + META))
@@ -100,7 +113,13 @@ def _read_meta(storage: Storage, prefix: str) -> dict[str, Any]:
         raise UserError(f"{where}: names no sha256 of the weights; it is not a model's {META}")
     if not isinstance(meta.get("model"), dict) or not {"kind", "network"} <= set(meta["model"]):
         raise UserError(f"{where}: does not describe a model (kind and network below `model`)")
-    return meta
+    if ema is None or ema == meta.get("ema_decay"):
+        return meta
+    averages = meta.get("averages", {})
+    if f"{ema:g}" not in averages:
+        known = [str(d) for d in (meta.get("ema_decay"), *averages) if d is not None]
+        raise UserError(f"{where}: has no average of decay {ema:g}; it has {', '.join(known) or 'none'}")
+    return meta | {"ema_decay": ema, "sha256": averages[f"{ema:g}"]}
 
 
 def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
@@ -121,19 +140,30 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
 
 
 def write_model(
-    storage: Storage, prefix: str, weights: dict[str, Tensor], config: str, meta: dict[str, Any]
+    storage: Storage,
+    prefix: str,
+    weights: dict[str, Tensor],
+    config: str,
+    meta: dict[str, Any],
+    averages: dict[float, dict[str, Tensor]] | None = None,
 ) -> str:
-    """Write a model folder below `prefix` (ending in /), meta last. Returns the sha256 of the weights."""
+    """Write a model folder below `prefix` (ending in /), meta last. Returns the sha256 of the weights.
+
+    `averages` are further moving averages of the same weights by decay, each in a file of its own.
+    """
     import safetensors.torch
 
-    data = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    )
-    sha256 = hashlib.sha256(data).hexdigest()
-    meta = {**meta, "sha256": sha256, "versions": software_versions()}
-    files = {WEIGHTS: data, CONFIG: config.encode(), META: (json.dumps(meta, indent=2) + "\n").encode()}
+    def encoded(tensors: dict[str, Tensor]) -> bytes:
+        return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+
+    files = {WEIGHTS: encoded(weights)}
+    meta = {**meta, "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(), "versions": software_versions()}
+    for decay, tensors in (averages or {}).items():
+        files[_average_file(f"{decay:g}")] = data = encoded(tensors)
+        meta.setdefault("averages", {})[f"{decay:g}"] = hashlib.sha256(data).hexdigest()
+    files |= {CONFIG: config.encode(), META: (json.dumps(meta, indent=2) + "\n").encode()}
     storage.write_folder(prefix, files)
-    return sha256
+    return str(meta["sha256"])
 
 
 def software_versions() -> dict[str, str]:

@@ -1,37 +1,50 @@
-"""Checkpoints of training: DeepSpeed's own state to resume from, and the averaged student that others load.
+"""Checkpoints of training, to resume from.
 
-Resume state lies below `<run.dir>/students/<name>/resume/`, one folder a step; a folder that can be seen is
-complete. Students lie below `<storage.root>/students/<name>/step-000001000/`, named by the text file `latest`.
+They lie below `<run.dir>/students/<name>/resume/`, one folder a step; a folder that can be seen is complete. It holds
+each rank's fragments (`state.py`), so any ZeRO stage on any number of ranks goes on from it, and `state.json`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
 import torch.distributed as dist
 
-from dsno_cluster.config import Config, dump_config
+from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.models.weights import LATEST, write_model
-from dsno_cluster.storage import FolderStorage, open_storage, sync
-from dsno_cluster.training.engine import EMA, Ranks
+from dsno_cluster.storage import FolderStorage, sync
+from dsno_cluster.training.engine import EMA, Ranks, ema_kind
+from dsno_cluster.training.publish import Publisher, step_name, student_prefix
+from dsno_cluster.training.state import (
+    SavedFragments,
+    fragments_of,
+    loss_scaler_state,
+    optimizer_steps,
+    set_loss_scaler_state,
+    set_optimizer_steps,
+    whole_on_rank_0,
+    write_fragments,
+)
 
-KEEP = 2
 STATE = "state.json"
 
 
-def step_name(step: int) -> str:
-    return f"step-{step:09d}"
+@dataclass
+class Record:
+    """What a run has to say of itself beside its tensors: `meta.json` of its students, seconds used, and its best."""
 
-
-def student_prefix(config: Config) -> str:
-    return f"students/{config.name}/"
+    meta: dict[str, Any]
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None  # the step and held-out error of the best checkpoint
 
 
 def resume_dir(config: Config) -> Path:
@@ -46,64 +59,123 @@ def newest_step(config: Config) -> int | None:
     return max(steps, default=None)
 
 
-def save(engine: Any, ema: EMA, config: Config, ranks: Ranks, step: int, meta: dict[str, Any]) -> None:
-    """Save resume state and publish the averaged student; collective: every rank must call it.
+def save(
+    engine: Any,
+    ema: EMA,
+    config: Config,
+    ranks: Ranks,
+    step: int,
+    record: Record,
+    publisher: Publisher | None,
+) -> None:
+    """Save the state of all ranks to resume from, and the averaged student; collective: every rank must call it.
 
-    Written aside, then renamed by rank 0 once all ranks have written.
+    Written aside, then renamed by rank 0 once all ranks have written. Raises WorkError on every rank where one of them
+    could not write, or where the weights are no longer finite; the checkpoint before is then whole.
     """
     folder = resume_dir(config)
-    aside = f".{step_name(step)}.tmp"
-    if ranks.rank == 0:
-        shutil.rmtree(folder / aside, ignore_errors=True)
-        (folder / aside).mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=aside, save_latest=False, exclude_frozen_parameters=False)
-    safetensors.torch.save_file(ema.averages, folder / aside / f"ema-rank{ranks.rank:05d}.safetensors")
-    weights = ema.gathered()
-    dist.barrier()
-    if ranks.rank == 0:
-        # before the state can be seen: a run that is finished has its student
-        _publish(config, weights, step, meta)
-        identity = run_identity(config, meta["trajectories"]) | _layout(config, ranks)
-        (folder / aside / STATE).write_text(json.dumps(identity))
-        for file in (folder / aside).iterdir():
-            sync(file)
-        final = folder / step_name(step)
-        shutil.rmtree(final, ignore_errors=True)
-        (folder / aside).rename(final)
-        sync(folder)
-        for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    aside, before = folder / f".{step_name(step)}.tmp", newest_step(config)
+    good = f"the checkpoint of step {before} is whole" if before else "there is no checkpoint yet"
+    fragments = fragments_of(engine)
+    averages = {ema_kind(decay): average for decay, average in ema.averages.items()}
+
+    with _agreed(ranks, good):
+        if ranks.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            FolderStorage(aside).write("begun", b"")  # makes the folder, or says why it cannot be made
+    with _agreed(ranks, good):
+        file = aside / f"rank-{ranks.rank:05d}.safetensors"
+        write_fragments(file, fragments, averages)
+        sync(file)
+    students = {d: whole_on_rank_0(engine.module, fragments, a) for d, a in ema.averages.items()}
+    with _agreed(ranks, good):
+        if publisher is not None:  # rank 0
+            bad = [
+                name for weights in students.values() for name, t in weights.items() if not t.isfinite().all()
+            ]
+            if bad:
+                raise WorkError(f"step {step}: the weights of {bad[0]} are not finite")
+            # before the state can be seen: a run that is finished has its student
+            meta = {**record.meta, "train_seconds": round(record.seconds, 1)}
+            publisher.publish(step, students, meta, best=bool(record.best and record.best["step"] == step))
+            state = {
+                "identity": run_identity(config, record.meta["trajectories"]),
+                "step": step,
+                "zero_stage": config.training.zero_stage,
+                "world_size": ranks.world_size,
+                "precision": config.training.precision,
+                "optimizer_steps": optimizer_steps(engine),
+                "loss_scaler": loss_scaler_state(engine),
+                "seconds": record.seconds,
+                "best": record.best,
+            }
+            FolderStorage(aside).write(STATE, json.dumps(state).encode())
+            (aside / "begun").unlink()
+            final = folder / step_name(step)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            sync(folder)
+            _drop_old(config, record.best)
+
+
+@contextlib.contextmanager
+def _agreed(ranks: Ranks, good: str) -> Iterator[None]:
+    """What is done within must succeed on every rank; else WorkError on all, with the reason where it is known."""
+    problem: WorkError | None = None
+    try:
+        yield
+    except WorkError as error:
+        problem = error
+    except OSError as error:
+        problem = WorkError(f"{error.filename}: {error.strerror}")
+    failed = torch.tensor([float(problem is not None)], device=ranks.device)
+    dist.all_reduce(failed)
+    if problem is not None:
+        raise WorkError(f"the checkpoint could not be saved: {problem}; {good}") from problem
+    if failed.item():
+        raise WorkError(f"the checkpoint could not be saved by another rank; {good}")
+
+
+def _drop_old(config: Config, best: dict[str, Any] | None) -> None:
+    """Delete all but the newest checkpoints and the best one."""
+    folder = resume_dir(config)
+    kept = {step_name(best["step"])} if best else set()
+    for old in sorted(folder.glob("step-*"))[: -config.training.keep_checkpoints]:
+        if old.name not in kept:
             shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
 
 
-def check_same_run(config: Config, step: int, identity: dict[str, Any]) -> None:
-    """Raises UserError unless the resume state of `step` agrees with every item of `identity`."""
+def read_state(config: Config, step: int, trajectories: str) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises UserError unless it is of this very run (`run_identity`)."""
     folder = resume_dir(config) / step_name(step)
-    saved = json.loads((folder / STATE).read_text())
-    for key, value in identity.items():
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        saved = state["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WorkError(
+            f"{folder / STATE}: cannot be read ({error}); delete {folder} to go on from the checkpoint before it"
+        ) from error
+    for key, value in run_identity(config, trajectories).items():
         if saved.get(key) != value:
             raise UserError(
                 f"{folder}: was saved with {key} {saved.get(key)}, now it is {value}; "
                 "go back to that, or start a new run with name=..."
             )
+    return dict(state)
 
 
-def load(engine: Any, ema: EMA, config: Config, ranks: Ranks, step: int) -> None:
-    """Take up the resume state of `step`. Raises UserError where other ranks or another stage saved it."""
-    check_same_run(config, step, _layout(config, ranks))
-    folder = resume_dir(config) / step_name(step)
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if loaded is None:
-        raise WorkError(f"{folder}: DeepSpeed found no state to load")
-    ema.load(safetensors.torch.load_file(folder / f"ema-rank{ranks.rank:05d}.safetensors"))
+def open_fragments(config: Config, step: int) -> SavedFragments:
+    """The tensors of the checkpoint of `step`."""
+    return SavedFragments(resume_dir(config) / step_name(step))
 
 
-def _publish(config: Config, weights: dict[str, Any], step: int, meta: dict[str, Any]) -> None:
-    storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    prefix = student_prefix(config)
-    write_model(storage, f"{prefix}{step_name(step)}/", weights, dump_config(config), {**meta, "step": step})
-    storage.write(prefix + LATEST, (step_name(step) + "\n").encode())
+def load(engine: Any, ema: EMA, saved: SavedFragments, state: dict[str, Any]) -> None:
+    """Take up a checkpoint, whatever stage and number of ranks saved it; the engine's model has its weights already."""
+    saved.load(fragments_of(engine, replicas=True))
+    ema.load(saved, fragments_of(engine))
+    set_optimizer_steps(engine, state["optimizer_steps"])
+    if state["loss_scaler"]:
+        set_loss_scaler_state(engine, state["loss_scaler"])
 
 
 def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
@@ -120,25 +192,9 @@ def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
         "loss": config.training.loss,
         "time_weighting": config.training.time_weighting,
         "drawn": drawn if config.student.points == "drawn" else None,
+        "optimizer": config.training.optimizer,
+        "ema_decay": list(config.training.ema_decays),
     }
-
-
-def _layout(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """How DeepSpeed's files are cut."""
-    return {"zero_stage": config.training.zero_stage, "world_size": ranks.world_size}
-
-
-def metrics_file(config: Config) -> Path:
-    return config.run_dir / student_prefix(config) / "metrics.jsonl"
-
-
-def trim_metrics(config: Config, step: int) -> None:
-    """Drop lines of steps after `step`, which a resumed run will write again."""
-    file = metrics_file(config)
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        FolderStorage(file.parent).write(file.name, "".join(line + "\n" for line in kept).encode())
 
 
 def student_meta(student: DSNO, config: Config, **more: Any) -> dict[str, Any]:
@@ -147,6 +203,6 @@ def student_meta(student: DSNO, config: Config, **more: Any) -> dict[str, Any]:
         "model": student.describe(),
         "name": config.name,
         "seed": config.seed,
-        "ema_decay": config.training.ema_decay,
+        "ema_decay": config.training.ema_decays[0],
         **more,
     }

@@ -1,19 +1,21 @@
-"""DeepSpeed set-up, and the exponential moving average of the weights under every ZeRO stage."""
+"""DeepSpeed set-up, and exponential moving averages of the weights under every ZeRO stage."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError
+from dsno_cluster.training.optim import ema_decay_at, make_optimizer
+from dsno_cluster.training.state import MASTER, Fragment, SavedFragments, begin_moments
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,19 @@ def free_port() -> int:
 
 
 def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
-    """The DeepSpeed engine of a model, with Adam. The loop sets the learning rate itself, step by step."""
+    """The DeepSpeed engine of a model. The loop sets the learning rate itself, step by step.
+
+    Raises UserError for a precision that this device does not have.
+    """
     settings = config.training
     deepspeed = _deepspeed()
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
+    if settings.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"training.precision float16: this {ranks.device.type} has none; take bfloat16 or float32"
+        )
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
+        optimizer=make_optimizer(model, settings),
         dist_init_required=False,
         config={
             "train_batch_size": settings.batch_size,
@@ -89,9 +97,11 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
             "zero_optimization": {"stage": settings.zero_stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": settings.precision == "bfloat16"},
+            "fp16": {"enabled": settings.precision == "float16"},  # loss scaling is dynamic
             "steps_per_print": 10**9,
         },
     )
+    begin_moments(engine)
     return engine
 
 
@@ -109,38 +119,31 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter: its partition under ZeRO-3, else all of it."""
-    return getattr(parameter, "ds_tensor", parameter).detach()
-
-
 class EMA:
-    """A float32 moving average of the weights; each rank averages just what it holds."""
+    """Float32 moving averages of the master weights; each rank averages just what it owns of them.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.averages = {name: _local(p).float().clone() for name, p in model.named_parameters()}
+    One for each of `decays`. Where training is in half precision the masters are averaged, not the rounded weights.
+    """
+
+    def __init__(self, fragments: dict[str, Fragment], decays: Sequence[float]) -> None:
+        self.masters = {name: fragment.tensors[MASTER] for name, fragment in fragments.items()}
+        self.averages = {d: {name: t.clone() for name, t in self.masters.items()} for d in decays}
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """average <- decay average + (1 - decay) weights"""
-        for name, parameter in self.model.named_parameters():
-            self.averages[name].lerp_(_local(parameter).float(), 1.0 - decay)
+    def update(self, step: int, ramp: bool) -> None:
+        """average <- d average + (1 - d) weights, with the decay d of optimiser step `step` (`ema_decay_at`)."""
+        for decay, average in self.averages.items():
+            weight = 1.0 - ema_decay_at(step, decay, ramp)
+            torch._foreach_lerp_(list(average.values()), list(self.masters.values()), weight)
 
-    def gathered(self) -> dict[str, Tensor]:
-        """The whole averaged weights by name; collective under ZeRO-3, so every rank must call it."""
-        whole = {}
-        for name, parameter in self.model.named_parameters():
-            mine = self.averages[name]
-            shape = getattr(parameter, "ds_shape", None)  # the whole shape, under ZeRO-3
-            if shape is not None:
-                parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-                dist.all_gather(parts, mine)
-                mine = torch.cat(parts)[: shape.numel()].view(shape)  # the last partition is padded
-            whole[name] = mine
-        return whole
+    @torch.no_grad()
+    def load(self, saved: SavedFragments, fragments: dict[str, Fragment]) -> None:
+        """Take back the averages that a checkpoint holds."""
+        for decay, average in self.averages.items():
+            for name, fragment in fragments.items():
+                average[name].copy_(saved.read(ema_kind(decay), name, fragment.start, fragment.count))
 
-    def load(self, averages: dict[str, Tensor]) -> None:
-        """Take back what `averages` of the same rank, world size and stage held."""
-        for name, average in self.averages.items():
-            average.copy_(averages[name])
+
+def ema_kind(decay: float) -> str:
+    """What an average is called in a checkpoint."""
+    return f"ema-{decay:g}"

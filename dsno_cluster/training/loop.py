@@ -2,132 +2,338 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import copy
+import itertools
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.diffusion.teachers import diffusers_model, warm_start_weights
+from dsno_cluster.errors import WorkError
 from dsno_cluster.models.dsno import DSNO, Form
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training import checkpoint
-from dsno_cluster.training.engine import EMA, join_ranks, make_engine
+from dsno_cluster.training.engine import EMA, Ranks, join_ranks, make_engine
 from dsno_cluster.training.losses import make_distance, weighted
-from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
+from dsno_cluster.training.online import Producer, StagedShards, planned_manifest
+from dsno_cluster.training.optim import drawn_points, learning_rate
+from dsno_cluster.training.preemption import StopSignals, leave
+from dsno_cluster.training.publish import Publisher, step_name, student_prefix
+from dsno_cluster.training.state import Fragment, fragments_of, loss_scaler_state, whole_on_rank_0
+from dsno_cluster.training.watch import (
+    DivergenceWatch,
+    HeldOut,
+    Metrics,
+    describe_batch,
+    finite,
+    in_words,
+    memory_gb,
+)
 from dsno_cluster.trajectories.plan import make_plan, teacher_path
-from dsno_cluster.trajectories.reader import open_trajectories, read_batches
+from dsno_cluster.trajectories.reader import Batch, ShardReader, open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import Manifest
 
 
 def train(config: Config) -> str:
     """Train on this rank until `training.steps`; returns the address of the students.
 
-    Continues by itself from the newest complete checkpoint. Raises UserError for input that cannot work and
-    WorkError where training or its surroundings fail.
+    Continues by itself from the newest complete checkpoint, on any number of ranks and at any ZeRO stage. A signal ends
+    it after its next step and a checkpoint: see `preemption.py`. Raises UserError for input that cannot work and WorkError
+    where training or its surroundings fail.
     """
     settings = config.training
-    storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    address = f"{storage.url}/{checkpoint.student_prefix(config).rstrip('/')}"
+    shared = open_storage(config.storage.root, config.storage.endpoint_url)
+    address = f"{shared.url}/{student_prefix(config).rstrip('/')}"
     folder, manifest = find_trajectories(config)
     start = checkpoint.newest_step(config) or 0
-    if start:
-        checkpoint.check_same_run(config, start, checkpoint.run_identity(config, folder))
+    state = checkpoint.read_state(config, start, folder) if start else {}
     if start >= settings.steps:
+        Publisher(config).finish()
         console.say(f"finished already at step {start}: {address} (a new run needs another name=)")
         return address
 
-    ranks = join_ranks(config)
-    device, main = ranks.device, ranks.rank == 0
-    torch.manual_seed(config.seed)
-    student = new_student(config)
-    if settings.compile:
-        student.accelerate(compile=True)
-    engine = make_engine(student, config, ranks)
-    ema = EMA(student)
-    if start:
-        checkpoint.load(engine, ema, config, ranks, start)
-    distance = make_distance(settings.loss, settings.lpips_weights, settings.lpips_sha256)
-    if isinstance(distance, torch.nn.Module):
-        distance.to(device)
-    weights_M = loss_weights(settings.time_weighting, student.times).float().to(device)
+    with contextlib.ExitStack() as resources:
+        resources.enter_context(_lost_ranks(config))
+        stop = resources.enter_context(StopSignals())
+        ranks = join_ranks(config)
+        device, main = ranks.device, ranks.rank == 0
+        torch.manual_seed(config.seed)
+        student = new_student(config)
+        saved = checkpoint.open_fragments(config, start) if start else None
+        if saved is not None:
+            saved.load_weights(student)
+        measured = settings.heldout_every is not None or settings.picture_every is not None
+        heldout = HeldOut(config, copy.deepcopy(student), manifest, device) if main and measured else None
+        if settings.compile:
+            student.accelerate(compile=True)
+        engine = make_engine(student.recompute(settings.recompute), config, ranks)
+        fragments = fragments_of(engine)
+        ema = EMA(fragments, settings.ema_decays)
+        if saved is not None:
+            checkpoint.load(engine, ema, saved, state)
+        distance = make_distance(settings.loss, settings.lpips_weights, settings.lpips_sha256)
+        if isinstance(distance, torch.nn.Module):
+            distance.to(device)
+        weights_M = loss_weights(settings.time_weighting, student.times).float().to(device)
+        batches = resources.enter_context(_batches(config, folder, manifest, ranks, start))
+
+        if main:
+            parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
+            console.say(
+                f"student: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size} "
+                f"on {ranks.world_size} rank(s), ZeRO stage {settings.zero_stage}, {settings.precision}"
+            )
+        meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
+        record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))
+        publisher = Publisher(config) if main else None
+        metrics = Metrics(config, start) if main else None
+        divergence = DivergenceWatch(settings.divergence_factor, len(weights_M))
+        pace = Pace(record.seconds)
+        with console.progress(
+            "training the student", settings.steps, "steps", done=start, quiet=not main
+        ) as advance:
+            for step in range(start, settings.steps):
+                with pace.waiting():
+                    micro_batches = next(batches)
+                drawn = points_of_step(config, step)
+                rate = learning_rate(
+                    step, settings.steps, settings.lr, settings.warmup, settings.lr_decay, settings.halve_at
+                )
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = rate
+                # dropout: its masks differ between ranks and do not depend on where a run was resumed
+                torch.manual_seed(((config.seed << 20) + step) * 4096 % 2**63 + ranks.rank)
+                distances_M = torch.zeros(len(weights_M), device=device)
+                for batch in micro_batches:
+                    labels = None if batch.labels is None else batch.labels.to(device)
+                    predicted = engine(batch.noise.to(device), labels, drawn)
+                    distances = distance(predicted.float(), batch.states[:, drawn].to(device))
+                    engine.backward(weighted(distances, weights_M[drawn]))
+                    engine.step()
+                    distances_M[drawn] += distances.detach() / settings.accumulation
+                ema.update(step, settings.ema_ramp)
+
+                done = step + 1
+                seen, signals = _agree(distances_M, stop, ranks)
+                known = [seen[i] if i in drawn else None for i in range(len(weights_M))]
+                _check(config, done, known, divergence, micro_batches, manifest, ranks)
+                loss = float(weighted(torch.tensor(seen)[drawn], weights_M[drawn].cpu()))
+                pace.step(settings.batch_size)
+                record.seconds = pace.seconds
+                last = done == settings.steps or signals.any
+                saving = done % settings.checkpoint_every == 0 or last
+                errors = None
+                if measured:
+                    errors = _measure(config, engine, ema, fragments, heldout, metrics, done, saving)
+                if metrics is not None and (done % settings.log_every == 0 or last or errors is not None):
+                    line: dict[str, Any] = {
+                        "step": done,
+                        "loss": loss,
+                        "lr": rate,
+                        "seconds": round(record.seconds, 2),
+                    }
+                    line |= {"distance_per_time": known, **pace.figures(), "memory_gb": memory_gb(device)}
+                    if settings.precision == "float16":
+                        line["loss_scale"] = loss_scaler_state(engine)["cur_scale"]
+                    if errors is not None:
+                        line["heldout_error_per_time"] = errors
+                    metrics.write(line)
+                if main:
+                    advance(1, loss=loss, **_shown(known, pace, device))
+                if saving:
+                    if errors is not None and (record.best is None or errors[-1] < record.best["error"]):
+                        record.best = {"step": done, "error": errors[-1]}
+                    checkpoint.save(engine, ema, config, ranks, done, record, publisher)
+                if signals.any and done < settings.steps:
+                    leave(stop, ranks, done, requeue=not signals.interrupt)
+        if publisher is not None:
+            publisher.finish()
+            console.say(f"done: {address}")
+    return address
+
+
+@contextlib.contextmanager
+def _lost_ranks(config: Config) -> Iterator[None]:
+    """WorkError in place of what torch raises where another rank no longer answers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        newest = checkpoint.newest_step(config)
+        begin = f"the checkpoint of step {newest}" if newest else "the beginning"
+        raise WorkError(f"another rank was lost ({reason}); the same command goes on from {begin}") from error
+
+
+@contextlib.contextmanager
+def _batches(
+    config: Config, folder: str, manifest: Manifest, ranks: Ranks, start: int
+) -> Iterator[Iterator[list[Batch]]]:
+    """This rank's micro-batches of each step from `start`: read from storage, or made while training."""
+    settings = config.training
+    shards: ShardReader
+    producer = None
+    if settings.online:
+        producer = Producer(config, start) if ranks.rank == 0 else None
+        dist.barrier()  # what stopped a former run is forgotten
+        shards = StagedShards(config, make_plan(config), producer)
+    else:
+        storage = open_storage(config.storage.root, config.storage.endpoint_url)
+        shards = ShardReader(storage, folder, manifest, config.reader)
     batches = read_batches(
-        storage,
-        folder,
-        manifest,
+        shards,
         seed=config.seed,
         first_sample=start * settings.batch_size,
         batch_size=settings.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
         accumulation=settings.accumulation,
-        settings=config.reader,
     )
 
-    if main:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
-        console.say(
-            f"student: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size} "
-            f"on {ranks.world_size} rank(s), ZeRO stage {settings.zero_stage}, {settings.precision}"
-        )
-        checkpoint.trim_metrics(config, start)
-        checkpoint.metrics_file(config).parent.mkdir(parents=True, exist_ok=True)
-    meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
-    began, train_seconds = time.perf_counter(), _seconds_before(config, start) if main else 0.0
-    with console.progress(
-        "training the student", settings.steps, "steps", done=start, quiet=not main
-    ) as advance:
-        for step, micro_batches in zip(range(start, settings.steps), batches, strict=False):
-            rate = learning_rate(
-                step, settings.steps, settings.lr, settings.warmup, settings.lr_decay, settings.halve_at
-            )
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            # dropout: its masks differ between ranks and do not depend on where a run was resumed
-            torch.manual_seed(((config.seed << 20) + step) * 4096 % 2**63 + ranks.rank)
-            distances_M = torch.zeros(len(weights_M), device=device)
-            drawn = points_of_step(config, step)
-            for batch in micro_batches:
-                labels = None if batch.labels is None else batch.labels.to(device)
-                predicted = engine(batch.noise.to(device), labels, drawn)
-                distances = distance(predicted, batch.states[:, drawn].to(device))  # of the drawn points
-                engine.backward(weighted(distances, weights_M[drawn]))
-                engine.step()
-                distances_M[drawn] += distances.detach() / settings.accumulation
-            ema.update(ema_decay_at(step, settings.ema_decay, settings.ema_ramp))
+    def told() -> Iterator[list[Batch]]:
+        for step, micro_batches in zip(itertools.count(start), batches, strict=False):
+            if producer is not None:
+                producer.trained(step)
+            yield micro_batches
 
-            done = step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
-                dist.all_reduce(distances_M)
-                distances_M /= ranks.world_size
-                seconds = train_seconds + time.perf_counter() - began
-                if main:
-                    loss = float(weighted(distances_M[drawn], weights_M[drawn]))
-                    known = [distances_M[i].item() if i in drawn else None for i in range(len(weights_M))]
-                    _log(config, done, rate, loss, known, seconds)
-            if main:
-                advance(
-                    1,
-                    loss=float(weighted(distances_M[drawn], weights_M[drawn])),
-                    **{"images/s": (done - start) * settings.batch_size / (time.perf_counter() - began)},
-                )
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                seconds = train_seconds + time.perf_counter() - began
-                checkpoint.save(
-                    engine, ema, config, ranks, done, {**meta, "train_seconds": round(seconds, 1)}
-                )
-    if main:
-        console.say(f"done: {address}")
-    return address
+    try:
+        yield told()
+    finally:
+        if isinstance(shards, StagedShards):
+            shards.stopped.set()
+        batches.close()
+        if producer is not None:
+            producer.close()
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Whether a signal reached any rank."""
+
+    requeue: bool
+    interrupt: bool
+
+    @property
+    def any(self) -> bool:
+        return self.requeue or self.interrupt
+
+
+def _agree(distances_M: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float], Signals]:
+    """The distances of the whole global batch, and the signals of all ranks, in one all-reduce."""
+    flags = torch.tensor([float(stop.requeue), float(stop.interrupt)], device=ranks.device)
+    together = torch.cat([distances_M / ranks.world_size, flags])
+    dist.all_reduce(together)
+    *distances, requeue, interrupt = together.tolist()
+    return distances, Signals(requeue > 0, interrupt > 0)
+
+
+def _check(
+    config: Config,
+    step: int,
+    distances: list[float | None],
+    divergence: DivergenceWatch,
+    batches: list[Batch],
+    manifest: Manifest,
+    ranks: Ranks,
+) -> None:
+    """WorkError on every rank where a step's loss is not finite or has diverged: nothing of it is saved."""
+    bad = not finite(distances)
+    problem = "the loss is not finite" if bad else divergence.problem(distances)
+    if problem is None:
+        return
+    found = describe_batch(batches, manifest, ranks)
+    before = checkpoint.newest_step(config)
+    good = (
+        f"the last good checkpoint is that of step {before}, {checkpoint.resume_dir(config) / step_name(before)}"
+        if before
+        else "there is no checkpoint yet"
+    )
+    raise WorkError(f"step {step}: {problem}; the batch: {in_words(found)}; {good}")
+
+
+def _measure(
+    config: Config,
+    engine: Any,
+    ema: EMA,
+    fragments: dict[str, Fragment],
+    heldout: HeldOut | None,
+    metrics: Metrics | None,
+    step: int,
+    saving: bool,
+) -> list[float] | None:
+    """Held-out errors of the first average and a picture of its samples, where they are due; collective.
+
+    Errors on rank 0 alone. Before a checkpoint they are always due, as they tell the best of them.
+    """
+    settings = config.training
+    error_due = settings.heldout_every is not None and (step % settings.heldout_every == 0 or saving)
+    picture_due = settings.picture_every is not None and step % settings.picture_every == 0
+    if not (error_due or picture_due):
+        return None
+    weights = whole_on_rank_0(engine.module, fragments, ema.averages[settings.ema_decays[0]])
+    if heldout is None or metrics is None:
+        return None
+    heldout.load(weights)
+    if picture_due:
+        metrics.picture(step, *heldout.picture())
+    return heldout.errors() if error_due else None
+
+
+class Pace:
+    """Seconds of training so far, images a second, and the share of time in which the network waited for data."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.began = before, time.perf_counter()
+        self.images, self.waited = 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def step(self, images: int) -> None:
+        self.images += images
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def figures(self) -> dict[str, float]:
+        spent = time.perf_counter() - self.began
+        return {"images_per_second": self.images / spent, "data_wait": self.waited / spent}
+
+
+def _shown(distances: list[float | None], pace: Pace, device: torch.device) -> dict[str, Any]:
+    figures = pace.figures()
+    by_time = " ".join("-" if x is None else f"{x:.3g}" for x in distances)
+    return {
+        "by time": by_time,
+        "images/s": figures["images_per_second"],
+        "data wait": f"{figures['data_wait']:.1%}",
+        "GB": memory_gb(device),
+    }
 
 
 def find_trajectories(config: Config) -> tuple[str, Manifest]:
-    """Folder and manifest of the config's finished trajectories. Raises UserError where there are none."""
-    folder = make_plan(config).folder
+    """Folder and manifest of the config's finished trajectories, or of those that online training will make.
+
+    Raises UserError where there are none.
+    """
+    plan = make_plan(config)
+    if config.training.online:
+        return plan.folder, planned_manifest(plan)
+    folder = plan.folder
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     return folder, open_trajectories(storage, folder, config.trajectories.num_samples)
 
@@ -148,25 +354,9 @@ def new_student(config: Config) -> DSNO:
     return student
 
 
-def _seconds_before(config: Config, start: int) -> float:
-    """Training seconds that a resumed run had used, from its last line of metrics."""
-    file = checkpoint.metrics_file(config)
-    lines = [json.loads(x) for x in file.read_text().splitlines()] if start and file.is_file() else []
-    return max((x["seconds"] for x in lines if x["step"] <= start), default=0.0)
-
-
 def points_of_step(config: Config, step: int) -> list[int]:
     """Which of the time points optimiser step `step` (0-based) sees, ascending: all, or those drawn for it."""
     points, settings = config.trajectories.num_points, config.training
     if config.student.points == "all":
         return list(range(points))
     return drawn_points(config.seed, step, points, settings.end_share, settings.most_points)
-
-
-def _log(
-    config: Config, step: int, rate: float, loss: float, distances: list[float | None], seconds: float
-) -> None:
-    line: dict[str, Any] = {"step": step, "loss": loss, "lr": rate, "seconds": round(seconds, 2)}
-    line["distance_per_time"] = distances
-    with checkpoint.metrics_file(config).open("a") as file:
-        file.write(json.dumps(line) + "\n")

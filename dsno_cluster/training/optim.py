@@ -1,4 +1,4 @@
-"""Learning rate, EMA decay and losses' companions as pure functions of the optimiser step."""
+"""The optimiser, and what depends on the optimiser step alone: learning rate, EMA decay, drawn time points."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import nn
+
+from dsno_cluster.config import Training
+
+
+def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """torch's optimiser of `training.optimizer`, with betas (0.9, 0.999)."""
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+    return kinds[settings.optimizer](model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def learning_rate(

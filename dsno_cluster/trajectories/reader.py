@@ -18,7 +18,7 @@ import json
 import os
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +99,7 @@ def epoch_order(
 
 
 def read_batches(
-    storage: Storage,
-    folder: str,
-    manifest: Manifest,
+    shards: ShardReader,
     *,
     seed: int,
     first_sample: int,
@@ -109,18 +107,15 @@ def read_batches(
     rank: int,
     world_size: int,
     accumulation: int = 1,
-    settings: Reader = Reader(),  # noqa: B008 (frozen)
-    points: Sequence[int] | None = None,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """This rank's part of the global batch that starts with sample `first_sample`, and of every one after it.
 
     A list has `accumulation` micro-batches. Global batches are runs of `batch_size` samples along the epochs'
     orders, one epoch after the other, without end; `first_sample` counts samples read so far, over all epochs and
-    ranks. `points` are the time points wanted, as positions in the spec's times (default: all), ValueError where
-    they are not. The next batches are read in the background; what fails there is raised here, at its batch.
+    ranks. The next batches are read in the background; what fails there is raised here, at its batch.
     """
     micro = batch_size // (world_size * accumulation)
-    shards = ShardReader(storage, folder, manifest, settings, points)
+    manifest, settings = shards.manifest, shards.settings
 
     @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
     def order(epoch: int) -> np.ndarray:
@@ -150,7 +145,7 @@ def read_batches(
 class ShardReader:
     """Samples by index, from the shards that were used last, which are kept open.
 
-    Raises ValueError where `points` are not positions in the spec's times.
+    `points` are the time points wanted, as positions in the spec's times (default: all); ValueError where they are not.
     """
 
     def __init__(
@@ -158,7 +153,7 @@ class ShardReader:
         storage: Storage,
         folder: str,
         manifest: Manifest,
-        settings: Reader,
+        settings: Reader = Reader(),  # noqa: B008 (frozen)
         points: Sequence[int] | None = None,
     ) -> None:
         self.storage, self.folder, self.manifest, self.settings = storage, folder, manifest, settings

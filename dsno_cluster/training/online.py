@@ -1,0 +1,209 @@
+"""Online mode: Ray actors make trajectories while training reads them, with a bounded number of shards on disk.
+
+The samples are those of an offline run that reads in production order (`reader.shuffle: none`), so the weights are too.
+Rank 0 starts a process that drives the actors; they write shards below `<run.dir>/students/<name>/staging/`, which every
+rank reads, and those that all have read are deleted. The process ends when its standard input does, so also when rank 0
+is killed.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsno_cluster import console
+from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
+from dsno_cluster.config import Config, StorageConfig, dump_config, validate, with_absolute_paths
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.storage import FolderStorage
+from dsno_cluster.training.publish import student_prefix
+from dsno_cluster.trajectories.generate import SolveActor
+from dsno_cluster.trajectories.plan import Plan, make_plan
+from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard
+from dsno_cluster.trajectories.shards import Manifest, Shard, shard_key, vouches_for_itself
+
+FAILED = "failed"  # a file of the staging folder with the reason why no more shards will come
+POLL_SECONDS = 0.05
+IN_FLIGHT = 2  # shards that an actor works on: one is solved while another is written
+
+
+def staging_root(config: Config) -> Path:
+    return config.run_dir / student_prefix(config) / "staging"
+
+
+def planned_manifest(plan: Plan) -> Manifest:
+    """The shards of a plan that are still to be made, as far as they are known before."""
+    per_shard = plan.size.num_samples // plan.size.num_shards
+    starts = range(0, plan.size.num_samples, per_shard)
+    return Manifest(
+        plan.spec, tuple(Shard(shard_key(s // per_shard), s, s + per_shard, 0, "") for s in starts), {}
+    )
+
+
+def expected_tensors(plan: Plan) -> dict[str, tuple[str, list[int]]]:
+    """Names, dtypes and shapes of the tensors of a plan's shards."""
+    spec, per_shard = plan.spec, plan.size.num_samples // plan.size.num_shards
+    tensors = {"states": (spec["dtype"], [len(spec["times"]), per_shard, *spec["shape"]])}
+    return tensors | ({"labels": ("int64", [per_shard])} if spec["labels"]["num_classes"] else {})
+
+
+class StagedShards(ShardReader):
+    """Reads shards from the staging folder, waiting for those that are not there yet."""
+
+    def __init__(self, config: Config, plan: Plan, producer: Producer | None) -> None:
+        storage = FolderStorage(staging_root(config))
+        super().__init__(storage, plan.folder, planned_manifest(plan), config.reader)
+        self.expected, self.producer = expected_tensors(plan), producer
+        self.stopped = threading.Event()
+
+    def _open(self, number: int) -> Arrays:
+        shard, said = self.manifest.shards[number], time.monotonic()
+        while self.storage.stat(self.folder + shard.key) is None:
+            if self.storage.stat(FAILED) is not None:
+                raise WorkError(f"no more trajectories come: {self.storage.read(FAILED).decode()}")
+            if self.producer is not None and self.producer.process.poll() is not None:
+                raise WorkError(
+                    "no more trajectories come: the process that makes them ended without a reason"
+                )
+            if self.stopped.wait(POLL_SECONDS):
+                raise WorkError("reading was stopped")
+            if time.monotonic() - said > 60.0:
+                said = time.monotonic()
+                console.say(f"waiting for {shard.key} to be made")
+        data = self.storage.read(self.folder + shard.key)
+        if not vouches_for_itself(data, shard.start, self.expected):
+            raise WorkError(
+                f"{self.storage.url}/{self.folder}{shard.key}: is damaged; delete it and run again"
+            )
+        return parse_shard(np.frombuffer(data, np.uint8))
+
+
+class Producer:
+    """The process that makes shards ahead of training; a context of rank 0."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        FolderStorage(staging_root(config)).delete(FAILED)
+        work = {"config": dump_config(with_absolute_paths(config)), "start": start}
+        # a session of its own: Ctrl-C reaches training alone, which first saves
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._tell(work)
+
+    def trained(self, step: int) -> None:
+        """All ranks are done with the batches before `step`."""
+        self._tell(step)
+
+    def _tell(self, message: Any) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended: the reader says why
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def close(self) -> None:
+        """End it, with its actors and its Ray."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def make_ahead(config: Config, start: int, trained: list[int]) -> None:
+    """Make the shards that training from step `start` reads, never many more than `online_staged_shards` ahead.
+
+    `trained[0]` is the step that training has reached, set by another thread.
+    """
+    plan, settings = make_plan(config), config.training
+    per_shard, num_shards = config.trajectories.samples_per_shard, plan.size.num_shards
+    staged = FolderStorage(staging_root(config))
+    ends = settings.steps + config.reader.prefetch_batches + 1  # read ahead, if not trained on
+    first, last = start * settings.batch_size // per_shard, -(-ends * settings.batch_size // per_shard)
+    # positions along the epochs: the shard at position p is number p % num_shards
+    keeps_all = num_shards <= settings.online_staged_shards
+    positions = list(range(min(num_shards, last)) if keeps_all else range(first, last))
+
+    def key(position: int) -> str:
+        return plan.folder + shard_key(position % num_shards)
+
+    def needed() -> range:
+        """The positions that the next step reads."""
+        begin = trained[0] * settings.batch_size
+        return range(begin // per_shard, min(-(-(begin + settings.batch_size) // per_shard), last))
+
+    there = {stat.key for stat in staged.list(plan.folder)}
+    ahead = {key(p): p for p in positions[: settings.online_staged_shards]}
+    for found in there:
+        shard = ahead.get(found)
+        start_sample = 0 if shard is None else shard % num_shards * per_shard
+        if shard is None or not vouches_for_itself(staged.read(found), start_sample, expected_tensors(plan)):
+            staged.delete(found)
+    made = {p for k, p in ahead.items() if staged.stat(k) is not None}
+    todo = [p for p in positions if p not in made]
+    if not todo:
+        return
+    actors_config = config.model_copy(update={"storage": StorageConfig(root=str(staging_root(config)))})
+    with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
+        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
+        pool = run_pool(
+            lambda: remote.remote(actors_config, plan),
+            lambda actor, position: actor.make_shard.remote(position % num_shards),
+            todo,
+            cluster.capacity,
+            in_flight=IN_FLIGHT,
+            in_order=True,
+        )
+        deleted = first
+        for position, _ in pool:
+            made.add(position)
+            while not keeps_all:
+                wanted = needed()
+                for old in range(deleted, wanted.start):
+                    staged.delete(key(old))
+                deleted = wanted.start
+                made = {p for p in made if p >= deleted}
+                # what training waits for may have to be tried again, so the pool must go on then
+                if len(made) < settings.online_staged_shards or not made.issuperset(wanted):
+                    break
+                time.sleep(POLL_SECONDS)
+
+
+def main() -> int:
+    """The process of `Producer`: its work, then the steps that are trained, as lines of standard input."""
+    work = json.loads(sys.stdin.readline())
+    import yaml
+
+    config = validate(Config, yaml.safe_load(work["config"]), "the config of online training")
+    trained = [work["start"]]
+
+    def listen() -> None:
+        for line in sys.stdin:
+            trained[0] = json.loads(line)
+        _thread.interrupt_main()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        make_ahead(config, work["start"], trained)
+        while True:  # until training ends
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        return 0
+    except (UserError, WorkError) as error:
+        FolderStorage(staging_root(config)).write(FAILED, str(error).encode())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Training that is killed, preempted, moved to other ranks or out of disk: the same command ends as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import dsno
+from training_runs import (
+    STUDENT,
+    checkpoints,
+    ends,
+    kill,
+    link_data,
+    metrics,
+    start_ranks,
+    train,
+    wait_for,
+    weights,
+    words,
+)
+
+THIRTY = [
+    "training.steps=30",
+    "training.checkpoint_every=5",
+    "network.dropout=0.1",
+    "training.ema_decay=[0.9, 0.5]",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of thirty steps that nothing disturbed, on one rank and on two; with dropout."""
+    runs = {}
+    for count in (1, 2):
+        runs[count] = tmp_path_factory.mktemp("whole") / "out"
+        train(tiny_data, runs[count], *THIRTY, "--tasks-per-node", str(count))
+    return runs
+
+
+def same_bytes(out: Path, whole: Path) -> bool:
+    files = [f"{STUDENT}/step-000000030/{name}.safetensors" for name in ("model", "ema-0.5")]
+    return all((out / file).read_bytes() == (whole / file).read_bytes() for file in files)
+
+
+def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
+    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    out = link_data(tiny_data, tmp_path / "out")
+    command = [sys.executable, "-m", "dsno_cluster.cli", *words(out, *THIRTY, "--launcher", "local")]
+    aside = [".step-000000005.tmp", "step-000000010", ".step-000000015.tmp", "step-000000020"]
+    for moment in aside:  # while a checkpoint is being written, and just after one
+        victim = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        seen = out / STUDENT / "resume" / moment
+        wait_for(lambda v=victim, seen=seen: seen.exists() or v.poll() is not None, pause=0.0005)
+        victim.kill()
+        victim.wait()
+    done = dsno(*command[3:])
+    assert done.returncode == 0, done.stderr
+    assert same_bytes(out, whole[1])
+    assert [line["step"] for line in metrics(out)] == list(range(1, 31))
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(whole[1])]
+    assert not list((out / STUDENT / "resume").glob(".step*"))
+    assert checkpoints(out) == [25, 30]
+    third = dsno(*command[3:])
+    assert third.returncode == 0 and "finished already" in third.stderr
+    other = dsno(*command[3:], "training.loss=l2")
+    assert other.returncode == 2 and "loss l1, now it is l2" in other.stderr, other.stderr
+
+
+def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
+    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    out = link_data(tiny_data, tmp_path / "out")
+    command = [*words(out, *THIRTY), "--launcher", "local", "--tasks-per-node", "2"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: 5 in checkpoints(out))
+    ranks = [
+        process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if "SUBMITIT_LOCAL_GLOBALID" in process.environ()
+    ]
+    (second,) = [r for r in ranks if r.environ()["SUBMITIT_LOCAL_GLOBALID"] == "1"]
+    second.kill()
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == 1 and "Traceback" not in said, said
+    assert "another rank was lost" in said, said
+    assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+    again = dsno(*command)
+    assert again.returncode == 0, again.stderr
+    assert same_bytes(out, whole[2])
+
+
+# Other ranks sum gradients in another order: losses agree to float32 rounding (see test_training.py).
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("1", "2"), ("3", "1")),
+        (("3", "2"), ("0", "4")),
+        (("0", "2"), ("2", "1")),
+    ],
+    ids=["z1x2 to z3", "z3x2 to z0x4", "z0x2 to z2"],
+)
+def test_goes_on_with_another_stage_on_other_ranks(
+    before: tuple[str, str], after: tuple[str, str], tiny_data: Path, tmp_path: Path
+) -> None:
+    steady = ["training.lr_decay=none", "training.warmup=0"]  # both depend on how many steps there will be
+    train(tiny_data, tmp_path / "whole", "training.steps=8", *steady)
+    out = tmp_path / "out"
+    for steps, (stage, ranks) in (("4", before), ("8", after)):
+        how = [f"training.zero_stage={stage}", "--tasks-per-node", ranks, *steady]
+        done = train(tiny_data, out, f"training.steps={steps}", *how)
+    assert "steps 4 to 8" in done.stderr
+    lines, expected = metrics(out), metrics(tmp_path / "whole")
+    assert [line["loss"] for line in lines] == pytest.approx([x["loss"] for x in expected], rel=5e-4)
+    found, truth = weights(out, 8), weights(tmp_path / "whole", 8)
+    start = weights(tmp_path / "whole", 2)
+    moved = torch.cat([(truth[k] - start[k]).flatten() for k in truth])
+    apart = torch.cat([(truth[k] - found[k]).flatten() for k in truth])
+    assert float(apart.norm() / moved.norm()) < 0.1
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "3"])
+def test_half_precision_keeps_the_last_bits_of_its_master_weights(
+    stage: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    how = ["training.precision=bfloat16", f"training.zero_stage={stage}", "training.steps=8"]
+    train(tiny_data, tmp_path / "whole", *how)
+    out = tmp_path / "out"
+    train(tiny_data, out, *how)
+    for step in (6, 8):
+        shutil.rmtree(out / STUDENT / "resume" / f"step-{step:09d}")
+    shutil.copytree(tmp_path / "whole" / STUDENT / "resume" / "step-000000006", tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", out / STUDENT / "resume" / "step-000000006")
+    shutil.rmtree(out / STUDENT / "step-000000008")
+    again = train(tiny_data, out, *how)
+    assert "steps 6 to 8" in again.stderr
+    model = f"{STUDENT}/step-000000008/model.safetensors"
+    assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
+    number: int, whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    out = link_data(tiny_data, tmp_path / "out")
+    often = [*THIRTY, "training.checkpoint_every=1000"]  # so that it is the signal that saves
+    ranks = start_ranks(out, 2, *often)
+    wait_for(lambda: (out / STUDENT / "metrics.jsonl").is_file() and len(metrics(out)) >= 2)
+    kill(ranks[1], number)
+    codes, errors = ends(ranks)
+    assert codes == [130, 130], errors
+    (saved,) = checkpoints(out)
+    assert saved == metrics(out)[-1]["step"] < 30 and f"saved at step {saved}" in errors[0], errors
+    codes, errors = ends(start_ranks(out, 2, *often))
+    assert codes == [0, 0], errors
+    assert same_bytes(out, whole[2])
+
+
+def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_path: Path) -> None:
+    """The whole cycle of submitit's local executor: a signal before the time limit, save, requeue, finish."""
+    import submitit
+
+    from dsno_cluster.cluster.slurm import config_task
+    from dsno_cluster.config import load_config
+    from dsno_cluster.training.engine import free_port
+
+    out = link_data(tiny_data, tmp_path / "out")
+    # more than is done in the twelve seconds before the signal, less than in the six attempts of the local executor
+    many = ["training.steps=400", "training.checkpoint_every=100000", "training.log_every=100"]
+    config = load_config("configs/digits.yaml", words(out, *many)[1:])
+    executor = submitit.LocalExecutor(tmp_path / "logs", max_num_timeout=10)
+    executor.update_parameters(timeout_min=0.5, signal_delay_s=18, tasks_per_node=2, nodes=1)
+    os.environ["MASTER_PORT"] = str(free_port())
+    job = executor.submit(config_task("train", config))
+    job.results()
+    log = job.paths.stderr.parent / f"{job.job_id}_0_log.err"
+    assert "the job asks to be requeued" in log.read_text() and checkpoints(out)[-1] == 400
+    assert metrics(out)[-1]["step"] == 400
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+def test_a_full_disk_leaves_the_checkpoint_before_whole(
+    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let us mount a small file system")
+    try:
+        out = link_data(tiny_data, tmp_path / "out")
+        command = [*words(out, *THIRTY, f"run.dir={disk}"), "--launcher", "local", "--tasks-per-node", "2"]
+        full = dsno(*command)
+        before = checkpoints(disk)
+        assert full.returncode == 1 and before and before[-1] < 30, full.stderr
+        assert f"the checkpoint of step {before[-1]} is whole" in full.stderr, full.stderr
+        assert "Traceback" not in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        done = dsno(*command)
+        assert done.returncode == 0, done.stderr
+        assert same_bytes(out, whole[2])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best(tiny_data: Path, tmp_path: Path) -> None:
+    """A learning rate that soon makes the student worse, so that an early checkpoint is the best."""
+    out = tmp_path / "out"
+    worse = [
+        "training.lr=0.05",
+        "training.lr_decay=none",
+        "training.ema_decay=0",
+        "training.divergence_factor=0",
+    ]
+    often = ["training.steps=10", "training.checkpoint_every=2", "training.keep_checkpoints=1"]
+    train(tiny_data, out, *worse, *often, "training.heldout_every=2", "training.heldout_samples=8")
+    errors = {
+        x["step"]: x["heldout_error_per_time"][-1] for x in metrics(out) if "heldout_error_per_time" in x
+    }
+    assert list(errors) == [2, 4, 6, 8, 10]
+    best = min(errors, key=lambda step: errors[step])
+    assert best < 10
+    assert (out / STUDENT / "best").read_text().strip() == f"step-{best:09d}"
+    assert checkpoints(out) == [best, 10]
+    assert (out / STUDENT / "latest").read_text().strip() == "step-000000010"
+
+
+def test_a_damaged_checkpoint_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(tiny_data, out)
+    file = out / STUDENT / "resume/step-000000004/rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    failed = dsno(*words(out, "training.steps=6"), "--launcher", "local")
+    assert failed.returncode == 1 and str(file) in failed.stderr and "Traceback" not in failed.stderr
+    assert json.loads((file.parent / "state.json").read_text())["step"] == 4
