@@ -91,7 +91,10 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "series, M=8": (8, [*SERIES, "student.modes=6"]),
     "series, M=4, snr weights": (4, [*SERIES, "student.modes=4", "training.time_weighting=snr"]),
     "series, M=4, sqrt weights": (4, [*SERIES, "student.modes=4", "training.time_weighting=sqrt"]),
+    "series, M=4, normalised weights": (4, [*SERIES, "student.modes=4"]),
 }
+# each point's weight is one over the running mean of its distance: what learned log-variances come to (Kendall et al. 2018)
+NORMALISED = ("series, M=4, normalised weights",)
 
 
 def main(argv: list[str]) -> None:
@@ -146,7 +149,7 @@ def run(name: str, seed: int, seconds: float, overrides: list[str]) -> dict[str,
     positions = [time_points("quadratic", POINTS).index(t) for t in config.trajectories.time_points]
     torch.manual_seed(seed)
     student = new_student(config)
-    images = train(student, config, noise, labels, states[:, positions], seconds)
+    images = train(student, config, noise, labels, states[:, positions], seconds, name in NORMALISED)
     return {"name": name, "seed": seed, "seconds": seconds, "images": images, **measure(student, config)}
 
 
@@ -170,6 +173,7 @@ def train(
     labels: torch.Tensor,
     states: torch.Tensor,
     seconds: float,
+    normalised: bool = False,
 ) -> int:
     """For so many CPU seconds; leaves the averaged weights in the student. Returns the number of images seen."""
     settings = config.training
@@ -179,6 +183,7 @@ def train(
     averages = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.Adam(parameters)
     random = torch.Generator().manual_seed(config.seed)
+    means_M = torch.empty(0)
     order, step, began = torch.empty(0, dtype=torch.int64), 0, time.process_time()
     while (used := (time.process_time() - began) / seconds) < 1.0:
         rate = learning_rate(round(1e6 * used), 10**6, settings.lr, 0, "cosine")
@@ -188,7 +193,11 @@ def train(
         pick, order = order[: settings.batch_size], order[settings.batch_size :]
         drawn = points_of_step(config, step)
         predicted = student(noise[pick], labels[pick], drawn)
-        loss = weighted(distance(predicted, states[pick][:, drawn]), weights_M[drawn])
+        distances = distance(predicted, states[pick][:, drawn])
+        if normalised:
+            means_M = distances.detach() if step == 0 else means_M.lerp(distances.detach(), 0.01)
+            weights_M = means_M.mean() / means_M
+        loss = weighted(distances, weights_M[drawn])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

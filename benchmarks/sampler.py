@@ -33,7 +33,9 @@ from dsno_cluster.models.dsno import DSNO, Form
 from dsno_cluster.models.importers import from_published_torch
 from dsno_cluster.models.unet import UNet
 
-CASES = ("published", "float32", "float32 compiled", "bfloat16", "bfloat16 compiled", "series", "T=1 U-Net")
+CASES = (
+    "published", "float32", "float32 recompute", "float32 compiled", "bfloat16", "bfloat16 compiled", "series", "T=1 U-Net"
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -102,6 +104,8 @@ def build(case: str, config: Config, published: Path | None) -> nn.Module:
             from_published_torch(theirs.state_dict(), student.backbone, "benchmark")
         )
     student.to(compute_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if case == "float32 recompute":
+        student.recompute("cheap")
     precision = "bfloat16" if case.startswith("bfloat16") else "float32"
     return student.accelerate(precision=precision, compile=case.endswith("compiled"))
 
@@ -224,12 +228,12 @@ def peak_memory(config: Config, published: Path | None, batch: int, case: str, w
         for parameter in model.parameters():  # what every step holds, so that it is not counted
             parameter.grad = torch.zeros_like(parameter)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes, from this process's status. Not getrusage: its peak begins with the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

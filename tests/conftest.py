@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
 
 DATA = Path(__file__).parent / "data"
 
@@ -23,6 +24,8 @@ TINY = [
     "training.batch_size=16",
     "training.checkpoint_every=2",
     "training.log_every=1",
+    "training.heldout_every=null",
+    "training.picture_every=null",
     "evaluation.num_samples=200",
     "evaluation.batch_size=50",
     "evaluation.trajectory_samples=20",

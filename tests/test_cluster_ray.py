@@ -42,11 +42,12 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def solver_actors() -> list[int]:
-    """Process ids of the actors that solve."""
+    """Process ids of the actors that solve on this test's cluster: other tests may run beside it."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and b"ray::SolveActor" in (entry / "cmdline").read_bytes():
+            ours = entry.name.isdigit() and TOKEN.encode() in (entry / "environ").read_bytes()
+            if ours and b"ray::SolveActor" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 

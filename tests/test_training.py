@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY, dsno
-from training_runs import metrics, train, weights
+from training_runs import ends, link_data, metrics, start_ranks, train, weights
 
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
@@ -245,3 +245,39 @@ def test_schedules() -> None:
     assert learning_rate(0, 4, 1.0, 1000, "none") == 0.25  # warm-up is clipped to the run
     assert [ema_decay_at(n, 0.5, ramp=True) for n in (0, 1, 100)] == [0.1, 2 / 11, 0.5]
     assert ema_decay_at(0, 0.9999, ramp=False) == 0.9999
+
+
+COUNTING = """
+import sys, torch.distributed as dist
+sent = 0
+def counted(name):
+    call = getattr(dist, name)
+    def count(*words, **more):
+        global sent
+        tensor = more.get("tensor", more.get("input", words[0] if words else None))
+        sent += tensor.numel() * tensor.element_size() if hasattr(tensor, "numel") else 0
+        return call(*words, **more)
+    setattr(dist, name, count)
+for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
+    counted(name)
+from dsno_cluster.cli import main
+status = main(sys.argv[1:])
+print("bytes", sent, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_accumulation_reduces_once_a_step(stage: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Four micro-batches a step send the gradients as often as one."""
+    sent = []
+    for accumulation in ("1", "4"):
+        out = link_data(tiny_data, tmp_path / accumulation)
+        how = [f"training.zero_stage={stage}", f"training.accumulation={accumulation}"]
+        ranks = start_ranks(out, 2, *how, script=COUNTING)
+        codes, errors = ends(ranks)
+        assert codes == [0, 0], errors
+        sent.append(int(errors[0].rsplit("bytes", 1)[1]))
+    gradients = 4 * sum(tensor.numel() for tensor in weights(tmp_path / "1").values())
+    assert sent[0] > 4 * gradients  # four steps
+    assert sent[1] == sent[0]

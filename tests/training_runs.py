@@ -38,8 +38,8 @@ def train(data: Path, out: Path, *more: str, **env: str) -> subprocess.Completed
     return done
 
 
-def start_ranks(out: Path, count: int, *more: str) -> list[subprocess.Popen[str]]:
-    """Several ranks as a launcher such as torchrun starts them."""
+def start_ranks(out: Path, count: int, *more: str, script: str = "") -> list[subprocess.Popen[str]]:
+    """Several ranks as a launcher such as torchrun starts them; `script` is run in place of the command line's module."""
     from dsno_cluster.training.engine import free_port
 
     port = str(free_port())
@@ -49,7 +49,11 @@ def start_ranks(out: Path, count: int, *more: str) -> list[subprocess.Popen[str]
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks.append(
             subprocess.Popen(
-                [sys.executable, "-m", "dsno_cluster.cli", *words(out, *more)],
+                [
+                    sys.executable,
+                    *(["-c", script] if script else ["-m", "dsno_cluster.cli"]),
+                    *words(out, *more),
+                ],
                 env={**os.environ, **variables, **where},
                 stderr=subprocess.PIPE,
                 text=True,

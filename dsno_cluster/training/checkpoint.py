@@ -81,7 +81,8 @@ def save(
 
     with _agreed(ranks, good):
         if ranks.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in folder.glob(".step-*.tmp"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             FolderStorage(aside).write("begun", b"")  # makes the folder, or says why it cannot be made
     with _agreed(ranks, good):
         file = aside / f"rank-{ranks.rank:05d}.safetensors"

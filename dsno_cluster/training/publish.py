@@ -21,7 +21,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.errors import WorkError
 from dsno_cluster.models.weights import BEST, LATEST, META, write_model
-from dsno_cluster.storage import FolderStorage, Storage, open_storage
+from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
 LAST_ATTEMPTS = 3  # at an upload when the training is done
@@ -40,7 +40,9 @@ class Publisher:
 
     def __init__(self, config: Config) -> None:
         self.config, self.prefix = config, student_prefix(config)
-        self.shared = open_storage(config.storage.root, config.storage.endpoint_url)
+        # impatient: an upload that fails is tried again and again all the same
+        patience = Patience(attempts=3, longest_pause_seconds=2.0)
+        self.shared = open_storage(config.storage.root, config.storage.endpoint_url, patience)
         self.local = FolderStorage(config.run_dir)
         own = (
             isinstance(self.shared, FolderStorage) and self.shared.root.resolve() == self.local.root.resolve()

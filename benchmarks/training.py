@@ -1,0 +1,252 @@
+"""What the training engine costs and holds: against a plain loop, against the published recipe, and per rank by ZeRO stage.
+
+    python benchmarks/training.py overhead                     one process: steps through DeepSpeed and in a plain loop, in turn
+    python benchmarks/training.py recipe --published DIR       two processes: ours, and the published network in torch's DDP
+    python benchmarks/training.py memory                       the CIFAR-10 network on four processes, stages 0 to 3
+    python benchmarks/training.py wait                         the share of a training in which it waited for data
+
+Steps of the two sides are taken in turn in the same processes, so that a ratio is of neighbours in time. The plain loop has
+what the engine has: Adam and a moving average. The published recipe is its network in DistributedDataParallel with Adam, its
+weights snr and its absolute difference, without an average. Nothing else may run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from sampler import published_network, status
+from torch import Tensor, nn
+
+from dsno_cluster import console
+from dsno_cluster.config import Config, load_config
+from dsno_cluster.device import device_name
+from dsno_cluster.diffusion.schedule import logsnr, loss_weights, time_points
+from dsno_cluster.models.dsno import DSNO, Form
+from dsno_cluster.training.engine import EMA, free_port, join_ranks, make_engine
+from dsno_cluster.training.loop import new_student
+from dsno_cluster.training.losses import l1, weighted
+from dsno_cluster.training.state import fragments_of
+
+Step = Callable[[], Any]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "part", nargs="?", choices=("overhead", "recipe", "memory", "wait"), default="overhead"
+    )
+    parser.add_argument("--config", help="default: digits; for memory, cifar10")
+    parser.add_argument("--published", type=Path, metavar="DIR")
+    parser.add_argument("--batch", type=int, help="global batch (default: the config's)")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    options = parser.parse_args(argv)
+    options.config = options.config or f"configs/{'cifar10' if options.part == 'memory' else 'digits'}.yaml"
+    print(f"{options.part}: {options.config}, {device_name()}")
+    {"overhead": overhead, "recipe": recipe, "memory": memory, "wait": wait}[options.part](options)
+
+
+def overhead(options: argparse.Namespace) -> None:
+    config = configured(options, 1)
+    ours, theirs = our_step(config, new_student(config)), plain_step(config, new_student(config))
+    ratios = in_turn(ours, theirs, options)
+    print(
+        f"a step through DeepSpeed takes {quartiles(ratios)} of one of a plain loop, batch {config.training.batch_size}"
+    )
+
+
+def recipe(options: argparse.Namespace) -> None:
+    if options.published is None:
+        print("recipe needs --published DIR, a checkout of the published implementation; left out")
+        return
+    spawn(_recipe_rank, 2, options)
+
+
+def _recipe_rank(rank: int, world: int, port: int, options: argparse.Namespace) -> None:
+    as_rank(rank, world, port)
+    config = configured(options, world)
+    config = config.model_copy(update={"network": config.network.model_copy(update={"channels": 3})})
+    settings = config.student
+    form = Form(settings.modes, settings.operator, settings.prediction, settings.points)
+    torch.manual_seed(0)
+    ours = our_step(config, DSNO(config.network, form, config.trajectories.time_points))
+    theirs = published_step(config, published_network(config, options.published))
+    ratios = in_turn(theirs, ours, options)
+    if rank == 0:
+        print(
+            f"{settings.operator}: images/s are {quartiles(ratios)} of the published recipe's, {world} processes of one thread"
+        )
+
+
+def memory(options: argparse.Namespace) -> None:
+    rows = []
+    for stage in range(4):
+        gathered = Path(f"/tmp/dsno-memory-{os.getpid()}-{stage}")
+        spawn(_memory_rank, 4, options, stage, gathered)
+        held, peak = json.loads(gathered.read_text())
+        gathered.unlink()
+        rows.append([str(stage), f"{held / 2**20:.0f} MiB", f"{peak / 2**20:.0f} MiB"])
+        console.say(f"stage {stage}: {rows[-1][1:]}")
+    header = ["ZeRO stage", "held between steps", "at the peak of a step"]
+    console.table("memory of a rank, over the libraries' (the largest of four)", header, rows)
+
+
+def _memory_rank(
+    rank: int, world: int, port: int, options: argparse.Namespace, stage: int, out: Path
+) -> None:
+    as_rank(rank, world, port)
+    changes = [
+        f"training.zero_stage={stage}",
+        f"training.batch_size={options.batch or world}",
+        "training.loss=l1",
+    ]
+    config = load_config(
+        options.config, [*changes, "training.threads=1", "student.operator=series", "student.modes=1"]
+    )
+    join_ranks(config)
+    before = status("VmRSS")
+    torch.manual_seed(0)
+    form = Form(1, "series", "data")
+    step = our_step(config, DSNO(config.network, form, config.trajectories.time_points))
+    step()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    step()
+    figures = torch.tensor([status("VmRSS") - before, status("VmHWM") - before], dtype=torch.float64)
+    dist.all_reduce(figures, dist.ReduceOp.MAX)
+    if rank == 0:
+        out.write_text(json.dumps(figures.tolist()))
+
+
+def wait(options: argparse.Namespace) -> None:
+    """A real training of 400 steps, on trajectories that are made first."""
+    root = "runs/training-benchmark"
+    words = [options.config, f"storage.root={root}", "training.steps=400", "training.checkpoint_every=400"]
+    words += ["training.log_every=400", f"name=wait-{os.getpid()}"]
+    for command in (["gen-trajectories", *words], ["train", *words]):
+        subprocess.run(
+            [sys.executable, "-m", "dsno_cluster.cli", *command, "--launcher", "local"], check=True
+        )
+    line = json.loads(Path(f"{root}/students/wait-{os.getpid()}/metrics.jsonl").read_text().splitlines()[-1])
+    print(
+        f"waited for data in {line['data_wait']:.2%} of the time, at {line['images_per_second']:.0f} images/s"
+    )
+
+
+def configured(options: argparse.Namespace, world: int) -> Config:
+    changes = [f"training.threads={1 if world > 1 else 2}", "training.loss=l1"]
+    changes += [f"training.batch_size={options.batch}"] if options.batch else []
+    return load_config(options.config, changes)
+
+
+def our_step(config: Config, student: DSNO) -> Step:
+    """A step of `training/loop.py`, without checkpoints and display."""
+    ranks = join_ranks(config)
+    engine = make_engine(student.train(), config, ranks)
+    ema = EMA(fragments_of(engine), config.training.ema_decays)
+    noise, labels, states = data(config, ranks.world_size)
+    weights_M = loss_weights(config.training.time_weighting, student.times).float()
+
+    def step() -> None:
+        distances = l1(engine(noise, labels), states)
+        engine.backward(weighted(distances, weights_M))
+        engine.step()
+        ema.update(1000, True)
+        dist.all_reduce(torch.cat([distances.detach(), torch.zeros(2)]))
+
+    return step
+
+
+def plain_step(config: Config, student: DSNO) -> Step:
+    """The same without an engine: a dozen lines of torch."""
+    optimizer = torch.optim.Adam(student.train().parameters(), lr=config.training.lr)
+    average = copy.deepcopy(student)
+    noise, labels, states = data(config, 1)
+    weights_M = loss_weights(config.training.time_weighting, student.times).float()
+
+    def step() -> None:
+        loss = weighted(l1(student(noise, labels), states), weights_M)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 0.001)
+        float(loss)
+
+    return step
+
+
+def published_step(config: Config, network: nn.Module) -> Step:
+    model = nn.parallel.DistributedDataParallel(network.train())
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.training.lr)
+    noise, labels, states = data(config, dist.get_world_size())
+    times = time_points("quadratic", 4)
+    levels = logsnr(torch.tensor(times)).float()
+    weights_M = loss_weights("snr", times).float()
+
+    def step() -> None:
+        loss = weighted(l1(model(noise, levels, labels), states), weights_M)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def data(config: Config, world: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Noise, labels and states of one rank's batch."""
+    network, count = config.network, config.training.batch_size // world
+    shape = (network.channels, network.image_size, network.image_size)
+    draw = torch.Generator().manual_seed(3)
+    labels = torch.arange(count) % network.num_classes if network.num_classes else None
+    noise = torch.randn(count, *shape, generator=draw)
+    return noise, labels, torch.randn(count, config.trajectories.num_points, *shape, generator=draw)
+
+
+def in_turn(first: Step, second: Step, options: argparse.Namespace) -> list[float]:
+    """Seconds of `first` over seconds of `second`, round by round; one round before does not count."""
+
+    def seconds(step: Step) -> float:
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        return time.perf_counter() - began
+
+    return [seconds(first) / seconds(second) for _ in range(options.rounds + 1)][1:]
+
+
+def quartiles(ratios: list[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def spawn(work: Callable[..., None], world: int, *arguments: Any) -> None:
+    torch.multiprocessing.spawn(work, (world, free_port(), *arguments), world)
+
+
+def as_rank(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
