@@ -25,8 +25,9 @@ $(READY): pyproject.toml
 demo: $(READY)  ## the whole path on real handwritten digits, on this machine, in some minutes
 	$(BIN)/dsno-cluster demo --launcher local $(ARGS)
 
+# two at a time: most of a test is waiting for processes to start
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
 	$(BIN)/dsno-cluster eval $(CONFIG) $(ARGS)
