@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test eval lint bench
+.PHONY: help setup demo test test-slow eval lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,8 +26,13 @@ demo: $(READY)  ## the whole path on real handwritten digits, on this machine, i
 	$(BIN)/dsno-cluster demo --launcher local $(ARGS)
 
 # two at a time: most of a test is waiting for processes to start
-test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: $(READY)  ## the tests, in under ten minutes
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## those that `make test` leaves out: more faults, stages and precisions
+	$(PYTEST) -m slow $(ARGS)
 
 eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
 	$(BIN)/dsno-cluster eval $(CONFIG) $(ARGS)

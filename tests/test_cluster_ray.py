@@ -64,6 +64,7 @@ def shards(root: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(root.glob("trajectories/*/shard-*"))}
 
 
+@pytest.mark.slow
 def test_actors_killed_nodes_lost_and_nodes_that_join(ray_cluster: Any, tmp_path: Path) -> None:
     ray_cluster.add_node(num_cpus=1)
     lost = ray_cluster.add_node(num_cpus=1)

@@ -84,6 +84,7 @@ def test_a_shard_that_always_fails_stops_the_run_after_the_others(faulty: Path) 
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *shards(root)]
 
 
+@pytest.mark.slow
 def test_shards_that_always_fail_do_not_keep_the_others_from_being_made(faulty: Path) -> None:
     (faulty / "fault").write_text("raise ValueError('no such number')")
     root = faulty / "root"
@@ -93,6 +94,7 @@ def test_shards_that_always_fail_do_not_keep_the_others_from_being_made(faulty: 
     assert list(shards(root)) == [f"shard-{index:06d}.safetensors" for index in (3, 4, 5)]
 
 
+@pytest.mark.slow
 def test_a_run_whose_shards_all_fail_once_heals(faulty: Path) -> None:
     (faulty / "fault").write_text(
         "if len((self.folder / 'attempts').read_text()) <= 6: raise OSError('for a moment')"
@@ -176,6 +178,7 @@ def test_an_actor_that_dies_is_replaced(faulty: Path) -> None:
     assert (faulty / "attempts").read_text() == "xxx" and len(shards(root)) == 6
 
 
+@pytest.mark.slow
 def test_idle_actors_run_the_slowest_shard_again(faulty: Path) -> None:
     """The first attempt hangs for longer than the test may take."""
     (faulty / "fault").write_text("if len((self.folder / 'attempts').read_text()) < 2: time.sleep(3600)")
@@ -185,6 +188,7 @@ def test_idle_actors_run_the_slowest_shard_again(faulty: Path) -> None:
     assert (faulty / "attempts").read_text() == "xx" and len(shards(root)) == 6
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_spec_do_no_harm(tiny_data: Path, tmp_path: Path) -> None:
     import sys
 

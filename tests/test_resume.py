@@ -106,8 +106,8 @@ def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
     ("before", "after"),
     [
         (("1", "2"), ("3", "1")),
-        (("3", "2"), ("0", "4")),
-        (("0", "2"), ("2", "1")),
+        pytest.param(("3", "2"), ("0", "4"), marks=pytest.mark.slow),
+        pytest.param(("0", "2"), ("2", "1"), marks=pytest.mark.slow),
     ],
     ids=["z1x2 to z3", "z3x2 to z0x4", "z0x2 to z2"],
 )
@@ -132,7 +132,13 @@ def test_goes_on_with_another_stage_on_other_ranks(
 
 @pytest.mark.parametrize(
     ("precision", "stage"),
-    [("bfloat16", "0"), ("bfloat16", "1"), ("bfloat16", "3"), ("float16", "0"), ("float16", "2")],
+    [
+        ("bfloat16", "1"),
+        ("float16", "2"),
+        pytest.param("bfloat16", "0", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "3", marks=pytest.mark.slow),
+        pytest.param("float16", "0", marks=pytest.mark.slow),
+    ],
 )
 def test_half_precision_keeps_the_last_bits_of_its_master_weights(
     precision: str, stage: str, tiny_data: Path, tmp_path: Path
@@ -157,7 +163,10 @@ def test_half_precision_keeps_the_last_bits_of_its_master_weights(
     assert (lines[-1].get("loss_scale", 0) > 1) == (precision == "float16")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR2, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     number: int, whole: dict[int, Path], tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +184,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     assert same_bytes(out, whole[2])
 
 
+@pytest.mark.slow
 def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_path: Path) -> None:
     """The whole cycle of submitit's local executor: a signal before the time limit, save, requeue, finish."""
     import submitit
@@ -198,6 +208,7 @@ def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_pa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_whole(
     whole: dict[int, Path], tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_interpolation_weights_integrate_polynomials() -> None:
             assert found == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_as_accurate_as_ddim_of_512_steps_with_64_evaluations() -> None:
     """On the shipped teacher, at every time point, against a very fine solution."""
     times = (0.5625, 0.25, 0.0625, 0.0)

@@ -242,6 +242,7 @@ def test_a_shard_is_not_put_over_another(
     assert replaced != line and torch.equal(read_shard(storage, "d/", replaced)["states"], ours["states"])
 
 
+@pytest.mark.slow
 def test_a_run_through_a_bad_network_gives_the_same_bytes(
     proxy: FaultyS3, tiny_data: Path, tmp_path: Path
 ) -> None:

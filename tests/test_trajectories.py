@@ -154,6 +154,7 @@ def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
 
 
 @pytest.mark.parametrize("note", ["of this device", "of another device", "missing"])
+@pytest.mark.slow
 def test_a_shard_that_no_note_names_must_vouch_for_itself(tiny_data: Path, tmp_path: Path, note: str) -> None:
     """As a killed driver leaves them, before it noted any shard."""
     root = tmp_path / "root"

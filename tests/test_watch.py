@@ -151,6 +151,7 @@ def test_tensorboard_that_is_not_installed_is_said_at_once(tiny_data: Path, tmp_
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.slow
 def test_online_training_gives_the_weights_of_an_offline_run(tiny_data: Path, tmp_path: Path) -> None:
     """Two epochs, six shards of which four may be on disk; killed on the way, with two ranks."""
     order = [
