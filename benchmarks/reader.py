@@ -195,7 +195,10 @@ def _epochs_of_litdata(dataset: Any) -> Read:
 
 def litdata_s3(local: Path, folder: Path, endpoint: str) -> Read:
     from litdata import StreamingDataset
+    from litdata.streaming import async_prefetch, downloader
 
+    if endpoint.startswith("http:"):  # its faster client, obstore, wants TLS; it has boto3 besides
+        async_prefetch.obstore_usable = downloader.obstore_usable = lambda: False
     _upload(local, "litdata", endpoint)
     storage_options = {"endpoint_url": endpoint}
 

@@ -315,7 +315,7 @@ class Training(Strict):
     online_actors: PositiveInt | None = Field(
         None, description="Ray actors that make them; default: as many as there is room for"
     )
-    online_staged_shards: PositiveInt = Field(16, description="about how many shards are on disk at once")
+    online_staged_shards: PositiveInt = Field(16, description="most shards that are on disk at once")
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
@@ -323,8 +323,8 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Training:
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise ValueError(f"ema_decay {list(self.ema_decays)}: the same twice")
+        if len({f"{decay:g}" for decay in self.ema_decays}) < len(self.ema_decays):  # files are named so
+            raise ValueError(f"ema_decay {list(self.ema_decays)}: two are the same to six digits")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
@@ -435,7 +435,7 @@ class Config(Strict):
         if self.training.online and self.reader.shuffle != "none":
             raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
         ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size
-        shards = -(-ahead // self.trajectories.samples_per_shard) + 1
+        shards = 2 * (-(-ahead // self.trajectories.samples_per_shard) + 1)  # half of them are made at a time
         if self.training.online and self.training.online_staged_shards < shards:
             raise ValueError(
                 f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"

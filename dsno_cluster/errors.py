@@ -17,6 +17,9 @@ class StorageError(WorkError):
     """The storage failed, and what can heal was tried again: the next thing to store will fail as well."""
 
 
+LOST_RANK = "another rank was lost"  # how a rank says that it is not to blame
+
+
 def without_passwords(text: str) -> str:
     """`text` with user:password of every URL in it left out; what is shown to people goes through here."""
     return re.sub(r"://[^\s/@]*:[^\s@]*@", "://***@", text)

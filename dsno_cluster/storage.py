@@ -273,6 +273,8 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # which names no file by itself
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import TINY, dsno
@@ -15,7 +17,18 @@ from faulty_s3 import faulty_s3
 from PIL import Image
 from test_storage import KEYS
 from test_storage import s3_endpoint as s3_endpoint  # the fixture
-from training_runs import STUDENT, checkpoints, link_data, metrics, train, wait_for, weights, words
+from training_runs import (
+    STUDENT,
+    checkpoints,
+    ends,
+    link_data,
+    metrics,
+    start_ranks,
+    train,
+    wait_for,
+    weights,
+    words,
+)
 
 from dsno_cluster import load_student
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
@@ -90,12 +103,16 @@ def test_a_loss_that_is_not_finite_names_step_sample_and_the_good_checkpoint(
 
 
 def test_a_training_that_diverges_stops(tiny_data: Path, tmp_path: Path) -> None:
+    """By a loss that is not finite, or by one that is out of all proportion: here, a hair above its mean."""
     out = tmp_path / "out"
     link_data(tiny_data, out)
     wild = ["training.lr=1e30", "training.lr_decay=none", "training.ema_decay=0.999"]
     failed = dsno(*words(out, *wild), "--launcher", "local")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
     assert "not finite" in failed.stderr and "samples" in failed.stderr, failed.stderr
+    strict = ["training.steps=200", "training.divergence_factor=1.0001", "name=strict"]
+    failed = dsno(*words(out, *strict), "--launcher", "local")
+    assert failed.returncode == 1 and "times its running mean" in failed.stderr, failed.stderr
 
 
 def test_divergence_is_told_by_time_point_and_not_at_once() -> None:
@@ -114,8 +131,6 @@ def test_uploads_are_tried_again_and_never_stop_training(
     """The storage refuses every write of a student, until training is over; then the same command uploads it."""
     root, run = "s3://bucket/uploads", tmp_path / "run"
     folder = next((tiny_data / "trajectories").iterdir())
-    import os
-
     os.environ.update(KEYS)
     storage = open_storage(root, s3_endpoint)
     for path in folder.iterdir():
@@ -152,19 +167,17 @@ def test_tensorboard_that_is_not_installed_is_said_at_once(tiny_data: Path, tmp_
 
 
 @pytest.mark.slow
-def test_online_training_gives_the_weights_of_an_offline_run(tiny_data: Path, tmp_path: Path) -> None:
-    """Two epochs, six shards of which four may be on disk; killed on the way, with two ranks."""
-    order = [
-        "reader.shuffle=none",
-        "training.steps=12",
-        "reader.prefetch_batches=1",
-        "training.checkpoint_every=4",
-    ]
-    train(tiny_data, tmp_path / "offline", *order, "--tasks-per-node", "2")
-    out = tmp_path / "online"
-    online = ["training.online=true", "training.online_staged_shards=4", "training.online_actors=1"]
+def test_online_training_gives_the_weights_of_an_offline_run(tmp_path: Path) -> None:
+    """An epoch and a half of 24 shards, of which 14 may be on disk; killed on the way, with two ranks."""
+    shards = ["trajectories.num_samples=192", "trajectories.samples_per_shard=8", "trajectories.batch_size=8"]
+    order = [*shards, "reader.shuffle=none", "training.steps=18", "reader.prefetch_batches=1"]
+    order += ["training.checkpoint_every=4"]
+    offline, out = tmp_path / "offline", tmp_path / "online"
+    made = dsno("gen-trajectories", *TINY, *shards, f"storage.root={offline}", "--launcher", "local")
+    assert made.returncode == 0, made.stderr
+    train(offline, offline, *order, "--tasks-per-node", "2")
+    online = ["training.online=true", "training.online_staged_shards=14", "training.online_actors=2"]
     command = [*words(out, *order, *online), "--launcher", "local", "--tasks-per-node", "2"]
-    job = subprocess.Popen([sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.DEVNULL)
     staged = 0
 
     def look(then: bool) -> bool:
@@ -172,22 +185,50 @@ def test_online_training_gives_the_weights_of_an_offline_run(tiny_data: Path, tm
         staged = max(staged, len(list((out / STUDENT / "staging").rglob("shard-*"))))
         return then
 
+    job = subprocess.Popen([sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.DEVNULL)
     wait_for(lambda: look(4 in checkpoints(out)))
-    import psutil
-
-    victims = psutil.Process(job.pid).children(recursive=True)
-    for process in (job, *victims):
+    for process in (psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)):
         process.kill()
     job.wait()
-    done = subprocess.Popen(
+    assert checkpoints(out)[-1] < 18
+    again = subprocess.Popen(
         [sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: look(done.poll() is not None), 120)
-    assert done.returncode == 0, done.stderr.read() if done.stderr else ""
-    assert 0 < staged <= 6  # 4 made, and at most 2 in flight
+    wait_for(lambda: look(again.poll() is not None), 120)
+    assert again.returncode == 0, again.communicate()[1]
+    assert 8 < staged <= 14
     assert not (out / "trajectories").exists()
-    model = f"{STUDENT}/step-000000012/model.safetensors"
-    assert (out / model).read_bytes() == (tmp_path / "offline" / model).read_bytes()
+    model = f"{STUDENT}/step-000000018/model.safetensors"
+    assert (out / model).read_bytes() == (offline / model).read_bytes()
+
+
+@pytest.mark.slow
+def test_ranks_of_online_training_do_not_wait_for_a_rank_or_a_producer_that_is_gone(tmp_path: Path) -> None:
+    """Killed while the ranks wait: trajectories of a teacher that takes its time."""
+    (tmp_path / "slow_teacher.py").write_text(
+        "import time\nclass Slow:\n    shape, num_classes = (1, 8, 8), 10\n"
+        "    def __call__(self, x, t, labels=None):\n        time.sleep(3600)\n"
+    )
+    how = [
+        "reader.shuffle=none",
+        "training.online=true",
+        "training.online_actors=1",
+        "student.warm_start=false",
+    ]
+    teacher = ["teacher.path=slow_teacher:Slow", "network.null_class=false"]
+    os.environ["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    for victim in ("rank", "producer"):
+        ranks = start_ranks(tmp_path / victim, 2, *how, *teacher)
+
+        def producers(ranks: list[subprocess.Popen[str]] = ranks) -> list[psutil.Process]:
+            mine = psutil.Process(ranks[0].pid).children()
+            return [p for p in mine if "dsno_cluster.training.online" in p.cmdline() and p.children()]
+
+        wait_for(lambda: bool(producers()))
+        (ranks[0] if victim == "rank" else producers()[0]).kill()
+        codes, errors = ends(ranks, timeout=60)
+        assert codes == [-9 if victim == "rank" else 1, 1], errors
+        assert "Traceback" not in errors[1], errors
 
 
 def test_online_training_tells_why_no_more_trajectories_come(tmp_path: Path) -> None:

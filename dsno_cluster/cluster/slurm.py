@@ -7,6 +7,7 @@ config as text, and nothing else.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
 CONTROLLER_SECONDS = 2.0
 MOST_REQUEUES = 1000
@@ -127,7 +128,7 @@ def submit(task: StageTask, config: Config, profile: Profile, cluster: str) -> A
     if cluster == "slurm":
         return executor.submit(task)
     # submitit's controller of local jobs inherits standard error, and ends with a traceback when it is cancelled
-    with _standard_error_into(logs_dir(config, task.stage) / "controller.log"):
+    with _standard_error_into(logs_dir(config, task.stage) / "controller.log"), _own_sessions():
         return executor.submit(task)
 
 
@@ -166,12 +167,21 @@ def follow(job: Any, *, poll_seconds: float = 0.5) -> str:
     try:
         return str(job.results()[0])
     except (FailedJobError, UncompletedJobError) as error:
-        for log in sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err")):
-            for line in log.read_text().splitlines():
-                for kind, raised in _REASONS.items():
-                    if line.startswith(kind):
-                        raise raised(line.removeprefix(kind)) from error
+        reasons = _reasons(job)
+        if reasons:
+            raise reasons[0] from error
         raise WorkError(f"job {job.job_id} failed; its logs are in {job.paths.folder}") from error
+
+
+def _reasons(job: Any) -> list[Exception]:
+    """Why ranks ended, from their logs: first those that did not merely miss another one."""
+    found = []
+    for log in sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err")):
+        for line in log.read_text().splitlines():
+            for kind, raised in _REASONS.items():
+                if line.startswith(kind):
+                    found.append(raised(line.removeprefix(kind)))
+    return sorted(found, key=lambda reason: str(reason).startswith(LOST_RANK))
 
 
 def _interrupt(job: Any, poll_seconds: float) -> None:
@@ -192,6 +202,20 @@ def _interrupt(job: Any, poll_seconds: float) -> None:
                 break
             time.sleep(poll_seconds)
         raise
+
+
+@contextlib.contextmanager
+def _own_sessions() -> Iterator[None]:
+    """Children started within have a session of their own: Ctrl-C at the terminal reaches this process alone.
+
+    It then tells the ranks, once. submitit has no option for it, and its controller would end them after a second.
+    """
+    popen = subprocess.Popen
+    subprocess.Popen = functools.partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        subprocess.Popen = popen  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -250,6 +274,7 @@ def _executor(config: Config, profile: Profile, stage: str, cluster: str) -> Any
             "slurm_account": profile.account,
             "slurm_qos": profile.qos,
             "slurm_setup": list(profile.setup) or None,
+            "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a lost rank is no reason for others to wait
             "slurm_additional_parameters": dict(profile.sbatch) or None,
         }
         parameters |= {key: value for key, value in optional.items() if value is not None}

@@ -7,6 +7,7 @@ each rank's fragments (`state.py`), so any ZeRO stage on any number of ranks goe
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import re
 import shutil
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dsno_cluster.config import Config
@@ -45,10 +45,32 @@ class Record:
     meta: dict[str, Any]
     seconds: float = 0.0
     best: dict[str, Any] | None = None  # the step and held-out error of the best checkpoint
+    divergence: dict[str, Any] | None = None  # what distances are normal, as `DivergenceWatch` has it
 
 
 def resume_dir(config: Config) -> Path:
     return config.run_dir / student_prefix(config) / "resume"
+
+
+@contextlib.contextmanager
+def only_run(config: Config) -> Iterator[None]:
+    """Hold the run's folder for this process. Raises WorkError where another training has it.
+
+    A job's processes may outlive the command that started them; two of them would overwrite each other.
+    """
+    folder = resume_dir(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WorkError(
+                    f"{folder}: another training writes there now; wait for it, end it, or choose another name="
+                ) from None
+            yield
+    except OSError as error:
+        raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
 
 
 def newest_step(config: Config) -> int | None:
@@ -109,6 +131,7 @@ def save(
                 "loss_scaler": loss_scaler_state(engine),
                 "seconds": record.seconds,
                 "best": record.best,
+                "divergence": record.divergence,
             }
             FolderStorage(aside).write(STATE, json.dumps(state).encode())
             (aside / "begun").unlink()
@@ -122,19 +145,22 @@ def save(
 @contextlib.contextmanager
 def _agreed(ranks: Ranks, good: str) -> Iterator[None]:
     """What is done within must succeed on every rank; else WorkError on all, with the reason where it is known."""
-    problem: WorkError | None = None
+    problem: Exception | None = None
     try:
         yield
-    except WorkError as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
         problem = error
-    except OSError as error:
-        problem = WorkError(f"{error.filename}: {error.strerror}")
-    failed = torch.tensor([float(problem is not None)], device=ranks.device)
-    dist.all_reduce(failed)
-    if problem is not None:
-        raise WorkError(f"the checkpoint could not be saved: {problem}; {good}") from problem
-    if failed.item():
-        raise WorkError(f"the checkpoint could not be saved by another rank; {good}")
+    reasons: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(reasons, None if problem is None else _reason(problem))
+    if problem is not None and not isinstance(problem, WorkError | OSError):
+        raise problem
+    told = [reason for reason in reasons if reason is not None]
+    if told:
+        raise WorkError(f"the checkpoint could not be saved: {told[0]}; {good}") from problem
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _drop_old(config: Config, best: dict[str, Any] | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dsno_cluster.config import Config
+from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
 from dsno_cluster.training.state import MASTER, Fragment, SavedFragments, begin_moments
@@ -47,6 +48,7 @@ def join_ranks(config: Config) -> Ranks:
         torch.set_num_threads(config.training.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    compute_device()  # float32 is float32 on a GPU too, as where the trajectories were made and where eval measures
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world, device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.diffusion.teachers import diffusers_model, warm_start_weights
-from dsno_cluster.errors import WorkError
+from dsno_cluster.errors import LOST_RANK, WorkError
 from dsno_cluster.models.dsno import DSNO, Form
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training import checkpoint
@@ -54,18 +55,20 @@ def train(config: Config) -> str:
     shared = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{shared.url}/{student_prefix(config).rstrip('/')}"
     folder, manifest = find_trajectories(config)
-    start = checkpoint.newest_step(config) or 0
-    state = checkpoint.read_state(config, start, folder) if start else {}
-    if start >= settings.steps:
-        Publisher(config).finish()
-        console.say(f"finished already at step {start}: {address} (a new run needs another name=)")
-        return address
-
     with contextlib.ExitStack() as resources:
         resources.enter_context(_lost_ranks(config))
         stop = resources.enter_context(StopSignals())
         ranks = join_ranks(config)
         device, main = ranks.device, ranks.rank == 0
+        if main:
+            resources.enter_context(checkpoint.only_run(config))
+        start = _agreed_start(config, ranks)
+        state = checkpoint.read_state(config, start, folder) if start else {}
+        if start >= settings.steps:
+            if main:
+                Publisher(config).finish()
+                console.say(f"finished already at step {start}: {address} (a new run needs another name=)")
+            return address
         torch.manual_seed(config.seed)
         student = new_student(config)
         saved = checkpoint.open_fragments(config, start) if start else None
@@ -97,6 +100,8 @@ def train(config: Config) -> str:
         publisher = Publisher(config) if main else None
         metrics = Metrics(config, start) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, len(weights_M))
+        if state:
+            divergence.load(state["divergence"])
         pace = Pace(record.seconds)
         with console.progress(
             "training the student", settings.steps, "steps", done=start, quiet=not main
@@ -123,12 +128,15 @@ def train(config: Config) -> str:
                 ema.update(step, settings.ema_ramp)
 
                 done = step + 1
+                norm = engine.get_global_grad_norm()
+                # overflows of float16 are its loss scaler's business: such a step is left out
+                sound = settings.precision == "float16" or norm is None or math.isfinite(float(norm))
                 seen, signals = _agree(distances_M, stop, ranks)
                 known = [seen[i] if i in drawn else None for i in range(len(weights_M))]
-                _check(config, done, known, divergence, micro_batches, manifest, ranks)
+                _check(config, done, known, sound, divergence, micro_batches, manifest, ranks)
                 loss = float(weighted(torch.tensor(seen)[drawn], weights_M[drawn].cpu()))
                 pace.step(settings.batch_size)
-                record.seconds = pace.seconds
+                record.seconds, record.divergence = pace.seconds, divergence.state()
                 last = done == settings.steps or signals.any
                 saving = done % settings.checkpoint_every == 0 or last
                 errors = None
@@ -172,7 +180,7 @@ def _lost_ranks(config: Config) -> Iterator[None]:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         newest = checkpoint.newest_step(config)
         begin = f"the checkpoint of step {newest}" if newest else "the beginning"
-        raise WorkError(f"another rank was lost ({reason}); the same command goes on from {begin}") from error
+        raise WorkError(f"{LOST_RANK} ({reason}); the same command goes on from {begin}") from error
 
 
 @contextlib.contextmanager
@@ -216,6 +224,14 @@ def _batches(
             producer.close()
 
 
+def _agreed_start(config: Config, ranks: Ranks) -> int:
+    """The step to go on from: what rank 0 sees, as folders may look older from other nodes."""
+    newest = checkpoint.newest_step(config) or 0 if ranks.rank == 0 else 0
+    start = torch.tensor([newest], device=ranks.device)
+    dist.broadcast(start, 0)
+    return int(start)
+
+
 @dataclass(frozen=True)
 class Signals:
     """Whether a signal reached any rank."""
@@ -241,14 +257,16 @@ def _check(
     config: Config,
     step: int,
     distances: list[float | None],
+    sound: bool,
     divergence: DivergenceWatch,
     batches: list[Batch],
     manifest: Manifest,
     ranks: Ranks,
 ) -> None:
     """WorkError on every rank where a step's loss is not finite or has diverged: nothing of it is saved."""
-    bad = not finite(distances)
-    problem = "the loss is not finite" if bad else divergence.problem(distances)
+    problem = "the gradient is not finite" if not sound else divergence.problem(distances)
+    if not finite(distances):
+        problem = "the loss is not finite"
     if problem is None:
         return
     found = describe_batch(batches, manifest, ranks)

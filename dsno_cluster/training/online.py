@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
@@ -66,7 +68,8 @@ class StagedShards(ShardReader):
         self.stopped = threading.Event()
 
     def _open(self, number: int) -> Arrays:
-        shard, said = self.manifest.shards[number], time.monotonic()
+        shard = self.manifest.shards[number]
+        said = asked = time.monotonic()
         while self.storage.stat(self.folder + shard.key) is None:
             if self.storage.stat(FAILED) is not None:
                 raise WorkError(f"no more trajectories come: {self.storage.read(FAILED).decode()}")
@@ -76,6 +79,10 @@ class StagedShards(ShardReader):
                 )
             if self.stopped.wait(POLL_SECONDS):
                 raise WorkError("reading was stopped")
+            if time.monotonic() - asked > 5.0:
+                asked = time.monotonic()
+                if self.producer is None:  # rank 0 keeps the store: DistNetworkError when it is gone
+                    dist.distributed_c10d._get_default_store().check(["alive"])
             if time.monotonic() - said > 60.0:
                 said = time.monotonic()
                 console.say(f"waiting for {shard.key} to be made")
@@ -122,7 +129,7 @@ class Producer:
 
 
 def make_ahead(config: Config, start: int, trained: list[int]) -> None:
-    """Make the shards that training from step `start` reads, never many more than `online_staged_shards` ahead.
+    """Make the shards that training from step `start` reads, at most `online_staged_shards` ahead.
 
     `trained[0]` is the step that training has reached, set by another thread.
     """
@@ -131,57 +138,59 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
     staged = FolderStorage(staging_root(config))
     ends = settings.steps + config.reader.prefetch_batches + 1  # read ahead, if not trained on
     first, last = start * settings.batch_size // per_shard, -(-ends * settings.batch_size // per_shard)
-    # positions along the epochs: the shard at position p is number p % num_shards
+    # positions along the epochs: the shard at position p is number p % num_shards, and those on disk at once are fewer
     keeps_all = num_shards <= settings.online_staged_shards
-    positions = list(range(min(num_shards, last)) if keeps_all else range(first, last))
+    dropped = first
+    positions = range(min(num_shards, last)) if keeps_all else range(first, last)
 
     def key(position: int) -> str:
         return plan.folder + shard_key(position % num_shards)
 
-    def needed() -> range:
-        """The positions that the next step reads."""
-        begin = trained[0] * settings.batch_size
-        return range(begin // per_shard, min(-(-(begin + settings.batch_size) // per_shard), last))
+    def drop_trained() -> int:
+        """Delete the shards that no later step reads; the first position that one does."""
+        nonlocal dropped
+        needed = trained[0] * settings.batch_size // per_shard
+        for position in range(dropped, needed if not keeps_all else dropped):
+            staged.delete(key(position))
+        dropped = needed
+        return needed
 
-    there = {stat.key for stat in staged.list(plan.folder)}
-    ahead = {key(p): p for p in positions[: settings.online_staged_shards]}
-    for found in there:
-        shard = ahead.get(found)
-        start_sample = 0 if shard is None else shard % num_shards * per_shard
-        if shard is None or not vouches_for_itself(staged.read(found), start_sample, expected_tensors(plan)):
-            staged.delete(found)
-    made = {p for k, p in ahead.items() if staged.stat(k) is not None}
-    todo = [p for p in positions if p not in made]
-    if not todo:
-        return
+    window = settings.online_staged_shards if keeps_all else max(1, settings.online_staged_shards // 2)
+    _drop_strangers(staged, plan, {key(p): p % num_shards * per_shard for p in positions[: 2 * window]})
     actors_config = config.model_copy(update={"storage": StorageConfig(root=str(staging_root(config)))})
     with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        pool = run_pool(
-            lambda: remote.remote(actors_config, plan),
-            lambda actor, position: actor.make_shard.remote(position % num_shards),
-            todo,
-            cluster.capacity,
-            in_flight=IN_FLIGHT,
-            in_order=True,
-        )
-        deleted = first
-        for position, _ in pool:
-            made.add(position)
-            while not keeps_all:
-                wanted = needed()
-                for old in range(deleted, wanted.start):
-                    staged.delete(key(old))
-                deleted = wanted.start
-                made = {p for p in made if p >= deleted}
-                # what training waits for may have to be tried again, so the pool must go on then
-                if len(made) < settings.online_staged_shards or not made.issuperset(wanted):
-                    break
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # as SIGUSR2; only now, as Ray sets a handler when it starts
+        idle: list[Any] = []  # actors between one window and the next
+        for begin in range(positions.start, positions.stop, window):
+            part = positions[begin - positions.start : begin - positions.start + window]
+            while not keeps_all and part.stop > drop_trained() + settings.online_staged_shards:
                 time.sleep(POLL_SECONDS)
+            for _ in run_pool(
+                lambda: idle.pop() if idle else remote.remote(actors_config, plan),
+                lambda actor, position: actor.make_shard.remote(position % num_shards),
+                [p for p in part if staged.stat(key(p)) is None],
+                cluster.capacity,
+                in_flight=IN_FLIGHT,
+                in_order=True,
+                release=idle.append,
+            ):
+                drop_trained()
+
+
+def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int]) -> None:
+    """Delete what a former run left but for whole shards of the `wanted` keys, given with their first samples."""
+    for key in [stat.key for stat in staged.list(plan.folder)]:
+        start = wanted.get(key)
+        if start is None or not vouches_for_itself(staged.read(key), start, expected_tensors(plan)):
+            staged.delete(key)
 
 
 def main() -> int:
     """The process of `Producer`: its work, then the steps that are trained, as lines of standard input."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all; training ends us when it has saved
     work = json.loads(sys.stdin.readline())
     import yaml
 
@@ -200,8 +209,10 @@ def main() -> int:
             time.sleep(3600)
     except KeyboardInterrupt:
         return 0
-    except (UserError, WorkError) as error:
+    except Exception as error:  # whatever it is, the ranks must not wait for more
         FolderStorage(staging_root(config)).write(FAILED, str(error).encode())
+        if not isinstance(error, UserError | WorkError):
+            raise
         return 1
 
 

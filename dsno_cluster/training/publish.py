@@ -49,10 +49,9 @@ class Publisher:
         )
         self.uploads: queue.Queue[str | None] | None = None if own else queue.Queue()
         self.closing = threading.Event()
-        self.problem: WorkError | None = None
+        self.uploaded: set[str] = set()  # by this process, or seen in the storage
+        self.failed: dict[str, Exception] = {}
         if self.uploads is not None:
-            for name in self._not_uploaded():
-                self.uploads.put(name)
             self.thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
             self.thread.start()
 
@@ -75,45 +74,42 @@ class Publisher:
             self.uploads.put(step_name(step))
 
     def finish(self) -> None:
-        """Wait for the uploads. Raises WorkError where the last of them could not be made."""
+        """Wait for the uploads. Raises WorkError where one of them could not be made."""
         if self.uploads is None:
             return
         self.closing.set()
         self.uploads.put(None)
         self.thread.join()
-        if self.problem is not None:
+        if self.failed:
+            name, problem = max(self.failed.items())
             raise WorkError(
-                f"trained, but a student is not uploaded: {self.problem}; the same command tries again from "
+                f"trained, but a student is not uploaded, {name}: {problem}; the same command tries again from "
                 f"{self.local.root / self.prefix}"
             )
 
-    def _not_uploaded(self) -> list[str]:
-        """Students that a former run left here and the storage lacks, oldest first."""
-        here = sorted(p.parent.name for p in (self.local.root / self.prefix).glob(f"step-*/{META}"))
-        try:
-            return [name for name in here if self.shared.stat(f"{self.prefix}{name}/{META}") is None]
-        except WorkError:
-            return here  # the storage does not answer: uploading what is there again does no harm
-
     def _upload_all(self) -> None:
+        """What a former run left here, oldest first, then what is put into the queue until its end."""
         assert self.uploads is not None
+        for folder in sorted((self.local.root / self.prefix).glob(f"step-*/{META}")):
+            self._upload(folder.parent.name, again=False)
         while (name := self.uploads.get()) is not None:
             self._upload(name)
 
-    def _upload(self, name: str) -> None:
-        attempt = 0
-        while True:
+    def _upload(self, name: str, *, again: bool = True) -> None:
+        """Upload a student, `again` also where the storage has one of that step, and name it there."""
+        folder, prefix, attempt = self.local.root / self.prefix / name, f"{self.prefix}{name}/", 0
+        while folder.is_dir():
             attempt += 1
             try:
-                upload_student(self.local.root / self.prefix / name, self.shared, f"{self.prefix}{name}/")
-                self.shared.write(self.prefix + LATEST, (name + "\n").encode())
-                if self._named(BEST) == name:
-                    self.shared.write(self.prefix + BEST, (name + "\n").encode())
-                self.problem = None
-                self._drop_uploaded(name)
+                if again or self.shared.stat(prefix + META) is None:
+                    upload_student(folder, self.shared, prefix)
+                self.uploaded.add(name)
+                self._name_newest_and_best()
+                self.failed.pop(name, None)
+                self._drop_uploaded()
                 return
-            except WorkError as error:
-                self.problem = error
+            except Exception as error:  # noqa: BLE001 (of whatever kind: training goes on)
+                self.failed[name] = error
                 if self.closing.is_set() and attempt >= LAST_ATTEMPTS:
                     return
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS)) - 1]
@@ -124,21 +120,27 @@ class Publisher:
                 while time.monotonic() - began < wait and not self.closing.wait(1.0):
                     pass
 
-    def _named(self, text: str) -> str | None:
-        return (
-            self.local.read(self.prefix + text).decode().strip()
-            if self.local.stat(self.prefix + text)
-            else None
-        )
+    def _name_newest_and_best(self) -> None:
+        """Bring the storage's `latest` and `best` up to what it holds; never back to an older student."""
+        newest, best = max(self.uploaded), _named(self.local, self.prefix + BEST)
+        if (_named(self.shared, self.prefix + LATEST) or "") < newest:
+            self.shared.write(self.prefix + LATEST, (newest + "\n").encode())
+        if best in self.uploaded and _named(self.shared, self.prefix + BEST) != best:
+            self.shared.write(self.prefix + BEST, (best + "\n").encode())
 
-    def _drop_uploaded(self, name: str) -> None:
-        """Delete students up to `name`, which the storage has, but for the newest ones."""
+    def _drop_uploaded(self) -> None:
+        """Delete students here that the storage has, but for the newest ones."""
         folders = sorted(
             p for p in (self.local.root / self.prefix).iterdir() if re.fullmatch(r"step-\d+", p.name)
         )
         for folder in folders[: -self.config.training.keep_checkpoints]:
-            if folder.name <= name:
+            if folder.name in self.uploaded:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(storage: Storage, key: str) -> str | None:
+    """The step folder that a text file names, or None."""
+    return storage.read(key).decode().strip() if storage.stat(key) is not None else None
 
 
 def upload_student(folder: Path, storage: Storage, prefix: str) -> None:

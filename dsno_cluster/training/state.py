@@ -82,7 +82,8 @@ def _of_stage_0(optimizer: Any, parameter: nn.Parameter, *, share: bool) -> Frag
 def _of_stage_1_and_2(optimizer: Any, parameter: nn.Parameter) -> Fragment:
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
-        return Fragment(0, 0, {name: torch.empty(0) for name in (MASTER, *MOMENTS)})
+        nothing = torch.empty(0, device=optimizer.single_partition_of_fp32_groups[0].device)
+        return Fragment(0, 0, dict.fromkeys((MASTER, *MOMENTS), nothing))
     flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     here = mapping.get_hp_fragment_address()
     return _cut(optimizer, flat, here.start, mapping.lp_fragment_address.start, here.numel)
@@ -145,8 +146,11 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
 def _loss_scaler(engine: Any) -> Any:
     if not engine.fp16_enabled():
         return None
-    # the name for stages 1 to 3; stage 0 keeps these figures in the optimiser itself
-    return getattr(engine.optimizer, "loss_scaler", engine.optimizer)
+    # the name for stages 1 to 3; stage 0 has a config of the same fields, or in older versions fields of its own
+    for name in ("loss_scaler", "loss_scale_config"):
+        if getattr(engine.optimizer, name, None) is not None:
+            return getattr(engine.optimizer, name)
+    return engine.optimizer
 
 
 def write_fragments(

@@ -18,7 +18,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.accuracy import relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.images import grid_png
 from dsno_cluster.models.dsno import DSNO
 from dsno_cluster.storage import FolderStorage
@@ -59,8 +59,11 @@ class Metrics:
         self.board = tensorboard(config, start) if config.training.tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise WorkError(f"{self.file}: cannot be written: {error.strerror}") from error
         if self.board is not None:
             for name, value in line.items():
                 values = value if isinstance(value, list) else [value]
@@ -149,6 +152,12 @@ class DivergenceWatch:
 
     def __init__(self, factor: float, points: int) -> None:
         self.factor, self.means, self.seen = factor, [0.0] * points, [0] * points
+
+    def state(self) -> dict[str, Any]:
+        return {"means": self.means, "seen": self.seen}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.means, self.seen = list(state["means"]), list(state["seen"])
 
     def problem(self, distances: Sequence[float | None]) -> str | None:
         """What is wrong with a step's distances, by time point, None where not drawn; None where nothing is."""
