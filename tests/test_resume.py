@@ -79,6 +79,7 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     assert other.returncode == 2 and "loss l1, now it is l2" in other.stderr, other.stderr
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
     whole: dict[int, Path], tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     assert same_bytes(out, whole[2])
 
 
+@pytest.mark.slow
 def test_control_c_at_the_terminal_saves_a_job_of_two_ranks(
     whole: dict[int, Path], tiny_data: Path, tmp_path: Path
 ) -> None:
