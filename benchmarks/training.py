@@ -1,6 +1,6 @@
 """What the training engine costs and holds: against a plain loop, against the published recipe, and per rank by ZeRO stage.
 
-    python benchmarks/training.py overhead                     one process: steps through DeepSpeed and in a plain loop, in turn
+    python benchmarks/training.py overhead [key=value ...]     one process: steps through DeepSpeed and in a plain loop, in turn
     python benchmarks/training.py recipe --published DIR       two processes: ours, and the published network in torch's DDP
     python benchmarks/training.py memory                       the CIFAR-10 network on four processes, stages 0 to 3
     python benchmarks/training.py wait                         the share of a training in which it waited for data
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, help="global batch (default: the config's)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
-    options = parser.parse_args(argv)
+    options, options.changes = parser.parse_known_args(argv)
     options.config = options.config or f"configs/{'cifar10' if options.part == 'memory' else 'digits'}.yaml"
     print(f"{options.part}: {options.config}, {device_name()}")
     {"overhead": overhead, "recipe": recipe, "memory": memory, "wait": wait}[options.part](options)
@@ -148,7 +148,7 @@ def wait(options: argparse.Namespace) -> None:
 def configured(options: argparse.Namespace, world: int) -> Config:
     changes = [f"training.threads={1 if world > 1 else 2}", "training.loss=l1"]
     changes += [f"training.batch_size={options.batch}"] if options.batch else []
-    return load_config(options.config, changes)
+    return load_config(options.config, [*changes, *options.changes])
 
 
 def our_step(config: Config, student: DSNO) -> Step:
@@ -183,7 +183,7 @@ def plain_step(config: Config, student: DSNO) -> Step:
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 0.001)
-        float(loss)
+        loss.detach().item()
 
     return step
 
@@ -233,7 +233,12 @@ def quartiles(ratios: list[float]) -> str:
 
 
 def spawn(work: Callable[..., None], world: int, *arguments: Any) -> None:
-    torch.multiprocessing.spawn(work, (world, free_port(), *arguments), world)
+    torch.multiprocessing.spawn(_spawned, (work, world, free_port(), *arguments), world)
+
+
+def _spawned(rank: int, work: Callable[..., None], world: int, port: int, *arguments: Any) -> None:
+    work(rank, world, port, *arguments)
+    dist.destroy_process_group()
 
 
 def as_rank(rank: int, world: int, port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
 from dsno_cluster.training.state import MASTER, Fragment, SavedFragments, begin_moments
+
+# Elements sent at once. DeepSpeed's own 500 million are for networks of a hundred times the size: buffers of the whole of ours,
+# which is what partitioning shall save.
+BUCKET = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,14 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
             // (ranks.world_size * settings.accumulation),
             "gradient_accumulation_steps": settings.accumulation,
             "gradient_clipping": settings.gradient_clip,
-            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_optimization": {
+                "stage": settings.zero_stage,
+                "reduce_bucket_size": BUCKET,
+                "allgather_bucket_size": BUCKET,
+                "stage3_prefetch_bucket_size": BUCKET,
+                "stage3_max_live_parameters": 2 * BUCKET,
+                "stage3_max_reuse_distance": 2 * BUCKET,
+            },
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": settings.precision == "bfloat16"},
             "fp16": {"enabled": settings.precision == "float16"},  # loss scaling is dynamic
@@ -115,6 +127,8 @@ def _deepspeed() -> Any:
     """
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # it calls torch by names that torch is about to give up
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
