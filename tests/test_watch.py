@@ -128,7 +128,7 @@ def test_divergence_is_told_by_time_point_and_not_at_once() -> None:
 def test_uploads_are_tried_again_and_never_stop_training(
     tiny_data: Path, tmp_path: Path, s3_endpoint: str
 ) -> None:
-    """The storage refuses every write of a student, until training is over; then the same command uploads it."""
+    """The storage refuses the first student until training is over; then the same command uploads it."""
     root, run = "s3://bucket/uploads", tmp_path / "run"
     folder = next((tiny_data / "trajectories").iterdir())
     os.environ.update(KEYS)
@@ -136,15 +136,18 @@ def test_uploads_are_tried_again_and_never_stop_training(
     for path in folder.iterdir():
         storage.write(f"trajectories/{folder.name}/{path.name}", path.read_bytes())
     with faulty_s3(s3_endpoint) as s3:
-        s3.fault = lambda method, path, number: "500" if method == "PUT" and "/students/" in path else ""
+        s3.fault = lambda method, path, number: "500" if method == "PUT" and "step-000000002" in path else ""
         where = [f"storage.root={root}", f"storage.endpoint_url={s3.url}", f"run.dir={run}"]
         command = [*words(tmp_path), *where, "training.keep_checkpoints=1", "--launcher", "local"]
         failed = dsno(*command)
-        assert failed.returncode == 1 and "trained, but a student is not uploaded" in failed.stderr, (
+        assert failed.returncode == 1 and "a student is not uploaded, step-000000002" in failed.stderr, (
             failed.stderr
         )
         assert "training goes on" in failed.stderr and "bucket" in failed.stderr
-        assert checkpoints(run) == [4] and storage.stat("students/digits/latest") is None
+        assert checkpoints(run) == [4]
+        assert storage.read("students/digits/latest").decode().strip() == "step-000000004"
+        here = [p.name for p in sorted((run / STUDENT).glob("step-*"))]
+        assert here == ["step-000000002", "step-000000004"]  # kept, as it is nowhere else
         s3.fault = lambda method, path, number: ""
         again = dsno(*command)
         assert again.returncode == 0 and "finished already" in again.stderr, again.stderr

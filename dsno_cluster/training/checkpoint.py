@@ -7,6 +7,7 @@ each rank's fragments (`state.py`), so any ZeRO stage on any number of ranks goe
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import re
@@ -68,6 +69,13 @@ def only_run(config: Config) -> Iterator[None]:
                 raise WorkError(
                     f"{folder}: another training writes there now; wait for it, end it, or choose another name="
                 ) from None
+            except OSError as error:
+                if error.errno not in (
+                    errno.ENOSYS,
+                    errno.ENOTSUP,
+                    errno.ENOLCK,
+                ):  # a file system without locks
+                    raise
             yield
     except OSError as error:
         raise WorkError(f"{error.filename or folder}: {error.strerror}") from error

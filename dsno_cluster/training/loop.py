@@ -93,7 +93,7 @@ def train(config: Config) -> str:
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
             console.say(
                 f"student: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size} "
-                f"on {ranks.world_size} rank(s), ZeRO stage {settings.zero_stage}, {settings.precision}"
+                f"on {ranks.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, {settings.precision}"
             )
         meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
         record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))
