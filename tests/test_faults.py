@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import TINY, dsno
+from conftest import TINY, dsno, small_disk
 
 # A teacher that misbehaves on some samples, as long as a file says so: how it does stands in that file.
 FAULTY = """
@@ -209,14 +208,9 @@ def test_two_runs_of_one_spec_do_no_harm(tiny_data: Path, tmp_path: Path) -> Non
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
 def test_a_full_disk_is_said_and_the_same_command_goes_on(tiny_data: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "none", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us mount a small file system")
-    try:
+    with small_disk(disk, "40k") as resize:
         command = [
             "gen-trajectories", *TINY, f"storage.root={disk}", "--launcher", "local", "--actors", "1"
         ]  # fmt: skip
@@ -224,10 +218,8 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(tiny_data: Path, tmp_p
         assert full.returncode == 1, full.stderr
         assert "No space left on device" in full.stderr and "Traceback" not in full.stderr, full.stderr
         assert not list(disk.glob("trajectories/*/manifest.json"))
-        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        resize("10m")
         more = dsno(*command)
         assert more.returncode == 0, more.stderr
         for path in tiny_data.glob("trajectories/*/shard-*"):
             assert path.read_bytes() == (disk / path.relative_to(tiny_data)).read_bytes()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import dsno
+from conftest import dsno, small_disk
 from training_runs import (
     STUDENT,
     checkpoints,
@@ -233,17 +233,12 @@ def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_pa
     assert metrics(out)[-1]["step"] == 400
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_whole(
     whole: dict[int, Path], tiny_data: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us mount a small file system")
-    try:
+    with small_disk(disk, "60m") as resize:
         out = link_data(tiny_data, tmp_path / "out")
         command = [*words(out, *THIRTY, f"run.dir={disk}"), "--launcher", "local", "--tasks-per-node", "2"]
         full = dsno(*command)
@@ -251,12 +246,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
         assert full.returncode == 1 and before and before[-1] < 30, full.stderr
         assert f"the checkpoint of step {before[-1]} is whole" in full.stderr, full.stderr
         assert "No space left on device" in full.stderr and "Traceback" not in full.stderr, full.stderr
-        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        resize("1g")
         done = dsno(*command)
         assert done.returncode == 0, done.stderr
         assert same_bytes(out, whole[2])
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny_data: Path, tmp_path: Path) -> None:

@@ -185,7 +185,9 @@ def test_online_training_gives_the_weights_of_an_offline_run(tmp_path: Path) -> 
 
     def look(then: bool) -> bool:
         nonlocal staged
-        staged = max(staged, len(list((out / STUDENT / "staging").rglob("shard-*"))))
+        listed = list((out / STUDENT / "staging").rglob("shard-*"))
+        # those that are still there were there together when the listing ended; it may name others that went meanwhile
+        staged = max(staged, sum(path.exists() for path in listed))
         return then
 
     job = subprocess.Popen([sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.DEVNULL)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
@@ -32,11 +33,11 @@ from dsno_cluster.training.state import (
     optimizer_steps,
     set_loss_scaler_state,
     set_optimizer_steps,
-    whole_on_rank_0,
     write_fragments,
 )
 
 STATE = "state.json"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks says
 
 
 @dataclass
@@ -70,11 +71,7 @@ def only_run(config: Config) -> Iterator[None]:
                     f"{folder}: another training writes there now; wait for it, end it, or choose another name="
                 ) from None
             except OSError as error:
-                if error.errno not in (
-                    errno.ENOSYS,
-                    errno.ENOTSUP,
-                    errno.ENOLCK,
-                ):  # a file system without locks
+                if error.errno not in NO_LOCKS:
                     raise
             yield
     except OSError as error:
@@ -96,17 +93,18 @@ def save(
     ranks: Ranks,
     step: int,
     record: Record,
+    students: dict[float, dict[str, Tensor]],
     publisher: Publisher | None,
 ) -> None:
     """Save the state of all ranks to resume from, and the averaged student; collective: every rank must call it.
 
-    Written aside, then renamed by rank 0 once all ranks have written. Raises WorkError on every rank where one of them
-    could not write, or where the weights are no longer finite; the checkpoint before is then whole.
+    `students` are the whole averages by decay, on rank 0. Written aside, then renamed by rank 0 once all ranks have
+    written. Raises WorkError on every rank where one of them could not write, or where the weights are no longer finite;
+    the checkpoint before is then whole.
     """
     folder = resume_dir(config)
     aside, before = folder / f".{step_name(step)}.tmp", newest_step(config)
     good = f"the checkpoint of step {before} is whole" if before else "there is no checkpoint yet"
-    fragments = fragments_of(engine)
     averages = {ema_kind(decay): average for decay, average in ema.averages.items()}
 
     with _agreed(ranks, good):
@@ -116,9 +114,8 @@ def save(
             FolderStorage(aside).write("begun", b"")  # makes the folder, or says why it cannot be made
     with _agreed(ranks, good):
         file = aside / f"rank-{ranks.rank:05d}.safetensors"
-        write_fragments(file, fragments, averages)
+        write_fragments(file, ema.fragments, averages)
         sync(file)
-    students = {d: whole_on_rank_0(engine.module, fragments, a) for d, a in ema.averages.items()}
     with _agreed(ranks, good):
         if publisher is not None:  # rank 0
             bad = [
@@ -207,7 +204,7 @@ def open_fragments(config: Config, step: int) -> SavedFragments:
 def load(engine: Any, ema: EMA, saved: SavedFragments, state: dict[str, Any]) -> None:
     """Take up a checkpoint, whatever stage and number of ranks saved it; the engine's model has its weights already."""
     saved.load(fragments_of(engine, replicas=True))
-    ema.load(saved, fragments_of(engine))
+    ema.load(saved)
     set_optimizer_steps(engine, state["optimizer_steps"])
     if state["loss_scaler"]:
         set_loss_scaler_state(engine, state["loss_scaler"])

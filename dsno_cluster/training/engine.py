@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
-from dsno_cluster.training.state import MASTER, Fragment, SavedFragments, begin_moments
+from dsno_cluster.training.state import MASTER, Fragment, SavedFragments, begin_moments, whole_on_rank_0
 
 # Elements sent at once. DeepSpeed's own 500 million are for networks of a hundred times the size: buffers of the whole of ours,
 # which is what partitioning shall save.
@@ -144,6 +144,7 @@ class EMA:
     """
 
     def __init__(self, fragments: dict[str, Fragment], decays: Sequence[float]) -> None:
+        self.fragments = fragments
         self.masters = {name: fragment.tensors[MASTER] for name, fragment in fragments.items()}
         self.averages = {d: {name: t.clone() for name, t in self.masters.items()} for d in decays}
 
@@ -155,11 +156,15 @@ class EMA:
             torch._foreach_lerp_(list(average.values()), list(self.masters.values()), weight)
 
     @torch.no_grad()
-    def load(self, saved: SavedFragments, fragments: dict[str, Fragment]) -> None:
+    def load(self, saved: SavedFragments) -> None:
         """Take back the averages that a checkpoint holds."""
         for decay, average in self.averages.items():
-            for name, fragment in fragments.items():
+            for name, fragment in self.fragments.items():
                 average[name].copy_(saved.read(ema_kind(decay), name, fragment.start, fragment.count))
+
+    def whole(self, model: nn.Module, decay: float) -> dict[str, Tensor]:
+        """The whole average of a decay, by parameter, on rank 0 (`whole_on_rank_0`); collective."""
+        return whole_on_rank_0(model, self.fragments, self.averages[decay])
 
 
 def ema_kind(decay: float) -> str:

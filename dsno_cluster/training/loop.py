@@ -29,16 +29,8 @@ from dsno_cluster.training.online import Producer, StagedShards, planned_manifes
 from dsno_cluster.training.optim import drawn_points, learning_rate
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher, step_name, student_prefix
-from dsno_cluster.training.state import Fragment, fragments_of, loss_scaler_state, whole_on_rank_0
-from dsno_cluster.training.watch import (
-    DivergenceWatch,
-    HeldOut,
-    Metrics,
-    describe_batch,
-    finite,
-    in_words,
-    memory_gb,
-)
+from dsno_cluster.training.state import fragments_of, loss_scaler_state
+from dsno_cluster.training.watch import DivergenceWatch, HeldOut, Metrics, describe_batch, finite, memory_gb
 from dsno_cluster.trajectories.plan import make_plan, teacher_path
 from dsno_cluster.trajectories.reader import Batch, ShardReader, open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import Manifest
@@ -69,6 +61,7 @@ def train(config: Config) -> str:
                 Publisher(config).finish()
                 console.say(f"finished already at step {start}: {address} (a new run needs another name=)")
             return address
+        metrics = Metrics(config, start) if main else None
         torch.manual_seed(config.seed)
         student = new_student(config)
         saved = checkpoint.open_fragments(config, start) if start else None
@@ -79,14 +72,14 @@ def train(config: Config) -> str:
         if settings.compile:
             student.accelerate(compile=True)
         engine = make_engine(student.recompute(settings.recompute), config, ranks)
-        fragments = fragments_of(engine)
-        ema = EMA(fragments, settings.ema_decays)
+        ema = EMA(fragments_of(engine), settings.ema_decays)
         if saved is not None:
             checkpoint.load(engine, ema, saved, state)
         distance = make_distance(settings.loss, settings.lpips_weights, settings.lpips_sha256)
         if isinstance(distance, torch.nn.Module):
             distance.to(device)
-        weights_M = loss_weights(settings.time_weighting, student.times).float().to(device)
+        weights_M = loss_weights(settings.time_weighting, student.times).float()
+        weights_on_device_M = weights_M.to(device)
         batches = resources.enter_context(_batches(config, folder, manifest, ranks, start))
 
         if main:
@@ -98,7 +91,6 @@ def train(config: Config) -> str:
         meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
         record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))
         publisher = Publisher(config) if main else None
-        metrics = Metrics(config, start) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, len(weights_M))
         if state:
             divergence.load(state["divergence"])
@@ -122,7 +114,7 @@ def train(config: Config) -> str:
                     labels = None if batch.labels is None else batch.labels.to(device)
                     predicted = engine(batch.noise.to(device), labels, drawn)
                     distances = distance(predicted.float(), batch.states[:, drawn].to(device))
-                    engine.backward(weighted(distances, weights_M[drawn]))
+                    engine.backward(weighted(distances, weights_on_device_M[drawn]))
                     engine.step()
                     distances_M[drawn] += distances.detach() / settings.accumulation
                 ema.update(step, settings.ema_ramp)
@@ -134,21 +126,27 @@ def train(config: Config) -> str:
                 seen, signals = _agree(distances_M, stop, ranks)
                 known = [seen[i] if i in drawn else None for i in range(len(weights_M))]
                 _check(config, done, known, sound, divergence, micro_batches, manifest, ranks)
-                loss = float(weighted(torch.tensor(seen)[drawn], weights_M[drawn].cpu()))
+                loss = float(weighted(torch.tensor(seen)[drawn], weights_M[drawn]))
                 pace.step(settings.batch_size)
                 record.seconds, record.divergence = pace.seconds, divergence.state()
                 last = done == settings.steps or signals.any
                 saving = done % settings.checkpoint_every == 0 or last
+                picture_due = _due(settings.picture_every, done)
+                error_due = _due(settings.heldout_every, done)
+                error_due |= saving and settings.heldout_every is not None  # which tells the best checkpoint
+                decays = settings.ema_decays if saving else settings.ema_decays[:1]
+                students = {}  # gathered once, for what is measured and for the checkpoint
+                if saving or error_due or picture_due:
+                    students = {decay: ema.whole(engine.module, decay) for decay in decays}
                 errors = None
-                if measured:
-                    errors = _measure(config, engine, ema, fragments, heldout, metrics, done, saving)
+                if heldout is not None and metrics is not None and (error_due or picture_due):
+                    heldout.load(students[settings.ema_decays[0]])
+                    errors = heldout.errors() if error_due else None
+                    if picture_due:
+                        metrics.picture(done, *heldout.picture())
                 if metrics is not None and (done % settings.log_every == 0 or last or errors is not None):
-                    line: dict[str, Any] = {
-                        "step": done,
-                        "loss": loss,
-                        "lr": rate,
-                        "seconds": round(record.seconds, 2),
-                    }
+                    line: dict[str, Any] = {"step": done, "loss": loss, "lr": rate}
+                    line["seconds"] = round(record.seconds, 2)
                     line |= {"distance_per_time": known, **pace.figures(), "memory_gb": memory_gb(device)}
                     if settings.precision == "float16":
                         line["loss_scale"] = loss_scaler_state(engine)["cur_scale"]
@@ -160,7 +158,7 @@ def train(config: Config) -> str:
                 if saving:
                     if errors is not None and (record.best is None or errors[-1] < record.best["error"]):
                         record.best = {"step": done, "error": errors[-1]}
-                    checkpoint.save(engine, ema, config, ranks, done, record, publisher)
+                    checkpoint.save(engine, ema, config, ranks, done, record, students, publisher)
                 if signals.any and done < settings.steps:
                     leave(stop, ranks, done, requeue=not signals.interrupt)
         if publisher is not None:
@@ -194,7 +192,7 @@ def _batches(
     if settings.online:
         producer = Producer(config, start) if ranks.rank == 0 else None
         dist.barrier()  # what stopped a former run is forgotten
-        shards = StagedShards(config, make_plan(config), producer)
+        shards = StagedShards(config, folder, manifest, producer)
     else:
         storage = open_storage(config.storage.root, config.storage.endpoint_url)
         shards = ShardReader(storage, folder, manifest, config.reader)
@@ -269,42 +267,18 @@ def _check(
         problem = "the loss is not finite"
     if problem is None:
         return
-    found = describe_batch(batches, manifest, ranks)
+    batch = describe_batch(batches, manifest, ranks)
     before = checkpoint.newest_step(config)
     good = (
         f"the last good checkpoint is that of step {before}, {checkpoint.resume_dir(config) / step_name(before)}"
         if before
         else "there is no checkpoint yet"
     )
-    raise WorkError(f"step {step}: {problem}; the batch: {in_words(found)}; {good}")
+    raise WorkError(f"step {step}: {problem}; the batch: {batch}; {good}")
 
 
-def _measure(
-    config: Config,
-    engine: Any,
-    ema: EMA,
-    fragments: dict[str, Fragment],
-    heldout: HeldOut | None,
-    metrics: Metrics | None,
-    step: int,
-    saving: bool,
-) -> list[float] | None:
-    """Held-out errors of the first average and a picture of its samples, where they are due; collective.
-
-    Errors on rank 0 alone. Before a checkpoint they are always due, as they tell the best of them.
-    """
-    settings = config.training
-    error_due = settings.heldout_every is not None and (step % settings.heldout_every == 0 or saving)
-    picture_due = settings.picture_every is not None and step % settings.picture_every == 0
-    if not (error_due or picture_due):
-        return None
-    weights = whole_on_rank_0(engine.module, fragments, ema.averages[settings.ema_decays[0]])
-    if heldout is None or metrics is None:
-        return None
-    heldout.load(weights)
-    if picture_due:
-        metrics.picture(step, *heldout.picture())
-    return heldout.errors() if error_due else None
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 class Pace:
@@ -351,9 +325,8 @@ def find_trajectories(config: Config) -> tuple[str, Manifest]:
     plan = make_plan(config)
     if config.training.online:
         return plan.folder, planned_manifest(plan)
-    folder = plan.folder
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    return folder, open_trajectories(storage, folder, config.trajectories.num_samples)
+    return plan.folder, open_trajectories(storage, plan.folder, config.trajectories.num_samples)
 
 
 def new_student(config: Config) -> DSNO:

@@ -31,7 +31,7 @@ from dsno_cluster.training.publish import student_prefix
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard
-from dsno_cluster.trajectories.shards import Manifest, Shard, shard_key, vouches_for_itself
+from dsno_cluster.trajectories.shards import Manifest, Shard, shard_key, shard_tensors, vouches_for_itself
 
 FAILED = "failed"  # a file of the staging folder with the reason why no more shards will come
 POLL_SECONDS = 0.05
@@ -51,20 +51,12 @@ def planned_manifest(plan: Plan) -> Manifest:
     )
 
 
-def expected_tensors(plan: Plan) -> dict[str, tuple[str, list[int]]]:
-    """Names, dtypes and shapes of the tensors of a plan's shards."""
-    spec, per_shard = plan.spec, plan.size.num_samples // plan.size.num_shards
-    tensors = {"states": (spec["dtype"], [len(spec["times"]), per_shard, *spec["shape"]])}
-    return tensors | ({"labels": ("int64", [per_shard])} if spec["labels"]["num_classes"] else {})
-
-
 class StagedShards(ShardReader):
     """Reads shards from the staging folder, waiting for those that are not there yet."""
 
-    def __init__(self, config: Config, plan: Plan, producer: Producer | None) -> None:
-        storage = FolderStorage(staging_root(config))
-        super().__init__(storage, plan.folder, planned_manifest(plan), config.reader)
-        self.expected, self.producer = expected_tensors(plan), producer
+    def __init__(self, config: Config, folder: str, manifest: Manifest, producer: Producer | None) -> None:
+        super().__init__(FolderStorage(staging_root(config)), folder, manifest, config.reader)
+        self.expected, self.producer = shard_tensors(manifest.spec, self.per_shard), producer
         self.stopped = threading.Event()
 
     def _open(self, number: int) -> Arrays:
@@ -95,7 +87,7 @@ class StagedShards(ShardReader):
 
 
 class Producer:
-    """The process that makes shards ahead of training; a context of rank 0."""
+    """The process that makes shards ahead of training, started by rank 0, which closes it."""
 
     def __init__(self, config: Config, start: int) -> None:
         FolderStorage(staging_root(config)).delete(FAILED)
@@ -156,13 +148,12 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
         return needed
 
     window = settings.online_staged_shards if keeps_all else max(1, settings.online_staged_shards // 2)
-    _drop_strangers(staged, plan, {key(p): p % num_shards * per_shard for p in positions[: 2 * window]})
+    _drop_strangers(staged, plan, {key(p): p % num_shards for p in positions[: 2 * window]}, per_shard)
     actors_config = config.model_copy(update={"storage": StorageConfig(root=str(staging_root(config)))})
     with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # as SIGUSR2; only now, as Ray sets a handler when it starts
+        # as SIGUSR2; only now, as Ray sets a handler when it starts
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         idle: list[Any] = []  # actors between one window and the next
         for begin in range(positions.start, positions.stop, window):
             part = positions[begin - positions.start : begin - positions.start + window]
@@ -180,11 +171,12 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
                 drop_trained()
 
 
-def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int]) -> None:
-    """Delete what a former run left but for whole shards of the `wanted` keys, given with their first samples."""
+def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], per_shard: int) -> None:
+    """Delete what a former run left but for whole shards of the `wanted` keys, given with their indices."""
+    expected = shard_tensors(plan.spec, per_shard)
     for key in [stat.key for stat in staged.list(plan.folder)]:
-        start = wanted.get(key)
-        if start is None or not vouches_for_itself(staged.read(key), start, expected_tensors(plan)):
+        index = wanted.get(key)
+        if index is None or not vouches_for_itself(staged.read(key), index * per_shard, expected):
             staged.delete(key)
 
 
@@ -210,6 +202,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     except Exception as error:  # whatever it is, the ranks must not wait for more
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # `listen` has nothing to interrupt any more
         FolderStorage(staging_root(config)).write(FAILED, str(error).encode())
         if not isinstance(error, UserError | WorkError):
             raise

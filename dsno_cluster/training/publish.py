@@ -36,7 +36,7 @@ def student_prefix(config: Config) -> str:
 
 
 class Publisher:
-    """Writes students where others find them; used by rank 0 alone, as a context that waits for uploads at its end."""
+    """Writes students where others find them; used by rank 0 alone. `finish` waits for what is still to upload."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.prefix = config, student_prefix(config)

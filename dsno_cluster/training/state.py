@@ -7,7 +7,6 @@ read back into whatever fragments another stage or another number of ranks has.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,13 +44,17 @@ def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:
     rank has. The engine must have its moments (`begin_moments`).
     """
     optimizer = engine.optimizer
-    find: Callable[[Any, nn.Parameter], Fragment]
+    find: Callable[[Any, Any], Fragment]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         find = _of_stage_3
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
         find = _of_stage_1_and_2
     else:
-        find = functools.partial(_of_stage_0, share=not replicas)
+        masters = _replicated_masters(optimizer)
+
+        def find(optimizer: Any, parameter: Any) -> Fragment:
+            return _of_stage_0(optimizer, masters[parameter], share=not replicas)
+
     return {name: find(optimizer, parameter) for name, parameter in engine.module.named_parameters()}
 
 
@@ -70,8 +73,7 @@ def begin_moments(engine: Any) -> None:
         inner.state[master] = {"step": torch.zeros(()), **moments}
 
 
-def _of_stage_0(optimizer: Any, parameter: nn.Parameter, *, share: bool) -> Fragment:
-    master = _replicated_masters(optimizer)[parameter]
+def _of_stage_0(optimizer: Any, master: Tensor, *, share: bool) -> Fragment:
     rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
     start, stop = master.numel() * rank // world, master.numel() * (rank + 1) // world
     state = _torch_optimizer(optimizer).state[master]

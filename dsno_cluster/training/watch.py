@@ -36,17 +36,11 @@ def metrics_file(config: Config) -> Path:
     return config.run_dir / student_prefix(config) / "metrics.jsonl"
 
 
-def read_metrics(config: Config) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl; a crash may have cut the last one short."""
+def trim_metrics(config: Config, step: int) -> None:
+    """Drop lines of steps after `step`, which a resumed run will write again, and one that a crash cut short."""
     file = metrics_file(config)
     lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def trim_metrics(config: Config, step: int) -> None:
-    """Drop lines of steps after `step`, which a resumed run will write again."""
-    file = metrics_file(config)
-    kept = [json.dumps(line) + "\n" for line in read_metrics(config) if line["step"] <= step]
+    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     FolderStorage(file.parent).write(file.name, "".join(kept).encode())
 
 
@@ -175,8 +169,11 @@ class DivergenceWatch:
         return None
 
 
-def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -> dict[str, Any]:
-    """Samples and shards of a step's global batch; those whose states are not finite alone, if any. Collective."""
+def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks, most: int = 8) -> str:
+    """Samples and shards of a step's global batch; those whose states are not finite alone, if any. Collective.
+
+    In words that fit a line: the first `most` of each.
+    """
     indices = torch.cat([torch.from_numpy(batch.indices) for batch in batches])
     finite = torch.cat([batch.states.isfinite().flatten(1).all(1) for batch in batches])
     mine = torch.stack([indices, (~finite).long()]).to(ranks.device)
@@ -187,22 +184,15 @@ def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -
         samples = samples[broken.bool()]
     per_shard = manifest.shards[0].stop - manifest.shards[0].start
     numbers = sorted({i // per_shard for i in samples.tolist()})
-    return {
-        "samples": sorted(samples.tolist()),
-        "shards": [manifest.shards[i].key for i in numbers],
-        "broken": bool(broken.any()),
-    }
-
-
-def in_words(batch: dict[str, Any], most: int = 8) -> str:
-    """The result of `describe_batch`, short enough for a line."""
 
     def some(items: Sequence[Any]) -> str:
         more = f" and {len(items) - most} more" if len(items) > most else ""
         return ", ".join(map(str, items[:most])) + more
 
-    what = "states that are not finite, " if batch["broken"] else ""
-    return f"{what}samples {some(batch['samples'])} of {some(batch['shards'])}"
+    what = "states that are not finite, " if broken.any() else ""
+    return (
+        f"{what}samples {some(sorted(samples.tolist()))} of {some([manifest.shards[i].key for i in numbers])}"
+    )
 
 
 def memory_gb(device: torch.device) -> float:

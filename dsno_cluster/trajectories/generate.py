@@ -27,6 +27,7 @@ from dsno_cluster.trajectories.shards import (
     read_manifest,
     read_progress,
     shard_key,
+    shard_tensors,
     vouches_for_itself,
     write_progress,
     write_shard,
@@ -122,10 +123,7 @@ def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress
         return noted
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
     per_shard = plan.size.num_samples // plan.size.num_shards
-    shape = [len(plan.spec["times"]), per_shard, *plan.spec["shape"]]
-    expected = {"states": (plan.spec["dtype"], shape)}
-    if plan.spec["labels"]["num_classes"]:
-        expected["labels"] = ("int64", [per_shard])
+    expected = shard_tensors(plan.spec, per_shard)
     kept = {
         key: line
         for key, line in noted.shards.items()

@@ -100,6 +100,12 @@ def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def shard_tensors(spec: dict[str, Any], per_shard: int) -> dict[str, tuple[str, list[int]]]:
+    """Names, dtypes and shapes of the tensors of a trajectory shard."""
+    tensors = {"states": (spec["dtype"], [len(spec["times"]), per_shard, *spec["shape"]])}
+    return tensors | ({"labels": ("int64", [per_shard])} if spec["labels"]["num_classes"] else {})
+
+
 def vouches_for_itself(data: bytes, start: int, expected: dict[str, tuple[str, list[int]]]) -> bool:
     """Whether a file is a whole shard of the samples from `start`, with the tensors `expected`: name -> (dtype, shape)."""
     try:
