@@ -89,11 +89,8 @@ def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
         [sys.executable, "-m", "dsno_cluster.cli", *command], stderr=subprocess.PIPE, text=True
     )
     wait_for(lambda: 5 in checkpoints(out))
-    ranks = [
-        process
-        for process in psutil.Process(job.pid).children(recursive=True)
-        if "SUBMITIT_LOCAL_GLOBALID" in process.environ()
-    ]
+    # the command's child is submitit's controller, whose children are the ranks
+    ranks = [rank for controller in psutil.Process(job.pid).children() for rank in controller.children()]
     (second,) = [r for r in ranks if r.environ()["SUBMITIT_LOCAL_GLOBALID"] == "1"]
     second.kill()
     _, said = job.communicate(timeout=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -226,8 +227,14 @@ def test_ranks_of_online_training_do_not_wait_for_a_rank_or_a_producer_that_is_g
         ranks = start_ranks(tmp_path / victim, 2, *how, *teacher)
 
         def producers(ranks: list[subprocess.Popen[str]] = ranks) -> list[psutil.Process]:
-            mine = psutil.Process(ranks[0].pid).children()
-            return [p for p in mine if "dsno_cluster.training.online" in p.cmdline() and p.children()]
+            found = []
+            for process in psutil.Process(ranks[0].pid).children():
+                with contextlib.suppress(
+                    psutil.NoSuchProcess
+                ):  # others come and go; zombies are of this kind
+                    if "dsno_cluster.training.online" in process.cmdline() and process.children():
+                        found.append(process)
+            return found
 
         wait_for(lambda: bool(producers()))
         (ranks[0] if victim == "rank" else producers()[0]).kill()
