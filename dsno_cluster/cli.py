@@ -19,6 +19,7 @@ from dsno_cluster import __version__
 from dsno_cluster.errors import UserError, WorkError
 
 if TYPE_CHECKING:
+    from dsno_cluster.cluster.runs import Run
     from dsno_cluster.config import Config, Profile
 
 DEFAULT_CONFIG = "configs/digits.yaml"
@@ -56,6 +57,10 @@ class Command:
     options: list[Callable[[argparse.ArgumentParser], None]] = field(default_factory=list)
 
 
+class Unwatched(KeyboardInterrupt):
+    """Ctrl-C while a job of Slurm was followed: the job goes on."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises UserError with one line in place of printing its usage and leaving."""
 
@@ -76,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.error(str(error))
         return 2 if isinstance(error, UserError) else 1
+    except Unwatched as unwatched:
+        from dsno_cluster import console
+
+        run = unwatched.args[0]
+        console.error(
+            f"no longer followed; the job goes on: `dsno-cluster status`, or end it with `dsno-cluster cancel {run}`"
+        )
+        return 130
     except KeyboardInterrupt:
         from dsno_cluster import console
 
@@ -145,12 +158,21 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def _launching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher", choices=("auto", "local", "slurm"), default="auto", help="where to run (default: auto)"
     )
     parser.add_argument(
         "--nodes", type=_positive, metavar="N", help="nodes (default: the profile's in jobs/)"
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="on Slurm: follow the job to its end, exit with its status"
     )
     _dry_run(parser)
 
@@ -189,6 +211,18 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else there"
+    )
+
+
+def _all(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="every run, not the newest ones alone")
+
+
+def _log_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--rank", type=_natural, default=0, metavar="K", help="of which task (default: 0)")
+    parser.add_argument(
+        "--attempt", type=_natural, metavar="N", help="of which attempt, from 0 (default: the newest)"
     )
 
 
@@ -287,12 +321,11 @@ def _endpoint(parser: argparse.ArgumentParser) -> None:
 def _launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profile]:
     from dsno_cluster import console
     from dsno_cluster.cluster.ray_pool import given_address
-    from dsno_cluster.cluster.slurm import choose_launcher
-    from dsno_cluster.config import load_profile
+    from dsno_cluster.cluster.submit import choose_launcher
 
     options = arguments.options
     asked = options.launcher
-    address = None if stage == "train" else given_address(options.ray_address)
+    address = given_address(options.ray_address) if hasattr(options, "ray_address") else None
     if address is not None:  # its actors are driven from here: a job of Slurm would start a Ray of its own
         if asked == "slurm":
             raise UserError(
@@ -302,29 +335,50 @@ def _launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profil
         if asked == "auto":
             console.say(f"using the Ray cluster {address} from this machine")
         asked = "local"
-    changes = {"nodes": options.nodes, "tasks_per_node": getattr(options, "tasks_per_node", None)}
-    profile = load_profile(stage, changes)
     launcher = choose_launcher(asked, options.nodes or 1)
-    if launcher == "slurm" and profile.nodes > 1 and stage != "train":
-        raise UserError(
-            f"--nodes {profile.nodes}: {stage} runs on one node of Slurm in this version; take --nodes 1"
-        )
-    return launcher, profile
+    if launcher == "local" and options.wait:
+        raise UserError("--wait: a stage on this machine is waited for anyway")
+    return launcher, _profile(arguments, stage)
+
+
+def _profile(arguments: Arguments, stage: str) -> Profile:
+    from dsno_cluster.config import load_profile
+
+    options = arguments.options
+    tasks = getattr(options, "tasks_per_node", None) if stage == "train" else None
+    return load_profile(stage, {"nodes": options.nodes, "tasks_per_node": tasks})
 
 
 def _submit_to_slurm(arguments: Arguments, config: Config, profile: Profile, stage: str) -> None:
+    """Submit a stage; with --wait, follow it to its end."""
     from dsno_cluster import console
-    from dsno_cluster.cluster.slurm import config_task, logs_dir, sbatch_script, submit
+    from dsno_cluster.cluster.status import wait_for
+    from dsno_cluster.cluster.submit import sbatch_script, stage_task, submit_to_slurm
 
-    if arguments.options.dry_run:
+    options = arguments.options
+    if options.dry_run:
         print(sbatch_script(stage, config, profile))
         return
-    options = arguments.options
-    task = config_task(stage, config, getattr(options, "actors", None), getattr(options, "student", None))
-    job = submit(task, config, profile, "slurm")
-    console.say(f"submitted {stage} as Slurm job {job.job_id}; logs: {logs_dir(config, stage)}")
+    task = stage_task(stage, config, getattr(options, "actors", None), getattr(options, "student", None))
+    run = submit_to_slurm(task, config, profile, arguments.command_line)
+    _say_submitted(run)
     if getattr(options, "json", False):
-        print(json.dumps({"job": str(job.job_id), "logs": str(logs_dir(config, stage))}))
+        print(json.dumps({"run": run.id, "job": run.record()["job"], "folder": str(run.folder)}))
+    if options.wait:
+        try:
+            console.say(f"done: {wait_for(run)}")
+        except KeyboardInterrupt:
+            raise Unwatched(run.id) from None
+
+
+def _say_submitted(run: Run) -> None:
+    from dsno_cluster import console
+
+    record = run.record()
+    console.say(
+        f"submitted {record['stage']} of {record['name']} as Slurm job {record['job']}: `dsno-cluster status {run.id}`, "
+        f"`dsno-cluster logs {run.id} --follow`; files: {run.folder}"
+    )
 
 
 def _gen_trajectories(arguments: Arguments) -> None:
@@ -404,10 +458,12 @@ def _train(arguments: Arguments) -> None:
         train(config)
         return
     from dsno_cluster import console
-    from dsno_cluster.cluster.slurm import config_task, follow, logs_dir, submit
+    from dsno_cluster.cluster.local import follow
+    from dsno_cluster.cluster.submit import stage_task, submit_locally
 
-    console.say(f"training in {tasks} processes; logs: {logs_dir(config, 'train')}")
-    follow(submit(config_task("train", config), config, profile, "local"))
+    run, job = submit_locally(stage_task("train", config), config, profile, arguments.command_line)
+    console.say(f"training in {tasks} processes; logs: {run.folder}/submitit")
+    follow(run, job)
 
 
 def _eval(arguments: Arguments) -> None:
@@ -448,6 +504,98 @@ def _show(metrics: dict[str, Any]) -> None:
     lines = error_lines(metrics)
     if lines:
         print("relative error of the student's trajectory on held-out noise: " + ", ".join(lines))
+
+
+def _run_pipeline(arguments: Arguments) -> None:
+    from dsno_cluster.pipeline import STAGES, describe, run_here
+    from dsno_cluster.training.engine import check_divides
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config, options = arguments.config(), arguments.options
+    make_plan(config)  # what is missing is said before anything starts or is submitted
+    launcher, _ = _launcher_and_profile(arguments, STAGES[0])
+    if launcher == "local":
+        if options.dry_run:
+            print(f"would make {describe(config)}")
+            return
+        _show(run_here(config))
+        return
+    profiles = {stage: _profile(arguments, stage) for stage in STAGES}
+    check_divides(config, profiles["train"].nodes * profiles["train"].tasks_per_node)
+    from dsno_cluster import console
+    from dsno_cluster.cluster.status import wait_for
+    from dsno_cluster.cluster.submit import sbatch_script, submit_pipeline
+
+    if options.dry_run:
+        for stage, profile in profiles.items():
+            print(f"# {stage}\n{sbatch_script(stage, config, profile)}")
+        return
+    runs = submit_pipeline(config, profiles, arguments.command_line)
+    for run in runs:
+        _say_submitted(run)
+    if options.wait:
+        try:
+            for run in runs:
+                console.say(f"done: {wait_for(run)}")
+        except KeyboardInterrupt:
+            raise Unwatched(run.id) from None
+
+
+def _status(arguments: Arguments) -> None:
+    from dsno_cluster.cluster import status
+    from dsno_cluster.cluster.runs import all_runs, find_run
+
+    if arguments.overrides:
+        raise UserError(f"status takes runs, not {arguments.overrides[0]}")
+    options = arguments.options
+    runs = [find_run(word) for word in arguments.words] or all_runs()
+    shown = runs if arguments.words or options.all else runs[: status.SHOWN]
+    rows = status.overview(shown)
+    if options.json:
+        print(json.dumps({"runs": rows}))
+        return
+    from dsno_cluster import console
+
+    if not rows:
+        print("no runs yet; `dsno-cluster gen-trajectories --nodes 2` submits one where there is Slurm")
+        return
+    console.table("runs, newest first", *status.table_rows(rows))
+    if len(shown) < len(runs):
+        print(f"{len(runs) - len(shown)} older ones: --all")
+    for row in rows if arguments.words else []:
+        code = row["code"] or {}
+        commit = (
+            f", commit {code['commit'][:12]}{' with changes' if code['dirty'] else ''}"
+            if code.get("commit")
+            else ""
+        )
+        print(f"{row['run']}: version {code.get('version')}{commit}; files: {row['folder']}")
+
+
+def _logs(arguments: Arguments) -> None:
+    from dsno_cluster.cluster.runs import all_runs, find_run
+    from dsno_cluster.cluster.status import log_lines
+
+    options = arguments.options
+    if len(arguments.words) > 1 or arguments.overrides:
+        raise UserError("name one RUN (`dsno-cluster status` lists them), or none for the newest")
+    newest = all_runs()[:1]
+    if not arguments.words and not newest:
+        raise UserError("there are no runs yet")
+    run = find_run(arguments.words[0]) if arguments.words else newest[0]
+    for line in log_lines(run, options.rank, options.attempt, options.follow):
+        print(line, flush=True)
+
+
+def _cancel(arguments: Arguments) -> None:
+    from dsno_cluster import console
+    from dsno_cluster.cluster.runs import find_run
+    from dsno_cluster.cluster.status import cancel
+
+    if not arguments.words or arguments.overrides:
+        raise UserError("name the RUN to cancel (`dsno-cluster status` lists them)")
+    for run in [find_run(word) for word in arguments.words]:
+        console.say(f"{run.id}: {cancel(run)}; what is done is kept, the same command continues")
 
 
 def _train_teacher(arguments: Arguments) -> None:
@@ -544,15 +692,15 @@ def _import_weights(arguments: Arguments) -> None:
 
 
 def _demo(arguments: Arguments) -> None:
-    from dsno_cluster.demo import describe_demo, run_demo
+    from dsno_cluster.pipeline import describe, run_here
     from dsno_cluster.trajectories.plan import make_plan
 
     config = arguments.config()
     make_plan(config)
     if arguments.options.dry_run:
-        print(f"would make {describe_demo(config)}")
+        print(f"would make {describe(config)}")
         return
-    _show(run_demo(config))
+    _show(run_here(config))
     print(f"\nlook at {config.storage.root}/evaluation/{config.name}/samples.png")
 
 
@@ -584,6 +732,33 @@ COMMANDS = {
         "[CONFIG] [key=value ...]",
         "dsno-cluster eval configs/digits.yaml evaluation.num_samples=1000 --json",
         [_launching, _actors, _student, _json],
+    ),
+    "run": Command(
+        _run_pipeline,
+        "all three stages: on Slurm as jobs that wait for each other, here one after the other",
+        "[CONFIG] [key=value ...]",
+        "dsno-cluster run configs/imagenet64.yaml --nodes 16",
+        [_launching],
+    ),
+    "status": Command(
+        _status,
+        "the runs that were submitted: state, attempts, progress, time left, last error",
+        "[RUN ...]",
+        "dsno-cluster status",
+        [_json, _all],
+    ),
+    "logs": Command(
+        _logs,
+        "what a task of a run prints",
+        "[RUN]",
+        "dsno-cluster logs imagenet64-train-20260101-120000 --follow --rank 3",
+        [_log_choice],
+    ),
+    "cancel": Command(
+        _cancel,
+        "end runs; what is done is kept",
+        "RUN ...",
+        "dsno-cluster cancel imagenet64-train-20260101-120000",
     ),
     "sample": Command(
         _sample,

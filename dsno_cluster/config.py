@@ -451,7 +451,9 @@ class Profile(Strict):
     """Where one stage runs: a file of `jobs/`. Options of the command line win over it."""
 
     nodes: PositiveInt = 1
-    tasks_per_node: PositiveInt = 1
+    tasks_per_node: PositiveInt = Field(
+        1, description="processes per node; of train one per GPU, of the Ray stages one"
+    )
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     cpus_per_task: PositiveInt = 1
     mem_gb: PositiveInt = Field(description="memory per node, GB")
@@ -459,10 +461,38 @@ class Profile(Strict):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    constraint: str | None = Field(None, description="node features, e.g. a100")
     setup: tuple[str, ...] = Field(
-        (), description="shell lines run on the node before the job, e.g. module load"
+        (), description="shell lines run on the first node before the job, e.g. module load"
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="variables of the job; no secrets")
+    interface: str | None = Field(
+        None,
+        description="network interface between the nodes, e.g. ib0; default: the one that leads to the others",
+    )
+    save_seconds: PositiveInt = Field(
+        120, description="the job is told so long before its time limit, to save and be requeued"
+    )
+    retries: Annotated[int, Field(ge=0)] = Field(
+        3, description="how often in a row the job is started again though the last attempt gained nothing"
     )
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further sbatch options")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Profile:
+        for key in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                raise ValueError(f"environment: {key!r} is not the name of a variable")
+            if re.search("SECRET|TOKEN|PASSWORD", key.upper()):
+                raise ValueError(
+                    f"environment: {key} looks like a secret, and the script would show it; S3 credentials belong in "
+                    "~/.aws/credentials or in the shell that submits"
+                )
+        if self.time_minutes * 60 <= self.save_seconds:
+            raise ValueError(
+                f"save_seconds {self.save_seconds}: not below the time limit of {self.time_minutes} minutes"
+            )
+        return self
 
 
 Model = TypeVar("Model", bound=Strict)
@@ -484,10 +514,33 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_profile(stage: str, changes: dict[str, Any]) -> Profile:
-    """The profile `jobs/<stage>.yaml`, with the values of `changes` that are not None in place of its own."""
+    """The profile `jobs/<stage>.yaml`, with the values of `changes` that are not None in place of its own.
+
+    Raises UserError, in one line, as `load_config`, and for tasks that do not suit the stage.
+    """
     path = f"jobs/{stage}.yaml"
     data = _read_yaml(find_file(path, "jobs"))
-    return validate(Profile, {**data, **{k: v for k, v in changes.items() if v is not None}}, path)
+    profile = validate(Profile, {**data, **{k: v for k, v in changes.items() if v is not None}}, path)
+    if stage != "train" and profile.tasks_per_node != 1:
+        raise UserError(
+            f"{path}: tasks_per_node {profile.tasks_per_node}: {stage} takes 1; its Ray actors fill the node"
+        )
+    if stage == "train" and profile.gpus_per_node and profile.tasks_per_node != profile.gpus_per_node:
+        raise UserError(
+            f"{path}: tasks_per_node {profile.tasks_per_node} with gpus_per_node {profile.gpus_per_node}: training runs one "
+            "task per GPU, so give both the same number"
+        )
+    return profile
+
+
+def load_resolved_profile(file: Path) -> Profile:
+    """A profile that `dump_profile` wrote."""
+    return validate(Profile, _read_yaml(file), str(file))
+
+
+def dump_profile(profile: Profile) -> str:
+    """The profile as YAML that `load_resolved_profile` reads back to an equal object."""
+    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False)
 
 
 def dump_config(config: Config) -> str:

@@ -7,19 +7,25 @@ clean.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dsno_cluster.errors import without_passwords
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_EVERY_SECONDS = 10.0
+_LOG_WIDTH = 200  # a file or a pipe has no width of its own
+_RECORD_EVERY_SECONDS = 2.0
+_record_file: Path | None = None
 
 
 def say(message: str) -> None:
@@ -51,7 +57,39 @@ def progress(
         return
     shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
     with shown as advance:
-        yield advance
+        yield advance if _record_file is None else _recorded(advance, _record_file, title, total, unit, done)
+
+
+def record_progress(file: Path) -> None:
+    """From now on this process also keeps its progress in `file`, as a JSON object, for those who watch from elsewhere."""
+    global _record_file
+    _record_file = file
+
+
+def _recorded(
+    advance: Callable[..., None], file: Path, title: str, total: int, unit: str, start: int
+) -> Callable[..., None]:
+    began, written, done = time.time(), 0.0, start
+
+    def record(figures: dict[str, Any]) -> None:
+        nonlocal written
+        written = time.time()
+        rate = (done - start) / max(written - began, 1e-9)
+        content = {"title": title, "unit": unit, "start": start, "done": done, "total": total, "rate": rate}
+        aside = file.with_name(f".{file.name}.tmp")
+        with contextlib.suppress(OSError):  # a full disk: what matters there is told by those who need it
+            aside.write_text(json.dumps({**content, "time": written, "figures": _figures(figures)}))
+            os.replace(aside, file)
+
+    def advance_and_record(count: int, **figures: Any) -> None:
+        nonlocal done
+        advance(count, **figures)
+        done += count
+        if time.time() - written >= _RECORD_EVERY_SECONDS or done >= total:
+            record(figures)
+
+    record({})
+    return advance_and_record
 
 
 @contextlib.contextmanager
@@ -97,8 +135,9 @@ def _figures(figures: dict[str, Any]) -> str:
 def table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = True
 ) -> None:
-    """A table of results."""
-    drawn = Table(*header, title=title, title_justify="left")
+    """A table of results. Its first column, which names the rows, stays whole."""
+    drawn = Table(Column(header[0], no_wrap=True), *header[1:], title=title, title_justify="left")
     for row in rows:
         drawn.add_row(*row)
-    (Console(file=sys.stdout) if to_stdout else _console).print(drawn)
+    wide = None if sys.stdout.isatty() else _LOG_WIDTH
+    (Console(file=sys.stdout, width=wide) if to_stdout else _console).print(drawn)

@@ -17,6 +17,13 @@ class StorageError(WorkError):
     """The storage failed, and what can heal was tried again: the next thing to store will fail as well."""
 
 
+class Preempted(KeyboardInterrupt):
+    """The surroundings ask for the node: time is nearly up, or another job needs it. What is done is saved.
+
+    Whoever started the work may start it again. Like Ctrl-C, it is no Exception, so that nothing takes it for a failure.
+    """
+
+
 LOST_RANK = "another rank was lost"  # how a rank says that it is not to blame
 
 

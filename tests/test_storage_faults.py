@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, dsno
 from faulty_s3 import FaultyS3, faulty_s3
-from test_storage import KEYS, s3_endpoint  # noqa: F401
+from s3_server import KEYS
+from test_storage import s3_endpoint  # noqa: F401
 
 from dsno_cluster import storage as storage_module
 from dsno_cluster.errors import UserError, WorkError

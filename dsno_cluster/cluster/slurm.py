@@ -1,70 +1,37 @@
-"""Submitting stages through submitit: to Slurm, or to several processes on this machine.
-
-The same executor interface serves both. What is pickled is a `StageTask`, which holds the stage's name and the
-config as text, and nothing else.
-"""
+"""What we ask Slurm and what we tell it, through its own commands. Works with accounting (sacct) and without."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
+import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from dsno_cluster import console
-from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.config import Profile
+from dsno_cluster.errors import UserError, WorkError
 
 CONTROLLER_SECONDS = 2.0
-MOST_REQUEUES = 1000
-_REASONS = {"UserError: ": UserError, "WorkError: ": WorkError}
+COMMAND_SECONDS = 60.0
 
 
-def choose_launcher(asked: str, nodes: int) -> str:
-    """`local` or `slurm`. auto is Slurm where sbatch is on PATH and the controller answers within 2 s.
+@dataclass(frozen=True)
+class JobState:
+    """A job as Slurm sees it: its state (PENDING, RUNNING, ...), and why it waits or where it runs."""
 
-    Raises UserError for slurm without sbatch and for several nodes on this machine alone, and WorkError for
-    slurm whose controller does not answer.
-    """
-    sbatch = shutil.which("sbatch")
-    if asked == "slurm":
-        if sbatch is None:
-            raise UserError(
-                "--launcher slurm: there is no sbatch on PATH; load Slurm's module, or take --launcher local"
-            )
-        silence = controller_silence()
-        if silence:
-            raise WorkError(
-                f"--launcher slurm: {silence}; try again when it answers, or take --launcher local"
-            )
-        return "slurm"
-    why = "as asked"
-    if asked == "auto":
-        silence = controller_silence() if sbatch else "there is no sbatch on PATH"
-        if not silence:
-            return "slurm"
-        why = silence
-        console.say(f"running on this machine: {silence}")
-    if nodes > 1:
-        raise UserError(
-            f"--nodes {nodes}: the local launcher ({why}) has one node; several need --launcher slurm"
-        )
-    return "local"
+    state: str
+    reason: str = ""
+    nodes: str = ""
 
 
 def controller_silence() -> str | None:
     """Why Slurm's controller cannot be used, or None where it answers."""
     try:
         ping = subprocess.run(
-            ["scontrol", "ping"], capture_output=True, text=True, timeout=CONTROLLER_SECONDS
+            ["scontrol", "ping"], capture_output=True, text=True, timeout=CONTROLLER_SECONDS, check=False
         )
     except FileNotFoundError:
         return "there is no scontrol on PATH"
@@ -73,212 +40,162 @@ def controller_silence() -> str | None:
     return None if ping.returncode == 0 and " UP" in ping.stdout else "Slurm's controller is down"
 
 
-@dataclass(frozen=True)
-class StageTask:
-    """What one task of a job does; picklable, text only. `actors` is for the Ray stages, `student` for eval."""
-
-    stage: str
-    config_yaml: str
-    actors: int | None = None
-    student: str | None = None
-
-    def __call__(self) -> str:
-        try:
-            return self._run()
-        except (UserError, WorkError) as error:
-            # leaves no traceback, ends the other ranks, and is found in the log by `follow`
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            sys.exit(2 if isinstance(error, UserError) else 1)
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    def checkpoint(self) -> Any:
-        """What submitit submits again when the job is requeued: the same task, which goes on from its own checkpoint."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-    def _run(self) -> str:
-        import yaml
-
-        from dsno_cluster.config import validate
-
-        config = validate(Config, yaml.safe_load(self.config_yaml), "the submitted config")
-        if self.stage == "train":
-            from submitit.helpers import TorchDistributedEnvironment
-
-            from dsno_cluster.training.loop import train
-
-            # DeepSpeed picks cuda:LOCAL_RANK itself, so every device must stay visible to every rank
-            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-            return train(config)
-        if self.stage == "gen-trajectories":
-            from dsno_cluster.trajectories.generate import generate
-
-            return generate(config, self.actors)
-        from dsno_cluster.evaluation.evaluate import evaluate
-
-        evaluate(config, self.student, self.actors)
-        return f"{config.storage.root}/evaluation/{config.name}"
+def check_profile(profile: Profile, where: str) -> None:
+    """Raises UserError for what no node of the partition could ever run, before anything is submitted."""
+    listing = _ask("sinfo", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G")
+    rows = [line.split("|") for line in listing.splitlines() if line.count("|") == 5]
+    names = [row[0].rstrip("*") for row in rows]
+    default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
+    partition = profile.partition or os.environ.get("SBATCH_PARTITION") or default
+    if partition is None:
+        raise UserError(
+            f"{where}: partition: this cluster has no default one; name one of {', '.join(_unique(names))}"
+        )
+    if partition not in names:
+        raise UserError(
+            f"{where}: partition {partition}: not on this cluster; it has {', '.join(_unique(names))}"
+        )
+    mine = [row for row, name in zip(rows, names, strict=True) if name == partition]
+    total = sum(int(row[1]) for row in mine)
+    if profile.nodes > total:
+        raise UserError(f"--nodes {profile.nodes}: partition {partition} has {total} node(s)")
+    cpus = profile.tasks_per_node * profile.cpus_per_task
+    if cpus > (most := max(_number(row[2]) for row in mine)):
+        raise UserError(
+            f"{where}: {profile.tasks_per_node} tasks_per_node x {profile.cpus_per_task} cpus_per_task: a node of partition "
+            f"{partition} has at most {most} CPUs"
+        )
+    if profile.mem_gb * 1024 > (memory := max(_number(row[3]) for row in mine)):
+        raise UserError(
+            f"{where}: mem_gb {profile.mem_gb}: a node of partition {partition} has at most {memory / 1024:.1f} GB"
+        )
+    gpus = max(sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5]))) for row in mine)
+    if profile.gpus_per_node > gpus:
+        raise UserError(
+            f"{where}: gpus_per_node {profile.gpus_per_node}: a node of partition {partition} has at most {gpus}"
+        )
+    limit = max(_minutes(row[4]) for row in mine)
+    if profile.time_minutes > limit:
+        raise UserError(
+            f"{where}: time_minutes {profile.time_minutes}: partition {partition} allows {limit:.0f}"
+        )
 
 
-def submit(task: StageTask, config: Config, profile: Profile, cluster: str) -> Any:
-    """Submit a stage to `slurm` or `local`; returns submitit's job."""
-    executor = _executor(config, profile, task.stage, cluster)
-    if cluster == "slurm":
-        return executor.submit(task)
-    # submitit's controller of local jobs inherits standard error, and ends with a traceback when it is cancelled
-    with _standard_error_into(logs_dir(config, task.stage) / "controller.log"), _own_sessions():
-        return executor.submit(task)
-
-
-def sbatch_script(stage: str, config: Config, profile: Profile) -> str:
-    """The script that `submit` would hand to sbatch, for --dry-run."""
-    executor = _executor(config, profile, stage, "slurm")._executor
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
-
-
-def follow(job: Any, *, poll_seconds: float = 0.5) -> str:
-    """Show what rank 0 of a local job prints until it ends; returns the task's result.
-
-    Ctrl-C cancels the job. Raises WorkError with the last words of the rank that failed.
-    """
-    first = (
-        Path(str(job.paths.stderr).replace("%t", "0")) if "%t" in str(job.paths.stderr) else job.paths.stderr
+def check_script(script_file: str) -> None:
+    """Has Slurm itself look at a script without submitting it. Raises UserError with what it says against it."""
+    done = subprocess.run(
+        ["sbatch", "--test-only", script_file],
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        check=False,
     )
-    shown = 0
-    try:
-        while True:
-            ended = job.done()
-            text = first.read_text() if first.is_file() else ""
-            complete = text.rfind("\n") + 1
-            for line in text[shown:complete].splitlines():
-                if not line.startswith(("submitit ", *_REASONS)):
-                    console.say(line)
-            shown = max(shown, complete)
-            if ended:
-                break
-            time.sleep(poll_seconds)
-    except KeyboardInterrupt:
-        _interrupt(job, poll_seconds)
-        raise
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
-    try:
-        return str(job.results()[0])
-    except (FailedJobError, UncompletedJobError) as error:
-        reasons = _reasons(job)
-        if reasons:
-            raise reasons[0] from error
-        raise WorkError(f"job {job.job_id} failed; its logs are in {job.paths.folder}") from error
+    if done.returncode:
+        said = " ".join(re.sub(r"\b(sbatch|allocation failure|error): ", "", done.stderr).split())
+        raise UserError(f"Slurm refuses this job: {said}; nothing was submitted")
 
 
-def _reasons(job: Any) -> list[Exception]:
-    """Why ranks ended, from their logs: first those that did not merely miss another one."""
-    found = []
-    for log in sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err")):
-        for line in log.read_text().splitlines():
-            for kind, raised in _REASONS.items():
-                if line.startswith(kind):
-                    found.append(raised(line.removeprefix(kind)))
-    return sorted(found, key=lambda reason: str(reason).startswith(LOST_RANK))
+def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
+    """What Slurm knows of jobs, by id; those it knows nothing of are left out.
 
-
-def _interrupt(job: Any, poll_seconds: float) -> None:
-    """End a local job: its ranks save and leave; a second Ctrl-C ends them at once."""
-    import psutil
-
-    console.say("interrupted: the ranks save at their next step; Ctrl-C again ends them at once")
-    try:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(int(job.job_id)).children():
-                child.send_signal(signal.SIGINT)
-        while not job.done():
-            time.sleep(poll_seconds)
-    except KeyboardInterrupt:
-        job.cancel()
-        for _ in range(int(10 / poll_seconds)):  # the ranks have a second to end by themselves
-            if job.done():
-                break
-            time.sleep(poll_seconds)
-        raise
-
-
-@contextlib.contextmanager
-def _own_sessions() -> Iterator[None]:
-    """Children started within have a session of their own: Ctrl-C at the terminal reaches this process alone.
-
-    It then tells the ranks, once. submitit has no option for it, and its controller would end them after a second.
+    From squeue; of jobs that are over from sacct, where there is accounting, and else from what the controller still
+    remembers (for MinJobAge, five minutes as a rule). Raises WorkError where the controller does not answer.
     """
-    popen = subprocess.Popen
-    subprocess.Popen = functools.partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        subprocess.Popen = popen  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _standard_error_into(path: Path) -> Iterator[None]:
-    """Children started within write their standard error to the end of `path`."""
-    kept = os.dup(2)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.dup2(file, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(file)
-
-
-def config_task(
-    stage: str, config: Config, actors: int | None = None, student: str | None = None
-) -> StageTask:
-    """The task of a stage, with the config's folders made absolute."""
-    return StageTask(stage, dump_config(with_absolute_paths(config)), actors, student)
-
-
-def logs_dir(config: Config, stage: str) -> Path:
-    return config.run_dir / "logs" / config.name / stage
-
-
-def _executor(config: Config, profile: Profile, stage: str, cluster: str) -> Any:
-    import submitit
-    import torch
-
-    folder = logs_dir(config, stage)
-    if cluster == "local":
-        # the profile is a cluster's; here are one node, every GPU, and no time limit but a month
-        gpus = torch.cuda.device_count()
-        profile = profile.model_copy(update={"nodes": 1, "gpus_per_node": gpus, "time_minutes": 30 * 24 * 60})
-        # submitit's ranks find each other on this machine at a port that is free now
-        from dsno_cluster.training.engine import free_port
-
-        os.environ["MASTER_PORT"] = str(free_port())
-    # submitit takes any signal to a job of under ten minutes for a time-out: its budget of them is no limit here
-    budget = {f"{cluster}_max_num_timeout": MOST_REQUEUES}
-    executor = submitit.AutoExecutor(folder=folder.absolute(), cluster=cluster, **budget)
-    parameters: dict[str, Any] = {
-        "name": f"{stage}-{config.name}",
-        "nodes": profile.nodes,
-        "tasks_per_node": profile.tasks_per_node,
-        "gpus_per_node": profile.gpus_per_node,
-        "cpus_per_task": profile.cpus_per_task,
-        "mem_gb": profile.mem_gb,
-        "timeout_min": profile.time_minutes,
+    wanted = set(jobs)
+    if not wanted:
+        return {}
+    listing = _ask("squeue", "-h", "-t", "all", "-u", _user(), "-o", "%i|%T|%r|%N")
+    found = {
+        row[0]: JobState(*row[1:])
+        for row in (line.split("|") for line in listing.splitlines())
+        if row[0] in wanted and len(row) == 4
     }
-    if cluster == "slurm":
-        optional = {
-            "slurm_partition": profile.partition,
-            "slurm_account": profile.account,
-            "slurm_qos": profile.qos,
-            "slurm_setup": list(profile.setup) or None,
-            "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a lost rank is no reason for others to wait
-            "slurm_additional_parameters": dict(profile.sbatch) or None,
-        }
-        parameters |= {key: value for key, value in optional.items() if value is not None}
-        if not profile.gpus_per_node:
-            del parameters["gpus_per_node"]  # a cluster without GPUs refuses even a request for none
-    executor.update_parameters(**parameters)
-    return executor
+    forgotten = sorted(wanted - found.keys())
+    if forgotten and has_accounting():
+        listing = _ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList", "-j", ",".join(forgotten))
+        for line in listing.splitlines():
+            job, state, nodes = line.split("|")
+            found[job] = JobState(state.split()[0], "", nodes)  # "CANCELLED by 0"
+    return found
+
+
+@functools.cache
+def has_accounting() -> bool:
+    """Whether sacct has anything to answer from."""
+    if shutil.which("sacct") is None:
+        return False
+    setting = re.search(
+        r"^AccountingStorageType\s*=\s*(\S+)", _ask("scontrol", "show", "config"), re.MULTILINE
+    )
+    return setting is not None and not setting[1].endswith("/none")
+
+
+def was_cancelled(job: str) -> bool:
+    """Whether somebody ended the job by scancel. False where Slurm does not say, as a preempted one is then started again."""
+    return _field(job, "JobState") == "CANCELLED"
+
+
+def seconds_left(job: str) -> float | None:
+    """Seconds until the time limit of a job; None where Slurm does not say."""
+    end = _field(job, "EndTime")
+    try:
+        return time.mktime(time.strptime(end or "", "%Y-%m-%dT%H:%M:%S")) - time.time()
+    except ValueError:
+        return None
+
+
+def cancel_job(job: str) -> None:
+    """scancel. Raises WorkError where Slurm says no."""
+    done = _run("scancel", job)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise WorkError(f"scancel {job}: {' '.join(done.stderr.split())}")
+
+
+def _field(job: str, name: str) -> str | None:
+    try:
+        done = _run("scontrol", "show", "job", "-o", job)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(rf"\b{name}=(\S+)", done.stdout)
+    return found[1] if found else None
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = _run(*command)
+    except FileNotFoundError:
+        raise UserError(f"there is no {command[0]} on PATH; load Slurm's module") from None
+    except subprocess.TimeoutExpired:
+        raise WorkError(f"{command[0]} did not answer within {COMMAND_SECONDS:g} s") from None
+    if done.returncode:
+        raise WorkError(f"{command[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+
+
+def _user() -> str:
+    import getpass
+
+    return getpass.getuser() if "USER" in os.environ or os.getuid() else "root"
+
+
+def _number(text: str) -> int:
+    """The number of a column such as `64` or `64+`."""
+    return int(re.match(r"\d+", text)[0])  # type: ignore[index]
+
+
+def _minutes(limit: str) -> float:
+    """Minutes of a time limit such as 1-00:00:00, 30:00 or infinite."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+)*", limit):
+        return float("inf")
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes, seconds = [0] * (3 - len(parts)) + parts
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))

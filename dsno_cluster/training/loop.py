@@ -160,7 +160,7 @@ def train(config: Config) -> str:
                         record.best = {"step": done, "error": errors[-1]}
                     checkpoint.save(engine, ema, config, ranks, done, record, students, publisher)
                 if signals.any and done < settings.steps:
-                    leave(stop, ranks, done, requeue=not signals.interrupt)
+                    leave(ranks, done, preempted=not signals.interrupt)
         if publisher is not None:
             publisher.finish()
             console.say(f"done: {address}")
@@ -234,21 +234,21 @@ def _agreed_start(config: Config, ranks: Ranks) -> int:
 class Signals:
     """Whether a signal reached any rank."""
 
-    requeue: bool
+    preempt: bool
     interrupt: bool
 
     @property
     def any(self) -> bool:
-        return self.requeue or self.interrupt
+        return self.preempt or self.interrupt
 
 
 def _agree(distances_M: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float], Signals]:
     """The distances of the whole global batch, and the signals of all ranks, in one all-reduce."""
-    flags = torch.tensor([float(stop.requeue), float(stop.interrupt)], device=ranks.device)
+    flags = torch.tensor([float(stop.preempt), float(stop.interrupt)], device=ranks.device)
     together = torch.cat([distances_M / ranks.world_size, flags])
     dist.all_reduce(together)
-    *distances, requeue, interrupt = together.tolist()
-    return distances, Signals(requeue > 0, interrupt > 0)
+    *distances, preempt, interrupt = together.tolist()
+    return distances, Signals(preempt > 0, interrupt > 0)
 
 
 def _check(

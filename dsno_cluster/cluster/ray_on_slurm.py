@@ -1,0 +1,190 @@
+"""A Ray cluster inside one Slurm allocation: the first node's task runs the head, every other's a worker.
+
+Two such jobs can be on one node at the same time: ports are free ones, files are in a folder of the attempt's own, and
+each task ends the processes that it started and no others. The token that Ray's processes show each other is made by the
+batch script for one attempt and handed on in the environment, which other users cannot see; no command line, file or log
+has it. The dashboard listens on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsno_cluster import console
+from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
+from dsno_cluster.errors import WorkError
+
+START_SECONDS = 180.0  # nodes that start Python from a network file system all at once are slow
+END_SECONDS = 10.0
+LOST_HEAD_SECONDS = 20.0
+NOTE = "ray.json"
+LONGEST_FOLDER = (
+    45  # of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
+)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node's part in the allocation."""
+
+    hosts: list[str]
+    index: int
+    interface: str | None
+    cpus: int
+    memory_gb: int
+    job: str
+
+
+@contextlib.contextmanager
+def ray_head(node: Node, attempt: Path) -> Iterator[str]:
+    """Run Ray's head on this node; yields its address, host:port. At the end no process of it is left.
+
+    Raises WorkError where it does not start.
+    """
+    address = own_address(node.hosts, node.index, node.interface)
+    port, client, dashboard = free_ports(3)
+    temp = _temp_folder(node, attempt)
+    command = [
+        *("--head", f"--port={port}", f"--ray-client-server-port={client}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temp}"),
+    ]
+    with _ray_processes([*command, *_common(node, address)], temp) as ray:
+        _wait_for_port(address, port, ray)
+        console.say(
+            f"Ray head on {socket.gethostname()}, {address}:{port}; {len(node.hosts) - 1} other node(s) join; "
+            f"dashboard on this host's 127.0.0.1:{dashboard}"
+        )
+        tell(attempt / NOTE, address=f"{address}:{port}")
+        yield f"{address}:{port}"
+
+
+def ray_worker(node: Node, attempt: Path) -> None:
+    """Run a Ray worker on this node until the head is gone.
+
+    Raises WorkError where no head appears and where this node's Ray ends by itself.
+    """
+    head = hear(attempt / NOTE)["address"]
+    address = own_address(node.hosts, node.index, node.interface)
+    temp = _temp_folder(node, attempt)
+    with _ray_processes([f"--address={head}", *_common(node, address)], temp) as ray:
+        console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
+        answered = time.monotonic()
+        while ray.poll() is None:
+            heard = _listens(head)
+            answered = time.monotonic() if heard else answered
+            # refused: it has ended; silent: perhaps the network, for a while
+            if heard is None or time.monotonic() - answered > LOST_HEAD_SECONDS:
+                console.say(f"the head at {head} is gone; this node's Ray ends")
+                return
+            time.sleep(1.0)
+    raise WorkError(
+        f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode}); its logs were in {temp}"
+    )
+
+
+def _common(node: Node, address: str) -> list[str]:
+    # what is not named here (node manager, object manager, workers) is chosen by Ray among the free ports
+    agent, grpc, metrics, runtime_env = free_ports(4)
+    shared_memory = shutil.disk_usage("/dev/shm").free
+    object_store = max(100 << 20, min(int(0.2 * node.memory_gb * 2**30), int(0.8 * shared_memory)))
+    return [
+        *("--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--num-cpus={node.cpus}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={object_store}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
+        *(f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}"),
+    ]
+
+
+def _temp_folder(node: Node, attempt: Path) -> Path:
+    """On the node's own disk, the same path on every node of an attempt, and nobody else's.
+
+    Below TMPDIR, unless that is too long for the Unix sockets that Ray keeps there.
+    """
+    name = f"dsno-ray-{os.getuid()}-{node.job}-{attempt.name}"
+    base = Path(tempfile.gettempdir())
+    return (base if len(str(base / name)) <= LONGEST_FOLDER else Path("/tmp")) / name
+
+
+@contextlib.contextmanager
+def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start` as a child in a process group of its own; at the end it and all that it started are gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Ray's daemons are then ours when `ray start` has ended, and can be found
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def end_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(mode=0o700)
+    ray = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+    try:
+        yield ray
+    finally:
+        _end(ray)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _end(ray: subprocess.Popen[bytes]) -> None:
+    """End every process that descends from `ray start`: kindly, then by force, until none is left."""
+    import psutil
+
+    def descendants() -> list[psutil.Process]:
+        found = psutil.Process().children(recursive=True)
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    with contextlib.suppress(ProcessLookupError):
+        ray.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + END_SECONDS
+    while left := descendants():
+        if time.monotonic() > deadline:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(0.1)
+    ray.wait()
+
+
+def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _listens(f"{address}:{port}"):
+        if ray.poll() is not None or time.monotonic() > deadline:
+            how = (
+                f"ended with status {ray.returncode}"
+                if ray.poll() is not None
+                else f"is silent after {START_SECONDS:g} s"
+            )
+            raise WorkError(f"Ray's head on {socket.gethostname()} {how}")
+        time.sleep(0.2)
+
+
+def _listens(address: str) -> bool | None:
+    """Whether something listens at host:port; None where the host says that nothing does, False where it is silent."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return None
+    except OSError:
+        return False
+    return True

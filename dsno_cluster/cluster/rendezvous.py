@@ -1,0 +1,102 @@
+"""How the tasks of a multi-node job find each other: addresses, interfaces, free ports, and a note on the shared disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsno_cluster.cluster.runs import read_json, write_json
+from dsno_cluster.errors import UserError, WorkError
+
+MEET_SECONDS = 300.0  # a node may be slow to start, and a network file system slow to show a new file
+
+
+def address_towards(host: str) -> str | None:
+    """This host's own IPv4 address on the route to `host`; None where there is no way. Nothing is sent.
+
+    A host's own name often resolves to a loopback address on the host itself, so each asks for the way to another.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an address, such as eth0."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
+    return None
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of an interface. Raises UserError, naming those that are there, where it has none."""
+    import psutil
+
+    found = psutil.net_if_addrs()
+    for address in found.get(interface, ()):
+        if address.family == socket.AF_INET:
+            return str(address.address)
+    raise UserError(
+        f"interface {interface}: {socket.gethostname()} has none with an IPv4 address by that name; it has {', '.join(found)}"
+    )
+
+
+def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
+    """This node's IPv4 address as the others reach it. `hosts` are all nodes' names, `node` this one's index.
+
+    By the interface named, or else the one that leads to the first node (from the first: to the second).
+    """
+    if interface is not None:
+        return address_of(interface)
+    peer = hosts[0] if node else hosts[min(1, len(hosts) - 1)]
+    return address_towards(peer) or "127.0.0.1"
+
+
+@contextlib.contextmanager
+def held_ports(count: int, address: str = "") -> Iterator[list[int]]:
+    """Free TCP ports of this host, which no other call of this gives out as long as the context lasts."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind((address, 0))
+        yield [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """Different free TCP ports of this host. Take them at once: nothing holds them."""
+    with held_ports(count) as ports:
+        return ports
+
+
+def tell(file: Path, **what: Any) -> None:
+    """Leave a note on the shared disk for the other tasks of this attempt."""
+    write_json(file, what)
+
+
+def hear(file: Path, seconds: float = MEET_SECONDS) -> dict[str, Any]:
+    """The note that another task leaves. Raises WorkError where it does not come."""
+    deadline = time.monotonic() + seconds
+    while (note := read_json(file)) is None:
+        if time.monotonic() > deadline:
+            raise WorkError(
+                f"{file}: the first task did not write it within {seconds:g} s; it did not start, or run.dir is not a folder "
+                "that all nodes share"
+            )
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            os.listdir(file.parent)  # has NFS look again
+    return note

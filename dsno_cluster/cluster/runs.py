@@ -1,0 +1,226 @@
+"""The run folder: what one submitted stage is, and what became of each attempt at it. Plain files, no database.
+
+    <run.dir>/jobs/<name>-<stage>-<date>-<time>/
+      run.json        what was submitted, by which command, as which job, with which code
+      config.yaml     the resolved experiment           profile.yaml   where it runs
+      script.sh       what sbatch was given             batch.log      what the batch script itself printed
+      code/           the package as it was at submission, which is what the job runs
+      submitit/       submitit's pickles
+      attempts/0/     the first attempt; a requeued job makes 1, 2, ...
+        begin.json  progress.json  result.json  failure-<rank>.json  stopped.json  outcome.json  task-<rank>.log
+
+Every JSON file is complete where it is there. A link to each run folder is kept below the user's state folder, so that
+`status`, `logs` and `cancel` find it from any terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsno_cluster import __version__
+from dsno_cluster.config import Config, Profile, dump_config, dump_profile, load_resolved_profile
+from dsno_cluster.errors import LOST_RANK, UserError
+
+KINDS = ("user", "work", "bug")  # of failures: the input, the work or its surroundings, the code
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    def record(self) -> dict[str, Any]:
+        """What was submitted: `run.json`."""
+        return read_json(self.folder / "run.json") or {}
+
+    def note(self, **values: Any) -> None:
+        """Add to `run.json`."""
+        write_json(self.folder / "run.json", self.record() | values)
+
+    def profile(self) -> Profile:
+        return load_resolved_profile(self.folder / "profile.yaml")
+
+    def attempts(self) -> list[Attempt]:
+        """The attempts so far, oldest first."""
+        numbers = sorted(int(p.name) for p in self.folder.glob("attempts/*") if p.name.isdigit())
+        return [self.attempt(number) for number in numbers]
+
+    def attempt(self, number: int) -> Attempt:
+        return Attempt(self.folder / "attempts" / str(number))
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was asked for, by us or seen in Slurm."""
+        return (self.folder / "cancelled").exists()
+
+    def cancel(self) -> None:
+        (self.folder / "cancelled").touch()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run's job."""
+
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    def read(self, what: str) -> dict[str, Any] | None:
+        """`begin`, `progress`, `result`, `stopped` or `outcome`; None where it is not there."""
+        return read_json(self.folder / f"{what}.json")
+
+    def write(self, what: str, **values: Any) -> None:
+        write_json(self.folder / f"{what}.json", {"time": time.time(), **values})
+
+    def failure(self) -> dict[str, Any] | None:
+        """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason}."""
+        said = [read_json(file) for file in sorted(self.folder.glob("failure-*.json"))]
+        found = [failure for failure in said if failure is not None]
+        return min(found, key=lambda f: str(f["reason"]).startswith(LOST_RANK), default=None)
+
+    @property
+    def position(self) -> tuple[str, int] | None:
+        """Where the attempt's work began, as its progress says: what the former ones had finished."""
+        progress = self.read("progress")
+        return (progress["title"], progress["start"]) if progress else None
+
+    def log(self, rank: int) -> Path:
+        return self.folder / f"task-{rank}.log"
+
+
+def fruitless(attempts: Sequence[Attempt]) -> int:
+    """How many of the last attempts, in a row, began where the one before had begun: nothing was gained between them.
+
+    Preempted ones do not count: that is the cluster's doing.
+    """
+    counted = [a for a in attempts if (a.read("stopped") or {}).get("why") != "preempted"]
+    streak = 0
+    for attempt in reversed(counted):
+        position, last = attempt.position, counted[-1].position
+        if position is not None and last is not None and position != last:
+            break
+        streak += 1
+    return streak
+
+
+def create_run(config: Config, stage: str, profile: Profile, command_line: str, *, snapshot: bool) -> Run:
+    """A new run folder; `snapshot`: with a copy of the code, for a job that may start much later."""
+    jobs = config.run_dir.absolute() / "jobs"
+    begin = f"{config.name}-{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
+        folder = jobs / f"{begin}{suffix}"
+        try:
+            folder.mkdir(
+                parents=True, mode=0o700
+            )  # the environment that the profile sets stands in the script
+            break
+        except FileExistsError:
+            continue
+    run = Run(folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "profile.yaml").write_text(dump_profile(profile))
+    (folder / "attempts").mkdir()
+    run.note(
+        name=config.name,
+        stage=stage,
+        root=config.storage.root,
+        submitted=time.time(),
+        command=command_line,
+        cwd=os.getcwd(),
+        code=code_version(),
+    )
+    if snapshot:
+        package = Path(__file__).resolve().parent.parent
+        shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    with contextlib.suppress(
+        OSError
+    ):  # a home folder that is full or read-only: the run is found by its path
+        index().mkdir(parents=True, exist_ok=True)
+        (index() / run.id).symlink_to(folder)
+    return run
+
+
+def code_version() -> dict[str, Any]:
+    """The package's version, and the git commit it stands at where it is a checkout; `dirty`: with changes on top."""
+    package = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *words], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or git is not there
+        return {"version": __version__}
+    return {
+        "version": __version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", ".")),
+    }
+
+
+def index() -> Path:
+    """Where links to the user's run folders are: $XDG_STATE_HOME/dsno-cluster/runs, or below ~/.local/state."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(state) / "dsno-cluster" / "runs"
+
+
+def all_runs() -> list[Run]:
+    """The user's runs whose folders are still there, newest first."""
+    found = [link.resolve() for link in index().glob("*")] if index().is_dir() else []
+    runs = [Run(folder) for folder in found if (folder / "run.json").is_file()]
+    return sorted(runs, key=lambda run: run.record().get("submitted", 0.0), reverse=True)
+
+
+def find_run(word: str) -> Run:
+    """The run of an id, the beginning of one, a job id, or the path of a run folder.
+
+    Raises UserError where there is none, or more than one.
+    """
+    if (Path(word) / "run.json").is_file():
+        return Run(Path(word).resolve())
+    runs = all_runs()
+    same = [run for run in runs if run.id == word or str(run.record().get("job")) == word]
+    matching = same[:1] or [run for run in runs if run.id.startswith(word)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise UserError(
+            f"{word}: stands for {len(matching)} runs, the newest {matching[0].id}; name one whole"
+        )
+    newest = f"; the newest is {runs[0].id}" if runs else "; there is none yet"
+    raise UserError(f"{word}: no such run{newest} (`dsno-cluster status` lists them)")
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where the file is not there (or, on a full disk, empty)."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, file)

@@ -1,0 +1,331 @@
+"""How runs fare, told from their folders and from Slurm: `status`, `logs`, `cancel`, and following one to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsno_cluster import console
+from dsno_cluster.cluster.attempt import why
+from dsno_cluster.cluster.runs import Run
+from dsno_cluster.cluster.slurm import JobState, cancel_job, job_states
+from dsno_cluster.errors import UserError, WorkError
+
+POLL_SECONDS = 2.0
+STALE_SECONDS = 60.0
+CANCEL_SECONDS = 120.0
+SHOWN = 20  # runs, where no more are asked for
+
+LIVE = ("waiting", "starting", "running", "ending", "suspended", "state unknown")
+WORDS = {
+    "PENDING": "waiting",
+    "REQUEUED": "waiting",
+    "REQUEUE_HOLD": "waiting",
+    "SPECIAL_EXIT": "waiting",
+    "CONFIGURING": "starting",
+    "RUNNING": "running",
+    "COMPLETING": "ending",
+    "SIGNALING": "running",
+    "STAGE_OUT": "ending",
+    "STOPPED": "suspended",
+    "SUSPENDED": "suspended",
+    "COMPLETED": "done",
+    "CANCELLED": "cancelled",
+    "FAILED": "failed",
+    "BOOT_FAIL": "failed",
+    "NODE_FAIL": "failed",
+    "TIMEOUT": "failed",
+    "DEADLINE": "failed",
+    "OUT_OF_MEMORY": "failed",
+    "PREEMPTED": "failed",
+}
+WAITS = {
+    "Priority": "others are before it",
+    "Resources": "for free nodes",
+    "Dependency": "for the stage before it",
+    "DependencyNeverSatisfied": "for a stage that failed: it will never start",
+    "BeginTime": "for its turn to start again",
+    "ReqNodeNotAvail": "for nodes that are down, drained or reserved",
+    "JobHeldUser": "held by its owner",
+    "JobHeldAdmin": "held by an administrator",
+    "PartitionTimeLimit": "its time limit is above the partition's",
+    "QOSMaxJobsPerUserLimit": "for another job of yours to end",
+    "AssocGrpGRES": "for the account's share of GPUs",
+}
+ENDS = {
+    "NODE_FAIL": "a node was lost",
+    "TIMEOUT": "its time limit was reached",
+    "OUT_OF_MEMORY": "it needed more memory than mem_gb",
+    "PREEMPTED": "another job needed its nodes",
+    "BOOT_FAIL": "a node did not boot",
+    "DEADLINE": "its deadline was reached",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run is doing, in a plain word, and why."""
+
+    word: str
+    why: str = ""
+    nodes: str = ""
+
+
+def states_of(runs: Sequence[Run]) -> dict[Run, State]:
+    """The state of each run. Where Slurm does not answer, what the folders say, and `state unknown` of the others."""
+    jobs = [
+        str(r.record().get("job")) for r in runs if r.record().get("launcher") == "slurm" and not _final(r)
+    ]
+    try:
+        known: dict[str, JobState] | None = job_states(jobs)
+    except (UserError, WorkError) as error:
+        console.say(f"Slurm does not say how jobs fare now: {error}")
+        known = None
+    return {run: _state_of(run, known) for run in runs}
+
+
+def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
+    if final := _final(run):
+        return final
+    record = run.record()
+    if "job" not in record:
+        return State("failed", "it was never submitted")
+    if record["launcher"] == "local":
+        return _local_state(run)
+    if known is None:
+        return State("state unknown", "Slurm does not answer")
+    job = known.get(str(record["job"]))
+    attempts = run.attempts()
+    if job is None:
+        last = why(attempts[-1], None) if attempts else "it never began"
+        return State("cancelled" if run.cancelled else "failed", f"Slurm no longer knows the job; {last}")
+    word = WORDS.get(job.state, job.state.lower())
+    if word == "waiting":
+        reason = WAITS.get(job.reason, "" if job.reason == "None" else job.reason)
+        return State(word, reason)
+    if word in LIVE:
+        return State(word, "", job.nodes)
+    return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
+
+
+def _final(run: Run) -> State | None:
+    """The state that the last attempt's batch script left, where it is a final one."""
+    attempts = run.attempts()
+    outcome = attempts[-1].read("outcome") if attempts else None
+    if outcome is None or outcome["state"] == "again":
+        return None
+    return State(outcome["state"], outcome["reason"])
+
+
+def _local_state(run: Run) -> State:
+    import psutil
+
+    attempts = run.attempts()
+    last = attempts[-1] if attempts else None
+    if last is not None and last.read("result") is not None:
+        return State("done")
+    try:
+        alive = psutil.Process(int(run.record()["job"]))
+        if alive.is_running() and alive.create_time() <= run.record()["submitted"] + STALE_SECONDS:
+            return State("running", "", "this machine")
+    except psutil.NoSuchProcess:
+        pass
+    failure = last.failure() if last is not None else None
+    return State("failed", failure["reason"] if failure else "its processes ended without a word")
+
+
+def overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row of plain values a run, for the table of `status` and its --json."""
+    rows = []
+    for run, state in states_of(runs).items():
+        record, attempts = run.record(), run.attempts()
+        last = attempts[-1] if attempts else None
+        progress = last.read("progress") if last else None
+        former = [
+            a for a in attempts if a.read("result") is None and (a is not last or state.word not in LIVE)
+        ]
+        error = state.why if state.word == "failed" else (why(former[-1], None) if former else "")
+        left = None
+        if progress and state.word == "running" and progress["rate"] > 0:
+            left = (progress["total"] - progress["done"]) / progress["rate"]
+        rows.append(
+            {
+                "run": run.id,
+                "stage": record.get("stage"),
+                "job": record.get("job"),
+                "launcher": record.get("launcher"),
+                "state": state.word,
+                "why": state.why,
+                "nodes": state.nodes,
+                "attempts": len(attempts),
+                "done": progress["done"] if progress else None,
+                "total": progress["total"] if progress else None,
+                "unit": progress["unit"] if progress else None,
+                "rate": progress["rate"] if progress else None,
+                "seconds_left": left,
+                "last_error": error,
+                "folder": str(run.folder),
+                "code": record.get("code"),
+            }
+        )
+    return rows
+
+
+def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of `status`."""
+    header = ["run", "job", "state", "attempts", "progress", "rate", "left", "last error"]
+    cells = []
+    for row in rows:
+        done = row["done"] is not None
+        progress = f"{row['done']}/{row['total']} {row['unit']}" if done else "-"
+        state = row["state"] + (f": {row['why']}" if row["why"] and row["state"] != "failed" else "")
+        moving = done and row["state"] == "running"
+        cells.append(
+            [
+                row["run"],
+                str(row["job"] or "-"),
+                state,
+                str(row["attempts"]),
+                progress,
+                f"{row['rate']:.3g}/s" if moving else "-",
+                duration(row["seconds_left"]) if row["seconds_left"] is not None else "-",
+                row["last_error"] or "-",
+            ]
+        )
+    return header, cells
+
+
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def wait_for(run: Run) -> str:
+    """Follow a run to its end with live progress; returns its result. Ctrl-C leaves it running.
+
+    Raises WorkError or UserError with its reason where it fails or is cancelled.
+    """
+    said, shown = "", None
+    with contextlib.ExitStack() as bar:
+        advance: Any = None
+        while True:
+            state = states_of([run])[run]
+            attempts = run.attempts()
+            text = f"{run.id}: {state.word}" + (f", {state.why}" if state.why and state.word in LIVE else "")
+            if text != said and state.word in LIVE:
+                console.say(text + (f" on {state.nodes}" if state.nodes else ""))
+                said = text
+            progress = attempts[-1].read("progress") if attempts else None
+            if progress:
+                stretch = (attempts[-1].number, progress["title"])
+                if shown is None or shown[0] != stretch:
+                    bar.close()
+                    advance = bar.enter_context(
+                        console.progress(
+                            progress["title"], progress["total"], progress["unit"], done=progress["start"]
+                        )
+                    )
+                    shown = (stretch, progress["start"])
+                advance(progress["done"] - shown[1])
+                shown = (stretch, progress["done"])
+            if state.word not in LIVE:
+                break
+            time.sleep(POLL_SECONDS)
+    result = attempts[-1].read("result") if attempts else None
+    if result is not None:
+        return str(result["result"])
+    failure = attempts[-1].failure() if attempts else None
+    kind = UserError if failure and failure["kind"] == "user" else WorkError
+    raise kind(f"{run.id} {state.word}: {state.why or 'see `dsno-cluster logs ' + run.id + '`'}")
+
+
+def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterator[str]:
+    """Lines of a task's log, of the newest attempt unless one is named; `follow`: until the run ends, over new attempts.
+
+    Where the task has no log yet, what the batch script printed. Raises UserError where there is nothing of the kind.
+    """
+    current, place = attempt, 0
+    while True:
+        over = states_of([run])[run].word not in LIVE if follow else True
+        numbers = [a.number for a in run.attempts()]
+        if current is None:
+            current = numbers[-1] if numbers else None
+        file = _log_file(run, rank, current)
+        if file is None and not follow:
+            raise UserError(_no_log(run, rank, attempt, numbers))
+        text = _text(file)
+        complete = text if over else text[: text.rfind("\n") + 1]
+        yield from complete[place:].splitlines()
+        place = max(place, len(complete))
+        newer = [n for n in numbers if current is not None and n > current]
+        if newer and attempt is None:
+            yield f"-- attempt {newer[0]} --"
+            current, place = newer[0], 0
+            continue
+        if over:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _log_file(run: Run, rank: int, attempt: int | None) -> Path | None:
+    if run.record().get("launcher") == "local":
+        found = sorted(run.folder.glob(f"submitit/*_{rank}_log.err"))
+        return found[-1] if found else None
+    file = run.attempt(attempt).log(rank) if attempt is not None else None
+    if file is not None and file.is_file():
+        return file
+    batch = run.folder / "batch.log"
+    return batch if rank == 0 and batch.is_file() else None
+
+
+def _no_log(run: Run, rank: int, attempt: int | None, numbers: list[int]) -> str:
+    if attempt is not None and attempt not in numbers:
+        return f"--attempt {attempt}: {run.id} has had {len(numbers)} attempt(s), counted from 0"
+    ranks = sorted(int(f.stem.removeprefix("task-")) for f in run.folder.glob("attempts/*/task-*.log"))
+    if ranks:
+        return f"--rank {rank}: {run.id} has logs of ranks {', '.join(map(str, dict.fromkeys(ranks)))}"
+    return f"{run.id}: has no log yet; it has not begun"
+
+
+def _text(file: Path | None) -> str:
+    try:
+        return file.read_text(errors="replace") if file is not None else ""
+    except FileNotFoundError:
+        return ""
+
+
+def cancel(run: Run) -> str:
+    """End a run and wait until it has; returns its state then. What is done is kept.
+
+    Raises WorkError where it does not end within two minutes.
+    """
+    state = states_of([run])[run]
+    if state.word not in LIVE:
+        return f"{state.word} already"
+    run.cancel()
+    record = run.record()
+    if record["launcher"] == "slurm":
+        cancel_job(str(record["job"]))
+    else:
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(int(record["job"])).children():
+                rank.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + CANCEL_SECONDS
+    while (state := states_of([run])[run]).word in LIVE:
+        if time.monotonic() > deadline:
+            raise WorkError(f"{run.id}: is {state.word} still, {CANCEL_SECONDS:.0f} s after it was cancelled")
+        time.sleep(1.0)
+    return "cancelled"

@@ -1,0 +1,296 @@
+"""Submitting stages through submitit: to Slurm, or to several processes on this machine.
+
+One path for all stages: a run folder, a `StageTask` that holds text only, an executor made from the profile. The text of
+the batch script is built first, looked at by Slurm, and then submitted as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsno_cluster import console
+from dsno_cluster.cluster.runs import Run, all_runs, create_run
+from dsno_cluster.cluster.slurm import check_profile, check_script, controller_silence
+from dsno_cluster.cluster.task import StageTask
+from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
+from dsno_cluster.errors import UserError, WorkError
+
+MOST_REQUEUES = 1000
+
+
+def choose_launcher(asked: str, nodes: int) -> str:
+    """`local` or `slurm`. auto is Slurm where sbatch is on PATH and the controller answers within 2 s.
+
+    Raises UserError for slurm without sbatch and for several nodes on this machine alone, and WorkError for
+    slurm whose controller does not answer.
+    """
+    sbatch = shutil.which("sbatch")
+    if asked == "slurm":
+        if sbatch is None:
+            raise UserError(
+                "--launcher slurm: there is no sbatch on PATH; load Slurm's module, or take --launcher local"
+            )
+        silence = controller_silence()
+        if silence:
+            raise WorkError(
+                f"--launcher slurm: {silence}; try again when it answers, or take --launcher local"
+            )
+        return "slurm"
+    why = "as asked"
+    if asked == "auto":
+        silence = controller_silence() if sbatch else "there is no sbatch on PATH"
+        if not silence:
+            return "slurm"
+        why = silence
+        console.say(f"running on this machine: {silence}")
+    if nodes > 1:
+        raise UserError(
+            f"--nodes {nodes}: the local launcher ({why}) has one node; several need --launcher slurm"
+        )
+    return "local"
+
+
+def submit_to_slurm(
+    task: StageTask, config: Config, profile: Profile, command_line: str, after: str | None = None
+) -> Run:
+    """Submit a stage to Slurm, to begin when job `after` is done; returns its run, whose record has the job's id.
+
+    Raises UserError for a job that Slurm could never run, and WorkError where the same stage is under way already.
+    """
+    stage = task.stage
+    check_profile(profile, f"jobs/{stage}.yaml")
+    refuse_second(config, stage)
+    run = create_run(config, stage, profile, command_line, snapshot=True)
+    executor = _slurm_executor(run.folder, config, stage, profile, after)
+    try:
+        with _outside_of_jobs():
+            (run.folder / "script.sh").write_text(_script_text(executor))
+            check_script(str(run.folder / "script.sh"))
+            job = executor.submit(task_in(run, task))
+    except BaseException:
+        _forget(run)
+        raise
+    run.note(job=str(job.job_id), launcher="slurm", after=after)
+    return run
+
+
+def submit_pipeline(config: Config, profiles: dict[str, Profile], command_line: str) -> list[Run]:
+    """Submit stages, in the order of `profiles`, each to begin when the one before is done.
+
+    Where one is refused those before it are cancelled again. Raises as `submit_to_slurm`.
+    """
+    from dsno_cluster.cluster.slurm import cancel_job
+
+    for stage, profile in profiles.items():
+        check_profile(profile, f"jobs/{stage}.yaml")
+        refuse_second(config, stage)
+    runs: list[Run] = []
+    try:
+        for stage, profile in profiles.items():
+            after = str(runs[-1].record()["job"]) if runs else None
+            runs.append(submit_to_slurm(stage_task(stage, config), config, profile, command_line, after))
+    except BaseException:
+        for run in runs:
+            run.cancel()
+            cancel_job(str(run.record()["job"]))
+        raise
+    return runs
+
+
+def sbatch_script(stage: str, config: Config, profile: Profile) -> str:
+    """The script that `submit_to_slurm` hands to sbatch, for --dry-run; RUN stands for the run folder to come."""
+    folder = config.run_dir.absolute() / "jobs" / "RUN"
+    return _script_text(_slurm_executor(folder, config, stage, profile, None))
+
+
+def submit_locally(task: StageTask, config: Config, profile: Profile, command_line: str) -> tuple[Run, Any]:
+    """Start a stage in several processes on this machine; returns its run and submitit's job."""
+    import submitit
+    import torch
+
+    from dsno_cluster.training.engine import free_port
+
+    run = create_run(config, task.stage, profile, command_line, snapshot=False)
+    executor = submitit.AutoExecutor(
+        folder=run.folder / "submitit", cluster="local", local_max_num_timeout=MOST_REQUEUES
+    )
+    executor.update_parameters(
+        name=f"{task.stage}-{config.name}",
+        nodes=1,  # the profile is a cluster's; here are one node, every GPU, and no time limit but a month
+        tasks_per_node=profile.tasks_per_node,
+        gpus_per_node=torch.cuda.device_count(),
+        timeout_min=30 * 24 * 60,
+    )
+    # submitit's ranks find each other on this machine at a port that is free now
+    os.environ["MASTER_PORT"] = str(free_port())
+    # submitit's controller of local jobs inherits standard error, and ends with a traceback when it is cancelled
+    with _standard_error_into(run.folder / "batch.log"), _own_sessions():
+        job = executor.submit(task_in(run, task))
+    run.note(job=str(job.job_id), launcher="local")
+    return run, job
+
+
+def stage_task(
+    stage: str, config: Config, actors: int | None = None, student: str | None = None
+) -> StageTask:
+    """The task of a stage, with the config's folders made absolute."""
+    return StageTask(stage, dump_config(with_absolute_paths(config)), "", actors, student)
+
+
+def task_in(run: Run, task: StageTask) -> StageTask:
+    """The task with the folder of its run."""
+    return StageTask(task.stage, task.config_yaml, str(run.folder), task.actors, task.student)
+
+
+def refuse_second(config: Config, stage: str) -> None:
+    """Raises WorkError where the same stage of the same experiment waits or runs already."""
+    from dsno_cluster.cluster.status import LIVE, states_of
+
+    same = [
+        run
+        for run in all_runs()
+        if run.record().get("stage") == stage
+        and run.record().get("name") == config.name
+        and run.record().get("root") == with_absolute_paths(config).storage.root
+        and run.record().get("launcher") == "slurm"
+    ]
+    for run, state in states_of(same).items():
+        if state.word in LIVE:
+            job = run.record()["job"]
+            raise WorkError(
+                f"{stage} of {config.name} is {state.word} already, as job {job}: follow it with `dsno-cluster logs {run.id} "
+                f"--follow`, or end it with `dsno-cluster cancel {run.id}`"
+            )
+
+
+def _slurm_executor(folder: Path, config: Config, stage: str, profile: Profile, after: str | None) -> Any:
+    """submitit's executor for a run folder, which need not be there yet."""
+    import submitit
+
+    ray = stage != "train"
+    srun = [
+        *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
+        f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
+        # of the Ray stages a lost node is done without; of training a lost rank is no reason for others to wait
+        *(("--no-kill", "--kill-on-bad-exit=0") if ray else ("--kill-on-bad-exit=1",)),
+    ]
+    python = shlex.quote(sys.executable)
+    executor = submitit.SlurmExecutor(
+        folder=folder / "submitit",
+        max_num_timeout=MOST_REQUEUES,  # it takes any signal to a job of under ten minutes for a time-out
+        python=f"{' '.join(srun)} {python}",
+    )
+    parameters: dict[str, Any] = {
+        "job_name": f"{stage}-{config.name}",
+        "nodes": profile.nodes,
+        "ntasks_per_node": profile.tasks_per_node,
+        "cpus_per_task": profile.cpus_per_task,
+        "gpus_per_node": profile.gpus_per_node
+        or None,  # a cluster without GPUs refuses even a request for none
+        "mem": f"{profile.mem_gb}GB",
+        "time": profile.time_minutes,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "signal_delay_s": profile.save_seconds,
+        "dependency": f"afterok:{after}" if after else None,
+        "wckey": None,
+        "use_srun": False,  # the srun line is ours: its log files tell attempts apart
+        "setup": _setup_lines(folder, profile, ray),
+        "teardown": [f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
+        "additional_parameters": {
+            "output": folder / "batch.log",
+            "error": folder / "batch.log",
+            "requeue": True,
+            **({"no_kill": True} if ray else {}),
+            **({"kill_on_invalid_dep": "yes"} if after else {}),
+            **profile.sbatch,
+        },
+    }
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
+    """What the batch script does before srun: the owner's lines, then ours."""
+    run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
+    here = shlex.quote(os.getcwd())
+    lines = list(profile.setup)
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
+    lines += [
+        "# the code as it was at submission, then the folder of submission, for teachers of your own",
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "attempt=${SLURM_RESTART_COUNT:-0}",
+        "trap : TERM  # the tasks are told to end; this script waits for them",
+    ]
+    if ray:
+        lines += [
+            "# what Ray's processes show each other; made anew for each attempt, shown nowhere",
+            "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
+        ]
+    return [*lines, f"{python} -m dsno_cluster.cluster.attempt begin {run} || exit $?"]
+
+
+def _script_text(executor: Any) -> str:
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "uid"))
+
+
+def _forget(run: Run) -> None:
+    """Take back a run folder whose job was not submitted."""
+    from dsno_cluster.cluster.runs import index
+
+    shutil.rmtree(run.folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (index() / run.id).unlink()
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """A job that is submitted from within another must not inherit its sizes.
+
+    submitit's own clean_env would also take SLURM_CONF and the user's SBATCH_ defaults away.
+    """
+    names = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
+    inherited = {name: os.environ.pop(name) for name in names} if "SLURM_JOB_ID" in os.environ else {}
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)
+
+
+@contextlib.contextmanager
+def _own_sessions() -> Iterator[None]:
+    """Children started within have a session of their own: Ctrl-C at the terminal reaches this process alone.
+
+    It then tells the ranks, once. submitit has no option for it, and its controller would end them after a second.
+    """
+    popen = subprocess.Popen
+    subprocess.Popen = functools.partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        subprocess.Popen = popen  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _standard_error_into(path: Path) -> Iterator[None]:
+    """Children started within write their standard error to the end of `path`."""
+    kept = os.dup(2)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.dup2(file, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(file)

@@ -1,0 +1,203 @@
+"""What one task of a submitted job does: the picklable `StageTask`, and how it ends.
+
+A task finds its place among the others, runs its stage, and notes in the attempt's folder how it ended, so that the batch
+script, `status` and whoever waits can tell. A signal that asks for the node (SIGUSR2: time is nearly up; SIGTERM: another
+job needs it, or scancel) becomes `Preempted`, which unwinds the stage; then the job is requeued, unless it was cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dsno_cluster import console
+from dsno_cluster.cluster.runs import Attempt, Run
+from dsno_cluster.config import Config, Profile
+from dsno_cluster.errors import Preempted, UserError, WorkError
+
+REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """The spec of a stage, text only. `actors` is for the Ray stages, `student` for eval."""
+
+    stage: str
+    config_yaml: str
+    run_folder: str
+    actors: int | None = None
+    student: str | None = None
+
+    def __call__(self) -> str:
+        from submitit import JobEnvironment
+
+        run = Run(Path(self.run_folder))
+        attempt = run.attempt(attempt_number())
+        rank = JobEnvironment().global_rank
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+        requeue = signal.getsignal(signal.SIGUSR2)  # what submitit installed
+        if rank == 0:
+            console.record_progress(attempt.folder / "progress.json")
+        try:
+            with _signals_unwind():
+                result = self._run(run, attempt)
+        except Preempted:
+            _ignore_signals()
+            if rank == 0:
+                _leave_for_later(run, attempt, requeue)
+            sys.exit(0)  # rank 0 speaks for all; an error status here would have Slurm end it too early
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (UserError, WorkError) as error:  # leaves no traceback, and ends the other ranks
+            kind = "user" if isinstance(error, UserError) else "work"
+            attempt.write(
+                f"failure-{rank}", kind=kind, reason=str(error), rank=rank, host=socket.gethostname()
+            )
+            console.error(str(error))
+            sys.exit(2 if kind == "user" else 1)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            attempt.write(f"failure-{rank}", kind="bug", reason=reason, rank=rank, host=socket.gethostname())
+            raise
+        if rank == 0:
+            attempt.write("result", result=result)
+        return result
+
+    def checkpoint(self) -> Any:
+        """What submitit submits again when the job is requeued: the same task, which goes on from its own checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _run(self, run: Run, attempt: Attempt) -> str:
+        import yaml
+
+        from dsno_cluster.config import validate
+
+        config = validate(Config, yaml.safe_load(self.config_yaml), "the submitted config")
+        on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        if self.stage == "train":
+            from dsno_cluster.training.loop import train
+
+            _set_rank_variables(attempt, run.profile(), on_slurm)
+            return train(config)
+        if not on_slurm:
+            return self._work(config, None)
+        from dsno_cluster.cluster.ray_on_slurm import ray_head, ray_worker
+
+        node = _ray_node(run.profile())
+        if node.index:
+            ray_worker(node, attempt.folder)
+            return "worker"
+        with ray_head(node, attempt.folder) as address:
+            return self._work(config, address)
+
+    def _work(self, config: Config, ray_address: str | None) -> str:
+        if self.stage == "gen-trajectories":
+            from dsno_cluster.trajectories.generate import generate
+
+            return generate(config, self.actors, ray_address)
+        from dsno_cluster.evaluation.evaluate import evaluate
+
+        evaluate(config, self.student, self.actors, ray_address)
+        return f"{config.storage.root}/evaluation/{config.name}"
+
+
+def attempt_number() -> int:
+    """Which start of its job this is, from 0."""
+    on_this_machine = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+    return 0 if on_this_machine else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Within, the signals that ask for the node raise Preempted; while that unwinds, more of them change nothing."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        _ignore_signals()
+        raise Preempted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in REQUEUE_SIGNALS:
+        signal.signal(number, unwind)
+    yield
+    _ignore_signals()  # done: what is left to do takes a moment
+
+
+def _ignore_signals() -> None:
+    for number in REQUEUE_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
+    """Have the job requeued by submitit; never returns. One that was cancelled just ends."""
+    from dsno_cluster.cluster.slurm import seconds_left, was_cancelled
+
+    job = os.environ.get("SLURM_JOB_ID")
+    if run.cancelled or (job and was_cancelled(job)):
+        attempt.write("stopped", why="cancelled")
+        console.say("cancelled: what is done is kept, the same command continues")
+        sys.exit(143)
+    left = seconds_left(job) if job else None
+    timed_out = left is None or left < run.profile().save_seconds + 60
+    attempt.write("stopped", why="time limit" if timed_out else "preempted")
+    console.say(
+        f"{'time is nearly up' if timed_out else 'the nodes are wanted'}: the job asks to be requeued"
+    )
+    sys.stdout.flush()
+    if not callable(requeue):
+        raise RuntimeError("submitit installed no handler to requeue the job")
+    requeue(signal.SIGUSR2, None)  # leaves by SystemExit
+
+
+def _set_rank_variables(attempt: Attempt, profile: Profile, on_slurm: bool) -> None:
+    """RANK, WORLD_SIZE and the like, as torch and DeepSpeed read them."""
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    if not on_slurm:
+        # DeepSpeed picks cuda:LOCAL_RANK itself, so every device must stay visible to every rank
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        return
+    from dsno_cluster.cluster.rendezvous import free_ports, hear, interface_of, own_address, tell
+
+    here = JobEnvironment()
+    hosts, note = list(here.hostnames), attempt.folder / "rendezvous.json"
+    address = own_address(hosts, here.node, profile.interface)
+    if here.global_rank == 0:
+        tell(note, address=address, port=free_ports(1)[0])
+    meeting = hear(note)
+    os.environ.update(
+        RANK=str(here.global_rank),
+        WORLD_SIZE=str(here.num_tasks),
+        LOCAL_RANK=str(here.local_rank),
+        LOCAL_WORLD_SIZE=str(here.num_tasks // here.num_nodes),
+        MASTER_ADDR=meeting["address"],
+        MASTER_PORT=str(meeting["port"]),
+    )
+    interface = profile.interface or interface_of(address)
+    for library in ("GLOO", "NCCL"):  # what the profile's environment or the user's shell says wins
+        if interface is not None:
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+
+
+def _ray_node(profile: Profile) -> Any:
+    from submitit import JobEnvironment
+
+    from dsno_cluster.cluster.ray_on_slurm import Node
+
+    here = JobEnvironment()
+    return Node(
+        list(here.hostnames), here.node, profile.interface, profile.cpus_per_task, profile.mem_gb, here.job_id
+    )
