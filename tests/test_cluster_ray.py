@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, dsno
+from tiny import TINY, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise

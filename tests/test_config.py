@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import dsno
 from pydantic import BaseModel
+from tiny import dsno
 
 from dsno_cluster.config import Config, Profile, dump_config, load_config, load_profile, validate
 from dsno_cluster.errors import UserError
@@ -146,7 +146,7 @@ def test_help_names_every_command_and_its_options() -> None:
 
 
 def test_dry_runs_start_nothing(tmp_path: Path, tiny_data: Path) -> None:
-    from conftest import TINY
+    from tiny import TINY
 
     before = sorted(tiny_data.rglob("*"))
     for command in ("gen-trajectories", "train", "train-teacher", "demo"):

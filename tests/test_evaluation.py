@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch_fidelity
-from conftest import DATA, TINY, dsno
 from PIL import Image
+from tiny import DATA, TINY, dsno
 
 from dsno_cluster.data import load_digits
 from dsno_cluster.errors import UserError, WorkError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import TINY, dsno, small_disk
+from tiny import TINY, dsno, small_disk
 
 # A teacher that misbehaves on some samples, as long as a file says so: how it does stands in that file.
 FAULTY = """

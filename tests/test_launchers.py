@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from conftest import TINY, dsno
+from tiny import TINY, dsno
 
 from dsno_cluster.cluster.submit import stage_task
 from dsno_cluster.cluster.task import StageTask

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import DATA, TINY, dsno
+from tiny import DATA, TINY, dsno
 
 GAUSSIAN = [
     *("network.num_classes=0", "network.null_class=false", "teacher.path=closed-form:gaussian"),

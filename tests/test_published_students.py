@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import DATA, dsno
+from tiny import DATA, dsno
 
 from dsno_cluster import load_student
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import dsno, small_disk
+from tiny import dsno, small_disk
 from training_runs import (
     STUDENT,
     checkpoints,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import s3_server
-from conftest import TINY, dsno
 from s3_server import KEYS
+from tiny import TINY, dsno
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY, dsno
 from faulty_s3 import FaultyS3, faulty_s3
 from s3_server import KEYS
 from test_storage import s3_endpoint  # noqa: F401
+from tiny import TINY, dsno
 
 from dsno_cluster import storage as storage_module
 from dsno_cluster.errors import UserError, WorkError

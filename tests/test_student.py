@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, TINY, dsno
+from tiny import DATA, TINY, dsno
 from torch import Tensor
 
 from dsno_cluster import load_student, load_teacher, solve

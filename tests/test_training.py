@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, dsno
+from tiny import TINY, dsno
 from training_runs import ends, link_data, metrics, start_ranks, train, weights
 
 from dsno_cluster import load_student

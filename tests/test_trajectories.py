@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, dsno
+from tiny import TINY, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config

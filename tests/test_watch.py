@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import TINY, dsno
 from faulty_s3 import faulty_s3
 from PIL import Image
 from test_storage import KEYS
 from test_storage import s3_endpoint as s3_endpoint  # the fixture
+from tiny import TINY, dsno
 from training_runs import (
     STUDENT,
     checkpoints,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from conftest import TINY, dsno
+from tiny import TINY, dsno
 
 STUDENT = "students/digits"
 

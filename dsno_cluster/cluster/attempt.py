@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsno_cluster.cluster.runs import Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm import was_cancelled
+from dsno_cluster.cluster.slurm import who_ends
 from dsno_cluster.cluster.task import attempt_number
 
 KILLED = 128
@@ -42,13 +42,18 @@ def end(run: Run, status: int) -> int:
     if attempt.read("result") is not None:  # rank 0 finished; other tasks may have been lost with their nodes
         attempt.write("outcome", state="done", reason="")
         return 0
-    if run.cancelled or was_cancelled(job):
-        run.cancel()
+    ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
+    if ended == "cancelled":
         attempt.write("outcome", state="cancelled", reason="")
         return KILLED + signal.SIGTERM
-    if attempt.read("stopped") is not None and status in (0, 255):  # and requeued: it is being ended
+    if (
+        ended == "requeued"
+    ):  # by the task that was told to leave, by Slurm for another job, or by an administrator
+        attempt.write("outcome", state="again", reason=why(attempt, None))
         return 1
-    reason = why(attempt, status)
+    reason = (
+        "its time limit was reached before it had saved" if ended == "time limit" else why(attempt, status)
+    )
     failure = attempt.failure()
     if failure is not None and failure["kind"] == "user":
         attempt.write("outcome", state="failed", reason=reason)

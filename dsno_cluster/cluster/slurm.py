@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -130,18 +129,28 @@ def has_accounting() -> bool:
     return setting is not None and not setting[1].endswith("/none")
 
 
-def was_cancelled(job: str) -> bool:
-    """Whether somebody ended the job by scancel. False where Slurm does not say, as a preempted one is then started again."""
-    return _field(job, "JobState") == "CANCELLED"
+def who_ends(job: str, attempt: int) -> str | None:
+    """Why Slurm is ending a job that still has processes: `requeued`, `time limit` or `cancelled`; None where it is not.
+
+    Slurm says COMPLETING of all three. A requeue has counted one more restart than this attempt knows of; a time limit
+    has been reached; what is left is scancel.
+    """
+    fields = _fields(job)
+    state = fields.get("JobState")
+    if int(fields.get("Restarts", attempt)) > attempt:
+        return "requeued"
+    if state == "TIMEOUT" or (
+        state == "COMPLETING" and _minutes(fields["RunTime"]) >= _minutes(fields["TimeLimit"])
+    ):
+        return "time limit"
+    return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
-def seconds_left(job: str) -> float | None:
-    """Seconds until the time limit of a job; None where Slurm does not say."""
-    end = _field(job, "EndTime")
-    try:
-        return time.mktime(time.strptime(end or "", "%Y-%m-%dT%H:%M:%S")) - time.time()
-    except ValueError:
-        return None
+def seconds_left(job: str) -> float:
+    """Seconds until the time limit of a job; infinite where Slurm does not say."""
+    fields = _fields(job)
+    limit, run = _minutes(fields.get("TimeLimit", "")), _minutes(fields.get("RunTime", ""))
+    return 60 * (limit - run) if run < float("inf") else float("inf")
 
 
 def cancel_job(job: str) -> None:
@@ -151,13 +160,13 @@ def cancel_job(job: str) -> None:
         raise WorkError(f"scancel {job}: {' '.join(done.stderr.split())}")
 
 
-def _field(job: str, name: str) -> str | None:
+def _fields(job: str) -> dict[str, str]:
+    """What `scontrol show job` says; nothing where the controller is silent."""
     try:
         done = _run("scontrol", "show", "job", "-o", job)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(rf"\b{name}=(\S+)", done.stdout)
-    return found[1] if found else None
+        return {}
+    return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 
 def _ask(*command: str) -> str:
@@ -188,7 +197,7 @@ def _number(text: str) -> int:
 
 
 def _minutes(limit: str) -> float:
-    """Minutes of a time limit such as 1-00:00:00, 30:00 or infinite."""
+    """Minutes of a time such as 1-00:00:00 or 30:00; infinite for words such as UNLIMITED."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+)*", limit):
         return float("inf")
     days, _, clock = limit.rpartition("-")

@@ -141,19 +141,23 @@ def _ignore_signals() -> None:
 
 
 def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
-    """Have the job requeued by submitit; never returns. One that was cancelled just ends."""
-    from dsno_cluster.cluster.slurm import seconds_left, was_cancelled
+    """Have the job requeued by submitit, unless Slurm is ending it already; never returns."""
+    from dsno_cluster.cluster.slurm import seconds_left, who_ends
 
-    job = os.environ.get("SLURM_JOB_ID")
-    if run.cancelled or (job and was_cancelled(job)):
-        attempt.write("stopped", why="cancelled")
+    job = os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
+    ended = "cancelled" if run.cancelled else who_ends(job, attempt.number) if job else None
+    if ended == "cancelled":
+        attempt.write("stopped", why=ended)
         console.say("cancelled: what is done is kept, the same command continues")
         sys.exit(143)
-    left = seconds_left(job) if job else None
-    timed_out = left is None or left < run.profile().save_seconds + 60
-    attempt.write("stopped", why="time limit" if timed_out else "preempted")
+    if ended == "requeued":
+        attempt.write("stopped", why="preempted")
+        console.say("the job was requeued: what is done is kept")
+        sys.exit(143)
+    preempted = job is not None and seconds_left(job) > run.profile().save_seconds + 60
+    attempt.write("stopped", why="preempted" if preempted else "time limit")
     console.say(
-        f"{'time is nearly up' if timed_out else 'the nodes are wanted'}: the job asks to be requeued"
+        f"{'the nodes are wanted' if preempted else 'time is nearly up'}: the job asks to be requeued"
     )
     sys.stdout.flush()
     if not callable(requeue):

@@ -1,0 +1,255 @@
+"""What clusters do to jobs, done to ours on four real nodes: nothing is lost, doubled or half-written, and the work ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from cluster_users import SHARDS, SLOW, User, last, ray_processes, wait_for
+from testbed import Cluster
+from tiny import TINY, dsno
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+# a training of about half a minute, with a checkpoint every few seconds
+LONG = [*TINY, "training.steps=400", "training.checkpoint_every=50", "training.lr_decay=none"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of LONG on two ranks that nothing disturbs."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    (root / "trajectories").symlink_to(tiny_data / "trajectories")
+    words = [
+        *LONG,
+        f"storage.root={root}",
+        "training.threads=1",
+        "--launcher",
+        "local",
+        "--tasks-per-node",
+        "2",
+    ]
+    done = dsno("train", *words)
+    assert done.returncode == 0, done.stderr
+    lines = (root / "students/digits/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def train_on_two_nodes(user: User, tiny_data: Path, *more: str) -> object:
+    """Submit LONG on two nodes, with the finished small data set."""
+    (user.home / "out").mkdir(exist_ok=True)
+    if not (user.home / "out/trajectories").exists():
+        user.cluster.run("cp", "-r", tiny_data / "trajectories", user.home / "out/trajectories")
+    return user.submit("train", *LONG, "training.threads=1", "--nodes", "2", *more)
+
+
+def checkpoints(user: User) -> list[int]:
+    return sorted(int(p.name[5:]) for p in user.home.glob("run/students/digits/resume/step-*"))
+
+
+def finished(user: User, run: object, undisturbed: list[float]) -> None:
+    """The training ended with the loss curve of one that nothing disturbed: every step once, bit for bit."""
+    user.ends(run)  # type: ignore[arg-type]
+    assert user.losses() == undisturbed
+    assert "steps 0 to" not in last(run).log(0).read_text()  # type: ignore[arg-type]  # it went on, not anew
+
+
+def all_shards_made_once(user: User) -> None:
+    assert len(user.manifest()["shards"]) == SHARDS == user.shards_made()
+    user.verify()
+
+
+def test_a_node_lost_while_shards_are_made(disk_user: User, cluster: Cluster) -> None:
+    run = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "4")
+    wait_for(lambda: disk_user.shards_made() >= 4)
+    cluster.kill_node("node3")  # Slurm finds out by itself, in half a minute; the work goes on before
+    assert disk_user.ends(run)["attempts"] == 1
+    all_shards_made_once(disk_user)
+
+
+def test_the_first_node_lost_while_shards_are_made(disk_user: User, cluster: Cluster) -> None:
+    run = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "3")
+    wait_for(lambda: disk_user.shards_made() >= 6)
+    cluster.kill_node("node1")
+    cluster.declare_down("node1")  # as an administrator may, who does not wait for Slurm to notice
+    row = disk_user.ends(run)
+    assert row["attempts"] == 2 and "loss of a node" in row["last_error"]
+    again = re.search(r"(\d+) of 24 shards are done", last(run).log(0).read_text())
+    assert again and int(again[1]) >= 6
+    all_shards_made_once(disk_user)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["first", "other"])
+def test_a_node_lost_while_training(
+    index: int, disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
+) -> None:
+    run = train_on_two_nodes(disk_user, tiny_data)
+    wait_for(lambda: checkpoints(disk_user))
+    node = cluster.node_names[index]
+    cluster.kill_node(node)
+    cluster.declare_down(node)
+    finished(disk_user, run, undisturbed)
+    assert disk_user.row(run)["attempts"] == 2
+
+
+def test_scancel_saves_and_does_not_requeue(
+    disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
+) -> None:
+    run = train_on_two_nodes(disk_user, tiny_data, "training.checkpoint_every=100000")
+    wait_for(lambda: (last(run).read("progress") or {}).get("done", 0) > 20 if run.attempts() else False)
+    cluster.run("scancel", str(run.record()["job"]))  # by anybody, not through us
+    row = disk_user.ends(run, "cancelled")
+    assert row["attempts"] == 1 and len(checkpoints(disk_user)) == 1
+    time.sleep(5)
+    assert not cluster.run("squeue", "-h").stdout
+    again = train_on_two_nodes(disk_user, tiny_data)
+    finished(disk_user, again, undisturbed)
+
+
+def test_the_time_limit_is_reached(disk_user: User, tiny_data: Path, undisturbed: list[float]) -> None:
+    disk_user.profile(time_minutes=1, save_seconds=40)
+    run = train_on_two_nodes(disk_user, tiny_data, "training.checkpoint_every=100000")
+    finished(disk_user, run, undisturbed)
+    assert disk_user.row(run)["attempts"] >= 2
+    assert (run.attempt(0).read("stopped") or {})["why"] == "time limit"
+
+
+def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User) -> None:
+    disk_user.profile(time_minutes=1, save_seconds=40)
+    run = disk_user.submit("gen-trajectories", *SLOW, "trajectories.steps=1200")
+    row = disk_user.ends(run)
+    assert row["attempts"] >= 2
+    all_shards_made_once(disk_user)
+
+
+def test_preempted_by_a_job_of_higher_priority(
+    disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
+) -> None:
+    run = train_on_two_nodes(disk_user, tiny_data, "training.checkpoint_every=100000")
+    wait_for(lambda: (last(run).read("progress") or {}).get("done", 0) > 20 if run.attempts() else False)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap", "sleep 5"]
+    other = cluster.run(*urgent, cwd=disk_user.home).stdout.strip()
+    wait_for(
+        lambda: "RUNNING" in cluster.run("squeue", "-h", "-j", other, "-o", "%T", check=False).stdout, 60
+    )
+    assert disk_user.row(run)["state"] == "waiting"
+    finished(disk_user, run, undisturbed)
+    assert (run.attempt(0).read("stopped") or {})["why"] == "preempted"
+    assert disk_user.row(run)["attempts"] == 2
+
+
+@pytest.mark.parametrize("stage", ["gen-trajectories", "train"])
+def test_requeued_by_an_administrator(
+    stage: str, disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
+) -> None:
+    if stage == "train":
+        run = train_on_two_nodes(disk_user, tiny_data)
+        wait_for(lambda: checkpoints(disk_user))
+    else:
+        run = disk_user.submit(stage, *SLOW, "--nodes", "2")
+        wait_for(lambda: disk_user.shards_made() >= 4)
+    cluster.run("scontrol", "requeue", str(run.record()["job"]))
+    if stage == "train":
+        finished(disk_user, run, undisturbed)
+    else:
+        disk_user.ends(run)
+        all_shards_made_once(disk_user)
+    assert disk_user.row(run)["attempts"] == 2
+
+
+def test_a_drained_node(disk_user: User, cluster: Cluster) -> None:
+    """What runs on it goes on; what asks for it waits, and says so; the others can be asked for."""
+    run = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "2")
+    wait_for(lambda: disk_user.shards_made() >= 2)
+    cluster.run("scontrol", "update", "nodename=node1", "state=drain", "reason=fan")
+    try:
+        disk_user.ends(run)
+        all_shards_made_once(disk_user)
+        words = [*TINY, "name=wide", f"storage.root={disk_user.home}/wide"]
+        said = disk_user.dsno("gen-trajectories", *words, "--nodes", "4", "--launcher", "slurm").stderr
+        waits = disk_user.run_of(said)
+        wait_for(lambda: disk_user.row(waits)["why"], 30)
+        row = disk_user.row(waits)
+        assert row["state"] == "waiting" and "nodes" in row["why"], row
+        disk_user.dsno("cancel", waits.id)
+        said = disk_user.dsno("gen-trajectories", *words, "--nodes", "3", "--launcher", "slurm").stderr
+        disk_user.ends(disk_user.run_of(said))
+    finally:
+        cluster.run("scontrol", "update", "nodename=node1", "state=resume")
+
+
+def test_the_controller_restarts(disk_user: User, cluster: Cluster) -> None:
+    run = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "2")
+    wait_for(lambda: disk_user.shards_made() >= 2)
+    cluster.stop_controller()
+    try:
+        shown = disk_user.dsno("status", run.id, "--json")
+        assert "Slurm does not say" in shown.stderr
+        assert json.loads(shown.stdout)["runs"][0]["state"] == "state unknown"
+        refused = disk_user.dsno("train", *TINY, *disk_user.storage, "--launcher", "slurm", status=2)
+        assert "gen-trajectories" in refused.stderr  # there is no data set yet
+        wait_for(lambda: disk_user.shards_made() >= 8)
+    finally:
+        cluster.start_controller()
+    assert disk_user.ends(run)["attempts"] == 1
+    all_shards_made_once(disk_user)
+
+
+def test_the_s3_server_restarts(user: User, cluster: Cluster) -> None:
+    run = user.submit("gen-trajectories", *SLOW, "--nodes", "2")
+    wait_for(lambda: run.attempts() and (last(run).read("progress") or {}).get("done", 0) >= 48)
+    cluster.stop_s3()
+    time.sleep(5)
+    cluster.start_s3()
+    user.ends(run)
+    assert len(user.manifest()["shards"]) == SHARDS
+    user.verify()
+
+
+def test_a_node_whose_disk_is_full_is_done_without(disk_user: User, cluster: Cluster) -> None:
+    cluster.run("dd", "if=/dev/zero", "of=/mnt/full", "bs=1M", host="node2", check=False)
+    try:
+        run = disk_user.submit("gen-trajectories", *TINY, "--nodes", "2")
+        assert disk_user.ends(run)["attempts"] == 1
+        assert len(disk_user.manifest()["shards"]) == 6
+        disk_user.verify()
+    finally:
+        cluster.run("rm", "/mnt/full", host="node2")
+
+
+def test_a_job_that_can_never_succeed_is_given_up(disk_user: User) -> None:
+    """Its teacher fails on every node; started again as often as the profile allows, then the reason is in `status`."""
+    disk_user.profile(retries=1)
+    (disk_user.home / "broken.py").write_text(
+        "import os\nfrom dsno_cluster import load_teacher\n\n\ndef teacher():\n"
+        "    if 'SLURM_JOB_ID' in os.environ:\n        raise RuntimeError('the GPU fell off')\n"
+        "    return load_teacher('package:digits-teacher')\n"
+    )
+    run = disk_user.submit("gen-trajectories", *TINY, "teacher.path=broken:teacher")
+    row = disk_user.ends(run, "failed")
+    assert row["attempts"] == 2
+    assert "given up: 2 attempts in a row gained nothing" in row["last_error"]
+    assert "the GPU fell off" in row["last_error"]
+
+
+def test_ranks_and_drivers_killed(
+    disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
+) -> None:
+    """kill -9 of a training rank and of the process that drives the actors: the job is started again by itself."""
+    run = train_on_two_nodes(disk_user, tiny_data)
+    wait_for(lambda: checkpoints(disk_user))
+    cluster.run("pkill", "-9", "-f", "submitit.core._submit", host="node2")
+    finished(disk_user, run, undisturbed)
+    assert disk_user.row(run)["attempts"] == 2
+
+    words = ["gen-trajectories", *SLOW, f"storage.root={disk_user.home}/made", "name=made", "--nodes", "2"]
+    made = disk_user.run_of(disk_user.dsno(*words, "--launcher", "slurm").stderr)
+    wait_for(lambda: made.attempts() and (last(made).read("progress") or {}).get("done", 0) >= 32)
+    cluster.run("pkill", "-9", "-o", "-f", "python.*-u -m submitit.core._submit", host="node1")
+    row = disk_user.ends(made)
+    assert row["attempts"] == 2 and "SIGKILL" in row["last_error"], row
+    assert "shards are done" in last(made).log(0).read_text()
+    assert not [p for node in cluster.node_names for p in ray_processes(cluster, node)]
