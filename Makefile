@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow eval lint bench
+.PHONY: help setup demo test test-slow test-cluster cluster-up cluster-shell cluster-status cluster-down eval lint bench
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## make .venv with the package and everything that it needs
 
@@ -29,10 +29,25 @@ demo: $(READY)  ## the whole path on real handwritten digits, on this machine, i
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(READY)  ## the tests, in under ten minutes
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not cluster" $(ARGS)
 
 test-slow: $(READY)  ## those that `make test` leaves out: more faults, stages and precisions
 	$(PYTEST) -m slow $(ARGS)
+
+test-cluster: $(READY)  ## every fault on four real Slurm nodes on this machine; needs root and Debian's Slurm
+	$(BIN)/python -m pytest -m cluster $(ARGS)
+
+cluster-up: $(READY)  ## start that cluster to try things by hand: a login host, four nodes, an S3 server
+	$(BIN)/python tests/cluster/testbed.py up $(ARGS)
+
+cluster-shell: $(READY)  ## a shell on its login host
+	$(BIN)/python tests/cluster/testbed.py shell
+
+cluster-status: $(READY)  ## its nodes and jobs
+	$(BIN)/python tests/cluster/testbed.py status
+
+cluster-down: $(READY)  ## end it; nothing of it is left
+	$(BIN)/python tests/cluster/testbed.py down
 
 eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
 	$(BIN)/dsno-cluster eval $(CONFIG) $(ARGS)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
-from tiny import TINY, dsno
+from tiny import DATA, TINY, dsno
 
-from dsno_cluster.cluster.submit import stage_task
+from dsno_cluster.cluster.submit import sbatch_script, stage_task
 from dsno_cluster.cluster.task import StageTask
-from dsno_cluster.config import load_config
+from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.errors import UserError
 
 
 @pytest.fixture
@@ -62,29 +64,59 @@ def test_a_silent_controller_is_not_waited_for(slurm: Path, tmp_path: Path) -> N
     assert local.returncode == 0 and "did not answer within 2 s" in local.stderr
 
 
-def test_sbatch_script_holds_the_profile(slurm: Path, tmp_path: Path, tiny_data: Path) -> None:
+PROFILES = {
+    "gen-trajectories": "nodes: 16\ngpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\npartition: gpu\n",
+    "train": (
+        "nodes: 2\ntasks_per_node: 4\ngpus_per_node: 4\ncpus_per_task: 8\nmem_gb: 100\ntime_minutes: 90\npartition: gpu\n"
+        "account: me\nqos: high\nconstraint: a100&nvlink\ninterface: ib0\nsave_seconds: 300\n"
+        "setup: [module load cuda, source ~/env.sh]\nenvironment: {NCCL_DEBUG: WARN, NOTE: it's quoted}\n"
+        "sbatch: {exclusive: true, mail-type: FAIL}\n"
+    ),
+    "eval": "mem_gb: 8\ntime_minutes: 60\n",
+}
+
+
+@pytest.mark.parametrize("stage", PROFILES)
+def test_the_script_is_that_of_the_golden_file(
+    stage: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole text that sbatch gets. After a change that is meant: put what this test found into tests/data/sbatch/."""
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/train.yaml").write_text(
-        "nodes: 2\ntasks_per_node: 4\ngpus_per_node: 4\ncpus_per_task: 8\nmem_gb: 100\ntime_minutes: 90\n"
-        "partition: gpu\naccount: me\nqos: high\nsetup: [module load cuda]\nsbatch: {constraint: a100}\n"
-    )
-    path = f"{slurm}:/usr/bin:/bin"
-    words = ["train", *TINY, f"storage.root={tiny_data}", "--dry-run"]
-    script = dsno(*words, cwd=tmp_path, PATH=path).stdout
-    for line in (
-        "nodes=2",
-        "ntasks-per-node=4",
-        "gpus-per-node=4",
-        "cpus-per-task=8",
-        "mem=100GB",
-        "time=90",
-    ):
-        assert f"#SBATCH --{line}\n" in script
-    for line in ("partition=gpu", "account=me", "qos=high", "constraint=a100", "job-name=train-digits"):
-        assert f"#SBATCH --{line}\n" in script
-    assert "module load cuda" in script
-    more = dsno(*words, "--nodes", "3", cwd=tmp_path, PATH=path)
-    assert more.returncode == 2 and "12 ranks" in more.stderr  # batch 16 does not divide
+    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[stage])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    config = load_config("configs/digits.yaml", ["run.dir=scratch"])
+    text = sbatch_script(stage, config, load_profile(stage, {}))
+    text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/venv/bin/python")
+    assert text == (DATA / f"sbatch/{stage}.sh").read_text()
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tasks_per_node": 2}, "tasks_per_node 2 with gpus_per_node 4: training runs one task per GPU"),
+        ({"save_seconds": 5400}, "save_seconds 5400: not below the time limit of 90 minutes"),
+        ({"environment": {"WANDB_TOKEN": "x"}}, "WANDB_TOKEN looks like a secret"),
+        ({"environment": {"A-B": "x"}}, "'A-B' is not the name of a variable"),
+        ({"partitoin": "gpu"}, "unknown key partitoin; did you mean partition?"),
+        ({"environment": {"A": 1}}, "environment.A: input should be a valid string, found 1"),
+    ],
+)
+def test_wrong_profiles_are_one_line(
+    change: dict[str, object], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/train.yaml").write_text(PROFILES["train"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as told:
+        load_profile("train", change)
+    assert expected in str(told.value) and "\n" not in str(told.value)
+
+
+def test_the_ray_stages_take_one_task_a_node() -> None:
+    with pytest.raises(UserError, match="tasks_per_node 2: gen-trajectories takes 1"):
+        load_profile("gen-trajectories", {"tasks_per_node": 2})
 
 
 def test_a_task_is_text_and_finds_its_paths_from_anywhere(

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsno_cluster.cluster.runs import Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm import who_ends
+from dsno_cluster.cluster.slurm import requeue_job, who_ends
 from dsno_cluster.cluster.task import attempt_number
 
 KILLED = 128
@@ -62,8 +61,7 @@ def end(run: Run, status: int) -> int:
         return give_up(attempt, streak, reason, 1)
     attempt.write("outcome", state="again", reason=reason)
     print(f"dsno-cluster: {reason}; the job is started again", flush=True)
-    done = subprocess.run(["scontrol", "requeue", job], check=False)
-    if done.returncode == 0:
+    if requeue_job(job):
         time.sleep(60)  # Slurm ends this script
     attempt.write("outcome", state="failed", reason=f"{reason}; and Slurm did not requeue the job")
     return 1

@@ -24,11 +24,13 @@ from pathlib import Path
 
 from dsno_cluster import console
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
+from dsno_cluster.cluster.slurm import job_nodes, requeue_job
 from dsno_cluster.errors import WorkError
 
 START_SECONDS = 180.0  # nodes that start Python from a network file system all at once are slow
 END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
+VERDICT_SECONDS = 5.0
 NOTE = "ray.json"
 LONGEST_FOLDER = (
     45  # of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
@@ -80,7 +82,8 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
 def ray_worker(node: Node, attempt: Path) -> None:
     """Run a Ray worker on this node until the head is gone.
 
-    Raises WorkError where no head appears and where this node's Ray ends by itself.
+    Where the head's node is lost, the job is requeued: Slurm leaves a job that goes on without a lost node (--no-kill) without
+    its batch script then. Raises WorkError where no head appears and where this node's Ray ends by itself.
     """
     head = hear(attempt / NOTE)["address"]
     address = own_address(node.hosts, node.index, node.interface)
@@ -88,17 +91,24 @@ def ray_worker(node: Node, attempt: Path) -> None:
     with _ray_processes([f"--address={head}", *_common(node, address)], temp) as ray:
         console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
         answered = time.monotonic()
-        while ray.poll() is None:
+        while time.monotonic() - answered < LOST_HEAD_SECONDS:
             heard = _listens(head)
-            answered = time.monotonic() if heard else answered
-            # refused: it has ended; silent: perhaps the network, for a while
-            if heard is None or time.monotonic() - answered > LOST_HEAD_SECONDS:
-                console.say(f"the head at {head} is gone; this node's Ray ends")
+            if heard is None:
+                console.say(f"the head at {head} has ended; this node's Ray ends")
                 return
+            if heard and ray.poll() is not None:
+                raise WorkError(
+                    f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode}); its logs were in {temp}"
+                )
+            answered = time.monotonic() if heard else answered
             time.sleep(1.0)
-    raise WorkError(
-        f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode}); its logs were in {temp}"
-    )
+    console.say(f"the head at {head} is silent; waiting for what Slurm says of {node.hosts[0]}")
+    while node.hosts[0] in job_nodes(node.job, node.hosts):
+        if _listens(head):
+            raise WorkError(f"{socket.gethostname()} was cut off from the head at {head} for a while")
+        time.sleep(VERDICT_SECONDS)
+    console.say(f"{node.hosts[0]}, the first node, is lost: the job asks to be requeued")
+    requeue_job(node.job)
 
 
 def _common(node: Node, address: str) -> list[str]:

@@ -153,6 +153,20 @@ def seconds_left(job: str) -> float:
     return 60 * (limit - run) if run < float("inf") else float("inf")
 
 
+def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
+    """The nodes that a job has now; `otherwise` where Slurm does not say."""
+    try:
+        done = _run("scontrol", "show", "hostnames", _fields(job)["NodeList"])
+    except (KeyError, OSError, subprocess.TimeoutExpired):
+        return list(otherwise)
+    return done.stdout.split() or list(otherwise)
+
+
+def requeue_job(job: str) -> bool:
+    """scontrol requeue; whether Slurm did so. One that is requeued already stays so."""
+    return _run("scontrol", "requeue", job).returncode == 0
+
+
 def cancel_job(job: str) -> None:
     """scancel. Raises WorkError where Slurm says no."""
     done = _run("scancel", job)

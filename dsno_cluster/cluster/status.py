@@ -285,8 +285,8 @@ def _log_file(run: Run, rank: int, attempt: int | None) -> Path | None:
     file = run.attempt(attempt).log(rank) if attempt is not None else None
     if file is not None and file.is_file():
         return file
-    batch = run.folder / "batch.log"
-    return batch if rank == 0 and batch.is_file() else None
+    batch, begun = run.folder / "batch.log", file is None or file.parent.is_dir()
+    return batch if rank == 0 and begun and batch.is_file() else None
 
 
 def _no_log(run: Run, rank: int, attempt: int | None, numbers: list[int]) -> str:

@@ -315,7 +315,7 @@ class Cluster:
     def _slurm_conf(self) -> str:
         nodes = f"node[1-{self.nodes}]"
         accounting = (
-            "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=login\nJobAcctGatherType=jobacct_gather/linux\n"
+            "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=login\nJobAcctGatherType=jobacct_gather/linux\nAccountingStorageEnforce=associations\n"
             if self.accounting
             else "AccountingStorageType=accounting_storage/none\n"
         )
@@ -342,7 +342,7 @@ SchedulerParameters=sched_interval=3,bf_interval=3
 ReturnToService=2
 SlurmdTimeout=20
 KillWait=15
-MinJobAge=300
+MinJobAge={2 if self.accounting else 300}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MpiDefault=none

@@ -1,0 +1,40 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=me
+#SBATCH --constraint='a100&nvlink'
+#SBATCH --cpus-per-task=8
+#SBATCH --error=/home/me/scratch/jobs/RUN/batch.log
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=train-digits
+#SBATCH --mail-type=FAIL
+#SBATCH --mem=100GB
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/scratch/jobs/RUN/batch.log
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=90
+
+# setup
+module load cuda
+source ~/env.sh
+export NCCL_DEBUG=WARN
+export NOTE='it'"'"'s quoted'
+# the code as it was at submission, then the folder of submission, for teachers of your own
+export PYTHONSAFEPATH=1 PYTHONPATH=/home/me/scratch/jobs/RUN/code:/home/me${PYTHONPATH:+:$PYTHONPATH}
+attempt=${SLURM_RESTART_COUNT:-0}
+trap : TERM  # the tasks are told to end; this script waits for them
+/venv/bin/python -m dsno_cluster.cluster.attempt begin /home/me/scratch/jobs/RUN || exit $?
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --export=ALL --cpus-per-task=8 --output=/home/me/scratch/jobs/RUN/attempts/$attempt/task-%t.log --kill-on-bad-exit=1 /venv/bin/python -u -m submitit.core._submit /home/me/scratch/jobs/RUN/submitit
+
+
+# teardown
+/venv/bin/python -m dsno_cluster.cluster.attempt end /home/me/scratch/jobs/RUN $?
