@@ -19,6 +19,10 @@ from dsno_cluster.cluster.slurm import requeue_job, who_ends
 from dsno_cluster.cluster.task import attempt_number
 
 KILLED = 128
+STOPS = {
+    "time limit": "its time limit was near",
+    "preempted": "its nodes were wanted by another job or an administrator",
+}
 
 
 def begin(run: Run) -> int:
@@ -80,7 +84,7 @@ def why(attempt: Attempt, status: int | None) -> str:
     if failure is not None:
         return str(failure["reason"])
     if stopped is not None:
-        return str(stopped["why"])
+        return STOPS.get(str(stopped["why"]), str(stopped["why"]))
     if status is None:
         nodes = (attempt.read("begin") or {}).get("nodes")
         return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"

@@ -80,18 +80,12 @@ def check_profile(profile: Profile, where: str) -> None:
         )
 
 
-def check_script(script_file: str) -> None:
-    """Has Slurm itself look at a script without submitting it. Raises UserError with what it says against it."""
-    done = subprocess.run(
-        ["sbatch", "--test-only", script_file],
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_SECONDS,
-        check=False,
-    )
-    if done.returncode:
-        said = " ".join(re.sub(r"\b(sbatch|allocation failure|error): ", "", done.stderr).split())
-        raise UserError(f"Slurm refuses this job: {said}; nothing was submitted")
+def refusal(said: str) -> Exception:
+    """What to raise for what sbatch said: UserError for a job that it will never take, WorkError where it may later."""
+    words = " ".join(re.sub(r"\b(sbatch|error|Batch job submission failed): ", "", said).split())
+    if re.search("contact|timed out|temporarily|connection|Zero Bytes", words, re.IGNORECASE):
+        return WorkError(f"Slurm does not take the job now: {words}; nothing was submitted")
+    return UserError(f"Slurm refuses this job: {words}; nothing was submitted")
 
 
 def job_states(jobs: Iterable[str]) -> dict[str, JobState]:

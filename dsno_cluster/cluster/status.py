@@ -12,7 +12,7 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.attempt import why
-from dsno_cluster.cluster.runs import Run
+from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.cluster.slurm import JobState, cancel_job, job_states
 from dsno_cluster.errors import UserError, WorkError
 
@@ -149,7 +149,7 @@ def overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
         former = [
             a for a in attempts if a.read("result") is None and (a is not last or state.word not in LIVE)
         ]
-        error = state.why if state.word == "failed" else (why(former[-1], None) if former else "")
+        error = state.why if state.word == "failed" else (_reason(former[-1]) if former else "")
         left = None
         if progress and state.word == "running" and progress["rate"] > 0:
             left = (progress["total"] - progress["done"]) / progress["rate"]
@@ -174,6 +174,10 @@ def overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _reason(attempt: Attempt) -> str:
+    return (attempt.read("outcome") or {}).get("reason") or why(attempt, None)
 
 
 def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

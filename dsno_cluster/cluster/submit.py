@@ -1,13 +1,13 @@
 """Submitting stages through submitit: to Slurm, or to several processes on this machine.
 
-One path for all stages: a run folder, a `StageTask` that holds text only, an executor made from the profile. The text of
-the batch script is built first, looked at by Slurm, and then submitted as it is.
+One path for all stages: a run folder, a `StageTask` that holds text only, an executor made from the profile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import shlex
 import shutil
@@ -19,7 +19,7 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.runs import Run, all_runs, create_run
-from dsno_cluster.cluster.slurm import check_profile, check_script, controller_silence
+from dsno_cluster.cluster.slurm import check_profile, controller_silence, refusal
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
@@ -66,6 +66,8 @@ def submit_to_slurm(
 
     Raises UserError for a job that Slurm could never run, and WorkError where the same stage is under way already.
     """
+    from submitit.core.utils import FailedJobError
+
     stage = task.stage
     check_profile(profile, f"jobs/{stage}.yaml")
     refuse_second(config, stage)
@@ -74,8 +76,11 @@ def submit_to_slurm(
     try:
         with _outside_of_jobs():
             (run.folder / "script.sh").write_text(_script_text(executor))
-            check_script(str(run.folder / "script.sh"))
-            job = executor.submit(task_in(run, task))
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+                job = executor.submit(task_in(run, task))
+    except FailedJobError as error:
+        _forget(run)
+        raise refusal(str(error)) from error
     except BaseException:
         _forget(run)
         raise

@@ -47,16 +47,17 @@ class StageTask:
         requeue = signal.getsignal(signal.SIGUSR2)  # what submitit installed
         if rank == 0:
             console.record_progress(attempt.folder / "progress.json")
+        received: list[int] = []
         try:
-            with _signals_unwind():
+            with _signals_unwind(received):
                 result = self._run(run, attempt)
-        except Preempted:
+        except KeyboardInterrupt as stopped:
             _ignore_signals()
+            if not received and not isinstance(stopped, Preempted):
+                sys.exit(130)
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
             sys.exit(0)  # rank 0 speaks for all; an error status here would have Slurm end it too early
-        except KeyboardInterrupt:
-            sys.exit(130)
         except (UserError, WorkError) as error:  # leaves no traceback, and ends the other ranks
             kind = "user" if isinstance(error, UserError) else "work"
             attempt.write(
@@ -119,10 +120,14 @@ def attempt_number() -> int:
 
 
 @contextlib.contextmanager
-def _signals_unwind() -> Iterator[None]:
-    """Within, the signals that ask for the node raise Preempted; while that unwinds, more of them change nothing."""
+def _signals_unwind(received: list[int]) -> Iterator[None]:
+    """Within, the signals that ask for the node raise Preempted; while that unwinds, more of them change nothing.
+
+    They are added to `received` too, as Ray, waited for in C, makes a plain KeyboardInterrupt of what a handler raises.
+    """
 
     def unwind(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         _ignore_signals()
         raise Preempted
 
