@@ -338,15 +338,15 @@ def _launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profil
     launcher = choose_launcher(asked, options.nodes or 1)
     if launcher == "local" and options.wait:
         raise UserError("--wait: a stage on this machine is waited for anyway")
-    return launcher, _profile(arguments, stage)
+    return launcher, _profile(arguments, stage, on_slurm=launcher == "slurm")
 
 
-def _profile(arguments: Arguments, stage: str) -> Profile:
+def _profile(arguments: Arguments, stage: str, *, on_slurm: bool) -> Profile:
     from dsno_cluster.config import load_profile
 
     options = arguments.options
     tasks = getattr(options, "tasks_per_node", None) if stage == "train" else None
-    return load_profile(stage, {"nodes": options.nodes, "tasks_per_node": tasks})
+    return load_profile(stage, {"nodes": options.nodes, "tasks_per_node": tasks}, on_slurm=on_slurm)
 
 
 def _submit_to_slurm(arguments: Arguments, config: Config, profile: Profile, stage: str) -> None:
@@ -520,7 +520,7 @@ def _run_pipeline(arguments: Arguments) -> None:
             return
         _show(run_here(config))
         return
-    profiles = {stage: _profile(arguments, stage) for stage in STAGES}
+    profiles = {stage: _profile(arguments, stage, on_slurm=True) for stage in STAGES}
     check_divides(config, profiles["train"].nodes * profiles["train"].tasks_per_node)
     from dsno_cluster import console
     from dsno_cluster.cluster.status import wait_for

@@ -11,18 +11,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from dsno_cluster.cluster.runs import Attempt, Run, fruitless
 from dsno_cluster.cluster.slurm import requeue_job, who_ends
-from dsno_cluster.cluster.task import attempt_number
+from dsno_cluster.cluster.task import STOPS, attempt_number
+from dsno_cluster.errors import UserError, WorkError
+
+T = TypeVar("T")
 
 KILLED = 128
-STOPS = {
-    "time limit": "its time limit was near",
-    "preempted": "its nodes were wanted by another job or an administrator",
-}
+OUTAGE_SECONDS = 900.0  # a controller may restart while a job wants to be requeued
+PAUSE_SECONDS = 10.0
 
 
 def begin(run: Run) -> int:
@@ -30,12 +32,12 @@ def begin(run: Run) -> int:
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
     attempt.folder.mkdir(parents=True, exist_ok=True)
-    attempt.write("begin", job=os.environ.get("SLURM_JOB_ID"), nodes=os.environ.get("SLURM_JOB_NODELIST"))
+    _note(attempt, "begin", job=os.environ.get("SLURM_JOB_ID"), nodes=os.environ.get("SLURM_JOB_NODELIST"))
     if run.cancelled:
-        attempt.write("outcome", state="cancelled", reason="cancelled before it began")
+        _note(attempt, "outcome", state="cancelled", reason="cancelled before it began")
         return 1
     if (streak := fruitless(former)) > run.profile().retries:
-        return give_up(attempt, streak, why(former[-1], None), 1)
+        return _give_up(attempt, streak, why(former[-1], None))
     return 0
 
 
@@ -43,39 +45,66 @@ def end(run: Run, status: int) -> int:
     """Close this attempt, whose srun ended with `status`; returns the job's exit status."""
     attempt, job = run.attempt(attempt_number()), os.environ["SLURM_JOB_ID"]
     if attempt.read("result") is not None:  # rank 0 finished; other tasks may have been lost with their nodes
-        attempt.write("outcome", state="done", reason="")
+        _note(attempt, "outcome", state="done", reason="")
         return 0
-    ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
+    ended = "cancelled" if run.cancelled else _patiently(lambda: who_ends(job, attempt.number))
     if ended == "cancelled":
-        attempt.write("outcome", state="cancelled", reason="")
+        _note(attempt, "outcome", state="cancelled", reason="")
         return KILLED + signal.SIGTERM
-    if (
-        ended == "requeued"
-    ):  # by the task that was told to leave, by Slurm for another job, or by an administrator
-        attempt.write("outcome", state="again", reason=why(attempt, None))
+    reason = why(attempt, status)
+    if ended == "requeued":  # by Slurm for another job, or by an administrator
+        _note(attempt, "outcome", state="again", reason=reason)
         return 1
-    reason = (
-        "its time limit was reached before it had saved" if ended == "time limit" else why(attempt, status)
-    )
+    if ended == "time limit" and attempt.read("stopped") is None:
+        reason = "its time limit was reached before it had saved"
     failure = attempt.failure()
-    if failure is not None and failure["kind"] == "user":
-        attempt.write("outcome", state="failed", reason=reason)
+    # of a Ray stage only the driver can tell that the input is wrong; other nodes are done without
+    if failure and failure["kind"] == "user" and (failure["rank"] == 0 or run.record()["stage"] == "train"):
+        _note(attempt, "outcome", state="failed", reason=reason)
         return 2
     if (streak := fruitless(run.attempts())) > run.profile().retries:
-        return give_up(attempt, streak, reason, 1)
-    attempt.write("outcome", state="again", reason=reason)
+        return _give_up(attempt, streak, reason)
+    _note(attempt, "outcome", state="again", reason=reason)
     print(f"dsno-cluster: {reason}; the job is started again", flush=True)
-    if requeue_job(job):
-        time.sleep(60)  # Slurm ends this script
-    attempt.write("outcome", state="failed", reason=f"{reason}; and Slurm did not requeue the job")
+
+    def requeue() -> None:
+        if who_ends(job, attempt.number) != "requeued":  # somebody else was quicker
+            requeue_job(job)
+
+    try:
+        _patiently(requeue)
+    except WorkError as error:
+        _note(
+            attempt, "outcome", state="failed", reason=f"{reason}; and Slurm did not requeue the job: {error}"
+        )
     return 1
 
 
-def give_up(attempt: Attempt, streak: int, reason: str, status: int) -> int:
+def _patiently(ask: Callable[[], T]) -> T:
+    """The answer of a controller that may be restarting."""
+    deadline = time.monotonic() + OUTAGE_SECONDS
+    while True:
+        try:
+            return ask()
+        except WorkError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE_SECONDS)
+
+
+def _note(attempt: Attempt, what: str, **values: object) -> None:
+    """Write a note; a full disk changes nothing of what becomes of the job."""
+    try:
+        attempt.write(what, **values)
+    except OSError as error:
+        print(f"dsno-cluster: {attempt.folder}/{what}.json: cannot be written: {error}", flush=True)
+
+
+def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     text = f"given up: {streak} attempts in a row gained nothing; the last: {reason}"
-    attempt.write("outcome", state="failed", reason=text)
+    _note(attempt, "outcome", state="failed", reason=text)
     print(f"dsno-cluster: {text}", flush=True)
-    return status
+    return 1
 
 
 def why(attempt: Attempt, status: int | None) -> str:
@@ -84,7 +113,7 @@ def why(attempt: Attempt, status: int | None) -> str:
     if failure is not None:
         return str(failure["reason"])
     if stopped is not None:
-        return STOPS.get(str(stopped["why"]), str(stopped["why"]))
+        return STOPS[str(stopped["why"])]
     if status is None:
         nodes = (attempt.read("begin") or {}).get("nodes")
         return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"
@@ -97,7 +126,11 @@ def why(attempt: Attempt, status: int | None) -> str:
 
 def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
-    return begin(run) if words[0] == "begin" else end(run, int(words[2]))
+    try:
+        return begin(run) if words[0] == "begin" else end(run, int(words[2]))
+    except (UserError, WorkError) as error:
+        print(f"dsno-cluster: {error}", flush=True)
+        return 1
 
 
 if __name__ == "__main__":

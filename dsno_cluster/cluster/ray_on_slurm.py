@@ -24,14 +24,14 @@ from pathlib import Path
 
 from dsno_cluster import console
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
-from dsno_cluster.cluster.slurm import job_nodes, requeue_job
+from dsno_cluster.cluster.slurm import job_nodes, node_timeout, requeue_job
 from dsno_cluster.errors import WorkError
 
 START_SECONDS = 180.0  # nodes that start Python from a network file system all at once are slow
 END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
-VERDICT_SECONDS = 5.0
-NOTE = "ray.json"
+VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
+STARTED, ENDED = "ray-started.json", "ray-ended.json"
 LONGEST_FOLDER = (
     45  # of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
 )
@@ -75,8 +75,12 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
             f"Ray head on {socket.gethostname()}, {address}:{port}; {len(node.hosts) - 1} other node(s) join; "
             f"dashboard on this host's 127.0.0.1:{dashboard}"
         )
-        tell(attempt / NOTE, address=f"{address}:{port}")
-        yield f"{address}:{port}"
+        tell(attempt / STARTED, address=f"{address}:{port}", temp=str(temp))
+        try:
+            yield f"{address}:{port}"
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: the workers then wait for Slurm's word
+                tell(attempt / ENDED)
 
 
 def ray_worker(node: Node, attempt: Path) -> None:
@@ -85,30 +89,45 @@ def ray_worker(node: Node, attempt: Path) -> None:
     Where the head's node is lost, the job is requeued: Slurm leaves a job that goes on without a lost node (--no-kill) without
     its batch script then. Raises WorkError where no head appears and where this node's Ray ends by itself.
     """
-    head = hear(attempt / NOTE)["address"]
+    started = hear(attempt / STARTED)
+    head, temp = started["address"], Path(started["temp"])  # Ray has its workers use the head's folder
     address = own_address(node.hosts, node.index, node.interface)
-    temp = _temp_folder(node, attempt)
     with _ray_processes([f"--address={head}", *_common(node, address)], temp) as ray:
         console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
         answered = time.monotonic()
         while time.monotonic() - answered < LOST_HEAD_SECONDS:
-            heard = _listens(head)
-            if heard is None:
+            if (attempt / ENDED).is_file():
                 console.say(f"the head at {head} has ended; this node's Ray ends")
                 return
-            if heard and ray.poll() is not None:
-                raise WorkError(
-                    f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode}); its logs were in {temp}"
-                )
-            answered = time.monotonic() if heard else answered
+            if _listens(head):
+                answered = time.monotonic()
+                if ray.poll() is not None:
+                    raise WorkError(
+                        f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode})"
+                    )
             time.sleep(1.0)
-    console.say(f"the head at {head} is silent; waiting for what Slurm says of {node.hosts[0]}")
-    while node.hosts[0] in job_nodes(node.job, node.hosts):
+    _hear_of_first_node(node, attempt, head)
+
+
+def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
+    """The head is gone without a word: its node is lost, which Slurm finds out in its time, or its process was killed alone.
+
+    In the first case requeue the job; in the second the batch script will, once this task has ended.
+    """
+    first, patience = node.hosts[0], node_timeout() + SPARE_SECONDS
+    console.say(
+        f"the head at {head} is silent; waiting for what Slurm says of {first}, up to {patience:.0f} s"
+    )
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and not (attempt / ENDED).is_file():
         if _listens(head):
             raise WorkError(f"{socket.gethostname()} was cut off from the head at {head} for a while")
+        if first not in job_nodes(node.job, node.hosts):
+            console.say(f"{first}, the first node, is lost: the job asks to be requeued")
+            with contextlib.suppress(WorkError):  # another node was quicker
+                requeue_job(node.job)
+            return
         time.sleep(VERDICT_SECONDS)
-    console.say(f"{node.hosts[0]}, the first node, is lost: the job asks to be requeued")
-    requeue_job(node.job)
 
 
 def _common(node: Node, address: str) -> list[str]:
@@ -166,8 +185,11 @@ def _end(ray: subprocess.Popen[bytes]) -> None:
     import psutil
 
     def descendants() -> list[psutil.Process]:
-        found = psutil.Process().children(recursive=True)
-        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        alive = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                alive += [process] if process.status() != psutil.STATUS_ZOMBIE else []
+        return alive
 
     with contextlib.suppress(ProcessLookupError):
         ray.send_signal(signal.SIGTERM)
@@ -194,13 +216,11 @@ def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> Non
         time.sleep(0.2)
 
 
-def _listens(address: str) -> bool | None:
-    """Whether something listens at host:port; None where the host says that nothing does, False where it is silent."""
+def _listens(address: str) -> bool:
+    """Whether something listens at host:port."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
-    except ConnectionRefusedError:
-        return None
     except OSError:
         return False
     return True

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dsno_cluster import console
@@ -136,7 +137,10 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
     _check_listening(address)
     ray = import_ray()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        with _off_the_path():
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
+            )
     except (RuntimeError, ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise WorkError(f"Ray cluster {address}: cannot be joined: {_last_line(error)}") from error
     try:
@@ -150,6 +154,13 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
         yield RayCluster(threads, num_gpus, actors)
     finally:
         ray.shutdown()
+
+
+def _off_the_path() -> contextlib.AbstractContextManager[None]:
+    """Ray puts the current folder before all else on its actors' path. Where Python was told not to (PYTHONSAFEPATH), as in a
+    job that runs the code of its submission, the package's own folder is there in its place."""
+    safe = getattr(sys.flags, "safe_path", False)
+    return contextlib.chdir(Path(__file__).parents[2]) if safe else contextlib.nullcontext()
 
 
 def _check_listening(address: str) -> None:

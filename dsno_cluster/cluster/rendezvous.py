@@ -55,12 +55,19 @@ def address_of(interface: str) -> str:
 def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
     """This node's IPv4 address as the others reach it. `hosts` are all nodes' names, `node` this one's index.
 
-    By the interface named, or else the one that leads to the first node (from the first: to the second).
+    By the interface named, or else the one that leads to the first node (from the first: to the second). Raises WorkError where
+    none does.
     """
     if interface is not None:
         return address_of(interface)
     peer = hosts[0] if node else hosts[min(1, len(hosts) - 1)]
-    return address_towards(peer) or "127.0.0.1"
+    if address := address_towards(peer):
+        return address
+    if len(hosts) > 1:
+        raise WorkError(
+            f"{socket.gethostname()} finds no IPv4 way to {peer}; name the network between the nodes as `interface`"
+        )
+    return "127.0.0.1"
 
 
 @contextlib.contextmanager

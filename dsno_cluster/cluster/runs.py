@@ -16,6 +16,7 @@ Every JSON file is complete where it is there. A link to each run folder is kept
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -89,10 +90,10 @@ class Attempt:
         write_json(self.folder / f"{what}.json", {"time": time.time(), **values})
 
     def failure(self) -> dict[str, Any] | None:
-        """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason}."""
-        said = [read_json(file) for file in sorted(self.folder.glob("failure-*.json"))]
+        """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason, rank}."""
+        said = [read_json(file) for file in self.folder.glob("failure-*.json")]
         found = [failure for failure in said if failure is not None]
-        return min(found, key=lambda f: str(f["reason"]).startswith(LOST_RANK), default=None)
+        return min(found, key=lambda f: (str(f["reason"]).startswith(LOST_RANK), f["rank"]), default=None)
 
     @property
     def position(self) -> tuple[str, int] | None:
@@ -107,13 +108,14 @@ class Attempt:
 def fruitless(attempts: Sequence[Attempt]) -> int:
     """How many of the last attempts, in a row, began where the one before had begun: nothing was gained between them.
 
-    Preempted ones do not count: that is the cluster's doing.
+    Preempted ones that said so do not count: that is the cluster's doing.
     """
     counted = [a for a in attempts if (a.read("stopped") or {}).get("why") != "preempted"]
+    positions = [attempt.position for attempt in reversed(counted)]  # None: it ended before its work began
+    newest = next((position for position in positions if position is not None), None)
     streak = 0
-    for attempt in reversed(counted):
-        position, last = attempt.position, counted[-1].position
-        if position is not None and last is not None and position != last:
+    for position in positions:
+        if position not in (None, newest):
             break
         streak += 1
     return streak
@@ -213,10 +215,15 @@ def find_run(word: str) -> Run:
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is not there (or, on a full disk, empty)."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (FileNotFoundError, ValueError):
-        return None
+    for last in (False, True):
+        try:
+            return dict(json.loads(file.read_text()))
+        except (FileNotFoundError, ValueError):
+            return None
+        except OSError as error:
+            if last or error.errno != errno.ESTALE:  # NFS: replaced by another node while it was read
+                raise
+    return None
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

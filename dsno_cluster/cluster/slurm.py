@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import pwd
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dsno_cluster import console
 from dsno_cluster.config import Profile
 from dsno_cluster.errors import UserError, WorkError
 
@@ -41,43 +43,48 @@ def controller_silence() -> str | None:
 
 def check_profile(profile: Profile, where: str) -> None:
     """Raises UserError for what no node of the partition could ever run, before anything is submitted."""
-    listing = _ask("sinfo", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G")
+    listing = _ask("sinfo", "-a", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G")
     rows = [line.split("|") for line in listing.splitlines() if line.count("|") == 5]
     names = [row[0].rstrip("*") for row in rows]
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
-    partition = profile.partition or os.environ.get("SBATCH_PARTITION") or default
-    if partition is None:
-        raise UserError(
-            f"{where}: partition: this cluster has no default one; name one of {', '.join(_unique(names))}"
-        )
-    if partition not in names:
-        raise UserError(
-            f"{where}: partition {partition}: not on this cluster; it has {', '.join(_unique(names))}"
-        )
-    mine = [row for row, name in zip(rows, names, strict=True) if name == partition]
-    total = sum(int(row[1]) for row in mine)
+    asked = (
+        profile.sbatch.get("partition") or profile.partition or os.environ.get("SBATCH_PARTITION") or default
+    )
+    if asked is None:
+        return  # the cluster chooses one when it sees the job
+    partitions = str(asked).split(",")  # Slurm takes the first that fits
+    for name in partitions:
+        if name not in names:
+            raise UserError(
+                f"{where}: partition {name}: not on this cluster; it has {', '.join(dict.fromkeys(names))}"
+            )
+    problems = [
+        _too_much(profile, where, name, [row for row, of in zip(rows, names, strict=True) if of == name])
+        for name in partitions
+    ]
+    if all(problems):
+        raise UserError(str(problems[0]))
+
+
+def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Sequence[str]]) -> str | None:
+    """What a profile asks for that no node of a partition has, in a line; None where it fits."""
+    total = sum(_number(row[1]) for row in rows)
     if profile.nodes > total:
-        raise UserError(f"--nodes {profile.nodes}: partition {partition} has {total} node(s)")
-    cpus = profile.tasks_per_node * profile.cpus_per_task
-    if cpus > (most := max(_number(row[2]) for row in mine)):
-        raise UserError(
-            f"{where}: {profile.tasks_per_node} tasks_per_node x {profile.cpus_per_task} cpus_per_task: a node of partition "
-            f"{partition} has at most {most} CPUs"
+        return f"--nodes {profile.nodes}: partition {partition} has {total} node(s)"
+    tasks, cpus = profile.tasks_per_node, profile.tasks_per_node * profile.cpus_per_task
+    if cpus > (most := max(_number(row[2]) for row in rows)):
+        return (
+            f"{where}: {tasks} tasks_per_node x {profile.cpus_per_task} cpus_per_task: a node of partition {partition} has at "
+            f"most {most} CPUs"
         )
-    if profile.mem_gb * 1024 > (memory := max(_number(row[3]) for row in mine)):
-        raise UserError(
-            f"{where}: mem_gb {profile.mem_gb}: a node of partition {partition} has at most {memory / 1024:.1f} GB"
-        )
-    gpus = max(sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5]))) for row in mine)
+    if profile.mem_gb * 1024 > (memory := max(_number(row[3]) for row in rows)):
+        return f"{where}: mem_gb {profile.mem_gb}: a node of partition {partition} has at most {memory / 1024:.1f} GB"
+    gpus = max(sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5]))) for row in rows)
     if profile.gpus_per_node > gpus:
-        raise UserError(
-            f"{where}: gpus_per_node {profile.gpus_per_node}: a node of partition {partition} has at most {gpus}"
-        )
-    limit = max(_minutes(row[4]) for row in mine)
-    if profile.time_minutes > limit:
-        raise UserError(
-            f"{where}: time_minutes {profile.time_minutes}: partition {partition} allows {limit:.0f}"
-        )
+        return f"{where}: gpus_per_node {profile.gpus_per_node}: a node of partition {partition} has at most {gpus}"
+    if profile.time_minutes > (limit := max(_minutes(row[4]) for row in rows)):
+        return f"{where}: time_minutes {profile.time_minutes}: partition {partition} allows {limit:.0f}"
+    return None
 
 
 def refusal(said: str) -> Exception:
@@ -97,7 +104,7 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-h", "-t", "all", "-u", _user(), "-o", "%i|%T|%r|%N")
+    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", _user(), "-o", "%i|%T|%r|%N")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
@@ -105,7 +112,11 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     }
     forgotten = sorted(wanted - found.keys())
     if forgotten and has_accounting():
-        listing = _ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList", "-j", ",".join(forgotten))
+        try:
+            listing = _ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList", "-j", ",".join(forgotten))
+        except WorkError as error:  # what squeue said holds all the same
+            console.say(f"accounting does not answer: {error}")
+            return found
         for line in listing.splitlines():
             job, state, nodes = line.split("|")
             found[job] = JobState(state.split()[0], "", nodes)  # "CANCELLED by 0"
@@ -113,21 +124,33 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
 
 
 @functools.cache
+def _configuration() -> dict[str, str]:
+    """What `scontrol show config` says."""
+    pairs = re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", _ask("scontrol", "show", "config"), re.MULTILINE)
+    return dict(pairs)
+
+
+def cluster_name() -> str:
+    """The cluster whose controller answers."""
+    return _configuration().get("ClusterName", "")
+
+
+def node_timeout() -> float:
+    """Seconds after which Slurm gives a silent node up."""
+    return float(_number(_configuration().get("SlurmdTimeout", "300")))
+
+
 def has_accounting() -> bool:
     """Whether sacct has anything to answer from."""
-    if shutil.which("sacct") is None:
-        return False
-    setting = re.search(
-        r"^AccountingStorageType\s*=\s*(\S+)", _ask("scontrol", "show", "config"), re.MULTILINE
-    )
-    return setting is not None and not setting[1].endswith("/none")
+    storage = _configuration().get("AccountingStorageType", "")
+    return storage.endswith("/slurmdbd") and shutil.which("sacct") is not None
 
 
 def who_ends(job: str, attempt: int) -> str | None:
     """Why Slurm is ending a job that still has processes: `requeued`, `time limit` or `cancelled`; None where it is not.
 
     Slurm says COMPLETING of all three. A requeue has counted one more restart than this attempt knows of; a time limit
-    has been reached; what is left is scancel.
+    has been reached; what is left is scancel. Raises WorkError where the controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -140,41 +163,45 @@ def who_ends(job: str, attempt: int) -> str | None:
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
-def seconds_left(job: str) -> float:
-    """Seconds until the time limit of a job; infinite where Slurm does not say."""
+def why_told(job: str, save_seconds: int) -> str:
+    """Why a running job was told to end: `preempted`, `time limit`, or `signal` where it is neither.
+
+    Raises WorkError where the controller does not answer.
+    """
     fields = _fields(job)
-    limit, run = _minutes(fields.get("TimeLimit", "")), _minutes(fields.get("RunTime", ""))
-    return 60 * (limit - run) if run < float("inf") else float("inf")
+    if fields.get("PreemptTime", "None") not in ("None", "N/A"):
+        return "preempted"
+    left = 60 * (_minutes(fields["TimeLimit"]) - _minutes(fields["RunTime"]))
+    return "time limit" if left < save_seconds + 60 else "signal"
 
 
 def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
     """The nodes that a job has now; `otherwise` where Slurm does not say."""
     try:
-        done = _run("scontrol", "show", "hostnames", _fields(job)["NodeList"])
-    except (KeyError, OSError, subprocess.TimeoutExpired):
+        return _ask("scontrol", "show", "hostnames", _fields(job)["NodeList"]).split() or list(otherwise)
+    except (KeyError, UserError, WorkError):
         return list(otherwise)
-    return done.stdout.split() or list(otherwise)
 
 
-def requeue_job(job: str) -> bool:
-    """scontrol requeue; whether Slurm did so. One that is requeued already stays so."""
-    return _run("scontrol", "requeue", job).returncode == 0
+def requeue_job(job: str) -> None:
+    """scontrol requeue. Raises WorkError where Slurm does not, as for one that waits already."""
+    _ask("scontrol", "requeue", job)
 
 
 def cancel_job(job: str) -> None:
-    """scancel. Raises WorkError where Slurm says no."""
-    done = _run("scancel", job)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise WorkError(f"scancel {job}: {' '.join(done.stderr.split())}")
+    """scancel; one that is over stays so. Raises WorkError where Slurm says no."""
+    try:
+        _ask("scancel", job)
+    except WorkError as error:
+        if "Invalid job id" not in str(error):
+            raise
 
 
 def _fields(job: str) -> dict[str, str]:
-    """What `scontrol show job` says; nothing where the controller is silent."""
-    try:
-        done = _run("scontrol", "show", "job", "-o", job)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+    """What `scontrol show job` says."""
+    return dict(
+        word.split("=", 1) for word in _ask("scontrol", "show", "job", "-o", job).split() if "=" in word
+    )
 
 
 def _ask(*command: str) -> str:
@@ -190,13 +217,19 @@ def _ask(*command: str) -> str:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    # a user's defaults for these commands would change what we read
+    filters = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(filters)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, env=env
+    )
 
 
 def _user() -> str:
-    import getpass
-
-    return getpass.getuser() if "USER" in os.environ or os.getuid() else "root"
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _number(text: str) -> int:
@@ -212,7 +245,3 @@ def _minutes(limit: str) -> float:
     parts = [int(part) for part in clock.split(":")]
     hours, minutes, seconds = [0] * (3 - len(parts)) + parts
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.cluster.attempt import why
 from dsno_cluster.cluster.runs import Attempt, Run
-from dsno_cluster.cluster.slurm import JobState, cancel_job, job_states
+from dsno_cluster.cluster.slurm import JobState, cancel_job, cluster_name, job_states
 from dsno_cluster.errors import UserError, WorkError
 
 POLL_SECONDS = 2.0
@@ -99,15 +100,19 @@ def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
         return _local_state(run)
     if known is None:
         return State("state unknown", "Slurm does not answer")
+    if record.get("cluster") not in (None, cluster_name()):
+        return State("state unknown", f"it is on the cluster {record['cluster']}, this is {cluster_name()}")
     job = known.get(str(record["job"]))
     attempts = run.attempts()
     if job is None:
         last = why(attempts[-1], None) if attempts else "it never began"
         return State("cancelled" if run.cancelled else "failed", f"Slurm no longer knows the job; {last}")
-    word = WORDS.get(job.state, job.state.lower())
+    word = WORDS.get(job.state, "state unknown")
+    if word == "state unknown":
+        return State(word, job.state)
     if word == "waiting":
-        reason = WAITS.get(job.reason, "" if job.reason == "None" else job.reason)
-        return State(word, reason)
+        reason, _, more = job.reason.partition(",")
+        return State(word, WAITS.get(reason, "" if reason == "None" else reason) + more.replace("_", " "))
     if word in LIVE:
         return State(word, "", job.nodes)
     return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
@@ -129,6 +134,8 @@ def _local_state(run: Run) -> State:
     last = attempts[-1] if attempts else None
     if last is not None and last.read("result") is not None:
         return State("done")
+    if run.record()["host"] != socket.gethostname():
+        return State("state unknown", f"it is on {run.record()['host']}")
     try:
         alive = psutil.Process(int(run.record()["job"]))
         if alive.is_running() and alive.create_time() <= run.record()["submitted"] + STALE_SECONDS:
@@ -259,7 +266,7 @@ def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterato
 
     Where the task has no log yet, what the batch script printed. Raises UserError where there is nothing of the kind.
     """
-    current, place = attempt, 0
+    current, place, shown = attempt, 0, None
     while True:
         over = states_of([run])[run].word not in LIVE if follow else True
         numbers = [a.number for a in run.attempts()]
@@ -268,6 +275,8 @@ def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterato
         file = _log_file(run, rank, current)
         if file is None and not follow:
             raise UserError(_no_log(run, rank, attempt, numbers))
+        if file != shown:  # the batch script's log until the task has one of its own
+            place, shown = 0, file
         text = _text(file)
         complete = text if over else text[: text.rfind("\n") + 1]
         yield from complete[place:].splitlines()
@@ -317,6 +326,8 @@ def cancel(run: Run) -> str:
     state = states_of([run])[run]
     if state.word not in LIVE:
         return f"{state.word} already"
+    if state.word == "state unknown":
+        raise WorkError(f"{run.id}: cannot be cancelled from here now: {state.why}")
     run.cancel()
     record = run.record()
     if record["launcher"] == "slurm":
@@ -332,4 +343,4 @@ def cancel(run: Run) -> str:
         if time.monotonic() > deadline:
             raise WorkError(f"{run.id}: is {state.word} still, {CANCEL_SECONDS:.0f} s after it was cancelled")
         time.sleep(1.0)
-    return "cancelled"
+    return state.word

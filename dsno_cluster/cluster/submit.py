@@ -11,6 +11,7 @@ import io
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,18 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.runs import Run, all_runs, create_run
-from dsno_cluster.cluster.slurm import check_profile, controller_silence, refusal
+from dsno_cluster.cluster.slurm import check_profile, cluster_name, controller_silence, refusal
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
 
 MOST_REQUEUES = 1000
+LEFT_OUT = (
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+)  # keys of a profile for which sbatch has the user's own defaults
 
 
 def choose_launcher(asked: str, nodes: int) -> str:
@@ -74,7 +81,7 @@ def submit_to_slurm(
     run = create_run(config, stage, profile, command_line, snapshot=True)
     executor = _slurm_executor(run.folder, config, stage, profile, after)
     try:
-        with _outside_of_jobs():
+        with _clean_environment(profile):
             (run.folder / "script.sh").write_text(_script_text(executor))
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
                 job = executor.submit(task_in(run, task))
@@ -84,7 +91,7 @@ def submit_to_slurm(
     except BaseException:
         _forget(run)
         raise
-    run.note(job=str(job.job_id), launcher="slurm", after=after)
+    run.note(job=str(job.job_id), launcher="slurm", cluster=cluster_name(), after=after)
     return run
 
 
@@ -106,7 +113,8 @@ def submit_pipeline(config: Config, profiles: dict[str, Profile], command_line: 
     except BaseException:
         for run in runs:
             run.cancel()
-            cancel_job(str(run.record()["job"]))
+            with contextlib.suppress(WorkError):
+                cancel_job(str(run.record()["job"]))
         raise
     return runs
 
@@ -140,7 +148,7 @@ def submit_locally(task: StageTask, config: Config, profile: Profile, command_li
     # submitit's controller of local jobs inherits standard error, and ends with a traceback when it is cancelled
     with _standard_error_into(run.folder / "batch.log"), _own_sessions():
         job = executor.submit(task_in(run, task))
-    run.note(job=str(job.job_id), launcher="local")
+    run.note(job=str(job.job_id), launcher="local", host=socket.gethostname())
     return run, job
 
 
@@ -230,7 +238,7 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
     """What the batch script does before srun: the owner's lines, then ours."""
     run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
     here = shlex.quote(os.getcwd())
-    lines = list(profile.setup)
+    lines = [*profile.setup, *(["set +e  # what follows reads exit statuses"] if profile.setup else [])]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
     lines += [
         "# the code as it was at submission, then the folder of submission, for teachers of your own",
@@ -260,17 +268,21 @@ def _forget(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """A job that is submitted from within another must not inherit its sizes.
+def _clean_environment(profile: Profile) -> Iterator[None]:
+    """What the profile says holds: sbatch would take SBATCH_ variables before the script's own lines.
 
-    submitit's own clean_env would also take SLURM_CONF and the user's SBATCH_ defaults away.
+    Those for what a profile leaves out stay. A job that is submitted from within another does not inherit its sizes. (submitit's
+    own clean_env would also take SLURM_CONF away.)
     """
-    names = [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
-    inherited = {name: os.environ.pop(name) for name in names} if "SLURM_JOB_ID" in os.environ else {}
+    left_out = {f"SBATCH_{key.upper()}" for key in LEFT_OUT if getattr(profile, key) is None}
+    kept = {*left_out, "SBATCH_RESERVATION", "SLURM_CONF"}
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [n for n in os.environ if n.startswith("SBATCH_") or (inside and n.startswith("SLURM_"))]
+    hidden = {name: os.environ.pop(name) for name in names if name not in kept}
     try:
         yield
     finally:
-        os.environ.update(inherited)
+        os.environ.update(hidden)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,12 @@ from dsno_cluster.config import Config, Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+STOPS = {
+    "time limit": "its time limit was near",
+    "preempted": "its nodes were wanted by another job or an administrator",
+    "cancelled": "it was cancelled",
+    "signal": "something on its node told it to end",
+}
 
 
 @dataclass(frozen=True)
@@ -146,28 +152,25 @@ def _ignore_signals() -> None:
 
 
 def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
-    """Have the job requeued by submitit, unless Slurm is ending it already; never returns."""
-    from dsno_cluster.cluster.slurm import seconds_left, who_ends
+    """Note why this attempt stops; the batch script has the job requeued. On this machine submitit does; never returns then."""
+    from dsno_cluster.cluster.slurm import who_ends, why_told
 
-    job = os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
-    ended = "cancelled" if run.cancelled else who_ends(job, attempt.number) if job else None
-    if ended == "cancelled":
-        attempt.write("stopped", why=ended)
-        console.say("cancelled: what is done is kept, the same command continues")
-        sys.exit(143)
-    if ended == "requeued":
-        attempt.write("stopped", why="preempted")
-        console.say("the job was requeued: what is done is kept")
-        sys.exit(143)
-    preempted = job is not None and seconds_left(job) > run.profile().save_seconds + 60
-    attempt.write("stopped", why="preempted" if preempted else "time limit")
-    console.say(
-        f"{'the nodes are wanted' if preempted else 'time is nearly up'}: the job asks to be requeued"
-    )
-    sys.stdout.flush()
-    if not callable(requeue):
-        raise RuntimeError("submitit installed no handler to requeue the job")
-    requeue(signal.SIGUSR2, None)  # leaves by SystemExit
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        attempt.write("stopped", why="time limit")
+        console.say("time is nearly up: the job asks to be requeued")
+        sys.stdout.flush()
+        if not callable(requeue):
+            raise RuntimeError("submitit installed no handler to requeue the job")
+        requeue(signal.SIGUSR2, None)  # leaves by SystemExit
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
+        why = "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
+    except (UserError, WorkError) as error:
+        console.say(f"Slurm does not say why this job shall end: {error}")
+        why = "signal"
+    attempt.write("stopped", why=why)
+    console.say(f"{STOPS[why]}: what is done is kept")
 
 
 def _set_rank_variables(attempt: Attempt, profile: Profile, on_slurm: bool) -> None:

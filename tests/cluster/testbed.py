@@ -128,6 +128,9 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """The power of a node is cut; Slurm finds out by itself after SlurmdTimeout."""
+        sh(
+            "ip", "-n", self._netns("bridge"), "link", "set", name, "down"
+        )  # it says nothing more, not even "refused"
         os.kill(int((self.folder / name / "pid").read_text()), signal.SIGKILL)
 
     def declare_down(self, name: str) -> None:
