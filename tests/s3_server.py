@@ -65,6 +65,8 @@ def command(folder: Path, address: str, ports: Ports) -> list[str]:
     options += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
     options += [f"-s3.port.grpc={grpc[0]}", f"-master.port.grpc={grpc[1]}", f"-volume.port.grpc={grpc[2]}"]
     options += [f"-filer.port.grpc={grpc[3]}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    # servers of several hosts share this machine's /tmp, where their sockets would be named by port
+    options += [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
     return [weed, "server", *options, "-volume.max=20", "-master.volumeSizeLimitMB=64"]
 
 

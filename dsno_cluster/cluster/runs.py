@@ -111,14 +111,9 @@ def fruitless(attempts: Sequence[Attempt]) -> int:
     Preempted ones that said so do not count: that is the cluster's doing.
     """
     counted = [a for a in attempts if (a.read("stopped") or {}).get("why") != "preempted"]
-    positions = [attempt.position for attempt in reversed(counted)]  # None: it ended before its work began
-    newest = next((position for position in positions if position is not None), None)
-    streak = 0
-    for position in positions:
-        if position not in (None, newest):
-            break
-        streak += 1
-    return streak
+    positions = [attempt.position for attempt in counted]  # None: it ended before its work began
+    reached = [position for position in positions if position is not None]
+    return len(positions) - (positions.index(reached[-1]) if reached else 0)
 
 
 def create_run(config: Config, stage: str, profile: Profile, command_line: str, *, snapshot: bool) -> Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import tempfile
 import time
@@ -31,7 +30,7 @@ def started(nodes: int, *, accounting: bool = False) -> Iterator[Cluster]:
     if (reason := testbed.missing()) is not None:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="dsno-testbed-")) / "cluster"
-    cluster = Cluster(folder, nodes, accounting, f"t{os.getpid()}")
+    cluster = Cluster(folder, nodes, accounting, folder.parent.name.removeprefix("dsno-"))
     cluster.up()
     try:
         yield cluster

@@ -166,7 +166,8 @@ class Cluster:
         command = s3_server.command(folder, LOGIN_ADDRESS, s3_server.Ports.fixed(S3_PORT))
         self._start_daemon("s3", *command)
         probe = [sys.executable, s3_server.__file__, self.s3_url]
-        wait_for(lambda: self.run(*probe, check=False).returncode == 0, 90, "the S3 server is silent")
+        said = f"the S3 server is silent; see {self.folder}/s3.out"
+        wait_for(lambda: self.run(*probe, check=False).returncode == 0, 90, said)
 
     # -- up and down --
 

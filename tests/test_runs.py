@@ -1,0 +1,88 @@
+"""Run folders: when a job is given up, whose failure counts, how runs are found and told of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import TINY, dsno
+
+from dsno_cluster.cluster.attempt import why
+from dsno_cluster.cluster.runs import Run, create_run, find_run, fruitless
+from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.errors import LOST_RANK, UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
+    return create_run(config, "train", load_profile("train", {}), "dsno-cluster train", snapshot=False)
+
+
+def attempts(run: Run, *starts: int | None, stopped: dict[int, str] | None = None) -> int:
+    """The streak after attempts that began at `starts` (None: ended before the work began)."""
+    for number, start in enumerate(starts):
+        attempt = run.attempt(number)
+        attempt.folder.mkdir(parents=True)
+        if start is not None:
+            attempt.write("progress", title="training", start=start)
+        if stopped and number in stopped:
+            attempt.write("stopped", why=stopped[number])
+    return fruitless(run.attempts())
+
+
+@pytest.mark.parametrize(
+    ("starts", "streak"),
+    [
+        ((), 0),
+        ((0,), 1),
+        ((0, 0, 0), 3),
+        ((0, 100, 200, 300), 1),
+        ((0, 100, 100), 2),
+        ((None, None), 2),
+        ((0, 100, 200, None), 2),  # one bad start does not undo what was gained
+        ((0, 100, None, 200), 1),
+    ],
+)
+def test_attempts_that_gained_nothing_are_counted(
+    run: Run, starts: tuple[int | None, ...], streak: int
+) -> None:
+    assert attempts(run, *starts) == streak
+
+
+def test_preempted_attempts_are_not_counted(run: Run) -> None:
+    assert attempts(run, 0, 0, 0, 0, stopped={1: "preempted", 2: "preempted", 3: "time limit"}) == 2
+
+
+def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
+    attempt = run.attempt(0)
+    attempt.folder.mkdir(parents=True)
+    assert "killed by SIGKILL" in why(attempt, 137) and "mem_gb" in why(attempt, 137)
+    assert "loss of a node" in why(attempt, None)
+    attempt.write("failure-0", kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)")
+    attempt.write("failure-3", kind="work", rank=3, reason="the loss is not finite")
+    assert why(attempt, 1) == "the loss is not finite"
+
+
+def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
+    run.note(job="4711")
+    for word in (run.id, run.id[:-2], "4711", str(run.folder)):
+        assert find_run(word) == run
+    with pytest.raises(UserError, match=f"the newest is {run.id}"):
+        find_run("nothing")
+
+
+def test_status_of_a_local_run(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "trajectories").symlink_to(tiny_data / "trajectories")
+    state = {"XDG_STATE_HOME": str(tmp_path / "state"), "PATH": "/usr/bin:/bin"}
+    words = ["train", *TINY, f"storage.root={tmp_path}", "--tasks-per-node", "2", "--launcher", "local"]
+    assert "no runs yet" in dsno("status", **state).stdout
+    trained = dsno(*words, "training.threads=1", **state)
+    assert trained.returncode == 0, trained.stderr
+    (row,) = json.loads(dsno("status", "--json", **state).stdout)["runs"]
+    assert (row["state"], row["done"], row["total"], row["attempts"]) == ("done", 4, 4, 1)
+    assert "4/4 steps" in dsno("status", **state).stdout
+    assert "training the student: 4/4 steps" in dsno("logs", **state).stdout
+    assert "done already" in dsno("cancel", row["run"], **state).stderr
