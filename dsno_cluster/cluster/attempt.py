@@ -77,6 +77,9 @@ def end(run: Run, status: int) -> int:
         _note(
             attempt, "outcome", state="failed", reason=f"{reason}; and Slurm did not requeue the job: {error}"
         )
+        return 1
+    # A script that ends by itself before Slurm's signal arrives can make the job a failed one (seen with 22.05): wait for it.
+    time.sleep(OUTAGE_SECONDS)
     return 1
 
 

@@ -30,6 +30,7 @@ def started(nodes: int, *, accounting: bool = False) -> Iterator[Cluster]:
     if (reason := testbed.missing()) is not None:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="dsno-testbed-")) / "cluster"
+    folder.parent.chmod(0o755)  # the database server runs as a user of its own
     cluster = Cluster(folder, nodes, accounting, folder.parent.name.removeprefix("dsno-"))
     cluster.up()
     try:
