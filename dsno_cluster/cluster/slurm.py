@@ -8,6 +8,7 @@ import pwd
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,19 @@ COMMAND_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm sees it: its state (PENDING, RUNNING, ...), and why it waits or where it runs."""
+    """A job as Slurm sees it: its state (PENDING, RUNNING, ...), why it waits or where it runs, and its end, as local time."""
 
     state: str
     reason: str = ""
     nodes: str = ""
+    end: str = ""
+
+    def seconds_over(self) -> float:
+        """How long it has been over; infinite where Slurm does not say."""
+        try:
+            return time.time() - time.mktime(time.strptime(self.end, "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            return float("inf")
 
 
 def controller_silence() -> str | None:
@@ -104,22 +113,24 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", _user(), "-o", "%i|%T|%r|%N")
+    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", _user(), "-o", "%i|%T|%r|%N|%e")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
-        if row[0] in wanted and len(row) == 4
+        if row[0] in wanted and len(row) == 5
     }
     forgotten = sorted(wanted - found.keys())
     if forgotten and has_accounting():
         try:
-            listing = _ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList", "-j", ",".join(forgotten))
+            listing = _ask(
+                "sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,End", "-j", ",".join(forgotten)
+            )
         except WorkError as error:  # what squeue said holds all the same
             console.say(f"accounting does not answer: {error}")
             return found
         for line in listing.splitlines():
-            job, state, nodes = line.split("|")
-            found[job] = JobState(state.split()[0], "", nodes)  # "CANCELLED by 0"
+            job, state, nodes, end = line.split("|")
+            found[job] = JobState(state.split()[0], "", nodes, end)  # "CANCELLED by 0"
     return found
 
 

@@ -19,6 +19,7 @@ from dsno_cluster.errors import UserError, WorkError
 
 POLL_SECONDS = 2.0
 STALE_SECONDS = 60.0
+SETTLE_SECONDS = 15.0
 CANCEL_SECONDS = 120.0
 SHOWN = 20  # runs, where no more are asked for
 
@@ -115,6 +116,8 @@ def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
         return State(word, WAITS.get(reason, "" if reason == "None" else reason) + more.replace("_", " "))
     if word in LIVE:
         return State(word, "", job.nodes)
+    if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
+        return State("ending")  # so Slurm says for a moment of a job that it is about to requeue
     return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
 
 
