@@ -68,7 +68,7 @@ def tiny_shards(count: int, actors: int) -> None:
                 "configs/digits.yaml",
                 [
                     "storage.root=s3://bucket/scaling", f"storage.endpoint_url={url}", f"run.dir={folder}",
-                    "teacher.path=closed-form:gaussian", "teacher.options={shape: [1, 8, 8]}", "network.num_classes=0",
+                    "teacher.path=closed-form:gaussian", "teacher.options={mean: 0.0, std: 1.0, shape: [1, 8, 8]}", "network.num_classes=0",
                     "network.null_class=false", "student.warm_start=false", "evaluation.metrics=[fid]",
                     f"trajectories.num_samples={count}", "trajectories.samples_per_shard=1", "trajectories.batch_size=1",
                     "trajectories.solver=ddim", "trajectories.steps=1", "trajectories.times=[0.0]", "student.modes=1",
