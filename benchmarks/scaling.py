@@ -5,14 +5,18 @@
    same command then takes to see that all is done.
 2. `actors`: many actors that do nothing for a while and answer as `make_shard` does: what it costs the driver and Ray's head
    to keep them busy.
+3. `pool`: the driver's loop with as many workers as a thousand nodes have; eight asynchronous actors stand for all of them.
 
     python benchmarks/scaling.py shards --shards 100000
-    python benchmarks/scaling.py actors --actors 64 --tasks 20000 --seconds 0.5
+    python benchmarks/scaling.py actors --actors 64 --tasks 10000 --seconds 1
+    python benchmarks/scaling.py pool --actors 8000 --tasks 32000 --seconds 20
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import os
 import resource
 import subprocess
@@ -41,14 +45,18 @@ HEAD = ("gcs_server", "raylet")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("shards", "actors"))
+    parser.add_argument("what", choices=("shards", "actors", "pool"))
     parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--actors", type=int, default=None, help="default: 2 for shards, 64 for actors")
-    parser.add_argument("--tasks", type=int, default=20_000)
-    parser.add_argument("--seconds", type=float, default=0.5, help="that a task of `actors` takes")
+    parser.add_argument(
+        "--actors", type=int, default=None, help="default: 2 for shards, 64 for actors, 8000 for pool"
+    )
+    parser.add_argument("--tasks", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a task of `actors` or `pool` takes")
     options = parser.parse_args()
     if options.what == "shards":
         tiny_shards(options.shards, options.actors or 2)
+    elif options.what == "pool":
+        many_workers(options.actors or 8000, options.tasks, options.seconds)
     else:
         busy_actors(options.actors or 64, options.tasks, options.seconds)
 
@@ -68,7 +76,8 @@ def tiny_shards(count: int, actors: int) -> None:
                 "configs/digits.yaml",
                 [
                     "storage.root=s3://bucket/scaling", f"storage.endpoint_url={url}", f"run.dir={folder}",
-                    "teacher.path=closed-form:gaussian", "teacher.options={mean: 0.0, std: 1.0, shape: [1, 8, 8]}", "network.num_classes=0",
+                    "teacher.path=closed-form:gaussian", "network.num_classes=0",
+                    "teacher.options={mean: 0.0, std: 1.0, shape: [1, 8, 8]}",
                     "network.null_class=false", "student.warm_start=false", "evaluation.metrics=[fid]",
                     f"trajectories.num_samples={count}", "trajectories.samples_per_shard=1", "trajectories.batch_size=1",
                     "trajectories.solver=ddim", "trajectories.steps=1", "trajectories.times=[0.0]", "student.modes=1",
@@ -129,6 +138,36 @@ def busy_actors(actors: int, tasks: int, pause: float) -> None:
         f"driver: {1e3 * cpu / tasks:.2f} ms of CPU a task; busy {cpu / seconds:.1%} at {tasks / seconds:.0f} tasks/s"
     )
     print(f"Ray's head: {1e3 * head[0] / tasks:.2f} ms of CPU a task")
+
+
+def many_workers(count: int, tasks: int, pause: float) -> None:
+    with open_ray(None, 8, 1) as cluster:
+        ray = import_ray()
+
+        class StandIn:
+            async def make_shard(self, index: int, seconds: float) -> int:
+                await asyncio.sleep(seconds)
+                return index
+
+        remote = ray.remote(max_concurrency=2 * count, **cluster.actor_options())(StandIn)
+        handles = [remote.remote() for _ in range(8)]
+        ray.get([handle.make_shard.remote(0, 0.0) for handle in handles])
+        again = itertools.cycle(handles)
+        pool = run_pool(
+            lambda: next(again),
+            lambda actor, index: actor.make_shard.remote(index, pause),
+            range(tasks),
+            lambda: count,
+            in_flight=2,
+            greet=lambda actor: actor.make_shard.remote(0, 0.0),
+            release=lambda actor: None,
+        )
+        seconds, cpu = timed(lambda: sum(1 for _ in pool))
+    ideal = tasks * pause / (2 * count)
+    print(
+        f"{count} workers, {tasks} tasks of {pause:g} s, two at a time: {seconds:.1f} s, ideal {ideal:.1f} s"
+    )
+    print(f"driver: {1e3 * cpu / tasks:.2f} ms of CPU a task")
 
 
 def timed(work: Any) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import socket
 import statistics
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,7 +260,12 @@ def run_pool(
             if not running and not starting:  # every node is gone, for now
                 time.sleep(POLL_SECONDS)
                 continue
-            ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=POLL_SECONDS)
+            refs = [*running, *starting]
+            ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
+            if (
+                ready
+            ):  # all that are ready by now at once: with thousands of actors each look at them takes its time
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             for ref in ready:
                 if ref in starting:
                     worker = starting.pop(ref)
@@ -345,18 +350,18 @@ def _hand_out(
         running[call(worker.actor, task)] = _Attempt(worker, task, time.monotonic())
         worker.load += 1
 
-    while waiting and workers:
-        worker = min(workers, key=lambda w: w.load)
-        if worker.load >= in_flight:
-            return
-        start(worker, waiting.popleft())
+    for load in range(in_flight):
+        for worker in [worker for worker in workers if worker.load == load]:
+            if not waiting:
+                break
+            start(worker, waiting.popleft())
     idle = [worker for worker in workers if not worker.load]
     if waiting or not idle or not durations:
         return
     long_ago = time.monotonic() - SLOW * statistics.median(durations)
-    copies = [attempt.task for attempt in running.values()]
+    copies = Counter(attempt.task for attempt in running.values())
     slow = sorted(
-        (a for a in running.values() if a.began < long_ago and copies.count(a.task) == 1 and a.task in open_tasks),
+        (a for a in running.values() if a.began < long_ago and copies[a.task] == 1 and a.task in open_tasks),
         key=lambda a: a.began,
     )  # fmt: skip
     for worker, attempt in zip(idle, slow, strict=False):
