@@ -1,0 +1,44 @@
+"""A parsed command line, as a command gets it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsno_cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from dsno_cluster.config import Config
+
+DEFAULT_CONFIG = "configs/digits.yaml"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line: its options, its positional words and its key=value overrides."""
+
+    options: argparse.Namespace
+    words: list[str]
+    overrides: list[str]
+    command_line: str
+
+    def config(self) -> Config:
+        """The experiment named, or the default one. Raises UserError for more than one."""
+        from dsno_cluster.config import load_config
+
+        if len(self.words) > 1:
+            raise UserError(
+                f"one config at a time, found {' '.join(self.words)}; an override is written key=value"
+            )
+        return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
+
+    def only_word(self, what: str) -> str:
+        """The one positional word of a command that takes no config. Raises UserError that asks for `what`."""
+        if len(self.words) != 1 or self.overrides:
+            raise UserError(f"name one {what}")
+        return self.words[0]
+
+
+class Unwatched(KeyboardInterrupt):
+    """Ctrl-C while a job of Slurm was followed: the job goes on."""

@@ -1,0 +1,44 @@
+"""The commands of single models: sample, import-weights."""
+
+from __future__ import annotations
+
+from dsno_cluster.commands.arguments import Arguments
+from dsno_cluster.errors import UserError
+
+
+def sample_student(arguments: Arguments) -> None:
+    checkpoint = arguments.only_word("CHECKPOINT: a run, step or import folder, on disk or on S3")
+    options = arguments.options
+    if not 0 <= options.seed < 2**31:
+        raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
+    if not options.out.endswith((".png", ".npz")):
+        raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
+    if options.refine is None and (options.refine_from is not None or options.teacher):
+        raise UserError("--refine-from and --teacher go with --refine K")
+    if options.refine_from is not None and not 0.0 < options.refine_from < 1.0:
+        raise UserError(f"--refine-from {options.refine_from}: must lie between 0 (data) and 1 (noise)")
+    from dsno_cluster.evaluation.sample import Refinement, sample_to_file
+
+    refinement = Refinement(options.refine, options.refine_from, options.teacher) if options.refine else None
+    sample_to_file(
+        checkpoint,
+        options.out,
+        options.num,
+        options.seed,
+        options.batch_size,
+        options.endpoint_url,
+        precision=options.precision,
+        compile=options.compile,
+        refinement=refinement,
+    )
+
+
+def import_model(arguments: Arguments) -> None:
+    source = arguments.only_word("SRC: a published checkpoint")
+    from dsno_cluster import console
+    from dsno_cluster.models.importers import import_weights
+
+    options = arguments.options
+    kind = import_weights(source, options.config, options.out, options.endpoint_url, arguments.command_line)
+    use = f"teacher.path={options.out}" if kind == "teacher" else f"dsno-cluster sample {options.out}"
+    console.say(f"{kind} written: {options.out}; use it with {use}")

@@ -1,0 +1,173 @@
+"""The options of the commands, each added to an argparse parser by a function of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def launching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--launcher", choices=("auto", "local", "slurm"), default="auto", help="where to run (default: auto)"
+    )
+    _nodes(parser)
+    parser.add_argument(
+        "--wait", action="store_true", help="on Slurm: follow the job to its end, exit with its status"
+    )
+    dry_run(parser)
+
+
+def on_this_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--launcher", choices=("local",), default="local", help="always this machine")
+
+
+def dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+
+
+def actors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--actors",
+        type=_positive,
+        metavar="N",
+        help="Ray actors (default: one a GPU, or cores / threads)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="a Ray cluster to use, such as 10.0.0.1:6379 or auto (default: RAY_ADDRESS, or a Ray of our own here)",
+    )
+
+
+def tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks-per-node",
+        type=_positive,
+        metavar="N",
+        help="training processes per node (default: 1 here, on Slurm the profile's)",
+    )
+
+
+def json_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, nothing else there"
+    )
+
+
+def all_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="every run, not the newest ones alone")
+
+
+def log_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--rank", type=_natural, default=0, metavar="K", help="of which task (default: 0)")
+    parser.add_argument(
+        "--attempt", type=_natural, metavar="N", help="of which attempt, from 0 (default: the newest)"
+    )
+
+
+def student(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--student", metavar="PATH", help="a run, step or import folder (default: the config's newest)"
+    )
+
+
+def sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num", type=_positive, default=64, metavar="N", help="how many images (default: 64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and labels (default: 0)")
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default: 64)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the student (default: float32)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the student: slow to begin, then faster"
+    )
+    parser.add_argument(
+        "--refine",
+        type=_positive,
+        metavar="K",
+        help="finish the student's state at a time with K steps of its teacher",
+    )
+    parser.add_argument(
+        "--refine-from",
+        type=float,
+        metavar="T",
+        help="that time (default: the student's own nearest to 0.25)",
+    )
+    parser.add_argument(
+        "--teacher", metavar="PATH", help="the teacher to refine with (default: the student's)"
+    )
+    parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint of the checkpoint")
+
+
+def planning(parser: argparse.ArgumentParser) -> None:
+    _nodes(parser)
+    parser.add_argument(
+        "--measure", action="store_true", help="time the teacher here and measure the solver's error"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        metavar="E",
+        help="find the cheapest solver and steps whose relative error is below E at every time point",
+    )
+    parser.add_argument(
+        "--probes", type=_positive, default=32, metavar="N", help="samples to measure on (default: 32)"
+    )
+    json_output(parser)
+
+
+def inspecting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shards", type=_positive, default=8, metavar="N", help="how many shards to read (default: 8)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="a picture of a few trajectories to write, .png")
+    json_output(parser)
+    endpoint(parser)
+
+
+def importing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="YAML", help="the published model's config")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model folder to write")
+    endpoint(parser)
+
+
+def endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint")
+
+
+def _nodes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nodes", type=_positive, metavar="N", help="nodes (default: the profile's in jobs/)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 1e-3")
+    return value

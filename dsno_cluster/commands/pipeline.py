@@ -1,0 +1,49 @@
+"""The commands that run all stages: run, demo."""
+
+from __future__ import annotations
+
+from dsno_cluster.commands.arguments import Arguments
+from dsno_cluster.commands.evaluation import show_metrics
+from dsno_cluster.commands.launching import follow_to_end, launcher_and_profile, profile_of, say_submitted
+
+
+def run_pipeline(arguments: Arguments) -> None:
+    from dsno_cluster.pipeline import STAGES, describe, run_here
+    from dsno_cluster.training.engine import check_divides
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config, options = arguments.config(), arguments.options
+    make_plan(config)  # what is missing is said before anything starts or is submitted
+    launcher, _ = launcher_and_profile(arguments, STAGES[0])
+    if launcher == "local":
+        if options.dry_run:
+            print(f"would make {describe(config)}")
+            return
+        show_metrics(run_here(config))
+        return
+    profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in STAGES}
+    check_divides(config, profiles["train"].nodes * profiles["train"].tasks_per_node)
+    from dsno_cluster.cluster.submit import sbatch_script, submit_pipeline
+
+    if options.dry_run:
+        for stage, profile in profiles.items():
+            print(f"# {stage}\n{sbatch_script(stage, config, profile)}")
+        return
+    runs = submit_pipeline(config, profiles, arguments.command_line)
+    for run in runs:
+        say_submitted(run)
+    if options.wait:
+        follow_to_end(runs)
+
+
+def run_demo(arguments: Arguments) -> None:
+    from dsno_cluster.pipeline import describe, run_here
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config = arguments.config()
+    make_plan(config)
+    if arguments.options.dry_run:
+        print(f"would make {describe(config)}")
+        return
+    show_metrics(run_here(config))
+    print(f"\nlook at {config.storage.root}/evaluation/{config.name}/samples.png")

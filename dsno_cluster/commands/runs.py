@@ -1,0 +1,65 @@
+"""The commands of submitted runs: status, logs, cancel."""
+
+from __future__ import annotations
+
+import json
+
+from dsno_cluster.commands.arguments import Arguments
+from dsno_cluster.errors import UserError
+
+
+def show_status(arguments: Arguments) -> None:
+    from dsno_cluster.cluster import status
+    from dsno_cluster.cluster.runs import all_runs, find_run
+
+    if arguments.overrides:
+        raise UserError(f"status takes runs, not {arguments.overrides[0]}")
+    options = arguments.options
+    runs = [find_run(word) for word in arguments.words] or all_runs()
+    shown = runs if arguments.words or options.all else runs[: status.SHOWN]
+    rows = status.overview(shown)
+    if options.json:
+        print(json.dumps({"runs": rows}))
+        return
+    from dsno_cluster import console
+
+    if not rows:
+        print("no runs yet; `dsno-cluster gen-trajectories --nodes 2` submits one where there is Slurm")
+        return
+    console.table("runs, newest first", *status.table_rows(rows))
+    if len(shown) < len(runs):
+        print(f"{len(runs) - len(shown)} older ones: --all")
+    for row in rows if arguments.words else []:
+        code = row["code"] or {}
+        commit = (
+            f", commit {code['commit'][:12]}{' with changes' if code['dirty'] else ''}"
+            if code.get("commit")
+            else ""
+        )
+        print(f"{row['run']}: version {code.get('version')}{commit}; files: {row['folder']}")
+
+
+def show_logs(arguments: Arguments) -> None:
+    from dsno_cluster.cluster.runs import all_runs, find_run
+    from dsno_cluster.cluster.status import log_lines
+
+    options = arguments.options
+    if len(arguments.words) > 1 or arguments.overrides:
+        raise UserError("name one RUN (`dsno-cluster status` lists them), or none for the newest")
+    newest = all_runs()[:1]
+    if not arguments.words and not newest:
+        raise UserError("there are no runs yet")
+    run = find_run(arguments.words[0]) if arguments.words else newest[0]
+    for line in log_lines(run, options.rank, options.attempt, options.follow):
+        print(line, flush=True)
+
+
+def cancel_runs(arguments: Arguments) -> None:
+    from dsno_cluster import console
+    from dsno_cluster.cluster.runs import find_run
+    from dsno_cluster.cluster.status import cancel
+
+    if not arguments.words or arguments.overrides:
+        raise UserError("name the RUN to cancel (`dsno-cluster status` lists them)")
+    for run in [find_run(word) for word in arguments.words]:
+        console.say(f"{run.id}: {cancel(run)}; what is done is kept, the same command continues")

@@ -1,0 +1,92 @@
+"""The commands of trajectory data sets: gen-trajectories, plan, verify, inspect."""
+
+from __future__ import annotations
+
+import json
+
+from dsno_cluster.commands.arguments import Arguments
+from dsno_cluster.commands.launching import launcher_and_profile, submit_stage
+from dsno_cluster.errors import UserError, WorkError
+
+_DATA_SET = "FOLDER_OR_URL: a data set's folder, or its manifest.json"
+
+
+def gen_trajectories(arguments: Arguments) -> None:
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config = arguments.config()
+    plan = make_plan(config)  # what is missing is said before anything starts or is submitted
+    launcher, profile = launcher_and_profile(arguments, "gen-trajectories")
+    if launcher == "slurm":
+        submit_stage(arguments, config, profile, "gen-trajectories")
+        return
+    from dsno_cluster.trajectories.generate import describe_plan, generate
+
+    actors = arguments.options.actors
+    if arguments.options.dry_run:
+        print(f"would make {describe_plan(config, plan, actors)}")
+        return
+    generate(config, actors, arguments.options.ray_address)
+
+
+def plan_trajectories(arguments: Arguments) -> None:
+    from dsno_cluster.config import load_profile
+    from dsno_cluster.trajectories import plan
+
+    config, options = arguments.config(), arguments.options
+    profile = load_profile("gen-trajectories", {"nodes": options.nodes})
+    a_node = profile.gpus_per_node or max(1, profile.cpus_per_task // config.trajectories.threads)
+    measured = error = native = None
+    if options.measure or options.tolerance:
+        from dsno_cluster.device import compute_device
+
+        plan.find_teacher(config)
+        teacher = plan.open_teacher(config).to(compute_device())
+        native = plan.own_steps(config, teacher)
+        if options.tolerance:
+            config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
+        elif native is None:
+            error = plan.measure_errors(config, teacher, options.probes)
+        measured = plan.measure_cost(config, teacher, profile.nodes * a_node)
+    elif config.teacher.options.get("schedule") == "native":  # its own steps may be one more than asked for
+        native = plan.own_steps(config, plan.find_teacher(config))
+    show = plan.as_json if options.json else plan.report
+    print(show(config, plan.size_of(config, native), measured=measured, error=error))
+    if options.tolerance and not options.json:
+        settings = config.trajectories
+        chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
+        print(f"use           {' '.join(f'trajectories.{key}={value}' for key, value in chosen.items())}")
+
+
+def verify_trajectories(arguments: Arguments) -> None:
+    address = arguments.only_word(_DATA_SET)
+    from dsno_cluster.trajectories.verify import verify
+
+    report = verify(address, arguments.options.endpoint_url)
+    if arguments.options.json:
+        print(json.dumps(report))
+    elif not report["problems"]:
+        print(
+            f"{report['shards']} shards, {report['samples']} samples, {report['bytes']} bytes: all as the manifest says"
+        )
+    if report["problems"]:
+        raise WorkError(f"{address}: " + "; ".join(report["problems"]))
+
+
+def inspect_trajectories(arguments: Arguments) -> None:
+    options = arguments.options
+    address = arguments.only_word(_DATA_SET)
+    if options.out is not None and not options.out.endswith(".png"):
+        raise UserError(f"--out {options.out}: must end in .png")
+    from dsno_cluster.trajectories.inspect import describe, inspect, rows
+
+    found = inspect(address, options.shards, options.out, options.endpoint_url)
+    if options.json:
+        print(json.dumps(found))
+        return
+    from dsno_cluster import console
+
+    print(describe(found))
+    console.table(f"states of {found['samples_read']:,} trajectories", *rows(found))
+    if options.out is not None:
+        print(f"picture: {options.out}")
