@@ -1,0 +1,48 @@
+"""What to compute: strict pydantic models, read from YAML and dotted overrides into one frozen object.
+
+`load_config("configs/digits.yaml", ["training.lr=1e-4"])` is the door. Every mistake in the input is a
+`UserError` of one line that names the key and the nearest right one. Where to run stands in `Profile`.
+"""
+
+from dsno_cluster.config.evaluation import Evaluation
+from dsno_cluster.config.experiment import Config, DataConfig
+from dsno_cluster.config.loading import (
+    dump_config,
+    dump_profile,
+    load_config,
+    load_profile,
+    load_resolved_profile,
+    with_absolute_paths,
+)
+from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig
+from dsno_cluster.config.places import RunConfig, StorageConfig
+from dsno_cluster.config.profile import Profile
+from dsno_cluster.config.training import TeacherTraining, Training
+from dsno_cluster.config.trajectories import Reader, TimeGrid, Trajectories
+from dsno_cluster.config.validation import validate
+from dsno_cluster.config.yaml_text import parse_yaml
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "Evaluation",
+    "Network",
+    "Profile",
+    "Reader",
+    "RunConfig",
+    "StorageConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TeacherTraining",
+    "TimeGrid",
+    "Training",
+    "Trajectories",
+    "dump_config",
+    "dump_profile",
+    "load_config",
+    "load_profile",
+    "load_resolved_profile",
+    "parse_yaml",
+    "validate",
+    "with_absolute_paths",
+]

@@ -1,0 +1,91 @@
+"""A whole experiment, and what must hold between its groups of keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dsno_cluster.config.base import Seed, Strict
+from dsno_cluster.config.evaluation import Evaluation
+from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig
+from dsno_cluster.config.places import RunConfig, StorageConfig
+from dsno_cluster.config.training import TeacherTraining, Training
+from dsno_cluster.config.trajectories import Reader, Trajectories
+
+
+class DataConfig(Strict):
+    name: Literal["digits"] | None = Field(
+        None, description="real images, for train-teacher and as the reference of evaluation"
+    )
+
+
+class Config(Strict):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    seed: Seed = 0
+    storage: StorageConfig = StorageConfig()
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    network: Network
+    teacher: TeacherConfig = TeacherConfig()
+    teacher_training: TeacherTraining = TeacherTraining()
+    trajectories: Trajectories
+    reader: Reader = Reader()
+    student: StudentConfig = StudentConfig()
+    training: Training
+    evaluation: Evaluation
+
+    @property
+    def run_dir(self) -> Path:
+        if self.run.dir is not None:
+            return Path(self.run.dir)
+        return Path("runs") / self.name if "://" in self.storage.root else Path(self.storage.root)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        points = self.trajectories.num_points
+        student = self.student
+        most, formula = (points, "M") if student.operator == "series" else (points // 2 + 1, "M//2+1")
+        if student.modes > most:
+            raise ValueError(
+                f"student.modes {student.modes} is above {most} = {formula} for M={points} time points"
+            )
+        if student.points == "drawn" and student.modes > 0 and self.training.most_points == 1:
+            raise ValueError(
+                "training.most_points 1: temporal convolutions mix points, so student.points=drawn needs 2 or more; "
+                "or take student.modes=0"
+            )
+        if self.training.most_points > points:
+            raise ValueError(
+                f"training.most_points {self.training.most_points} is above M={points} time points"
+            )
+        if self.evaluation.seed == self.seed:
+            raise ValueError(
+                f"evaluation.seed {self.seed} equals seed: the student would be judged on its training noise"
+            )
+        if "agreement" in self.evaluation.metrics and self.evaluation.feature_extractor != "digits-features":
+            raise ValueError(
+                "evaluation.metrics: agreement needs evaluation.feature_extractor digits-features"
+            )
+        if self.name == "teachers":
+            raise ValueError("name teachers is taken: the teachers' measured rows are kept below it")
+        if self.trajectories.guidance_scale != 1.0 and not self.network.null_class:
+            raise ValueError(
+                "trajectories.guidance_scale other than 1 needs a teacher with network.null_class"
+            )
+        if self.training.online and self.reader.shuffle != "none":
+            raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
+        ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size
+        shards = 2 * (-(-ahead // self.trajectories.samples_per_shard) + 1)  # half of them are made at a time
+        if self.training.online and self.training.online_staged_shards < shards:
+            raise ValueError(
+                f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"
+            )
+        if self.training.loss == "lpips" and (self.network.channels != 3 or self.network.image_size < 16):
+            raise ValueError("training.loss lpips needs colour images of 16x16 or more")
+        if self.evaluation.reference == "data" and self.data.name is None:
+            raise ValueError("evaluation.reference data needs data.name")
+        return self

@@ -1,0 +1,126 @@
+"""Experiments and profiles read from YAML files and overrides, and written as YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsno_cluster.config.experiment import Config
+from dsno_cluster.config.profile import Profile
+from dsno_cluster.config.validation import nearest, validate
+from dsno_cluster.config.yaml_text import parse_yaml
+from dsno_cluster.errors import UserError
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment. `overrides` are `dotted.key=value`, the value read as YAML.
+
+    Raises UserError, in one line, for a file that is missing or not YAML and for anything in it that is
+    unknown, of the wrong type or impossible together.
+    """
+    file = find_file(path, "configs")
+    data = _read_yaml(file)
+    for override in overrides:
+        key, _, text = override.partition("=")
+        _set(data, key, parse_yaml(text, override), override)
+    data.setdefault("name", Path(path).stem)
+    return validate(Config, data, str(path))
+
+
+def load_profile(stage: str, changes: dict[str, Any], *, on_slurm: bool = True) -> Profile:
+    """The profile `jobs/<stage>.yaml`, with the values of `changes` that are not None in place of its own.
+
+    Raises UserError, in one line, as `load_config`, and `on_slurm` for tasks that do not suit the stage.
+    """
+    path = f"jobs/{stage}.yaml"
+    data = _read_yaml(find_file(path, "jobs"))
+    profile = validate(Profile, {**data, **{k: v for k, v in changes.items() if v is not None}}, path)
+    if not on_slurm:
+        return profile
+    if stage != "train" and profile.tasks_per_node != 1:
+        raise UserError(
+            f"{path}: tasks_per_node {profile.tasks_per_node}: {stage} takes 1; its Ray actors fill the node"
+        )
+    if stage == "train" and profile.gpus_per_node and profile.tasks_per_node != profile.gpus_per_node:
+        raise UserError(
+            f"{path}: tasks_per_node {profile.tasks_per_node} with gpus_per_node {profile.gpus_per_node}: training runs one "
+            "task per GPU, so give both the same number"
+        )
+    return profile
+
+
+def load_resolved_profile(file: Path) -> Profile:
+    """A profile that `dump_profile` wrote."""
+    return validate(Profile, _read_yaml(file), str(file))
+
+
+def dump_profile(profile: Profile) -> str:
+    """The profile as YAML that `load_resolved_profile` reads back to an equal object."""
+    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False)
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same experiment, for a process that may start in another folder or on another node."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
+
+    storage, run, teacher = config.storage, config.run, config.teacher
+    options = dict(teacher.options)
+    if "://" not in storage.root:
+        storage = storage.model_copy(update={"root": str(Path(storage.root).absolute())})
+    run = run.model_copy(update={"dir": str(config.run_dir.absolute())})
+    if teacher.path is not None:
+        # the YAML of a published teacher; the options of a Python factory are its own, and part of the spec
+        if isinstance(options.get("config"), str) and ("://" in teacher.path or Path(teacher.path).exists()):
+            options["config"] = absolute(str(options["config"]))
+        teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
+    return config.model_copy(update={"storage": storage, "run": run, "teacher": teacher})
+
+
+def find_file(path: str, folder: str) -> Path:
+    """`path` in the working directory, or the copy of it that travels with the package."""
+    here = Path(path)
+    if here.is_file():
+        return here
+    if here.is_dir():
+        raise UserError(f"{path} is a folder; name a YAML file")
+    package = Path(str(resources.files("dsno_cluster")))
+    roots = (
+        [package, package.parent] if here.parts[:1] == (folder,) else []
+    )  # an installed wheel, or a checkout
+    for root in roots:
+        if (root / path).is_file():
+            return root / path
+    beside = {p.name for root in [Path(), *roots] for p in (root / here.parent).glob("*.yaml")}
+    hint = nearest(path, [str(here.parent / name) for name in sorted(beside)])
+    raise UserError(f"{path}: no such file{hint}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = parse_yaml(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values")
+    return data
+
+
+def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{override}: {parent} is a value, not a group of keys")
+        data = child
+    data[last] = value

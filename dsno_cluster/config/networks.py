@@ -1,0 +1,106 @@
+"""Keys of the networks: network, teacher, student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dsno_cluster.config.base import BelowOne, PositiveInt, Strict
+
+
+class Network(Strict):
+    """The U-Net, the same for teacher and student (the student adds temporal convolutions)."""
+
+    image_size: PositiveInt
+    channels: PositiveInt
+    num_classes: Annotated[int, Field(ge=0)] = 0
+    null_class: bool = Field(False, description="one more class that means 'no label', for guidance")
+    width: PositiveInt = Field(description="channels of the first level, a multiple of 32")
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    blocks_per_level: PositiveInt
+    attention_resolutions: tuple[PositiveInt, ...] = ()
+    heads: PositiveInt = Field(1, description="attention heads; head_dim wins where it is set")
+    head_dim: PositiveInt | None = None
+    embedding_dim: PositiveInt
+    dropout: BelowOne = 0.0
+
+    @property
+    def class_slots(self) -> int:
+        return self.num_classes + int(self.null_class)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Network:
+        if self.width % 32:
+            raise ValueError(f"width {self.width} is not a multiple of 32, the groups of the group norms")
+        if self.image_size % 2 ** (len(self.multipliers) - 1):
+            raise ValueError(
+                f"image_size {self.image_size} cannot be halved {len(self.multipliers) - 1} times"
+            )
+        sizes = [self.image_size // 2**i for i in range(len(self.multipliers))]
+        for multiplier, size in zip(self.multipliers, sizes, strict=True):
+            attends = size in self.attention_resolutions or size == sizes[-1]  # the middle always does
+            if attends and (self.width * multiplier) % (self.head_dim or self.heads):
+                raise ValueError(f"{self.width * multiplier} channels do not divide into the attention heads")
+        if not set(self.attention_resolutions) <= set(sizes):
+            raise ValueError(
+                f"attention_resolutions {list(self.attention_resolutions)} are not all among {sizes}"
+            )
+        if self.null_class and not self.num_classes:
+            raise ValueError("null_class needs num_classes above 0")
+        return self
+
+
+PlainValue = bool | int | float | str | None
+
+
+class TeacherConfig(Strict):
+    path: str | None = Field(
+        None,
+        description="folder or URL of a teacher, package:NAME for one that ships, package.module:function, or "
+        "closed-form:gaussian|mixture",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the network's weights and layers; states stay float32"
+    )
+    options: dict[str, PlainValue | tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description="what load_teacher takes for this kind of teacher, e.g. {schedule: native, null_class: 10}",
+    )
+
+
+class StudentConfig(Strict):
+    backbone: Literal["unet", "diffusers"] = Field(
+        "unet", description="unet: ours, as `network` says; diffusers: the teacher's own UNet2DModel"
+    )
+    operator: Literal["convolution", "series"] = Field(
+        "convolution",
+        description="convolution: M evaluations' worth of backbone, mixed by temporal convolutions (published); "
+        "series: one, whose last layer gives a cosine series in time",
+    )
+    modes: Annotated[int, Field(ge=0)] = Field(
+        2,
+        description="Fourier modes kept by the temporal convolutions, at most M//2+1 (0: no such layers); or terms of "
+        "the series, 1 to M",
+    )
+    prediction: Literal["state", "data"] = Field(
+        "state",
+        description="of the last layer; state: x_t itself (published); data: F in x_t = alpha_t F + sigma_t noise",
+    )
+    points: Literal["all", "drawn"] = Field(
+        "all",
+        description="time points that convolutions see in a training step; all: together (published); drawn: some, "
+        "often t=0 alone, so that a sample costs one evaluation of the backbone",
+    )
+    temporal_init: Literal["published", "zero"] = Field(
+        "zero", description="of the temporal convolutions; zero: they begin as the identity"
+    )
+    warm_start: bool = Field(True, description="start from the teacher's weights where shapes allow")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudentConfig:
+        if self.operator == "series" and self.modes == 0:
+            raise ValueError("modes 0: a series needs one term or more")
+        if self.operator == "series" and self.points == "drawn":
+            raise ValueError("points drawn is for operator convolution; a series gives all points at once")
+        return self

@@ -1,0 +1,58 @@
+"""Where one stage runs: a job profile."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from dsno_cluster.config.base import PositiveInt, Strict
+
+
+class Profile(Strict):
+    """Where one stage runs: a file of `jobs/`. Options of the command line win over it."""
+
+    nodes: PositiveInt = 1
+    tasks_per_node: PositiveInt = Field(
+        1, description="processes per node; of train one per GPU, of the Ray stages one"
+    )
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    cpus_per_task: PositiveInt = 1
+    mem_gb: PositiveInt = Field(description="memory per node, GB")
+    time_minutes: PositiveInt
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = Field(None, description="node features, e.g. a100")
+    setup: tuple[str, ...] = Field(
+        (), description="shell lines run on the first node before the job, e.g. module load"
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="variables of the job; no secrets")
+    interface: str | None = Field(
+        None,
+        description="network interface between the nodes, e.g. ib0; default: the one that leads to the others",
+    )
+    save_seconds: PositiveInt = Field(
+        120, description="the job is told so long before its time limit, to save and be requeued"
+    )
+    retries: Annotated[int, Field(ge=0)] = Field(
+        3, description="how often in a row the job is started again though the last attempt gained nothing"
+    )
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further sbatch options")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Profile:
+        for key in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                raise ValueError(f"environment: {key!r} is not the name of a variable")
+            if re.search("SECRET|TOKEN|PASSWORD", key.upper()):
+                raise ValueError(
+                    f"environment: {key} looks like a secret, and the script would show it; S3 credentials belong in "
+                    "~/.aws/credentials or in the shell that submits"
+                )
+        if self.time_minutes * 60 <= self.save_seconds:
+            raise ValueError(
+                f"save_seconds {self.save_seconds}: not below the time limit of {self.time_minutes} minutes"
+            )
+        return self

@@ -1,0 +1,77 @@
+"""Keys of how trajectories are made and read: trajectories, reader."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dsno_cluster.config.base import FolderPath, PositiveInt, Strict
+
+
+class TimeGrid(Strict):
+    spacing: Literal["quadratic", "uniform"]
+    points: PositiveInt
+
+
+class Trajectories(Strict):
+    num_samples: PositiveInt
+    samples_per_shard: PositiveInt
+    batch_size: PositiveInt
+    threads: PositiveInt = Field(
+        1, description="CPU threads of each actor; part of the spec, as bits depend on it"
+    )
+    solver: Literal["ddim", "heun", "dpmpp-2m", "abm3"] = "abm3"
+    grid: Literal["auto", "uniform", "fine-end"] = Field(
+        "auto",
+        description="how the steps lie in time; auto: the teacher's own where it has some, else what suits the solver",
+    )
+    steps: PositiveInt
+    times: tuple[float, ...] | TimeGrid
+    dtype: Literal["float32", "float16"] = Field("float16", description="storage dtype of the states")
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    clip_denoised: bool = False
+
+    @property
+    def time_points(self) -> tuple[float, ...]:
+        """The times of the stored states, descending, (M,)."""
+        if isinstance(self.times, TimeGrid):
+            from dsno_cluster.diffusion.schedule import time_points
+
+            return time_points(self.times.spacing, self.times.points)
+        return self.times
+
+    @property
+    def num_points(self) -> int:
+        return self.times.points if isinstance(self.times, TimeGrid) else len(self.times)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Trajectories:
+        if self.num_samples % self.samples_per_shard:
+            raise ValueError(
+                f"num_samples {self.num_samples} is not a multiple of {self.samples_per_shard} samples_per_shard"
+            )
+        if isinstance(self.times, tuple):
+            t = self.times
+            if not t or t[-1] != 0.0 or t[0] >= 1.0 or any(a <= b for a, b in itertools.pairwise(t)):
+                raise ValueError("times must descend strictly from below 1 to exactly 0")
+        from dsno_cluster.diffusion.solvers import grid_points
+
+        grid_points(self.time_points, self.solver, self.steps, self.grid)  # says where steps are too few
+        return self
+
+
+class Reader(Strict):
+    """How training reads trajectories."""
+
+    shuffle: Literal["window", "none"] = Field(
+        "window",
+        description="window: shards, and samples within windows of them; none: in the order of making",
+    )
+    window_shards: PositiveInt = Field(8, description="shards that samples are shuffled among")
+    prefetch_batches: PositiveInt = Field(2, description="batches read ahead in the background")
+    cache_dir: FolderPath | None = Field(
+        None, description="local folder that keeps shards of S3; processes share it"
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size that the cache may have, GB")
