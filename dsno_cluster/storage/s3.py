@@ -1,53 +1,39 @@
-"""Where bytes live: a folder or s3://bucket/prefix behind one small protocol that behaves the same.
-
-A key is a relative path with forward slashes. An object that can be seen is complete: folders write aside and
-rename, S3 puts are atomic and carry a sha256 that the server checks. What can heal on S3 is tried again, with
-growing, random pauses; what cannot, and what did not, is a StorageError that names bucket, key and attempts.
-"""
+"""Objects of an S3 bucket: puts checked by sha256, large ones in parts, and one owner of trying again."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import functools
 import hashlib
-import os
 import random
-import re
-import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from dsno_cluster.errors import StorageError, UserError, WorkError, without_passwords
-
-
-class MissingObject(WorkError):
-    """There is no object of that key."""
-
-
-class PreconditionFailed(WorkError):
-    """The object was there already, or is no longer the one that was read."""
-
-
-@dataclass(frozen=True)
-class Stat:
-    """One object: key, size in bytes, `etag` for conditional replacement."""
-
-    key: str
-    size: int
-    etag: str
-
+from dsno_cluster.storage.address import endpoint_problem
+from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
 
 Result = TypeVar("Result")
 
-STALE = timedelta(days=1)  # what an interrupted write left is removed when it is older
+# bytes; S3 takes at most 5 GiB in one put, and a part that fails is sent again alone
+MULTIPART_ABOVE = 64 << 20
+PART_BYTES = 16 << 20
+PARTS_AT_ONCE = 4
+
+# what S3 and its kin answer while they are busy or broken for a moment; every 5xx status is taken so too
+_HEALING_CODES = {
+    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "RequestTimeout",
+    "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable", "BadDigest", "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch", "OperationAborted",
+}  # fmt: skip
+
+# Endpoints (None: Amazon's, or the environment's) that have answered this process: what fails there now may heal.
+_answered: set[str | None] = set()
 
 
 @dataclass(frozen=True)
@@ -59,242 +45,6 @@ class Patience:
     longest_pause_seconds: float = 8.0
     timeout_seconds: float = 60.0
     first_attempts: int = 4  # for an endpoint that has not answered yet: it may well be written wrong
-
-
-class Storage(Protocol):
-    url: str
-
-    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of an object, or all of it. Raises MissingObject."""
-        ...
-
-    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
-        """Put an object whole. Raises PreconditionFailed where the condition does not hold."""
-        ...
-
-    def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
-        """Put several objects below `prefix` (ending in /), the last one named last.
-
-        In a folder they appear together; on S3 the last object says that the others are there.
-        """
-        ...
-
-    def stat(self, key: str) -> Stat | None: ...
-
-    def list(self, prefix: str) -> Iterator[Stat]:
-        """Objects whose key starts with `prefix`, in key order."""
-        ...
-
-    def delete(self, key: str) -> None: ...
-
-    def tidy(self, prefix: str) -> None:
-        """Remove what interrupted writes below `prefix` left more than a day ago."""
-        ...
-
-
-def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
-    """The storage at a folder path or at s3://bucket/prefix.
-
-    Raises UserError for any other scheme, for what cannot be a bucket, and for an endpoint that is not a URL;
-    also where either carries a password.
-    """
-    if "://" not in url:
-        return FolderStorage(Path(url))
-    return S3Storage(*split_address(url), endpoint_url, patience or Patience())
-
-
-_BUCKET = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-
-
-def split_address(url: str) -> tuple[str, str]:
-    """Bucket and prefix of s3://bucket/prefix. Raises UserError, without a password that stands there."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    if scheme == "s3" and _BUCKET.fullmatch(bucket):
-        return bucket, prefix.strip("/")
-    if ":" in bucket or "@" in bucket:
-        raise UserError(
-            f"an address {scheme}://... holds a bucket's name, no user or password; credentials come from AWS_* or a profile"
-        )
-    if scheme != "s3":
-        raise UserError(f"{url}: storage is a folder or s3://bucket/prefix")
-    if not bucket:
-        raise UserError(f"{url}: names no bucket; write s3://bucket/prefix")
-    raise UserError(
-        f"{url}: {bucket!r} is no bucket's name: those are 3 to 63 lower-case letters, digits, dots and hyphens"
-    )
-
-
-def endpoint_problem(url: str) -> str | None:
-    """What is wrong with an endpoint, in words that hold no password; None for http(s)://host or host:port."""
-    if "@" in url:
-        return "must not carry a password; credentials come from AWS_* or a profile"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, half an IPv6 address
-        right = False
-    return None if right else f"{url!r} is not a URL like https://host:port"
-
-
-class FolderStorage:
-    """Objects as files below a folder, which is made when first written to."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
-        self.url = str(root)
-
-    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        try:
-            with (self.root / key).open("rb") as file:
-                file.seek(start)
-                return file.read() if end is None else file.read(end - start)
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingObject(f"{self.root / key}: no such file") from None
-        except OSError as error:
-            raise StorageError(f"{self.root / key}: cannot be read: {error.strerror}") from error
-
-    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
-        path = self.root / key
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _written_aside(path, data) as aside:
-                if if_absent:
-                    os.link(aside, path)  # fails where the file exists, in one step
-                elif if_match is not None:
-                    with _locked(path):
-                        now = self.stat(key)
-                        if now is None or now.etag != if_match:
-                            raise PreconditionFailed(f"{path}: was changed by another writer")
-                        os.replace(aside, path)
-                else:
-                    os.replace(aside, path)
-            sync(path.parent)
-        except FileExistsError:
-            raise PreconditionFailed(f"{path}: exists already") from None
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
-        path = self.root / prefix.rstrip("/")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as name:
-                new, old = Path(name) / "new", Path(name) / "old"
-                inside = FolderStorage(new)
-                for key, data in files.items():
-                    inside.write(key, data)
-                if path.exists():  # a folder cannot be renamed onto another that holds files
-                    os.rename(path, old)
-                os.rename(new, path)
-            sync(path.parent)
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def stat(self, key: str) -> Stat | None:
-        path = self.root / key
-        try:
-            return self._stat(path) if path.is_file() else None
-        except FileNotFoundError:  # it went meanwhile
-            return None
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
-
-    def list(self, prefix: str) -> Iterator[Stat]:
-        def unreadable(error: OSError) -> None:
-            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                raise StorageError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-        keys = [
-            (Path(folder) / name).relative_to(self.root).as_posix()
-            for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=unreadable)
-            for name in names
-            if not name.startswith(".")
-        ]
-        for key in sorted(keys):
-            if key.startswith(prefix) and (found := self.stat(key)) is not None:
-                yield found
-
-    def delete(self, key: str) -> None:
-        path = self.root / key
-        try:
-            path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be deleted: {error.strerror}") from error
-
-    def tidy(self, prefix: str) -> None:
-        before = (datetime.now(UTC) - STALE).timestamp()
-        for path in (self.root / prefix).glob(".*.tmp"):
-            with contextlib.suppress(OSError):  # another process may be first
-                if path.is_file() and path.stat().st_mtime < before:
-                    path.unlink()
-
-    def _stat(self, path: Path) -> Stat:
-        # every write makes a new file and renames it, so inode and time tell one content from the next
-        found = path.stat()
-        etag = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
-        return Stat(path.relative_to(self.root).as_posix(), found.st_size, etag)
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path, data: bytes) -> Iterator[Path]:
-    """`data` on disk under a hidden name beside `path`; gone at the end unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    aside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())  # mkstemp's 0600 would shut out the rest of a group
-        yield aside
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with (path.parent / f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # which names no file by itself
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(handle)
-
-
-MULTIPART_ABOVE = (
-    64 << 20
-)  # bytes; S3 takes at most 5 GiB in one put, and a part that fails is sent again alone
-PART_BYTES = 16 << 20
-PARTS_AT_ONCE = 4
-
-# what S3 and its kin answer while they are busy or broken for a moment; every 5xx status is taken so too
-_HEALING_CODES = {
-    "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "RequestTimeout",
-    "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable", "BadDigest", "XAmzContentSHA256Mismatch",
-    "XAmzContentChecksumMismatch", "OperationAborted",
-}  # fmt: skip
-
-
-# Endpoints (None: Amazon's, or the environment's) that have answered this process: what fails there now may heal.
-_answered: set[str | None] = set()
 
 
 class S3Storage:

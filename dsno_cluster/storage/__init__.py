@@ -1,0 +1,40 @@
+"""Where bytes live: a folder or s3://bucket/prefix behind one small protocol that behaves the same.
+
+A key is a relative path with forward slashes. An object that can be seen is complete: folders write aside and
+rename, S3 puts are atomic and carry a sha256 that the server checks. What can heal on S3 is tried again, with
+growing, random pauses; what cannot, and what did not, is a StorageError that names bucket, key and attempts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsno_cluster.storage.address import endpoint_problem, split_address
+from dsno_cluster.storage.folder import FolderStorage, sync
+from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
+from dsno_cluster.storage.s3 import Patience, S3Storage
+
+__all__ = [
+    "FolderStorage",
+    "MissingObject",
+    "Patience",
+    "PreconditionFailed",
+    "S3Storage",
+    "Stat",
+    "Storage",
+    "endpoint_problem",
+    "open_storage",
+    "split_address",
+    "sync",
+]
+
+
+def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
+    """The storage at a folder path or at s3://bucket/prefix.
+
+    Raises UserError for any other scheme, for what cannot be a bucket, and for an endpoint that is not a URL;
+    also where either carries a password.
+    """
+    if "://" not in url:
+        return FolderStorage(Path(url))
+    return S3Storage(*split_address(url), endpoint_url, patience or Patience())

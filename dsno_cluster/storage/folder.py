@@ -1,0 +1,157 @@
+"""Objects as files below a folder: written aside, then renamed or linked."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dsno_cluster.errors import StorageError
+from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
+
+
+class FolderStorage:
+    """Objects as files below a folder, which is made when first written to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.url = str(root)
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        try:
+            with (self.root / key).open("rb") as file:
+                file.seek(start)
+                return file.read() if end is None else file.read(end - start)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingObject(f"{self.root / key}: no such file") from None
+        except OSError as error:
+            raise StorageError(f"{self.root / key}: cannot be read: {error.strerror}") from error
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
+        path = self.root / key
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _written_aside(path, data) as aside:
+                if if_absent:
+                    os.link(aside, path)  # fails where the file exists, in one step
+                elif if_match is not None:
+                    with _locked(path):
+                        now = self.stat(key)
+                        if now is None or now.etag != if_match:
+                            raise PreconditionFailed(f"{path}: was changed by another writer")
+                        os.replace(aside, path)
+                else:
+                    os.replace(aside, path)
+            sync(path.parent)
+        except FileExistsError:
+            raise PreconditionFailed(f"{path}: exists already") from None
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
+        path = self.root / prefix.rstrip("/")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as name:
+                new, old = Path(name) / "new", Path(name) / "old"
+                inside = FolderStorage(new)
+                for key, data in files.items():
+                    inside.write(key, data)
+                if path.exists():  # a folder cannot be renamed onto another that holds files
+                    os.rename(path, old)
+                os.rename(new, path)
+            sync(path.parent)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def stat(self, key: str) -> Stat | None:
+        path = self.root / key
+        try:
+            return self._stat(path) if path.is_file() else None
+        except FileNotFoundError:  # it went meanwhile
+            return None
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise StorageError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+        keys = [
+            (Path(folder) / name).relative_to(self.root).as_posix()
+            for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0], onerror=unreadable)
+            for name in names
+            if not name.startswith(".")
+        ]
+        for key in sorted(keys):
+            if key.startswith(prefix) and (found := self.stat(key)) is not None:
+                yield found
+
+    def delete(self, key: str) -> None:
+        path = self.root / key
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be deleted: {error.strerror}") from error
+
+    def tidy(self, prefix: str) -> None:
+        before = (datetime.now(UTC) - STALE).timestamp()
+        for path in (self.root / prefix).glob(".*.tmp"):
+            with contextlib.suppress(OSError):  # another process may be first
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink()
+
+    def _stat(self, path: Path) -> Stat:
+        # every write makes a new file and renames it, so inode and time tell one content from the next
+        found = path.stat()
+        etag = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+        return Stat(path.relative_to(self.root).as_posix(), found.st_size, etag)
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path, data: bytes) -> Iterator[Path]:
+    """`data` on disk under a hidden name beside `path`; gone at the end unless it was renamed."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    aside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.chmod(0o666 & ~_umask())  # mkstemp's 0600 would shut out the rest of a group
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # which names no file by itself
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(handle)
