@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from dsno_cluster import __version__
-from dsno_cluster.commands import evaluation, models, options, pipeline, runs, training, trajectories
+from dsno_cluster.commands import evaluation, models, options, pipeline, report, runs, training, trajectories
 from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
 from dsno_cluster.errors import UserError, WorkError
 
@@ -77,6 +77,13 @@ COMMANDS = {
         "[CONFIG] [key=value ...]",
         "dsno-cluster run configs/imagenet64.yaml --nodes 16",
         [options.launching],
+    ),
+    "report": Command(
+        report.write_report,
+        "one HTML file of a run: figures, curves, pictures, spec, versions, cost, how to reproduce it",
+        "[RUN] [key=value ...]",
+        "dsno-cluster report configs/digits.yaml --out digits.html",
+        [options.reporting],
     ),
     "status": Command(
         runs.show_status,

@@ -28,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from dsno_cluster import __version__
-from dsno_cluster.config import Config, Profile, dump_config, dump_profile, load_resolved_profile
+from dsno_cluster.config import (
+    Config,
+    Profile,
+    dump_config,
+    dump_profile,
+    load_config,
+    load_resolved_profile,
+    with_absolute_paths,
+)
 from dsno_cluster.errors import LOST_RANK, UserError
 
 KINDS = ("user", "work", "bug")  # of failures: the input, the work or its surroundings, the code
@@ -206,6 +214,30 @@ def find_run(word: str) -> Run:
         )
     newest = f"; the newest is {runs[0].id}" if runs else "; there is none yet"
     raise UserError(f"{word}: no such run{newest} (`dsno-cluster status` lists them)")
+
+
+def config_file_of_run(word: str) -> str:
+    """The YAML file that a config's path, or the id or folder of a submitted run, stands for. Errors as `find_run`."""
+    if word.endswith((".yaml", ".yml")):
+        return word
+    try:
+        return str(find_run(word).folder / "config.yaml")
+    except UserError as error:
+        raise UserError(f"{error}; a config's path ends in .yaml") from None
+
+
+def config_of_run(word: str, overrides: Sequence[str] = ()) -> Config:
+    """The experiment of a config's path, or of the id or folder of a submitted run, with `overrides`.
+
+    A run's relative paths are those of the folder that it was submitted from, and are made absolute. Raises UserError
+    for a word that is neither and as `load_config`.
+    """
+    file = config_file_of_run(word)
+    config = load_config(file, overrides)
+    if file == word:
+        return config
+    submitted_from = Run(Path(file).parent).record().get("cwd", "")
+    return with_absolute_paths(config, Path(submitted_from))
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

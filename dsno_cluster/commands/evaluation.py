@@ -39,7 +39,7 @@ def evaluate_student(arguments: Arguments) -> None:
 
 def show_metrics(metrics: dict[str, Any]) -> None:
     from dsno_cluster import console
-    from dsno_cluster.evaluation.report import error_lines, table_rows
+    from dsno_cluster.evaluation.table import error_lines, table_rows
 
     header, rows = table_rows(metrics)
     count = metrics["num_samples"]

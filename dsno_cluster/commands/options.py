@@ -135,6 +135,12 @@ def inspecting(parser: argparse.ArgumentParser) -> None:
     endpoint(parser)
 
 
+def reporting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", metavar="FILE", help="the file to write (default: report-NAME.html in the run's folder)"
+    )
+
+
 def importing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="YAML", help="the published model's config")
     parser.add_argument("--out", required=True, metavar="DIR", help="the model folder to write")

@@ -68,20 +68,26 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The same experiment, for a process that may start in another folder or on another node."""
+def with_absolute_paths(config: Config, folder: Path = Path()) -> Config:
+    """The same experiment, for a process that may start in another folder or on another node.
+
+    Its relative paths are those of `folder`, by default the working directory.
+    """
 
     def absolute(path: str) -> str:
-        return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
+        there = (folder / path).absolute()
+        return str(there) if "://" not in path and there.exists() else path
 
     storage, run, teacher = config.storage, config.run, config.teacher
     options = dict(teacher.options)
     if "://" not in storage.root:
-        storage = storage.model_copy(update={"root": str(Path(storage.root).absolute())})
-    run = run.model_copy(update={"dir": str(config.run_dir.absolute())})
+        storage = storage.model_copy(update={"root": str((folder / storage.root).absolute())})
+    run = run.model_copy(update={"dir": str((folder / config.run_dir).absolute())})
     if teacher.path is not None:
         # the YAML of a published teacher; the options of a Python factory are its own, and part of the spec
-        if isinstance(options.get("config"), str) and ("://" in teacher.path or Path(teacher.path).exists()):
+        if isinstance(options.get("config"), str) and (
+            "://" in teacher.path or (folder / teacher.path).exists()
+        ):
             options["config"] = absolute(str(options["config"]))
         teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
     return config.model_copy(update={"storage": storage, "run": run, "teacher": teacher})

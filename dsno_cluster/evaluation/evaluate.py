@@ -34,6 +34,7 @@ from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
 from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.features import Extractor, load_extractor
 from dsno_cluster.evaluation.statistics import Moments, frechet_distance, merge, moments_of
 from dsno_cluster.images import to_uint8
@@ -208,14 +209,11 @@ def evaluate(
         "student": student,
         "train_seconds": student_meta.get("train_seconds"),
     }
+    metrics["pictures"] = pictures.layout(config)
     folder = f"evaluation/{config.name}/"
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-
-    from dsno_cluster.evaluation import report
-
-    for name, png in report.pictures(
-        config, load_student(path, config.storage.endpoint_url, ema=settings.ema_decay), metrics
-    ).items():
+    student_here = load_student(path, config.storage.endpoint_url, ema=settings.ema_decay)
+    for name, png in pictures.pictures(config, student_here, metrics).items():
         storage.write(folder + name, png)
     console.say(f"written: {storage.url}/{folder}{{metrics.json, samples.png, trajectory.png}}")
     return metrics

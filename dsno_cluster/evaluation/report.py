@@ -1,160 +1,280 @@
-"""Pictures and the table: what a person looks at after an evaluation."""
+"""The report of a run: one HTML file that needs nothing else, made from the run's files alone."""
 
 from __future__ import annotations
 
+import time
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-
+from dsno_cluster import __version__
 from dsno_cluster.config import Config
-from dsno_cluster.diffusion.noise import sample_noise
-from dsno_cluster.diffusion.solvers import count_evaluations, solve
-from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
-from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.trajectories.plan import grid_name, open_teacher, own_steps
+from dsno_cluster.evaluation import report_parts as parts
+from dsno_cluster.evaluation.markup import Markup, tag, together
+from dsno_cluster.evaluation.report_charts import (
+    cost_chart,
+    heldout_chart,
+    history_chart,
+    loss_chart,
+    number_3,
+)
+from dsno_cluster.evaluation.report_text import (
+    cost_of,
+    differences,
+    introduction,
+    reproduction,
+    settings_of,
+    versions_of,
+    warnings_of,
+)
+from dsno_cluster.evaluation.run_files import RunFiles, read_run_files
+from dsno_cluster.evaluation.table import Figure, figures_of
+from dsno_cluster.storage import FolderStorage
 
-_INK, _MUTED = (28, 30, 34), (110, 114, 122)
-_TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
-
-
-def table_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: the same figures as metrics.json, for people."""
-    header = ["samples", "NFE", "cost", "Frechet distance", "right class"]
-    rows = []
-    held_out = metrics["real_held_out"]
-    if held_out:
-        rows.append([f"real, {held_out['num_samples']} held out", "", "", *_figures(held_out)])
-    for row in metrics["teacher_rows"]:
-        rows.append([row["source"], str(row["evaluations"]), str(row["evaluations"]), *_figures(row)])
-    student = metrics["student"]
-    rows.append(["student", "1", f"{student['cost_in_teacher_evaluations']:.1f}", *_figures(student)])
-    return header, rows
-
-
-def _figures(row: dict[str, Any]) -> list[str]:
-    distance = f"{row['fid']:.2f}" if "fid" in row else ""
-    return [distance, f"{row['agreement']:.3f}" if "agreement" in row else ""]
+PAPER = "https://arxiv.org/abs/2211.13449"
+# the file loads nothing, whatever its contents
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def error_lines(metrics: dict[str, Any]) -> list[str]:
-    """Relative error of the student against the teacher's own trajectory, a line per time point."""
-    errors = metrics["student"].get("trajectory_error", {})
-    return [f"t = {float(t):.4g}: {error:.3f}" for t, error in errors.items()]
+def write_report(config: Config, config_words: str, out: str | None = None) -> Path:
+    """Write the report of a config's run to `out`, by default `<run_dir>/report-<name>.html`; returns where it is.
+
+    `config_words` name the config in the commands that the report shows. Raises UserError where there is nothing to
+    report yet or a file is damaged, WorkError where storage or disk fail.
+    """
+    path = Path(out) if out is not None else config.run_dir / f"report-{config.name}.html"
+    text = page(read_run_files(config), config_words, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+    FolderStorage(path.parent).write(path.name, text.encode())
+    return path
 
 
-def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str, bytes]:
-    """samples.png and trajectory.png, as PNG bytes: teacher over student from the same noise."""
-    classes = min(student.network.num_classes, 10) or 4
-    columns = config.evaluation.picture_columns
-    teacher = open_teacher(config)
-    noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape)
-    labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
-    settings = config.trajectories
-    times = settings.time_points
-    args = (times, settings.solver, settings.steps, labels, settings.guidance_scale, settings.clip_denoised)
-    theirs = solve(teacher, noise, *args, settings.grid)
-    ours = student.trajectory(noise, labels, times)
-
-    def rows(states: Tensor) -> Tensor:
-        return states.reshape(classes, columns, *states.shape[1:])
-
-    names = [f"{i}" for i in range(classes)]
-    grid = own_steps(config, teacher) or grid_name(config)
-    many = count_evaluations(settings.solver, settings.steps, settings.guidance_scale, times, grid)
-    samples = _samples_picture(rows(theirs[:, -1]), rows(ours[:, -1]), names, many, metrics)
-    # one noise: the first of a class that shows strokes well enough in every data set
-    pick = columns * min(3, classes - 1)
-    trajectory = _trajectory_picture(noise[pick], theirs[pick], ours[pick], times)
-    return {"samples.png": samples, "trajectory.png": trajectory}
-
-
-def _samples_picture(
-    theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: dict[str, Any]
-) -> bytes:
-    """A pair of rows a class, teacher over student, (R, K, C, H, W) each; the table stands beside them."""
-    row_count, columns = theirs.shape[:2]
-    scale = pixel_scale(theirs)
-    tile = theirs.shape[-1] * scale
-    font, small, bold = _font(15), _font(13), _font(19)
-    left, top, pair = 96, 84, 2 * tile + 3 * GAP + 8
-    grid_width = columns * (tile + GAP)
-    header, table = table_rows(metrics)
-    lines = error_lines(metrics)
-    column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
-    sheet = Image.new(
-        "RGB", (left + grid_width + 40 + sum(column_widths) + 10, top + row_count * pair + 12), PAPER
-    )
-    draw = ImageDraw.Draw(sheet)
-    draw.text((16, 12), "Same noise, teacher over student", fill=_INK, font=bold)
-    draw.text(
-        (16, 40), f"teacher: {teacher_evaluations} network evaluations an image", fill=_TEACHER, font=small
-    )
-    draw.text((16, 58), "student: one", fill=_STUDENT, font=small)
-    for r in range(row_count):
-        y = top + r * pair
-        draw.text((16, y + tile - 8), names[r], fill=_INK, font=bold)
-        for images, dy, colour, word in (
-            (theirs, 0, _TEACHER, "teacher"),
-            (ours, tile + GAP, _STUDENT, "student"),
-        ):
-            draw.text((34, y + dy + tile // 2 - 8), word, fill=colour, font=small)
-            for k in range(columns):
-                sheet.paste(tile_of(images[r, k], scale), (left + k * (tile + GAP), y + dy))
-
-    x0, y = left + grid_width + 40, top
-    for n, row in enumerate([header, *table]):
-        x = x0
-        ink = _MUTED if n == 0 else _STUDENT if n == len(table) else _INK
-        for text, width in zip(row, column_widths, strict=True):
-            draw.text((x, y), text, fill=ink, font=font)
-            x += width
-        y += 27
-        if n in (0, len(table) - 1):
-            draw.line((x0, y - 5, x0 + sum(column_widths) - 22, y - 5), fill=_MUTED)
-    extractor, count = metrics["feature_extractor"]["name"], metrics["num_samples"]
-    notes = [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
-    notes += [
-        "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
-        "measured: a published-form student answers all its time points at once.",
-        f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",
+def page(files: RunFiles, config_words: str, written: str) -> str:
+    """The report as HTML. `written` is its date."""
+    name = files.config.name
+    sections = [
+        ("figures", "Student and teacher", _figures(files, config_words)),
+        ("samples", "Samples of the same noise", _samples(files, config_words)),
+        ("trajectories", "Trajectories", _trajectories(files, config_words)),
+        ("training", "Training", _training(files, config_words)),
+        ("history", "Quality against step", _history(files, config_words)),
+        ("cost", "Cost", parts.facts("What this run cost", cost_of(files))),
+        ("settings", "Settings", _settings(files)),
+        ("versions", "Versions", parts.table("Software and devices, by stage", *versions_of(files))),
+        ("reproduce", "How to reproduce it", _reproduce(files)),
     ]
-    if lines:
-        notes += [
-            "",
-            "Relative error of the student against the teacher's trajectory,",
-            "on noise held out from training:",
-            *lines,
-        ]
-    for line in notes:
-        y += 20
-        draw.text((x0, y), line, fill=_MUTED, font=small)
-    return png_bytes(sheet)
-
-
-def _trajectory_picture(noise: Tensor, theirs: Tensor, ours: Tensor, times: tuple[float, ...]) -> bytes:
-    """One sample through time, from noise at t=1 to the image: teacher over student."""
-    scale = 2 * pixel_scale(noise[None])
-    tile, small = noise.shape[-1] * scale, _font(14)
-    left, top = 84, 34
-    sheet = Image.new(
-        "RGB", (left + (len(times) + 1) * (tile + GAP) + 12, top + 2 * (tile + GAP) + 10), PAPER
+    links = [tag("li", tag("a", title, href=f"#{key}")) for key, title, _ in sections]
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{name}: DSNO report"),
+        tag("style", _asset("report.css")),
     )
-    draw = ImageDraw.Draw(sheet)
-    for k, t in enumerate((1.0, *times)):
-        draw.text((left + k * (tile + GAP), 10), f"t = {t:.4g}", fill=_MUTED, font=small)
-    for r, (states, colour, word) in enumerate(((theirs, _TEACHER, "teacher"), (ours, _STUDENT, "student"))):
-        y = top + r * (tile + GAP)
-        draw.text((16, y + tile // 2 - 8), word, fill=colour, font=small)
-        for k, image in enumerate((noise / 2, *states)):  # noise at half contrast, to lie within the range
-            sheet.paste(tile_of(image, scale), (left + k * (tile + GAP), y))
-    return png_bytes(sheet)
+    footer = tag(
+        "p",
+        f"Written {written} by dsno-cluster {__version__}. The method: ",
+        tag(
+            "a",
+            "Zheng et al., Fast Sampling of Diffusion Models via Operator Learning, ICML 2023",
+            href=PAPER,
+        ),
+        ".",
+        class_="muted",
+    )
+    body = tag(
+        "body",
+        tag("a", "Skip to the figures", class_="skip", href="#figures"),
+        tag(
+            "header",
+            tag("h1", name),
+            tag("p", introduction(files)),
+            _tiles(files),
+            tag("nav", tag("ul", *links), aria_label="Sections"),
+        ),
+        tag(
+            "main",
+            *(
+                tag(
+                    "section",
+                    tag("h2", title, id=f"{key}-title"),
+                    content,
+                    id=key,
+                    aria_labelledby=f"{key}-title",
+                )
+                for key, title, content in sections
+            ),
+        ),
+        tag("footer", footer),
+        tag("script", _asset("report.js")),
+    )
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+def _asset(name: str) -> Markup:
+    return Markup((resources.files("dsno_cluster.evaluation") / name).read_text())
 
 
-def _width(font: Any, text: str) -> int:
-    return int(font.getlength(text))
+def _tiles(files: RunFiles) -> Markup | None:
+    """The first figure of the table, of the student and of those that it is compared to."""
+    metrics = files.metrics
+    figures = figures_of(metrics) if metrics else []
+    if not metrics or not figures:
+        return None
+    figure, student = figures[0], metrics["student"]
+    cost = student["cost_in_teacher_evaluations"]
+    shown: list[tuple[str, dict[str, Any], str]] = [("Student, 1 evaluation", student, f"cost {cost:.1f}")]
+    rows = [row for row in metrics["teacher_rows"] if figure.text(row)]
+    affordable = [row for row in rows if row["evaluations"] <= max(1, round(cost))]
+    if affordable:
+        rival = affordable[-1]
+        shown.append(("Teacher at that cost or less", rival, _evaluations(rival)))
+    made = next((row for row in rows if row["evaluations"] == files.size.evaluations_per_sample), None)
+    if made is not None:
+        shown.append(("Teacher, as in the trajectories", made, _evaluations(made)))
+    held_out = metrics.get("real_held_out")
+    if held_out:
+        shown.append(("Real images, held out", held_out, f"{held_out['num_samples']:,} of them"))
+    tiles = [
+        tag(
+            "div",
+            tag("dt", title),
+            tag("dd", figure.text(row) or "-", tag("small", f"{figure.title}, {how}")),
+            class_="ours" if row is student else None,
+        )
+        for title, row, how in shown
+    ]
+    return tag("dl", *tiles, class_="tiles")
+
+
+def _evaluations(row: dict[str, Any]) -> str:
+    count = row["evaluations"]
+    return f"{row['source'].removeprefix('teacher, ')}, {count} evaluation{'s' if count > 1 else ''}"
+
+
+def _figures(files: RunFiles, words: str) -> Markup:
+    warnings = [*warnings_of(files), *differences(files)]
+    note = parts.note("Before these figures are used", warnings) if warnings else None
+    metrics = files.metrics
+    if metrics is None:
+        return together(note, parts.missing("Not evaluated yet", f"dsno-cluster eval {words}"))
+    figures = figures_of(metrics)
+    count, extractor = (
+        metrics.get("num_samples"),
+        metrics["feature_extractor"].get("name", "unknown extractor"),
+    )
+    reference = metrics.get("reference") or {}
+    real = f"{reference['count']:,} real images" if reference.get("count") else "the real images' statistics"
+    if reference.get("resolution"):
+        real += f" at {reference['resolution']} pixels"
+    caption = f"{count:,} samples each, against {real}; extractor {extractor}"
+    chart = cost_chart(metrics, figures[0]) if figures else None
+    return together(
+        note,
+        parts.headline_table(caption, metrics, figures),
+        tag(
+            "p",
+            "NFE: network evaluations for one image, one after the other. Cost: the same in evaluations of the teacher, measured "
+            "here; a student that answers several times at once may cost more than one. An arrow says which way is better.",
+            class_="muted",
+        ),
+        parts.chart_figure(chart) if chart else None,
+    )
+
+
+def _samples(files: RunFiles, words: str) -> Markup:
+    layout = (files.metrics or {}).get("pictures")
+    if not layout or not {"teacher.png", "student.png"} <= files.pictures.keys():
+        return parts.missing("No pictures yet", f"dsno-cluster eval {words}")
+    return together(
+        tag(
+            "p",
+            "Teacher and student begin with the same noise, so each pair should show the same image. Drag the picture or use the "
+            "slider; from the keyboard its arrow keys, Home and End.",
+        ),
+        parts.comparison(layout, files.pictures["teacher.png"], files.pictures["student.png"], files.size),
+    )
+
+
+def _trajectories(files: RunFiles, words: str) -> Markup:
+    layout = (files.metrics or {}).get("pictures")
+    strips = None
+    if layout and "strips.png" in files.pictures:
+        strips = together(
+            tag(
+                "p",
+                "From noise (t = 1) to image (t = 0): the teacher's states over the student's, noise at half contrast.",
+            ),
+            parts.strips(layout, files.pictures["strips.png"]),
+        )
+    errors = (files.metrics or {}).get("student", {}).get("trajectory_error")
+    table = None
+    if errors:
+        count = files.config.evaluation.trajectory_samples
+        table = parts.table(
+            f"Relative error of the evaluated student against the teacher's trajectories, {count:,} held-out noises",
+            ["time", *(f"t = {float(t):.3g}" for t in errors)],
+            [["relative error", *(number_3(error) for error in errors.values())]],
+        )
+    chart = heldout_chart(files.curve, files.config.trajectories.time_points)
+    if chart is not None:
+        held_out = parts.chart_figure(chart)
+    elif files.curve:
+        held_out = parts.missing(
+            "No held-out errors: training.heldout_every is null, or its first step was not reached"
+        )
+    else:
+        held_out = parts.missing(
+            "No held-out errors: there is no training curve", f"dsno-cluster train {words}"
+        )
+    missing = None if strips else parts.missing("No pictures yet", f"dsno-cluster eval {words}")
+    return together(strips, missing, table, held_out)
+
+
+def _training(files: RunFiles, words: str) -> Markup:
+    chart = loss_chart(files.curve)
+    if chart is None:
+        where = f"No training curve at {files.places['curve']}"
+        return parts.missing(where, f"dsno-cluster train {words}")
+    return parts.chart_figure(chart)
+
+
+def _history(files: RunFiles, words: str) -> Markup:
+    missing = parts.missing("Checkpoints were not evaluated one by one", f"dsno-cluster eval {words} --watch")
+    history, metrics = files.history, files.metrics
+    if history is None or not history["rows"]:
+        return missing
+    key = (history.get("best") or {}).get("metric") or "fid"
+    figure = next((f for f in figures_of(metrics) if f.key == key), None) if metrics else None
+    figure = figure or Figure(key, key, 2, "lower" if key in ("fid", "kid") else "higher")
+    level = None
+    if metrics is not None:
+        rows = [r for r in metrics["teacher_rows"] if r.get(key) is not None]
+        made = next((r for r in rows if r["evaluations"] == files.size.evaluations_per_sample), None)
+        level = (f"teacher, {made['evaluations']}", made[key]) if made else None
+    chart = history_chart(history, figure, level)
+    return parts.chart_figure(chart) if chart is not None else missing
+
+
+def _settings(files: RunFiles) -> Markup:
+    groups = settings_of(files)
+    return together(*(parts.facts(title, rows) for title, rows in groups))
+
+
+def _reproduce(files: RunFiles) -> Markup:
+    commands, config_text, file_name = reproduction(files)
+    return together(
+        tag(
+            "p",
+            "Save the config below as ",
+            tag("code", file_name),
+            " and run, with the versions above. Equal spec, device model and versions give the same trajectories, byte for byte.",
+        ),
+        tag("pre", tag("code", commands), tabindex="0", aria_label="Commands"),
+        parts.download(file_name, config_text),
+        tag(
+            "details",
+            tag("summary", f"The whole config, {file_name}"),
+            tag("pre", tag("code", config_text), tabindex="0"),
+        ),
+    )

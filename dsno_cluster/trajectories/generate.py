@@ -155,7 +155,10 @@ def _make_shards(
     actors: int | None,
     ray_address: str | None,
 ) -> Progress:
-    """Make the shards `todo`; `bad` has the etags of those that are there but wrong, which are replaced."""
+    """Make the shards `todo`; `bad` has the etags of those that are there but wrong, which are replaced.
+
+    The environment of what is returned also says how many `seconds` this took, with those of the runs in `made_by`.
+    """
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
     lines = dict(before.shards)
@@ -173,8 +176,14 @@ def _make_shards(
                     "model and one set of versions, so give gen-trajectories nodes that are alike"
                 )
 
+    spent = made_by[-1].get("seconds", 0.0) if made_by else 0.0
+    started = time.monotonic()
+
+    def made() -> Progress:
+        return Progress(lines, present[0] | {"seconds": round(spent + time.monotonic() - started, 1)})
+
     def note() -> None:
-        write_progress(storage, plan.folder, Progress(lines, present[0]))
+        write_progress(storage, plan.folder, made())
 
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded the next is being solved
@@ -212,7 +221,7 @@ def _make_shards(
                     with contextlib.suppress(WorkError):  # what stopped the run is what must be told
                         note()
                 raise
-    return Progress(lines, present[0])
+    return made()
 
 
 class SolveActor:

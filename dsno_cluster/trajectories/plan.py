@@ -194,8 +194,9 @@ def report(config: Config, size: Size, *, measured: Cost | None, error: dict[str
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
     lines = [
         f"trajectories  {size.num_samples:,} of {settings.num_points} time points, {settings.dtype}",
-        f"shards        {size.num_shards:,} of {settings.samples_per_shard:,} trajectories, {_bytes(size.bytes_per_shard)} each",
-        f"storage       {_bytes(size.bytes)} below {config.storage.root}/trajectories/",
+        f"shards        {size.num_shards:,} of {settings.samples_per_shard:,} trajectories, "
+        f"{bytes_text(size.bytes_per_shard)} each",
+        f"storage       {bytes_text(size.bytes)} below {config.storage.root}/trajectories/",
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
     ]
@@ -234,7 +235,8 @@ def as_json(config: Config, size: Size, *, measured: Cost | None, error: dict[st
     return json.dumps(content)
 
 
-def _bytes(count: float) -> str:
+def bytes_text(count: float) -> str:
+    """Such as 8.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.4g} {unit}"

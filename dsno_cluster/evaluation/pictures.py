@@ -1,0 +1,188 @@
+"""Pictures of an evaluation: two to look at by themselves, and three plain ones that the report puts together.
+
+The plain ones have no captions: `layout` says what is where in them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dsno_cluster.config import Config
+from dsno_cluster.diffusion.noise import sample_noise
+from dsno_cluster.diffusion.solvers import count_evaluations, solve
+from dsno_cluster.evaluation.table import error_lines, table_rows
+from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
+from dsno_cluster.models.dsno import DSNO
+from dsno_cluster.trajectories.plan import grid_name, open_teacher, own_steps
+
+_INK, _MUTED = (28, 30, 34), (110, 114, 122)
+_TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
+STRIPS = 4  # samples that are shown through time
+
+
+def layout(config: Config) -> dict[str, Any]:
+    """What is where in teacher.png, student.png and strips.png; sizes are in their own pixels.
+
+    The first two are `rows` of `columns` tiles of size `tile`, `gap` apart and around them, a row a class where there are
+    classes. strips.png has a pair of rows, teacher over student and `pair_gap` to the next pair, for each of `strips`
+    (rows of the grids, whose first sample it is), and a column for each of `times`, the first of which is the noise.
+    """
+    network = config.network
+    classes = min(network.num_classes, 10)
+    rows, gap = classes or 4, max(1, network.image_size // 16)
+    count = min(STRIPS, rows)
+    return {
+        "rows": rows,
+        "columns": config.evaluation.picture_columns,
+        "classes": classes,
+        "tile": network.image_size,
+        "gap": gap,
+        "pair_gap": 3 * gap,
+        "strips": sorted({round(i * (rows - 1) / max(1, count - 1)) for i in range(count)}),
+        "times": [1.0, *config.trajectories.time_points],
+    }
+
+
+def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str, bytes]:
+    """The pictures as PNG bytes by name, all of the same noises.
+
+    samples.png and trajectory.png, teacher over student with captions; teacher.png, student.png and strips.png, which
+    are as `layout` says.
+    """
+    plain = layout(config)
+    classes, columns = plain["rows"], plain["columns"]
+    teacher = open_teacher(config)
+    noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape)
+    labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
+    settings = config.trajectories
+    times = settings.time_points
+    args = (times, settings.solver, settings.steps, labels, settings.guidance_scale, settings.clip_denoised)
+    theirs = solve(teacher, noise, *args, settings.grid)
+    ours = student.trajectory(noise, labels, times)
+
+    def rows(states: Tensor) -> Tensor:
+        return states.reshape(classes, columns, *states.shape[1:])
+
+    names = [f"{i}" for i in range(classes)]
+    grid = own_steps(config, teacher) or grid_name(config)
+    many = count_evaluations(settings.solver, settings.steps, settings.guidance_scale, times, grid)
+    samples = _samples_picture(rows(theirs[:, -1]), rows(ours[:, -1]), names, many, metrics)
+    # one noise: the first of a class that shows strokes well enough in every data set
+    pick = columns * min(3, classes - 1)
+    trajectory = _trajectory_picture(noise[pick], theirs[pick], ours[pick], times)
+    picked = [columns * row for row in plain["strips"]]
+    begin = noise[picked, None] / 2  # noise at half contrast, to lie within the range
+    pairs = [torch.cat([begin, states[picked]], dim=1) for states in (theirs, ours)]
+    return {
+        "samples.png": samples,
+        "trajectory.png": trajectory,
+        "teacher.png": _plain_grid(rows(theirs[:, -1]), plain["gap"]),
+        "student.png": _plain_grid(rows(ours[:, -1]), plain["gap"]),
+        "strips.png": _plain_grid(torch.stack(pairs, 1).flatten(0, 1), plain["gap"], plain["pair_gap"]),
+    }
+
+
+def _plain_grid(images: Tensor, gap: int, pair_gap: int = 0) -> bytes:
+    """Images (R, K, C, H, W) in their own pixels on a transparent sheet; `pair_gap` more after every second row."""
+    rows, columns = images.shape[:2]
+    height, width = images.shape[-2] + gap, images.shape[-1] + gap
+    size = (columns * width + gap, rows * height + (rows - 1) // 2 * pair_gap + gap)
+    sheet = Image.new("RGBA", size, (0, 0, 0, 0))
+    for r in range(rows):
+        for k in range(columns):
+            sheet.paste(tile_of(images[r, k], 1), (gap + k * width, gap + r * height + r // 2 * pair_gap))
+    return png_bytes(sheet)
+
+
+def _samples_picture(
+    theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: dict[str, Any]
+) -> bytes:
+    """A pair of rows a class, teacher over student, (R, K, C, H, W) each; the table stands beside them."""
+    row_count, columns = theirs.shape[:2]
+    scale = pixel_scale(theirs)
+    tile = theirs.shape[-1] * scale
+    font, small, bold = _font(15), _font(13), _font(19)
+    left, top, pair = 96, 84, 2 * tile + 3 * GAP + 8
+    grid_width = columns * (tile + GAP)
+    header, table = table_rows(metrics)
+    lines = error_lines(metrics)
+    column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
+    sheet = Image.new(
+        "RGB", (left + grid_width + 40 + sum(column_widths) + 10, top + row_count * pair + 12), PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((16, 12), "Same noise, teacher over student", fill=_INK, font=bold)
+    draw.text(
+        (16, 40), f"teacher: {teacher_evaluations} network evaluations an image", fill=_TEACHER, font=small
+    )
+    draw.text((16, 58), "student: one", fill=_STUDENT, font=small)
+    for r in range(row_count):
+        y = top + r * pair
+        draw.text((16, y + tile - 8), names[r], fill=_INK, font=bold)
+        for images, dy, colour, word in (
+            (theirs, 0, _TEACHER, "teacher"),
+            (ours, tile + GAP, _STUDENT, "student"),
+        ):
+            draw.text((34, y + dy + tile // 2 - 8), word, fill=colour, font=small)
+            for k in range(columns):
+                sheet.paste(tile_of(images[r, k], scale), (left + k * (tile + GAP), y + dy))
+
+    x0, y = left + grid_width + 40, top
+    for n, row in enumerate([header, *table]):
+        x = x0
+        ink = _MUTED if n == 0 else _STUDENT if n == len(table) else _INK
+        for text, width in zip(row, column_widths, strict=True):
+            draw.text((x, y), text, fill=ink, font=font)
+            x += width
+        y += 27
+        if n in (0, len(table) - 1):
+            draw.line((x0, y - 5, x0 + sum(column_widths) - 22, y - 5), fill=_MUTED)
+    extractor, count = metrics["feature_extractor"]["name"], metrics["num_samples"]
+    notes = [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
+    notes += [
+        "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
+        "measured: a published-form student answers all its time points at once.",
+        f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",
+    ]
+    if lines:
+        notes += [
+            "",
+            "Relative error of the student against the teacher's trajectory,",
+            "on noise held out from training:",
+            *lines,
+        ]
+    for line in notes:
+        y += 20
+        draw.text((x0, y), line, fill=_MUTED, font=small)
+    return png_bytes(sheet)
+
+
+def _trajectory_picture(noise: Tensor, theirs: Tensor, ours: Tensor, times: tuple[float, ...]) -> bytes:
+    """One sample through time, from noise at t=1 to the image: teacher over student."""
+    scale = 2 * pixel_scale(noise[None])
+    tile, small = noise.shape[-1] * scale, _font(14)
+    left, top = 84, 34
+    sheet = Image.new(
+        "RGB", (left + (len(times) + 1) * (tile + GAP) + 12, top + 2 * (tile + GAP) + 10), PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for k, t in enumerate((1.0, *times)):
+        draw.text((left + k * (tile + GAP), 10), f"t = {t:.4g}", fill=_MUTED, font=small)
+    for r, (states, colour, word) in enumerate(((theirs, _TEACHER, "teacher"), (ours, _STUDENT, "student"))):
+        y = top + r * (tile + GAP)
+        draw.text((16, y + tile // 2 - 8), word, fill=colour, font=small)
+        for k, image in enumerate((noise / 2, *states)):  # noise at half contrast, to lie within the range
+            sheet.paste(tile_of(image, scale), (left + k * (tile + GAP), y))
+    return png_bytes(sheet)
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def _width(font: Any, text: str) -> int:
+    return int(font.getlength(text))

@@ -1,0 +1,168 @@
+"""Building blocks of the report: tables, charts with their figures, pictures with labels, notes."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+from dsno_cluster.evaluation import charts
+from dsno_cluster.evaluation.markup import Markup, tag, together
+from dsno_cluster.evaluation.report_charts import chart_table
+from dsno_cluster.evaluation.table import Figure, table_rows
+from dsno_cluster.trajectories.plan import Size
+
+_ARROWS = {"lower": ("↓", "lower is better"), "higher": ("↑", "higher is better")}
+
+
+def missing(what: str, command: str | None = None) -> Markup:
+    """Says what is not there yet, and the command that makes it."""
+    return tag("p", what, together(": ", tag("code", command)) if command else ".", class_="missing")
+
+
+def note(title: str, lines: Sequence[str]) -> Markup:
+    return tag(
+        "div",
+        tag("strong", title),
+        tag("ul", *(tag("li", line) for line in lines)),
+        class_="note",
+        role="note",
+    )
+
+
+def facts(caption: str, rows: Sequence[tuple[str, str]]) -> Markup:
+    """A table of two columns: what, and its value."""
+    lines = [tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in rows]
+    return tag("table", tag("caption", caption), tag("tbody", *lines), class_="facts")
+
+
+def table(
+    caption: str, header: Sequence[Any], rows: Sequence[Sequence[str]], ours: int | None = None
+) -> Markup:
+    """A table of figures; its first column names the rows, `ours` is the row that stands out."""
+    head = tag("tr", *(tag("th", title, scope="col") for title in header))
+    body = [
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell) for cell in row[1:]),
+            class_="ours" if i == ours else None,
+        )
+        for i, row in enumerate(rows)
+    ]
+    whole = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), class_="figures")
+    # a table that is wider than the page scrolls in itself, and from the keyboard
+    return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
+
+
+def headline_table(caption: str, metrics: dict[str, Any], figures: Sequence[Figure]) -> Markup:
+    header, rows = table_rows(metrics)
+    titles: list[Any] = list(header[: len(header) - len(figures)])
+    for figure in figures:
+        arrow, words = _ARROWS[figure.better]
+        titles.append(
+            together(
+                figure.title,
+                " ",
+                tag("span", arrow, aria_hidden="true"),
+                tag("span", f" ({words})", class_="hidden"),
+            )
+        )
+    return table(caption, titles, rows, ours=len(rows) - 1)
+
+
+def chart_figure(chart: charts.Chart) -> Markup:
+    """A chart, what it shows in a sentence, and its figures as a table that opens."""
+    figures = tag("details", tag("summary", "The figures"), table(chart.title, *chart_table(chart)))
+    return tag(
+        "figure", tag("figcaption", tag("strong", chart.title), chart.summary), charts.draw(chart), figures
+    )
+
+
+def comparison(layout: dict[str, Any], teacher: str, student: str, size: Size) -> Markup:
+    """Two grids of the same noises under one slider; side by side where scripts do not run, and on paper."""
+    width = layout["columns"] * (layout["tile"] + layout["gap"]) + layout["gap"]
+    height = layout["rows"] * (layout["tile"] + layout["gap"]) + layout["gap"]
+    middles = [
+        (layout["gap"] + layout["tile"] / 2 + r * (layout["tile"] + layout["gap"]))
+        for r in range(layout["rows"])
+    ]
+    names = [tag("span", str(r), class_="row", style=f"top:{y / height:.2%}") for r, y in enumerate(middles)]
+    classes = (
+        f"one row for each of {layout['rows']} classes" if layout["classes"] else f"{layout['rows']} rows"
+    )
+    evaluations = size.evaluations_per_sample
+
+    def side(class_: str, who: str, picture: str) -> Markup:
+        alt = f"Samples of the {who}, {classes}, {layout['columns']} in a row"
+        image = _image(picture, alt, width, height, layout["tile"])
+        labels = names if layout["classes"] else []
+        return tag(
+            "figure",
+            tag("div", image, *labels, class_="plate rows"),
+            tag("figcaption", who),
+            class_=class_,
+        )
+
+    theirs, ours = f"teacher, {evaluations} evaluations", "student, 1 evaluation"
+    slider = tag(
+        "input",
+        type="range",
+        min=0,
+        max=100,
+        value=50,
+        step=1,
+        aria_label="Border between teacher and student",
+    )
+    return tag(
+        "div",
+        tag("div", side("ours-side", ours, student), side("theirs-side", theirs, teacher), class_="sides"),
+        tag(
+            "div",
+            tag("span", "teacher", class_="theirs"),
+            slider,
+            tag("span", "student", class_="ours"),
+            class_="control",
+        ),
+        class_="compare",
+        style=f"--w:{width * max(1, round(48 / layout['tile']))}px",
+    )
+
+
+def strips(layout: dict[str, Any], picture: str) -> Markup:
+    """Samples through time, teacher over student, with the times above and the names beside them."""
+    tile, gap, times = layout["tile"], layout["gap"], layout["times"]
+    step, pairs = tile + gap, len(layout["strips"])
+    width = len(times) * step + gap
+    height = 2 * pairs * step + (pairs - 1) * layout["pair_gap"] + gap
+    labels = []
+    for row in range(2 * pairs):
+        y = gap + tile / 2 + row * step + row // 2 * layout["pair_gap"]
+        who, class_ = (("teacher", "theirs"), ("student", "ours"))[row % 2]
+        labels.append(tag("span", who, class_=f"row {class_}", style=f"top:{y / height:.2%}"))
+    every = -(-len(times) // 6)  # so that they do not run into each other
+    for column in sorted({*range(0, len(times) - 1, every), len(times) - 1}):
+        x = gap + tile / 2 + column * step
+        said = f"{times[column]:.2g}" if column else f"t = {times[column]:.2g}"
+        labels.append(tag("span", said, class_="column", style=f"left:{x / width:.2%}"))
+    alt = f"{pairs} samples from noise to image at {len(times)} times, each as a row of the teacher over one of the student"
+    return tag(
+        "div",
+        tag(
+            "figure",
+            tag("div", _image(picture, alt, width, height, tile), *labels, class_="plate rows columns"),
+        ),
+        class_="strips",
+        style=f"--w:{width * max(1, round(64 / tile))}px",
+    )
+
+
+def _image(picture: str, alt: str, width: int, height: int, tile: int) -> Markup:
+    pixels = "pixels" if tile < 48 else None  # enlarged: its own pixels stay sharp
+    return tag("img", src=picture, alt=alt, width=width, height=height, class_=pixels, draggable="false")
+
+
+def download(file_name: str, text: str) -> Markup:
+    """A link that saves `text`, which travels in the page."""
+    data = "data:text/yaml;base64," + base64.b64encode(text.encode()).decode()
+    return tag("p", tag("a", f"Save {file_name}", download=file_name, href=data))

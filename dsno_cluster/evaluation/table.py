@@ -1,0 +1,69 @@
+"""The figures of metrics.json as a table for people: the same in the terminal, in samples.png and in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the field calls FID
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that rows of metrics.json may have: its key, what people call it, its decimals, which way is better."""
+
+    key: str
+    title: str
+    decimals: int
+    better: str  # "lower" or "higher"
+
+    def text(self, row: dict[str, Any]) -> str:
+        """The figure of a row, with its standard deviation where the row has one; empty where it has none."""
+        value, spread = row.get(self.key), row.get(f"{self.key}_std")
+        if value is None:
+            return ""
+        return f"{value:.{self.decimals}f}" + (f" ± {spread:.{self.decimals}f}" if spread is not None else "")
+
+
+def figures_of(metrics: dict[str, Any]) -> list[Figure]:
+    """The figures that any row of the metrics has, in the order of the table."""
+    rows = [metrics["student"], *metrics["teacher_rows"], metrics.get("real_held_out") or {}]
+    inception = metrics["feature_extractor"]["name"] == INCEPTION
+    known = [
+        Figure("fid", "FID" if inception else "Frechet distance", 2, "lower"),
+        Figure("kid", "KID" if inception else "kernel distance", 4, "lower"),
+        Figure("inception_score", "Inception score" if inception else "class score", 2, "higher"),
+        Figure("precision", "precision", 3, "higher"),
+        Figure("recall", "recall", 3, "higher"),
+        Figure("f_score", "F-score", 3, "higher"),
+        Figure("agreement", "right class", 3, "higher"),
+    ]
+    return [figure for figure in known if any(row.get(figure.key) is not None for row in rows)]
+
+
+def table_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table: the real data's, the teacher's by cost, and last the student's."""
+    figures = figures_of(metrics)
+    header = ["samples", "NFE", "cost", *(figure.title for figure in figures)]
+    rows = []
+    held_out = metrics.get("real_held_out")
+    if held_out:
+        rows.append([f"real, {held_out['num_samples']} held out", "", "", *_texts(figures, held_out)])
+    for row in metrics["teacher_rows"]:
+        evaluations = str(row["evaluations"])
+        rows.append([row["source"], evaluations, evaluations, *_texts(figures, row)])
+    student = metrics["student"]
+    cost = f"{student['cost_in_teacher_evaluations']:.1f}"
+    rows.append(["student", "1", cost, *_texts(figures, student)])
+    return header, rows
+
+
+def _texts(figures: Sequence[Figure], row: dict[str, Any]) -> list[str]:
+    return [figure.text(row) for figure in figures]
+
+
+def error_lines(metrics: dict[str, Any]) -> list[str]:
+    """Relative error of the student against the teacher's own trajectory, a line per time point."""
+    errors = metrics["student"].get("trajectory_error", {})
+    return [f"t = {float(t):.4g}: {error:.3f}" for t, error in errors.items()]
