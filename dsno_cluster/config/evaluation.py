@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from dsno_cluster.config.base import BelowOne, PositiveInt, Seed, Strict
 
 
+MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error"]
+
+
 class Evaluation(Strict):
     num_samples: Annotated[int, Field(ge=2)]
     batch_size: PositiveInt = 250
@@ -21,20 +24,50 @@ class Evaluation(Strict):
     seed: Seed = Field(
         1, description="seed of the evaluated noise; must differ from the seed of the trajectories"
     )
-    metrics: tuple[Literal["fid", "agreement", "trajectory_error"], ...] = ("fid", "trajectory_error")
-    feature_extractor: str = "inception-v3-compat"
+    metrics: tuple[MetricName, ...] = Field(
+        ("fid", "trajectory_error"),
+        description="`agreement`: how often the extractor sees the class asked for; "
+        "`trajectory_error`: against the teacher, on held-out noise; the others as torch-fidelity has them",
+    )
+    feature_extractor: str = Field(
+        "inception-v3-compat", description="one of torch-fidelity's, or digits-features"
+    )
     weights_path: str | None = Field(
-        None, description="weights of the extractor; package:NAME for one that ships"
+        None,
+        description="weights of the extractor; package:NAME for one that ships; default: the published ones, downloaded once",
     )
     weights_sha256: str | None = Field(
         None, description="first digits of the sha256 that weights_path must have"
     )
-    reference: str = Field(description="the real data: 'data' for data.name, or an .npz with mu and sigma")
+    precision_recall_extractor: str | None = Field(
+        None,
+        description="another extractor for precision_recall; torch-fidelity's own default is vgg16, ADM's is Inception",
+    )
+    precision_recall_weights_path: str | None = Field(None, description="as weights_path, for that extractor")
+    precision_recall_weights_sha256: str | None = Field(
+        None, description="as weights_sha256, for that extractor"
+    )
+    kid_subsets: PositiveInt = Field(100, description="random subsets that KID is averaged over")
+    kid_subset_size: PositiveInt = Field(1000, description="images in each of them")
+    inception_splits: PositiveInt = Field(10, description="parts that the Inception Score is averaged over")
+    neighborhood: PositiveInt = Field(3, description="nearest neighbours of precision and recall")
+    metric_seed: Seed = Field(2020, description="of KID's subsets and the Inception Score's parts")
+    reference: str = Field(
+        description="the real data: 'data' for data.name, an .npz with mu and sigma (EDM, ADM, pytorch-fid), or images: "
+        "a folder, sample shards, an .npz batch"
+    )
+    reference_count: PositiveInt | None = Field(
+        None, description="how many images mu and sigma of an .npz are of, where the file does not say"
+    )
+    reference_resolution: PositiveInt | None = Field(
+        None, description="height of those images, where the file does not say"
+    )
     trajectory_samples: PositiveInt = Field(500, description="held-out noises for the trajectory error")
     teacher_steps: tuple[PositiveInt, ...] = Field(
         (1, 4, 8, 64), description="DDIM steps of the teacher's rows"
     )
     keep_samples: bool = Field(False, description="write the student's samples as shards under storage.root")
+    best_metric: MetricName = Field("fid", description="which `eval --watch` chooses the best checkpoint by")
     picture_columns: PositiveInt = 8
 
     @model_validator(mode="after")
@@ -43,6 +76,26 @@ class Evaluation(Strict):
             raise ValueError(
                 f"keep_samples writes shards of batch_size {self.batch_size}: num_samples {self.num_samples} must be a multiple"
             )
-        if self.weights_sha256 is not None and len(self.weights_sha256) < 8:
-            raise ValueError("weights_sha256 must be 8 digits or more")
+        for key in ("weights_sha256", "precision_recall_weights_sha256"):
+            digits = getattr(self, key)
+            if digits is not None and len(digits) < 8:
+                raise ValueError(f"{key} must be 8 digits or more")
+        if self.precision_recall_extractor is None:
+            for key in ("precision_recall_weights_path", "precision_recall_weights_sha256"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} goes with precision_recall_extractor")
+        if "kid" in self.metrics and self.kid_subset_size > self.num_samples:
+            raise ValueError(
+                f"kid_subset_size {self.kid_subset_size} is above num_samples {self.num_samples}"
+            )
+        if "inception_score" in self.metrics and self.inception_splits > self.num_samples:
+            raise ValueError(
+                f"inception_splits {self.inception_splits} is above num_samples {self.num_samples}"
+            )
+        if "precision_recall" in self.metrics and self.neighborhood >= self.num_samples:
+            raise ValueError(f"neighborhood {self.neighborhood} must be below num_samples {self.num_samples}")
+        if self.best_metric not in self.metrics and self.best_metric != "fid":
+            raise ValueError(
+                f"best_metric {self.best_metric} is not among metrics: {', '.join(self.metrics)}"
+            )
         return self

@@ -1,23 +1,18 @@
-"""eval: Ray actors sample from seeds, extract features and return moments; the driver merges and compares.
+"""eval: Ray actors draw or read images and extract features; the driver merges and compares.
 
-Every figure is a function of checkpoint, seeds, counts and weights: blocks of samples are merged in sample
-order, so the number of actors changes nothing.
+Every figure is a function of checkpoint, seeds, counts and weights: blocks are merged in a tree over their numbers, so
+the number of actors changes nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import (
@@ -29,70 +24,40 @@ from dsno_cluster.cluster.ray_pool import (
     run_pool,
 )
 from dsno_cluster.config import Config
-from dsno_cluster.data import load_digits
-from dsno_cluster.device import compute_device
-from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.diffusion.solvers import count_evaluations, solve
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
-from dsno_cluster.evaluation.features import Extractor, load_extractor
-from dsno_cluster.evaluation.statistics import Moments, frechet_distance, merge, moments_of
-from dsno_cluster.images import to_uint8
+from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
+from dsno_cluster.evaluation.features import Reading, WeightsFile, find_all_weights, readings
+from dsno_cluster.evaluation.image_sets import open_images
+from dsno_cluster.evaluation.metrics import Collected, Reference, figures
+from dsno_cluster.evaluation.reference import RealData, find_real_data, finished_reference, warnings_of
+from dsno_cluster.evaluation.teacher_rows import (
+    comparison_spec,
+    evaluations_of,
+    row_key,
+    store_teacher_rows,
+    stored_teacher_rows,
+    teacher_sources,
+)
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
 from dsno_cluster.models.dsno import load_student
-from dsno_cluster.models.weights import package_path, read_meta, software_versions
-from dsno_cluster.storage import MissingObject, Storage, open_storage
-from dsno_cluster.trajectories.generate import environment, solve_batch
-from dsno_cluster.trajectories.plan import find_teacher, grid_name, open_teacher, own_steps, teacher_path
-from dsno_cluster.trajectories.shards import Manifest, Shard, commit_manifest, read_manifest, write_shard
+from dsno_cluster.models.weights import read_meta, software_versions
+from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.trajectories.generate import environment
+from dsno_cluster.trajectories.plan import find_teacher
+from dsno_cluster.trajectories.shards import Manifest, Shard, commit_manifest, read_manifest
 
-SHIPPED_ROWS = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where images come from: the student, or the teacher by a solver in `steps` intervals through `times`."""
-
-    kind: str
-    solver: str = ""
-    steps: int = 0
-    times: tuple[float, ...] = (0.0,)
-    grid: str = "uniform"
-
-    @property
-    def title(self) -> str:
-        return "student" if self.kind == "student" else f"teacher, {self.solver}"
-
-
-STUDENT = Source("student")
+HELD_OUT = Source("images", address="held-out")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Mean (D,) and covariance (D, D) of the real data's features; `count` images, None where not recorded."""
+class Measured:
+    """What the pool gave: samples by source, the student's trajectory error by time point, kept shards, its cost."""
 
-    mean: np.ndarray
-    covariance: np.ndarray
-    count: int | None
-
-
-@dataclass(frozen=True)
-class Block:
-    """One task of the pool: what to do with samples [start, stop)."""
-
-    work: str  # "moments" or "trajectory"
-    source: Source
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """Moments of features, how many images are of the class asked for, and the line of a kept shard."""
-
-    moments: Moments
-    agreeing: int
-    shard: Shard | None
+    collected: dict[Source, Collected]
+    trajectory_error: list[float]
+    shards: list[Shard]
+    cost: dict[str, float]
 
 
 def find_student(config: Config, student_path: str | None) -> tuple[str, dict[str, Any]]:
@@ -133,68 +98,57 @@ def evaluate(
     By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
 
     Writes metrics.json and the pictures below `<storage.root>/evaluation/<name>/`; returns the metrics.
-    Raises UserError where there is no student, no teacher or no reference.
+    Raises UserError where there is no student, no teacher, no weights or no reference.
     """
     settings = config.evaluation
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     path, student_meta = find_student(config, student_path)
-    samples_spec = {
-        "student": student_meta["sha256"],
-        "seed": settings.seed,
-        "samples_per_shard": settings.batch_size,
-        "threads": settings.threads,
-        "precision": settings.precision,
-        "compile": settings.compile,
-    }
-    if settings.keep_samples:
-        kept = read_manifest(storage, samples_folder(config, student_meta))
-        if kept is not None and kept[0].spec != samples_spec:
-            raise UserError(
-                f"{storage.url}/{samples_folder(config, student_meta)}: holds samples of another evaluation.batch_size, "
-                "threads, precision or compile; go back to those, or delete that folder"
-            )
-    extractor = load_extractor(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
-    reference = load_reference(config, extractor)
-    spec = comparison_spec(config, extractor)
+    keep = samples_folder(config, student_meta) if settings.keep_samples else None
+    samples_spec = _samples_spec(config, student_meta)
+    if keep is not None:
+        _check_kept(storage, keep, samples_spec)
+    read, weights = readings(settings), find_all_weights(settings)
+    real = find_real_data(config, storage, read, weights)
+    spec = comparison_spec(config, read, weights, real)
     stored = stored_teacher_rows(config, storage, spec)
     sources = [STUDENT, *teacher_sources(config)]
     missing = [s for s in sources if s is STUDENT or row_key(s) not in stored]
     console.say(
-        f"{settings.num_samples} samples of {path} against {reference.count or 'the'} real images by {extractor.name}, "
-        f"{actor_count(actors, settings.threads)}; "
+        f"{settings.num_samples} samples of {path} against {real.count or 'the'} real images by "
+        f"{', '.join(weights) or 'no extractor'}, {actor_count(actors, settings.threads)}; "
         f"{len(sources) - len(missing)} of the teacher's {len(sources) - 1} rows are stored"
     )
-    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
-        remote = import_ray().remote(**cluster.actor_options())(EvaluationActor)
-        results = _run_blocks(config, lambda: remote.remote(config, path), missing, cluster)
-        probe = remote.remote(config, path)  # alone now, so that nothing disturbs the timing
-        cost = import_ray().get(probe.measure_cost.remote())
+    counts = dict.fromkeys(missing, settings.num_samples)
+    by_source = dict.fromkeys(missing, read)
+    if config.data.name is not None and read:
+        counts[HELD_OUT] = open_images(HELD_OUT.address).count
+        by_source[HELD_OUT] = _for_held_out(config, read, counts[HELD_OUT])
+    measured = _measure(config, weights, counts, by_source, real, path, keep, actors, ray_address)
+    reference = finished_reference(storage, real, read, measured.collected)
 
-    rows: dict[str, dict[str, Any]] = {}
-    for source in missing:
-        blocks = [results[b] for b in blocks_of(config, source)]
-        rows[row_key(source)] = make_row(source, config, blocks, reference)
-    teacher_rows = {**stored, **{k: v for k, v in rows.items() if k != row_key(STUDENT)}}
+    def row(source: Source) -> dict[str, Any]:
+        collected = measured.collected[source]
+        of_teacher = {"evaluations": evaluations_of(source, config)} if source.kind == "teacher" else {}
+        return {"source": source.title} | of_teacher | figures(settings, read, collected, reference)
+
+    teacher_rows = {**stored, **{row_key(s): row(s) for s in missing if s is not STUDENT}}
     store_teacher_rows(storage, spec, teacher_rows)
-
-    student = rows[row_key(STUDENT)] | cost
+    student = row(STUDENT) | measured.cost
     if "trajectory_error" in settings.metrics:
-        parts = [results[b] for b in trajectory_blocks(config)]
-        error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts))
-        student["trajectory_error"] = dict(
-            zip(map(str, config.trajectories.time_points), error.tolist(), strict=True)
-        )
-    if settings.keep_samples:
-        shards = tuple(results[b].shard for b in blocks_of(config, STUDENT))
-        commit_manifest(
-            storage, samples_folder(config, student_meta), Manifest(samples_spec, shards, environment())
-        )
+        times = map(str, config.trajectories.time_points)
+        student["trajectory_error"] = dict(zip(times, measured.trajectory_error, strict=True))
+    if keep is not None:
+        manifest = Manifest(samples_spec, tuple(measured.shards), environment())
+        commit_manifest(storage, keep, manifest)
     metrics = {
         "name": config.name,
         "num_samples": settings.num_samples,
-        "reference": {"what": settings.reference, "count": reference.count},
-        "feature_extractor": {"name": extractor.name, "weights_sha256": extractor.sha256},
-        "seeds": {"noise": settings.seed, "trajectories": config.seed},
+        **_provenance(config, weights, reference, config.network.image_size, read, settings.num_samples),
+        "seeds": {
+            "noise": settings.seed,
+            "trajectories": config.seed,
+            "metrics": settings.metric_seed,
+        },
         "checkpoint": {
             "path": path,
             "step": student_meta.get("step"),
@@ -203,8 +157,7 @@ def evaluate(
         },
         "teacher": find_teacher(config).identity,
         "precision": settings.precision,
-        "versions": software_versions(),
-        "real_held_out": held_out_row(config, extractor, reference),
+        "real_held_out": _held_out_row(config, by_source, measured, reference),
         "teacher_rows": [teacher_rows[row_key(s)] for s in sources[1:]],
         "student": student,
         "train_seconds": student_meta.get("train_seconds"),
@@ -219,239 +172,191 @@ def evaluate(
     return metrics
 
 
-def teacher_sources(config: Config) -> list[Source]:
-    """The teacher's rows of the table: DDIM at several costs, and the solver that made the trajectories."""
-    rows = [Source("teacher", "ddim", steps) for steps in config.evaluation.teacher_steps]
-    settings = config.trajectories
-    grid = grid_name(config) if own_steps(config, find_teacher(config)) is None else "auto"
-    made_by = Source("teacher", settings.solver, settings.steps, settings.time_points, grid)
-    rows = rows if made_by in rows else [*rows, made_by]
-    return sorted(rows, key=lambda source: evaluations_of(source, config))
+def evaluate_images(
+    config: Config, address: str, actors: int | None = None, ray_address: str | None = None
+) -> dict[str, Any]:
+    """Measure the images at `address` (see `image_sets`) by the config's metrics; nothing is sampled.
+
+    Writes `<storage.root>/evaluation/<name>/samples-<hash of the images>.json`; returns its content. Raises UserError
+    where there are no images, weights or reference.
+    """
+    settings = config.evaluation
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    images = open_images(address, config.storage.endpoint_url)
+    read = {metric: reading for metric, reading in readings(settings).items() if metric != "agreement"}
+    if not read:
+        raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
+    weights = find_all_weights(settings)
+    real = find_real_data(config, storage, read, weights)
+    console.say(
+        f"{images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "
+        f"{actor_count(actors, settings.threads)}"
+    )
+    source = Source("images", address=address)
+    measured = _measure(
+        config, weights, {source: images.count}, {source: read}, real, None, None, actors, ray_address
+    )
+    reference = finished_reference(storage, real, read, measured.collected)
+    metrics = {
+        "name": config.name,
+        "samples": {"address": address, **images.identity},
+        "num_samples": images.count,
+        **_provenance(config, weights, reference, images.shape[1], read, images.count),
+        "seeds": {"metrics": settings.metric_seed},
+        "figures": figures(settings, read, measured.collected[source], reference),
+    }
+    digest = hashlib.sha256(json.dumps(images.identity, sort_keys=True).encode()).hexdigest()[:16]
+    key = f"evaluation/{config.name}/samples-{digest}.json"
+    storage.write(key, (json.dumps(metrics, indent=2) + "\n").encode())
+    console.say(f"written: {storage.url}/{key}")
+    return metrics
 
 
-def evaluations_of(source: Source, config: Config) -> int:
-    """Network evaluations of a teacher's row for one image."""
-    guidance = config.trajectories.guidance_scale
-    native = own_steps(config, find_teacher(config)) if source.grid == "auto" else None
-    return count_evaluations(source.solver, source.steps, guidance, source.times, native or source.grid)
+def _provenance(
+    config: Config,
+    weights: dict[str, WeightsFile],
+    reference: Reference | None,
+    resolution: int,
+    read: dict[str, Reading],
+    count: int,
+) -> dict[str, Any]:
+    """What stands beside every figure: the reference, the extractors, versions, and what to beware of."""
+    settings = config.evaluation
+    extractors = {name: file.sha256 for name, file in weights.items()}
+    main = settings.feature_extractor
+    return {
+        "reference": {
+            "what": settings.reference,
+            "count": reference.count if reference else None,
+            "resolution": reference.resolution if reference else None,
+            "identity": reference.identity if reference else None,
+        },
+        "feature_extractor": {"name": main, "weights_sha256": extractors.get(main)},
+        "other_extractors": {name: sha256 for name, sha256 in extractors.items() if name != main},
+        "warnings": warnings_of(settings, read, weights, reference, count, resolution) if reference else [],
+        "versions": software_versions(),
+    }
 
 
-def row_key(source: Source) -> str:
-    if source.kind == "student":
-        return "student"
-    grid = "" if source.grid == "uniform" else f" on {source.grid}"
-    return f"{source.solver} {source.steps} through {' '.join(map(str, source.times))}{grid}"
+def _samples_spec(config: Config, student_meta: dict[str, Any]) -> dict[str, Any]:
+    settings = config.evaluation
+    return {
+        "student": student_meta["sha256"],
+        "seed": settings.seed,
+        "samples_per_shard": settings.batch_size,
+        "threads": settings.threads,
+        "precision": settings.precision,
+        "compile": settings.compile,
+    }
 
 
-def blocks_of(config: Config, source: Source) -> list[Block]:
-    return _blocks("moments", source, config.evaluation.num_samples, config.evaluation.batch_size)
-
-
-def trajectory_blocks(config: Config) -> list[Block]:
-    return _blocks("trajectory", STUDENT, config.evaluation.trajectory_samples, config.evaluation.batch_size)
-
-
-def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:
-    return [Block(work, source, start, min(start + size, count)) for start in range(0, count, size)]
+def _check_kept(storage: Storage, folder: str, spec: dict[str, Any]) -> None:
+    """UserError where samples are kept already that were made another way."""
+    kept = read_manifest(storage, folder)
+    if kept is not None and kept[0].spec != spec:
+        raise UserError(
+            f"{storage.url}/{folder}: holds samples of another evaluation.batch_size, threads, precision or compile; "
+            "go back to those, or delete that folder"
+        )
 
 
 def samples_folder(config: Config, student_meta: dict[str, Any]) -> str:
     return f"samples/{student_meta['sha256'][:16]}-{config.evaluation.seed}/"
 
 
-def comparison_spec(config: Config, extractor: Extractor) -> dict[str, Any]:
-    """What a teacher's stored row must agree in to stand beside the student's."""
-    settings, precision = config.evaluation, config.teacher.precision
-    return {
-        "teacher": find_teacher(config).identity,
-        **({} if precision == "float32" else {"precision": precision}),
-        "feature_extractor": {"name": extractor.name, "weights_sha256": extractor.sha256},
-        "reference": settings.reference,
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
-        "metrics": [m for m in settings.metrics if m != "trajectory_error"],
-        "guidance_scale": config.trajectories.guidance_scale,
-        "clip_denoised": config.trajectories.clip_denoised,
-    }
-
-
-def stored_teacher_rows(config: Config, storage: Storage, spec: dict[str, Any]) -> dict[str, Any]:
-    """Rows measured before with an equal spec: in storage, or shipped with the teacher."""
-    found: dict[str, Any] = {}
-    shipped = Path(package_path(teacher_path(config))) / SHIPPED_ROWS
-    if shipped.is_file():
-        content = json.loads(shipped.read_text())
-        found |= content["rows"] if content["spec"] == spec else {}
-    with contextlib.suppress(MissingObject):
-        found |= json.loads(storage.read(_rows_key(spec)))["rows"]
-    return found
-
-
-def store_teacher_rows(storage: Storage, spec: dict[str, Any], rows: dict[str, Any]) -> None:
-    """Keep the teacher's rows: they cost more than the student's and do not change."""
-    content = {"spec": spec, "rows": rows, "versions": software_versions()}
-    storage.write(_rows_key(spec), (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _rows_key(spec: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    return f"evaluation/teachers/{digest}.json"
-
-
-def load_reference(config: Config, extractor: Extractor) -> Reference:
-    """Statistics of the real data: the training images of `data.name`, or `mu` and `sigma` of an .npz file."""
+def _for_held_out(config: Config, read: dict[str, Reading], count: int) -> dict[str, Reading]:
+    """The metrics that as few real images as are held out can be measured by."""
     settings = config.evaluation
-    if settings.reference == "data":
-        moments = moments_of(extractor(to_uint8(load_digits()[0].images))["features"].numpy())
-        return Reference(moments.mean, moments.covariance, moments.count)
-    file = Path(settings.reference)
-    if not file.is_file():
-        raise UserError(
-            f"evaluation.reference: {file} is missing; put an .npz with mu and sigma of the real data there"
-        )
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            mean, covariance = found["mu"].astype(np.float64), found["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
-        raise UserError(f"evaluation.reference: {file} is not an .npz with mu and sigma: {error}") from None
-    width = extractor(
-        torch.zeros(1, config.network.channels, *[config.network.image_size] * 2, dtype=torch.uint8)
-    )["features"].shape[1]
-    if mean.shape != (width,) or covariance.shape != (width, width):
-        raise UserError(
-            f"evaluation.reference: {file} has mu of {mean.shape}, {extractor.name} gives {width} features"
-        )
-    return Reference(mean, covariance, None)
+    enough = {
+        "kid": settings.kid_subset_size <= count,
+        "inception_score": settings.inception_splits <= count,
+        "precision_recall": settings.neighborhood < count,
+    }
+    return {metric: reading for metric, reading in read.items() if enough.get(metric, True)}
 
 
-def held_out_row(config: Config, extractor: Extractor, reference: Reference) -> dict[str, Any] | None:
+def _held_out_row(
+    config: Config,
+    by_source: dict[Source, dict[str, Reading]],
+    measured: Measured,
+    reference: Reference | None,
+) -> dict[str, Any] | None:
     """Real images that the teacher never saw, by the same measure: what a perfect sampler of as many would get."""
-    if config.data.name is None:
+    if HELD_OUT not in by_source:
         return None
-    held_out = load_digits()[1]
-    found = extractor(to_uint8(held_out.images))
-    moments = moments_of(found["features"].numpy())
-    row = {"num_samples": moments.count, "fid": distance_to(moments, reference)}
-    if "agreement" in config.evaluation.metrics:
-        row["agreement"] = int((found["logits"].argmax(1) == held_out.labels).sum()) / moments.count
-    return row
+    collected = measured.collected[HELD_OUT]
+    found = figures(config.evaluation, by_source[HELD_OUT], collected, reference)
+    return {"num_samples": collected.count} | found
 
 
-def distance_to(moments: Moments, reference: Reference) -> float:
-    return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:
+    return [Block(work, source, start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def make_row(
-    source: Source, config: Config, blocks: Iterable[BlockResult], reference: Reference
-) -> dict[str, Any]:
-    """A line of the table from the blocks of a source, in sample order."""
-    blocks = list(blocks)
-    row: dict[str, Any] = {"source": source.title}
-    if source.kind == "teacher":
-        row["evaluations"] = evaluations_of(source, config)
-    if "fid" in config.evaluation.metrics:
-        row["fid"] = distance_to(merge(b.moments for b in blocks), reference)
-    if "agreement" in config.evaluation.metrics:
-        row["agreement"] = sum(b.agreeing for b in blocks) / config.evaluation.num_samples
-    return row
-
-
-def _run_blocks(
-    config: Config, make_actor: Any, sources: list[Source], cluster: RayCluster
-) -> dict[Block, Any]:
-    blocks = [b for source in sources for b in blocks_of(config, source)]
-    if "trajectory_error" in config.evaluation.metrics:
-        blocks += trajectory_blocks(config)
+def _measure(
+    config: Config,
+    weights: dict[str, WeightsFile],
+    counts: dict[Source, int],
+    read: dict[Source, dict[str, Reading]],
+    real: RealData,
+    student_path: str | None,
+    keep: str | None,
+    actors: int | None,
+    ray_address: str | None,
+) -> Measured:
+    """Have the actors measure `counts[source]` images of each source, by `read[source]`, and the reference's."""
+    settings = config.evaluation
+    if real.source is not None:
+        assert real.images is not None
+        holds = real.spec["holds"]
+        every = readings(settings)
+        counts, read = dict(counts), dict(read)
+        counts[real.source] = real.images.count
+        read[real.source] = {metric: every[metric] for metric in holds}
+    blocks = [
+        b for source, count in counts.items() for b in _blocks("features", source, count, settings.batch_size)
+    ]
+    if student_path is not None and "trajectory_error" in settings.metrics:
+        blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
     # the dearest first, so that no actor is left alone with a long one at the end
     blocks.sort(key=lambda b: -b.source.steps)
-    results: dict[Block, Any] = {}
+    collected = {source: Collected(count, settings.batch_size) for source, count in counts.items()}
+    errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
+    shards: dict[int, Shard] = {}
+    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
+        # two calls at a time: while one block's features are extracted the next is drawn or read
+        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
+
+        def make_actor() -> Any:
+            return remote.remote(config, weights, read, student_path, keep)
+
+        for block, result in _run_blocks(make_actor, blocks, cluster):
+            if block.work == "trajectory":
+                errors[block] = result
+                continue
+            found, shard = result
+            collected[block.source].add(block.start, found)
+            if shard is not None:
+                shards[block.start] = shard
+        cost = {}
+        if student_path is not None:
+            probe = make_actor()  # alone now, so that nothing disturbs the timing
+            cost = import_ray().get(probe.measure_cost.remote())
+    parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
+    error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
+    return Measured(collected, error, [shards[start] for start in sorted(shards)], cost)
+
+
+def _run_blocks(make_actor: Callable[[], Any], blocks: list[Block], cluster: RayCluster) -> Any:
+    """Pairs of a block and its result, as they come."""
     with console.progress("evaluating", sum(b.stop - b.start for b in blocks), "samples") as advance:
-        pool = run_pool(make_actor, lambda actor, block: actor.run.remote(block), blocks, cluster.capacity)
-        for block, result in pool:
-            results[block] = result
-            advance(block.stop - block.start)
-    return results
-
-
-class EvaluationActor:
-    """A Ray actor that holds student, teacher and extractor."""
-
-    def __init__(self, config: Config, student_path: str) -> None:
-        torch.set_num_threads(config.evaluation.threads)
-        endpoint = config.storage.endpoint_url
-        self.config = config
-        self.storage = open_storage(config.storage.root, endpoint)
-        ema = config.evaluation.ema_decay
-        self.student_meta = read_meta(student_path, endpoint, ema)
-        self.device = compute_device()
-        half, compiled = config.evaluation.precision, config.evaluation.compile
-        student = load_student(student_path, endpoint, ema=ema, precision=half, compile=compiled)
-        self.student = student.to(self.device)
-        self.teacher = open_teacher(config).to(self.device)
-        settings = config.evaluation
-        self.extractor = load_extractor(
-            settings.feature_extractor, settings.weights_path, settings.weights_sha256
+        pool = run_pool(
+            make_actor,
+            lambda actor, block: actor.run.remote(block),
+            blocks,
+            cluster.capacity,
+            in_flight=2,
         )
-
-    def run(self, block: Block) -> Any:
-        return self._moments(block) if block.work == "moments" else self._trajectory_error(block)
-
-    def _inputs(self, indices: range) -> tuple[Tensor, Tensor | None]:
-        seed, classes = self.config.evaluation.seed, self.student.network.num_classes
-        noise = sample_noise(seed, indices, self.teacher.shape).to(self.device)
-        return noise, sample_labels(seed, indices, classes).to(self.device) if classes else None
-
-    def _moments(self, block: Block) -> BlockResult:
-        noise, labels = self._inputs(range(block.start, block.stop))
-        if block.source.kind == "student":
-            images = self.student.sample(noise, labels)
-        else:
-            settings = self.config.trajectories
-            args = (noise, block.source.times, block.source.solver, block.source.steps, labels)
-            rest = (settings.guidance_scale, settings.clip_denoised, block.source.grid)
-            images = solve(self.teacher, *args, *rest)[:, -1]
-        pictures = to_uint8(images).cpu()
-        found = self.extractor(pictures)
-        agreeing = 0
-        if labels is not None and "logits" in found:
-            agreeing = int((found["logits"].argmax(1) == labels.cpu()).sum())
-        shard = None
-        if self.config.evaluation.keep_samples and block.source.kind == "student":
-            tensors = {"images": pictures} | ({} if labels is None else {"labels": labels})
-            folder = samples_folder(self.config, self.student_meta)
-            shard = write_shard(
-                self.storage, folder, block.start // self.config.evaluation.batch_size, block.start, tensors
-            )
-        return BlockResult(moments_of(found["features"].numpy()), agreeing, shard)
-
-    def _trajectory_error(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over held-out samples of squared differences and squares, each (M,) float64."""
-        indices = range(block.start, block.stop)
-        target, _ = solve_batch(self.config, self.teacher, self.config.evaluation.seed, indices)
-        noise, labels = self._inputs(indices)
-        difference = self.student.trajectory(noise, labels, self.config.trajectories.time_points) - target
-        sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
-        return sums[0], sums[1]
-
-    def measure_cost(self, pairs: int = 5) -> dict[str, float]:
-        """What one student sample costs in teacher evaluations: the median ratio of pairs run in turn."""
-        noise, labels = self._inputs(range(self.config.evaluation.batch_size))
-
-        def seconds(call: Any) -> float:
-            began = time.perf_counter()
-            call().cpu()  # waits for a GPU
-            return time.perf_counter() - began
-
-        def student() -> Tensor:
-            return self.student.sample(noise, labels)
-
-        def teacher() -> Tensor:
-            return self.teacher(noise, 1.0, labels)
-
-        student(), teacher()
-        times = [(seconds(student), seconds(teacher)) for _ in range(pairs)]
-        rate = len(noise) / float(np.median([s for s, _ in times]))
-        return {
-            "cost_in_teacher_evaluations": float(np.median([s / t for s, t in times])),
-            "images_per_second": rate,
-        }
+        for block, result in pool:
+            yield block, result
+            advance(block.stop - block.start)

@@ -1,4 +1,4 @@
-"""Feature extractors by torch-fidelity's registry; weights by path, their sha256 recorded beside every figure.
+"""Feature extractors by torch-fidelity's registry: which layer a metric reads, weights that are checked, features.
 
 `digits-features` is a small CNN for 8x8 digits, the yardstick of `configs/digits.yaml`: its weights ship.
 """
@@ -6,7 +6,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import shutil
+import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import safetensors.torch
@@ -16,10 +22,15 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
+from dsno_cluster import console
+from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.models.weights import package_path
 
-DIGITS = "digits-features"
+DIGITS, INCEPTION, VGG = "digits-features", "inception-v3-compat", "vgg16"
+# what torch-fidelity calls the metrics that read features
+METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
+BATCH = 64  # images at a time, as torch-fidelity's default
 WEIGHT_FILE = "weights.safetensors"
 
 
@@ -73,8 +84,29 @@ if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:  # torch-fidelity refuses a second
 
 
 @dataclass(frozen=True)
+class WeightsFile:
+    """Checked weights of an extractor of torch-fidelity's registry."""
+
+    extractor: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The layer of an extractor that a metric reads."""
+
+    extractor: str
+    layer: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.extractor}/{self.layer}"
+
+
+@dataclass(frozen=True)
 class Extractor:
-    """`features` and (or None) `logits` of uint8 images; `name` and `sha256` go beside every figure."""
+    """An extractor with its weights; `name` and `sha256` go beside every figure."""
 
     network: FeatureExtractorBase
     name: str
@@ -83,42 +115,170 @@ class Extractor:
     layers: tuple[str, ...]
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (N, C, H, W) -> features by layer, float32 on CPU, "features" being the layer of the distance."""
-        images = images.expand(-1, self.channels, -1, -1) if images.shape[1] == 1 else images
+    def __call__(self, images_NCHW: Tensor) -> dict[str, Tensor]:
+        """uint8 (N, C, H, W) -> features (N, D) by layer, float32 on CPU; BATCH images at a time."""
         device = next(self.network.parameters()).device
-        found = {k: v.cpu() for k, v in zip(self.layers, self.network(images.to(device)), strict=True)}
-        return found | {"features": found[self.layers[0]]}
+        parts: list[tuple[Tensor, ...]] = []
+        for batch in images_NCHW.split(BATCH):
+            batch = batch.expand(-1, self.channels, -1, -1) if batch.shape[1] == 1 else batch
+            parts.append(tuple(x.cpu() for x in self.network(batch.to(device))))
+        return {layer: torch.cat([part[i] for part in parts]) for i, layer in enumerate(self.layers)}
 
 
-def load_extractor(name: str, weights_path: str | None, weights_sha256: str | None) -> Extractor:
-    """An extractor of torch-fidelity's registry with weights from a file.
+def layer_of(extractor: str, metric: str) -> str:
+    """The layer that a metric reads by default in torch-fidelity; the class logits for `agreement`."""
+    if metric == "agreement":
+        return "logits"
+    return str(FEATURE_EXTRACTORS_REGISTRY[extractor].get_default_feature_layer_for_metric(METRICS[metric]))
 
-    Raises UserError for an unknown name or missing weights and WorkError where the file has another sha256:
-    torch-fidelity unpickles its weights, so a file is used only with a hash to check.
+
+def readings(settings: Evaluation) -> dict[str, Reading]:
+    """What each metric of the config reads, for those that read features.
+
+    Raises UserError for an unknown extractor and for `agreement` by one whose logits are not the data's classes.
     """
+    found: dict[str, Reading] = {}
+    for metric in settings.metrics:
+        if metric == "trajectory_error":
+            continue
+        name = settings.feature_extractor
+        if metric == "precision_recall" and settings.precision_recall_extractor is not None:
+            name = settings.precision_recall_extractor
+        _check_known(name)
+        if metric == "agreement" and name != DIGITS:
+            raise UserError(
+                f"evaluation.metrics: agreement needs an extractor whose logits are the classes asked for ({DIGITS}), "
+                f"not {name}"
+            )
+        found[metric] = Reading(name, layer_of(name, metric))
+    return found
+
+
+def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
+    """The checked weights of every extractor that the config's metrics read. Errors as `find_weights`."""
+    found = {}
+    for metric, reading in readings(settings).items():
+        own = metric == "precision_recall" and settings.precision_recall_extractor is not None
+        if reading.extractor not in found:
+            prefix = "precision_recall_" if own and reading.extractor != settings.feature_extractor else ""
+            path, sha256 = (getattr(settings, f"{prefix}weights_{part}") for part in ("path", "sha256"))
+            found[reading.extractor] = find_weights(
+                reading.extractor, path, sha256, f"evaluation.{prefix}weights"
+            )
+    return found
+
+
+def find_weights(
+    name: str, path: str | None, sha256: str | None, key: str = "evaluation.weights"
+) -> WeightsFile:
+    """The weights of an extractor: the file at `path`, or the published one, downloaded once.
+
+    `sha256` (its first digits) must be the file's. Raises UserError for an unknown name, missing weights, or weights
+    that nobody vouches for: torch-fidelity unpickles them; WorkError for another sha256 or a failed download.
+    """
+    _check_known(name)
+    if path is None:
+        return _downloaded(name, key)
+    file = Path(package_path(path))
+    file = file / WEIGHT_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{key}_path: {path} is missing; put the weights of {name} there")
+    found = file_sha256(file)
+    if sha256 and not found.startswith(sha256):
+        raise WorkError(f"{key}_path: {file} has sha256 {found}, not {sha256}")
+    published = published_url(name)
+    if name != DIGITS and not sha256 and not (published and found.startswith(_digits_in(published))):
+        raise UserError(
+            f"{key}_sha256: needed for {file.name}, whose loading can run code; its sha256 is {found}"
+        )
+    return WeightsFile(name, file, found)
+
+
+def published_url(name: str) -> str | None:
+    """Where the weights lie that published figures were computed with; None for extractors not known here."""
+    if name == INCEPTION:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        return str(URL_INCEPTION_V3)
+    if name == VGG:
+        from torchvision.models import VGG16_Weights
+
+        return str(VGG16_Weights.IMAGENET1K_V1.url)
+    return None
+
+
+def is_published(weights: WeightsFile) -> bool:
+    """Whether these are the weights that the field's published figures were computed with."""
+    url = published_url(weights.extractor)
+    return url is not None and weights.sha256.startswith(_digits_in(url))
+
+
+def weights_cache() -> Path:
+    """The folder of downloaded weights."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dsno-cluster" / "weights"
+
+
+def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
+    """The extractor, giving `layers`, on this process's device. Raises WorkError where the file was changed."""
+    if (found := file_sha256(weights.path)) != weights.sha256:
+        raise WorkError(f"{weights.path}: has sha256 {found} now, not {weights.sha256}")
+    layers = tuple(dict.fromkeys(layers))
+    network = create_feature_extractor(
+        weights.extractor,
+        list(layers),
+        cuda=torch.cuda.is_available(),
+        feature_extractor_weights_path=str(weights.path),
+        verbose=False,
+    )
+    return Extractor(
+        network, weights.extractor, weights.sha256, 1 if weights.extractor == DIGITS else 3, layers
+    )
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_known(name: str) -> None:
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY))
         raise UserError(f"evaluation.feature_extractor: {name!r} is not one of: {known}")
-    if weights_path is None:
-        raise UserError(f"evaluation.weights_path: the weights of {name} are needed; name their file")
-    file = Path(package_path(weights_path))
-    file = file / WEIGHT_FILE if file.is_dir() else file
+
+
+def _digits_in(url: str) -> str:
+    """The first digits of the sha256, which published weights carry in their name."""
+    found = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+    assert found is not None, url
+    return found[1]
+
+
+def _downloaded(name: str, key: str) -> WeightsFile:
+    """The published weights from the cache, downloaded into it where they are not there yet."""
+    url = published_url(name)
+    if url is None:
+        raise UserError(f"{key}_path: the weights of {name} are needed; name their file")
+    file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
     if not file.is_file():
-        raise UserError(
-            f"evaluation.weights_path: {weights_path} is missing; put the weights of {name} there"
-        )
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    if weights_sha256 and not sha256.startswith(weights_sha256):
-        raise WorkError(f"evaluation.weights_path: {file} has sha256 {sha256}, not {weights_sha256}")
-    if name != DIGITS and not weights_sha256:
-        raise UserError(
-            f"evaluation.weights_sha256: needed for {file.name}, whose loading can run code; its sha256 is {sha256}"
-        )
-    cls = FEATURE_EXTRACTORS_REGISTRY[name]
-    layers = [cls.get_default_feature_layer_for_metric("fid")]
-    layers += ["logits"] if name == DIGITS else []
-    network = create_feature_extractor(
-        name, layers, cuda=torch.cuda.is_available(), feature_extractor_weights_path=str(file), verbose=False
-    )
-    return Extractor(network, name, sha256, 1 if name == DIGITS else 3, tuple(layers))
+        console.say(f"downloading the weights of {name}, once: {url}")
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=30) as source, aside.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            if (found := file_sha256(aside)).startswith(digits):
+                aside.rename(file)
+            else:
+                raise WorkError(f"{url}: sent a file of sha256 {found}, not {digits}...; it was not kept")
+        except (OSError, HTTPException) as error:  # no network, a proxy, a full disk
+            reason = getattr(error, "reason", None) or error
+            raise WorkError(
+                f"{key}_path: {file.name} cannot be downloaded ({reason}); from a machine that can, put {url} at {file}"
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
+    found = file_sha256(file)
+    if not found.startswith(digits):
+        raise WorkError(f"{file}: has sha256 {found}, not {digits}...; delete it, and it is downloaded again")
+    return WeightsFile(name, file, found)

@@ -51,6 +51,37 @@ def merge(parts: Iterable[Moments]) -> Moments:
     return total
 
 
+class BlockMerger:
+    """Moments of all of `blocks` blocks, which may come in any order.
+
+    They are merged in a binary tree over the blocks' numbers, so the order they come in decides no bit, and few wait
+    at a time: what is whole in the tree is merged at once.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.waiting: dict[tuple[int, int], Moments] = {}  # by level and place in it
+
+    def add(self, block: int, moments: Moments) -> None:
+        """Take the moments of a block, each block once."""
+        level, place = 0, block
+        while (1 << level) < self.blocks:
+            neighbour = place ^ 1
+            if neighbour << level < self.blocks:  # there is one to merge with
+                other = self.waiting.pop((level, neighbour), None)
+                if other is None:
+                    break
+                moments = merge([moments, other] if place < neighbour else [other, moments])
+            level, place = level + 1, place // 2
+        self.waiting[level, place] = moments
+
+    def result(self) -> Moments:
+        """Raises ValueError while blocks are missing."""
+        if len(self.waiting) != 1 or 1 << next(iter(self.waiting))[0] < self.blocks:
+            raise ValueError("blocks are missing")
+        return next(iter(self.waiting.values()))
+
+
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """||mean_1 - mean_2||^2 + tr(cov_1 + cov_2 - 2 sqrt(cov_1 cov_2)), by torch-fidelity (Heusel et al. 2017)."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric

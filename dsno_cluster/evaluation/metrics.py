@@ -1,0 +1,163 @@
+"""From features to figures, by torch-fidelity's own functions: FID, KID, Inception Score, precision and recall.
+
+`Collected` takes the blocks of a set of samples in any order and has what the metrics need at the end: merged moments,
+and features row by row only for those metrics that need each one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsno_cluster.config import Evaluation
+from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.features import Reading
+from dsno_cluster.evaluation.statistics import BlockMerger, Moments, frechet_distance
+
+BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
+OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images
+WHOLE_MATRIX = (
+    10_000  # up to so many samples torch-fidelity's default, which holds all distances, fits in memory
+)
+ROWS_AT_A_TIME = 2_000  # of distances, above that
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """Of a block of samples: moments of the FID's layer, features by layer, how many are of the class asked for."""
+
+    moments: Moments | None
+    features: dict[str, np.ndarray]
+    agreeing: int
+
+
+@dataclass
+class Collected:
+    """The blocks of `count` samples in blocks of `size`."""
+
+    count: int
+    size: int
+    merger: BlockMerger = field(init=False)
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    agreeing: int = 0
+
+    def __post_init__(self) -> None:
+        self.merger = BlockMerger(-(-self.count // self.size))
+
+    def add(self, start: int, result: BlockResult) -> None:
+        """Take a block, each block once."""
+        if result.moments is not None:
+            self.merger.add(start // self.size, result.moments)
+        for layer, rows in result.features.items():
+            if layer not in self.features:
+                self.features[layer] = np.empty((self.count, rows.shape[1]), np.float32)
+            self.features[layer][start : start + len(rows)] = rows
+        self.agreeing += result.agreeing
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real data: mean (D,) and covariance (D, D) of `count` images, None where not recorded; features (N, D) by layer.
+
+    `identity` is what it was made of, `resolution` the images' height, None where not recorded.
+    """
+
+    identity: dict[str, Any]
+    mean: np.ndarray | None
+    covariance: np.ndarray | None
+    count: int | None
+    resolution: int | None
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def layers_by_row(read: dict[str, Reading]) -> set[str]:
+    """Keys of the layers whose features the metrics need row by row."""
+    return {reading.key for metric, reading in read.items() if metric in BY_ROW}
+
+
+def figures(
+    settings: Evaluation, read: dict[str, Reading], samples: Collected, reference: Reference | None
+) -> dict[str, float]:
+    """Every metric of `read`; those of samples alone need no reference.
+
+    Raises UserError where there are fewer images than `kid_subset_size` or the reference's features are of another width.
+    """
+    found: dict[str, float] = {}
+    if "fid" in read:
+        assert reference is not None
+        found["fid"] = fid(samples.merger.result(), reference)
+    if "kid" in read:
+        found |= kid(settings, *_pair(read["kid"], samples, reference))
+    if "inception_score" in read:
+        found |= inception_score(settings, samples.features[read["inception_score"].key])
+    if "precision_recall" in read:
+        found |= precision_recall(settings, *_pair(read["precision_recall"], samples, reference))
+    if "agreement" in read:
+        found["agreement"] = samples.agreeing / samples.count
+    return found
+
+
+def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> tuple[np.ndarray, np.ndarray]:
+    assert reference is not None
+    return samples.features[reading.key], reference.features[reading.key]
+
+
+def fid(moments: Moments, reference: Reference) -> float:
+    """Frechet distance (Heusel et al. 2017) of samples from the reference."""
+    assert reference.mean is not None and reference.covariance is not None
+    if moments.mean.shape != reference.mean.shape:
+        raise UserError(
+            f"evaluation.reference: has mu of {len(reference.mean)} features, the extractor gives {len(moments.mean)}"
+        )
+    return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+
+
+def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Kernel Inception Distance (Binkowski et al. 2018) over `kid_subsets` random subsets; its mean and deviation."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    size = settings.kid_subset_size
+    for what, features in (("samples", samples), ("images in the reference", real)):
+        if len(features) < size:
+            raise UserError(f"evaluation.kid_subset_size: {size} is above the {len(features)} {what}")
+    found = kid_features_to_metric(
+        torch.from_numpy(samples),
+        torch.from_numpy(real),
+        kid_subsets=settings.kid_subsets,
+        kid_subset_size=size,
+        rng_seed=settings.metric_seed,
+        verbose=False,
+    )
+    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
+
+
+def inception_score(settings: Evaluation, logits: np.ndarray) -> dict[str, float]:
+    """Inception Score (Salimans et al. 2016) over `inception_splits` shuffled parts; its mean and deviation."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    found = isc_features_to_metric(
+        torch.from_numpy(logits), settings.inception_splits, True, settings.metric_seed
+    )
+    return {
+        "inception_score": found[KEY_METRIC_ISC_MEAN],
+        "inception_score_std": found[KEY_METRIC_ISC_STD],
+    }
+
+
+def precision_recall(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Precision, recall and their F-score (Kynkaanniemi et al. 2019) with `neighborhood` neighbours."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    whole = max(len(samples), len(real)) <= WHOLE_MATRIX
+    found = prc_features_to_metric(
+        torch.from_numpy(samples),
+        torch.from_numpy(real),
+        prc_neighborhood=settings.neighborhood,
+        save_cpu_ram=not whole,
+        verbose=False,
+        **({} if whole else {"prc_batch_size": ROWS_AT_A_TIME}),
+    )
+    return {name: float(found[name]) for name in ("precision", "recall", "f_score")}

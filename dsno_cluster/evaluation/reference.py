@@ -1,0 +1,249 @@
+"""The real data that samples are compared with: statistics imported from a file, or computed once and kept.
+
+Statistics of images are kept in the storage as `evaluation/references/<key>.safetensors`; the key is a hash of the images'
+identity, their number, and the extractors' names, layers and weights, so no other reference can be taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dsno_cluster.config import Config, Evaluation
+from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.actor import Source
+from dsno_cluster.evaluation.features import INCEPTION, Reading, WeightsFile, file_sha256, is_published
+from dsno_cluster.evaluation.image_sets import ImageSet, npz_images, open_images
+from dsno_cluster.evaluation.metrics import OF_REFERENCE, Collected, Reference, layers_by_row
+from dsno_cluster.storage import MissingObject, Storage
+from dsno_cluster.trajectories.shards import canonical_hash
+
+ENOUGH = 10_000  # images; a FID of fewer is far above that of 50 000 and is not published
+
+
+@dataclass(frozen=True)
+class RealData:
+    """The reference, as far as it is known before the pool runs, and the images that are still to be measured."""
+
+    statistics: Reference | None
+    images: ImageSet | None
+    spec: dict[str, Any]
+    kept: Reference | None
+
+    @property
+    def source(self) -> Source | None:
+        """What the pool has to measure."""
+        todo = self.images is not None and self.kept is None
+        return Source("images", address=self.images.address) if todo and self.images else None
+
+    @property
+    def count(self) -> int | None:
+        known = self.statistics or self.kept
+        return known.count if known else self.images.count if self.images else None
+
+
+def imported(settings: Evaluation) -> Reference | None:
+    """mu and sigma of an .npz file as EDM, ADM and pytorch-fid write them; None where the reference is something else.
+
+    The count is not that of ADM's `arr_0`: its mu and sigma are of the whole data set, its images a part of it. Raises
+    UserError where a file is no such .npz.
+    """
+    if not settings.reference.endswith(".npz"):
+        return None
+    file = Path(settings.reference)
+    if not file.is_file():
+        raise UserError(
+            f"evaluation.reference: {file} is missing; put an .npz with mu and sigma of the real data, or with its images, there"
+        )
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            if "mu" not in found.files or "sigma" not in found.files:
+                if npz_images(file) is not None:
+                    return None
+                names = ", ".join(found.files) or "nothing"
+                raise UserError(
+                    f"evaluation.reference: {file} has neither mu and sigma nor images (images, arr_0); it holds {names}"
+                )
+            mean, covariance = found["mu"].astype(np.float64), found["sigma"].astype(np.float64)
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"evaluation.reference: {file} is not an .npz with mu and sigma: {error}") from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"evaluation.reference: {file} has mu of {mean.shape} and sigma of {covariance.shape}; they do not fit together"
+        )
+    resolution = settings.reference_resolution
+    if resolution is None and npz_images(file) is not None:
+        resolution = open_images(str(file)).shape[1]
+    identity = {"kind": "mu and sigma", "sha256": file_sha256(file)}
+    return Reference(identity, mean, covariance, settings.reference_count, resolution)
+
+
+def reference_images(
+    settings: Evaluation, read: dict[str, Reading], endpoint_url: str | None
+) -> ImageSet | None:
+    """The images whose features the metrics need; None where mu and sigma are all that they need.
+
+    Raises UserError where a metric needs images and the reference has none.
+    """
+    by_row = [metric for metric in read if metric in OF_REFERENCE and read[metric].key in layers_by_row(read)]
+    by_row = [metric for metric in by_row if metric != "fid"]
+    if imported(settings) is None:
+        try:
+            return open_images(settings.reference, endpoint_url)
+        except UserError as error:
+            raise UserError(f"evaluation.reference: {error}") from None
+    if not by_row:
+        return None
+    if npz_images(Path(settings.reference)) is None:
+        raise UserError(
+            f"evaluation.metrics: {' and '.join(by_row)} compare single images, and {settings.reference} holds mu and sigma "
+            "alone; name images as evaluation.reference"
+        )
+    return open_images(settings.reference)
+
+
+def reference_spec(
+    images: ImageSet, read: dict[str, Reading], weights: dict[str, WeightsFile]
+) -> dict[str, Any]:
+    """All that decides the statistics of a reference's images."""
+    holds = {
+        metric: {
+            "layer": reading.key,
+            "weights_sha256": weights[reading.extractor].sha256,
+            "by_row": metric != "fid",
+        }
+        for metric, reading in read.items()
+        if metric in OF_REFERENCE
+    }
+    return {"images": images.identity, "count": images.count, "holds": holds}
+
+
+def stored_reference(storage: Storage, spec: dict[str, Any], images: ImageSet) -> Reference | None:
+    """The statistics that were kept for `spec`, or None."""
+    try:
+        data = storage.read(_key(spec))
+        tensors = safetensors.numpy.load(data)
+    except (MissingObject, safetensors.SafetensorError):
+        return None
+    features = {k.removeprefix("features "): v for k, v in tensors.items() if k.startswith("features ")}
+    return Reference(
+        images.identity,
+        tensors.get("mean"),
+        tensors.get("covariance"),
+        images.count,
+        images.shape[1],
+        features,
+    )
+
+
+def reference_of(images: ImageSet, read: dict[str, Reading], collected: Collected) -> Reference:
+    """What was collected from the reference's images."""
+    moments = collected.merger.result() if "fid" in read else None
+    return Reference(
+        images.identity,
+        None if moments is None else moments.mean,
+        None if moments is None else moments.covariance,
+        images.count,
+        images.shape[1],
+        collected.features,
+    )
+
+
+def store_reference(storage: Storage, spec: dict[str, Any], reference: Reference) -> None:
+    tensors = {f"features {layer}": rows for layer, rows in reference.features.items()}
+    if reference.mean is not None and reference.covariance is not None:
+        tensors |= {"mean": reference.mean, "covariance": reference.covariance}
+    storage.write(_key(spec), safetensors.numpy.save(tensors, {"spec": json.dumps(spec, sort_keys=True)}))
+
+
+def _key(spec: dict[str, Any]) -> str:
+    return f"evaluation/references/{canonical_hash(spec)}.safetensors"
+
+
+def merged(statistics: Reference | None, images: Reference | None) -> Reference:
+    """One reference from imported mu and sigma, features of images, or both (ADM's batches)."""
+    if statistics is None or images is None:
+        found = statistics or images
+        assert found is not None
+        return found
+    return Reference(
+        {"statistics": statistics.identity, "images": images.identity},
+        statistics.mean,
+        statistics.covariance,
+        statistics.count,
+        statistics.resolution or images.resolution,
+        images.features,
+    )
+
+
+def find_real_data(
+    config: Config, storage: Storage, read: dict[str, Reading], weights: dict[str, WeightsFile]
+) -> RealData:
+    """The config's reference: imported, kept from an evaluation before, or images that are still to be measured."""
+    settings = config.evaluation
+    compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
+    if not compared:
+        return RealData(None, None, {}, None)
+    statistics = imported(settings)
+    images = reference_images(settings, compared, config.storage.endpoint_url)
+    if images is None:
+        return RealData(statistics, None, {}, None)
+    if statistics is not None:  # mu and sigma are there: of the images the features alone are wanted
+        compared = {metric: reading for metric, reading in compared.items() if metric != "fid"}
+    spec = reference_spec(images, compared, weights)
+    return RealData(statistics, images, spec, stored_reference(storage, spec, images))
+
+
+def finished_reference(
+    storage: Storage, real: RealData, read: dict[str, Reading], collected: dict[Source, Collected]
+) -> Reference | None:
+    """The reference with what the pool measured of its images, which is kept for the next evaluation."""
+    if real.source is None:
+        return merged(real.statistics, real.kept) if real.statistics or real.kept else None
+    assert real.images is not None
+    compared = {metric: r for metric, r in read.items() if metric in real.spec["holds"]}
+    found = reference_of(real.images, compared, collected[real.source])
+    store_reference(storage, real.spec, found)
+    return merged(real.statistics, found)
+
+
+def warnings_of(
+    settings: Evaluation,
+    read: dict[str, Reading],
+    weights: dict[str, WeightsFile],
+    reference: Reference,
+    count: int,
+    resolution: int,
+) -> list[str]:
+    """What keeps the figures from being compared with published ones; written beside them. `resolution`: of the samples."""
+    found = []
+    inception = [metric for metric, reading in read.items() if reading.extractor == INCEPTION]
+    if inception and not is_published(weights[INCEPTION]):
+        found.append(
+            f"{', '.join(inception)}: not by the published Inception weights, but by weights of sha256 "
+            f"{weights[INCEPTION].sha256[:8]}; comparable only with figures by the same"
+        )
+    if "fid" in inception:
+        if count < ENOUGH:
+            found.append(f"fid: of {count} samples; published ones are of 50000, and fewer give a larger FID")
+        if reference.count is None:
+            found.append(
+                "fid: how many images mu and sigma are of is not recorded; say it by evaluation.reference_count"
+            )
+        elif reference.count < ENOUGH:
+            found.append(f"fid: the reference is of {reference.count} images alone")
+    if reference.resolution is None:
+        found.append("the reference's resolution is not recorded; say it by evaluation.reference_resolution")
+    elif reference.resolution != resolution:
+        found.append(
+            f"the reference is of {reference.resolution} pixel images, the samples have {resolution}: features differ by "
+            "the resizing alone"
+        )
+    return found
