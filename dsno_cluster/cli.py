@@ -66,10 +66,10 @@ COMMANDS = {
     ),
     "eval": Command(
         evaluation.evaluate_student,
-        "sample from the student and measure: distances, table, pictures",
-        "[CONFIG] [key=value ...]",
+        "sample from the student, or take images that are there, and measure: distances, table, pictures",
+        "[CONFIG, or with --watch RUN] [key=value ...]",
         "dsno-cluster eval configs/digits.yaml evaluation.num_samples=1000 --json",
-        [options.launching, options.actors, options.student, options.json_output],
+        [options.launching, options.actors, options.student, options.evaluated, options.json_output],
     ),
     "run": Command(
         pipeline.run_pipeline,
@@ -107,10 +107,10 @@ COMMANDS = {
     ),
     "sample": Command(
         models.sample_student,
-        "images from a trained student, as a picture or arrays",
+        "images from a trained student, as a picture, arrays or shards",
         "CHECKPOINT",
         "dsno-cluster sample runs/students/digits --num 64 --seed 0 --out grid.png",
-        [options.sampling],
+        [options.sampling, options.actors],
     ),
     "verify": Command(
         trajectories.verify_trajectories,

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +153,14 @@ def submit_locally(task: StageTask, config: Config, profile: Profile, command_li
     return run, job
 
 
-def stage_task(
-    stage: str, config: Config, actors: int | None = None, student: str | None = None
-) -> StageTask:
-    """The task of a stage, with the config's folders made absolute."""
-    return StageTask(stage, dump_config(with_absolute_paths(config)), "", actors, student)
+def stage_task(stage: str, config: Config, **options: Any) -> StageTask:
+    """The task of a stage with its options (`StageTask`), the config's folders made absolute."""
+    return StageTask(stage, dump_config(with_absolute_paths(config)), "", **options)
 
 
 def task_in(run: Run, task: StageTask) -> StageTask:
     """The task with the folder of its run."""
-    return StageTask(task.stage, task.config_yaml, str(run.folder), task.actors, task.student)
+    return replace(task, run_folder=str(run.folder))
 
 
 def refuse_second(config: Config, stage: str) -> None:

@@ -35,13 +35,15 @@ STOPS = {
 
 @dataclass(frozen=True)
 class StageTask:
-    """The spec of a stage, text only. `actors` is for the Ray stages, `student` for eval."""
+    """The spec of a stage, text only. `actors` is for the Ray stages; `student`, `samples` and `watch` are for eval."""
 
     stage: str
     config_yaml: str
     run_folder: str
     actors: int | None = None
     student: str | None = None
+    samples: str | None = None
+    watch: bool = False
 
     def __call__(self) -> str:
         from submitit import JobEnvironment
@@ -113,9 +115,15 @@ class StageTask:
             from dsno_cluster.trajectories.generate import generate
 
             return generate(config, self.actors, ray_address)
-        from dsno_cluster.evaluation.evaluate import evaluate
+        from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
+        from dsno_cluster.evaluation.watch import watch
 
-        evaluate(config, self.student, self.actors, ray_address)
+        if self.watch:
+            watch(config, self.actors, ray_address)
+        elif self.samples is not None:
+            evaluate_images(config, self.samples, self.actors, ray_address)
+        else:
+            evaluate(config, self.student, self.actors, ray_address)
         return f"{config.storage.root}/evaluation/{config.name}"
 
 

@@ -3,38 +3,86 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.commands.arguments import Arguments
+from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments
 from dsno_cluster.commands.launching import launcher_and_profile, submit_stage
+from dsno_cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from dsno_cluster.config import Config
 
 
 def evaluate_student(arguments: Arguments) -> None:
-    config = arguments.config()
-    from dsno_cluster.evaluation.evaluate import find_student
-
-    path, _ = find_student(config, arguments.options.student)
+    options = arguments.options
+    given = [f"--{name}" for name in ("student", "samples", "watch") if getattr(options, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: one at a time")
+    config = _config(arguments)
+    what = _what(arguments, config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "eval")
     if launcher == "slurm":
         submit_stage(arguments, config, profile, "eval")
         return
     from dsno_cluster.cluster.ray_pool import actor_count
 
-    actors = arguments.options.actors
-    if arguments.options.dry_run:
+    actors, address = options.actors, options.ray_address
+    if options.dry_run:
         text = (
-            f"would evaluate {path} with {config.evaluation.num_samples} samples, "
-            f"metrics {', '.join(config.evaluation.metrics)}, {actor_count(actors, config.evaluation.threads)}"
+            f"would evaluate {what}, metrics {', '.join(config.evaluation.metrics)}, "
+            f"{actor_count(actors, config.evaluation.threads)}"
         )
-        print(json.dumps({"dry_run": text}) if arguments.options.json else text)
+        print(json.dumps({"dry_run": text}) if options.json else text)
         return
-    from dsno_cluster.evaluation.evaluate import evaluate
+    from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
+    from dsno_cluster.evaluation.watch import watch
 
-    metrics = evaluate(config, arguments.options.student, actors, arguments.options.ray_address)
-    if arguments.options.json:
-        print(json.dumps(metrics))
+    show: Callable[[dict[str, Any]], None]
+    if options.watch:
+        found, show = watch(config, actors, address), show_history
+    elif options.samples:
+        found, show = evaluate_images(config, options.samples, actors, address), show_figures
     else:
-        show_metrics(metrics)
+        found, show = evaluate(config, options.student, actors, address), show_metrics
+    if options.json:
+        print(json.dumps(found))
+    else:
+        show(found)
+
+
+def _config(arguments: Arguments) -> Config:
+    """The experiment; with --watch it may be named by a run of its training."""
+    if not arguments.options.watch:
+        return arguments.config()
+    from dsno_cluster.cluster.runs import config_of_run
+
+    if len(arguments.words) > 1:
+        raise UserError(f"one RUN at a time, found {' '.join(arguments.words)}")
+    return config_of_run(arguments.words[0] if arguments.words else DEFAULT_CONFIG, arguments.overrides)
+
+
+def _what(arguments: Arguments, config: Config) -> str:
+    """What is evaluated, in words. Raises UserError where it is not there."""
+    options, settings = arguments.options, config.evaluation
+    if options.watch:
+        from dsno_cluster.trajectories.plan import find_teacher
+
+        find_teacher(config)
+        return f"each checkpoint of {config.name} with {settings.num_samples} samples"
+    if options.samples:
+        from dsno_cluster.evaluation.image_sets import open_images
+
+        images = open_images(options.samples, config.storage.endpoint_url)
+        if "://" not in options.samples:  # for a job that starts in another folder
+            from pathlib import Path
+
+            options.samples = str(Path(options.samples).absolute())
+        return f"{images.count} images of {options.samples}"
+    from dsno_cluster.evaluation.evaluate import find_student
+
+    path, _ = find_student(config, options.student)
+    return f"{path} with {settings.num_samples} samples"
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:
@@ -47,3 +95,36 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     lines = error_lines(metrics)
     if lines:
         print("relative error of the student's trajectory on held-out noise: " + ", ".join(lines))
+    _show_warnings(metrics)
+
+
+def show_figures(metrics: dict[str, Any]) -> None:
+    """The figures of images that were there."""
+    from dsno_cluster import console
+
+    title = f"{metrics['num_samples']} images of {metrics['samples']['address']}"
+    console.table(title, ["figure", "value"], [[k, f"{v:.6g}"] for k, v in metrics["figures"].items()])
+    _show_warnings(metrics)
+
+
+def show_history(history: dict[str, Any]) -> None:
+    """What was measured of each checkpoint."""
+    from dsno_cluster import console
+    from dsno_cluster.evaluation.watch import value_of
+
+    metrics = ("fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error")
+    shown = [m for m in metrics if any(value_of(row, m) is not None for row in history["rows"])]
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    rows = [
+        [str(row["step"]), cell(row["ema_decay"]), *(cell(value_of(row, metric)) for metric in shown)]
+        for row in history["rows"]
+    ]
+    console.table("checkpoints", ["step", "average", *shown], rows)
+
+
+def _show_warnings(metrics: dict[str, Any]) -> None:
+    for warning in metrics["warnings"]:
+        print(f"note: {warning}")

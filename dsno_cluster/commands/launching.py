@@ -55,7 +55,8 @@ def submit_stage(arguments: Arguments, config: Config, profile: Profile, stage: 
     if options.dry_run:
         print(sbatch_script(stage, config, profile))
         return
-    task = stage_task(stage, config, getattr(options, "actors", None), getattr(options, "student", None))
+    chosen = {"gen-trajectories": ("actors",), "eval": ("actors", "student", "samples", "watch")}
+    task = stage_task(stage, config, **{name: getattr(options, name) for name in chosen.get(stage, ())})
     run = submit_to_slurm(task, config, profile, arguments.command_line)
     say_submitted(run)
     if getattr(options, "json", False):

@@ -11,25 +11,31 @@ def sample_student(arguments: Arguments) -> None:
     options = arguments.options
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
-    if not options.out.endswith((".png", ".npz")):
+    if options.shards is None and not options.out.endswith((".png", ".npz")):
         raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
+    if options.shards is None and (options.actors or options.ray_address):
+        raise UserError("--actors and --ray-address go with --shards URL: a file is drawn by this process")
     if options.refine is None and (options.refine_from is not None or options.teacher):
         raise UserError("--refine-from and --teacher go with --refine K")
     if options.refine_from is not None and not 0.0 < options.refine_from < 1.0:
         raise UserError(f"--refine-from {options.refine_from}: must lie between 0 (data) and 1 (noise)")
-    from dsno_cluster.evaluation.sample import Refinement, sample_to_file
+    from dsno_cluster.evaluation.sample import Drawing, Refinement, sample_to_file
 
     refinement = Refinement(options.refine, options.refine_from, options.teacher) if options.refine else None
-    sample_to_file(
-        checkpoint,
-        options.out,
+    drawing = Drawing(checkpoint, options.endpoint_url, options.precision, options.compile, refinement)
+    if options.shards is None:
+        sample_to_file(drawing, options.out, options.num, options.seed, options.batch_size)
+        return
+    from dsno_cluster.evaluation.sample_shards import sample_to_shards
+
+    sample_to_shards(
+        drawing,
+        options.shards,
         options.num,
         options.seed,
         options.batch_size,
-        options.endpoint_url,
-        precision=options.precision,
-        compile=options.compile,
-        refinement=refinement,
+        options.actors,
+        options.ray_address,
     )
 
 

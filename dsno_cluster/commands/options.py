@@ -71,6 +71,19 @@ def student(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def evaluated(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples",
+        metavar="ADDRESS",
+        help="measure images that are there, in place of a student's: sample shards, a folder of pictures, an .npz batch",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="evaluate each checkpoint of a training as it appears, once, and keep track of the best",
+    )
+
+
 def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num", type=_positive, default=64, metavar="N", help="how many images (default: 64)"
@@ -78,6 +91,11 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and labels (default: 0)")
     parser.add_argument(
         "--out", default="samples.png", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)"
+    )
+    parser.add_argument(
+        "--shards",
+        metavar="URL",
+        help="in place of a file: a folder or s3:// address for shards of --batch-size images, drawn by Ray actors",
     )
     parser.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default: 64)"

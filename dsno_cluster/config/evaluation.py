@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, PositiveInt, Seed, Strict
 
-
 MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error"]
 
 

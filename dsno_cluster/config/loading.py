@@ -90,7 +90,12 @@ def with_absolute_paths(config: Config, folder: Path = Path()) -> Config:
         ):
             options["config"] = absolute(str(options["config"]))
         teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
-    return config.model_copy(update={"storage": storage, "run": run, "teacher": teacher})
+    files = ("weights_path", "precision_recall_weights_path", "reference")
+    named = {key: value for key in files if (value := getattr(config.evaluation, key)) not in (None, "data")}
+    evaluation = config.evaluation.model_copy(update={key: absolute(path) for key, path in named.items()})
+    return config.model_copy(
+        update={"storage": storage, "run": run, "teacher": teacher, "evaluation": evaluation}
+    )
 
 
 def find_file(path: str, folder: str) -> Path:

@@ -23,7 +23,7 @@ from dsno_cluster.cluster.ray_pool import (
     open_ray,
     run_pool,
 )
-from dsno_cluster.config import Config
+from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
@@ -91,13 +91,17 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
 
 
 def evaluate(
-    config: Config, student_path: str | None, actors: int | None = None, ray_address: str | None = None
+    config: Config,
+    student_path: str | None,
+    actors: int | None = None,
+    ray_address: str | None = None,
+    folder: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate the newest student of the config (or the one at `student_path`) against the real data.
 
     By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
 
-    Writes metrics.json and the pictures below `<storage.root>/evaluation/<name>/`; returns the metrics.
+    Writes metrics.json and the pictures below `folder` of the storage (default: `evaluation/<name>/`); returns the metrics.
     Raises UserError where there is no student, no teacher, no weights or no reference.
     """
     settings = config.evaluation
@@ -163,7 +167,7 @@ def evaluate(
         "train_seconds": student_meta.get("train_seconds"),
     }
     metrics["pictures"] = pictures.layout(config)
-    folder = f"evaluation/{config.name}/"
+    folder = folder or f"evaluation/{config.name}/"
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     student_here = load_student(path, config.storage.endpoint_url, ema=settings.ema_decay)
     for name, png in pictures.pictures(config, student_here, metrics).items():
@@ -328,7 +332,7 @@ def _measure(
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
 
         def make_actor() -> Any:
-            return remote.remote(config, weights, read, student_path, keep)
+            return remote.remote(with_absolute_paths(config), weights, read, student_path, keep)
 
         for block, result in _run_blocks(make_actor, blocks, cluster):
             if block.work == "trajectory":

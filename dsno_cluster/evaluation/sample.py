@@ -36,52 +36,76 @@ class Refinement:
     teacher: str | None = None
 
 
-def sample_to_file(
-    checkpoint: str,
-    out: str,
-    num: int,
-    seed: int,
-    batch_size: int,
-    endpoint_url: str | None = None,
-    *,
-    precision: str = "float32",
-    compile: bool = False,
-    refinement: Refinement | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Drawing:
+    """What images are drawn from: a student, how it computes, and whether its teacher finishes them."""
+
+    checkpoint: str
+    endpoint_url: str | None = None
+    precision: str = "float32"
+    compile: bool = False
+    refinement: Refinement | None = None
+
+
+@dataclass(frozen=True)
+class OpenDrawing:
+    """A loaded student on `device`; `draw` gives images (N, C, H, W) in [-1, 1] from noise and labels there."""
+
+    student: DSNO
+    device: torch.device
+    draw: Callable[[Tensor, Tensor | None], Tensor]
+
+
+def open_drawing(drawing: Drawing) -> OpenDrawing:
+    """Load the student. Raises UserError where there is none, or no teacher to refine with."""
+    student = load_student(
+        drawing.checkpoint, drawing.endpoint_url, precision=drawing.precision, compile=drawing.compile
+    )
+    device = compute_device()
+    student.to(device)
+    if drawing.refinement is None:
+        return OpenDrawing(student, device, student.sample)
+    refined = _refined(student, device, drawing.checkpoint, drawing.endpoint_url, drawing.refinement)
+    return OpenDrawing(student, device, refined)
+
+
+def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor, Tensor | None]:
+    """Images (N, C, H, W) of the given samples of `seed`, and their labels (N,) or None, on CPU."""
+    network = opened.student.network
+    shape = (network.channels, network.image_size, network.image_size)
+    noise = sample_noise(seed, indices, shape).to(opened.device)
+    labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
+    images = opened.draw(noise, None if labels is None else labels.to(opened.device))
+    return images.cpu(), labels
+
+
+def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: int) -> None:
     """Write `num` images to `out`: a grid (.png) or arrays `images` uint8 (N, C, H, W) and `labels` (.npz).
 
     Image i is a function of (seed, i) alone. Raises UserError where there is no student, or no teacher to refine with,
     and WorkError where the file cannot be written.
     """
-    student = load_student(checkpoint, endpoint_url, precision=precision, compile=compile)
-    device = compute_device()
-    student.to(device)
-    network = student.network
-    shape = (network.channels, network.image_size, network.image_size)
-    draw: Callable[[Tensor, Tensor | None], Tensor] = student.sample
-    if refinement is not None:
-        draw = _refined(student, device, checkpoint, endpoint_url, refinement)
-    labels = sample_labels(seed, range(num), network.num_classes) if network.num_classes else None
-    images, seconds = [], 0.0
+    opened = open_drawing(drawing)
+    parts, seconds = [], 0.0
     for start in range(0, num, batch_size):
-        part = slice(start, min(start + batch_size, num))
-        noise = sample_noise(seed, range(part.start, part.stop), shape).to(device)
         began = time.perf_counter()
-        images.append(draw(noise, None if labels is None else labels[part].to(device)).cpu())
+        parts.append(draw_images(opened, seed, range(start, min(start + batch_size, num))))
         seconds += time.perf_counter() - began
+    images = torch.cat([part[0] for part in parts])
+    labels = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
     path = Path(out)
     if out.endswith(".npz"):
         import io
 
         buffer = io.BytesIO()
-        pixels = to_uint8(torch.cat(images)).numpy()
+        pixels = to_uint8(images).numpy()
         if labels is None:
             np.savez(buffer, images=pixels)
         else:
             np.savez(buffer, images=pixels, labels=labels.numpy())
         data = buffer.getvalue()
     else:
-        data = grid_png(torch.cat(images), columns=max(1, round(num**0.5)))
+        data = grid_png(images, columns=max(1, round(num**0.5)))
     try:
         open_storage(str(path.parent)).write(path.name, data)
     except OSError as error:

@@ -1,0 +1,146 @@
+"""eval --watch: each checkpoint of a training, and each of its moving averages, evaluated once as they appear.
+
+What was measured stands in `<storage.root>/evaluation/<name>/history.json`, a row for each; metrics and pictures of each lie
+below it in `step-000001000-ema-0.999/`. `<storage.root>/students/<name>/best-<metric>` names the best step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+from dsno_cluster import console
+from dsno_cluster.config import Config
+from dsno_cluster.evaluation.evaluate import evaluate
+from dsno_cluster.models.weights import META, read_meta
+from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.training.publish import student_prefix
+from dsno_cluster.trajectories.shards import canonical_hash
+
+POLL_SECONDS = 20.0
+SAY_SECONDS = 600.0
+LOWER_IS_BETTER = ("fid", "kid", "trajectory_error")
+
+
+def watch(config: Config, actors: int | None = None, ray_address: str | None = None) -> dict[str, Any]:
+    """Evaluate every checkpoint of the config's student until that of its last training step; returns the history.
+
+    Ends with the training: call it again to go on, what is in the history is not measured again. Errors as `evaluate`.
+    """
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    where = f"{storage.url}/{student_prefix(config)}"
+    console.say(
+        f"evaluating each checkpoint below {where} up to step {config.training.steps}; the best by "
+        f"{config.evaluation.best_metric} is kept track of"
+    )
+    said = time.monotonic() - SAY_SECONDS
+    while True:
+        history = read_history(storage, config)
+        todo = [c for c in checkpoints(storage, config) if _key(config, c) not in _done(history)]
+        for checkpoint in todo:
+            history = _add(storage, config, _evaluated(config, checkpoint, actors, ray_address))
+        last = max((row["step"] for row in history["rows"]), default=-1)
+        if last >= config.training.steps:
+            break
+        if not todo and time.monotonic() - said > SAY_SECONDS:
+            console.say(f"waiting for a checkpoint after step {max(last, 0)} below {where}")
+            said = time.monotonic()
+        if not todo:
+            time.sleep(POLL_SECONDS)
+    best = history["best"]
+    if best is not None:
+        average = "" if best["ema_decay"] is None else f", average of decay {best['ema_decay']:g}"
+        console.say(f"best by {best['metric']}: {best['value']:.4g} at step {best['step']}{average}")
+    return history
+
+
+def checkpoints(storage: Storage, config: Config) -> list[dict[str, Any]]:
+    """Step, `ema_decay`, weights' sha256 and address of each student of the config's run, oldest first."""
+    prefix, found = student_prefix(config), []
+    names = sorted(
+        match[1]
+        for stat in storage.list(prefix)
+        if (match := re.fullmatch(rf"{re.escape(prefix)}(step-\d+)/{META}", stat.key))
+    )
+    for name in names:
+        address = f"{config.storage.root.rstrip('/')}/{prefix}{name}"
+        meta = read_meta(address, config.storage.endpoint_url)
+        averages = {meta.get("ema_decay"): meta["sha256"]}
+        averages |= {float(decay): sha256 for decay, sha256 in meta.get("averages", {}).items()}
+        found += [
+            {"step": meta["step"], "ema_decay": decay, "sha256": sha256, "address": address}
+            for decay, sha256 in averages.items()
+        ]
+    return found
+
+
+def read_history(storage: Storage, config: Config) -> dict[str, Any]:
+    """What was measured before: `rows`, oldest first, and the `best` of them or None."""
+    try:
+        return dict(json.loads(storage.read(_history_key(config))))
+    except MissingObject:
+        return {"rows": [], "best": None}
+
+
+def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The best row by a metric: step, average and value; None where no row has it."""
+    valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
+    if not valued:
+        return None
+    choose = min if metric in LOWER_IS_BETTER else max
+    row, value = choose(valued, key=lambda pair: pair[1])
+    return {"step": row["step"], "ema_decay": row["ema_decay"], "metric": metric, "value": value}
+
+
+def value_of(row: dict[str, Any], metric: str) -> float | None:
+    """A row's figure by the config's name of a metric: the F-score of precision and recall, the mean of the times' errors."""
+    value = row.get("f_score" if metric == "precision_recall" else metric)
+    if isinstance(value, dict):
+        return sum(value.values()) / len(value)
+    return value
+
+
+def _evaluated(
+    config: Config, checkpoint: dict[str, Any], actors: int | None, ray_address: str | None
+) -> dict[str, Any]:
+    """The history's row of a checkpoint."""
+    settings = config.evaluation.model_copy(update={"ema_decay": checkpoint["ema_decay"]})
+    average = "" if checkpoint["ema_decay"] is None else f"-ema-{checkpoint['ema_decay']:g}"
+    folder = f"evaluation/{config.name}/step-{checkpoint['step']:09d}{average}/"
+    metrics = evaluate(
+        config.model_copy(update={"evaluation": settings}), checkpoint["address"], actors, ray_address, folder
+    )
+    known = {key: checkpoint[key] for key in ("step", "ema_decay", "sha256")}
+    return known | {"evaluation": _settings_hash(config), "folder": folder} | metrics["student"]
+
+
+def _add(storage: Storage, config: Config, row: dict[str, Any]) -> dict[str, Any]:
+    """The history with a row more, written; the best step named beside the students."""
+    history = read_history(storage, config)
+    rows = sorted([*history["rows"], row], key=lambda r: (r["step"], str(r["ema_decay"])))
+    metric = config.evaluation.best_metric
+    best = best_of([r for r in rows if r["evaluation"] == row["evaluation"]], metric)
+    history = {"rows": rows, "best": best}
+    storage.write(_history_key(config), (json.dumps(history, indent=2) + "\n").encode())
+    if best is not None:
+        storage.write(f"{student_prefix(config)}best-{metric}", (f"step-{best['step']:09d}\n").encode())
+    return history
+
+
+def _done(history: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(row["sha256"], row["evaluation"]) for row in history["rows"]}
+
+
+def _key(config: Config, checkpoint: dict[str, Any]) -> tuple[str, str]:
+    return checkpoint["sha256"], _settings_hash(config)
+
+
+def _settings_hash(config: Config) -> str:
+    """A name for how the evaluation is set, but for what chooses among its results."""
+    return canonical_hash(config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"}))
+
+
+def _history_key(config: Config) -> str:
+    return f"evaluation/{config.name}/history.json"
