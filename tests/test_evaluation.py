@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch_fidelity
 from PIL import Image
 from tiny import DATA, TINY, dsno
 
 from dsno_cluster.data import load_digits
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.features import DIGITS, load_extractor
+from dsno_cluster.evaluation.features import DIGITS, Extractor, find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, merge, moments_of
 from dsno_cluster.images import to_uint8
 
 EXPECTED = safetensors.torch.load_file(DATA / "digits-features-expected.safetensors")
 
 
+def yardstick() -> Extractor:
+    return load_extractor(find_weights(DIGITS, "package:digits-features", None), ["64", "logits"])
+
+
 def test_yardstick_features_and_logits() -> None:
-    extractor = load_extractor(DIGITS, "package:digits-features", None)
+    extractor = yardstick()
     assert extractor.sha256 == "981af2fbed32a3c2cffad69420d35480a2c87f812018898b857ea6e7af2a5879"
     features, logits = extractor.network.of_float(EXPECTED["images"])
     assert torch.allclose(features, EXPECTED["features"], atol=1e-5)
@@ -33,53 +36,15 @@ def test_yardstick_features_and_logits() -> None:
 
 def test_yardstick_statistics_and_split() -> None:
     """The known distance of the 297 held-out digits, from float images and from 8-bit ones."""
-    extractor = load_extractor(DIGITS, "package:digits-features", None)
+    extractor = yardstick()
     train, held_out = load_digits()
     whole = moments_of(extractor.network.of_float(train.images)[0].numpy())
     assert np.allclose(whole.mean, EXPECTED["train_mu"].numpy(), atol=1e-4)
     assert np.allclose(whole.covariance, EXPECTED["train_sigma"].numpy(), atol=1e-4)
-    rounded = moments_of(extractor(to_uint8(held_out.images))["features"].numpy())
+    rounded = moments_of(extractor(to_uint8(held_out.images))["64"].numpy())
     assert frechet_distance(rounded.mean, rounded.covariance, whole.mean, whole.covariance) == pytest.approx(
         1.86, abs=0.02
     )
-
-
-def test_distance_is_torch_fidelitys_own() -> None:
-    """Our blocks, merged, against `calculate_metrics` on the same images with the same extractor."""
-    train, held_out = load_digits()
-    first, second = to_uint8(train.images), to_uint8(held_out.images)
-
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images: torch.Tensor) -> None:
-            self.images = images
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return self.images[index]
-
-    extractor = load_extractor(DIGITS, "package:digits-features", None)
-    weights = Path(__import__("dsno_cluster").__file__).parent / "assets/digits-features/weights.safetensors"
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(first),
-        input2=Images(second),
-        fid=True,
-        cuda=False,
-        verbose=False,
-        feature_extractor=DIGITS,
-        feature_extractor_weights_path=str(weights),
-        cache=False,
-        batch_size=50,
-    )["frechet_inception_distance"]
-    ours = []
-    for sizes in (1, 3, 10):  # however the images are split
-        parts = [
-            merge(moments_of(extractor(c)["features"].numpy()) for c in x.chunk(sizes))
-            for x in (first, second)
-        ]
-        ours.append(frechet_distance(parts[0].mean, parts[0].covariance, parts[1].mean, parts[1].covariance))
-    assert ours == pytest.approx([theirs] * 3, rel=1e-6)
 
 
 def test_moments_do_not_cancel_for_large_means() -> None:
@@ -96,14 +61,14 @@ def test_eight_bit_is_rounded_to_nearest_and_clamped() -> None:
 
 def test_weights_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not one of"):
-        load_extractor("inception", None, None)
+        find_weights("inception", None, None)
     with pytest.raises(UserError, match="missing"):
-        load_extractor(DIGITS, str(tmp_path / "none.safetensors"), None)
+        find_weights(DIGITS, str(tmp_path / "none.safetensors"), None)
     with pytest.raises(WorkError, match="sha256"):
-        load_extractor(DIGITS, "package:digits-features", "00")
+        find_weights(DIGITS, "package:digits-features", "00")
     (tmp_path / "inception.pth").write_bytes(b"pickle")
     with pytest.raises(UserError, match="weights_sha256"):
-        load_extractor("inception-v3-compat", str(tmp_path / "inception.pth"), None)
+        find_weights("inception-v3-compat", str(tmp_path / "inception.pth"), None)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +181,9 @@ raise SystemExit(main(["train-teacher", *{few!r}, "storage.root={tmp_path / "cut
 def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> None:
     """`eval` of the default config finds every row of the teacher measured already."""
     from dsno_cluster.config import load_config
-    from dsno_cluster.evaluation.evaluate import (
+    from dsno_cluster.evaluation.features import find_all_weights, readings
+    from dsno_cluster.evaluation.reference import find_real_data
+    from dsno_cluster.evaluation.teacher_rows import (
         comparison_spec,
         row_key,
         stored_teacher_rows,
@@ -224,13 +191,17 @@ def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> 
     )
     from dsno_cluster.storage import open_storage
 
-    config = load_config("configs/digits.yaml")
-    settings = config.evaluation
-    extractor = load_extractor(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
-    rows = stored_teacher_rows(config, open_storage(str(tmp_path)), comparison_spec(config, extractor))
-    assert [rows[row_key(source)]["evaluations"] for source in teacher_sources(config)] == [1, 4, 8, 18, 64]
-    other = load_config("configs/digits.yaml", ["evaluation.num_samples=1000"])
-    assert not stored_teacher_rows(other, open_storage(str(tmp_path)), comparison_spec(other, extractor))
+    storage = open_storage(str(tmp_path))
+
+    def rows_of(*words: str) -> list[int]:
+        config = load_config("configs/digits.yaml", words)
+        read, weights = readings(config.evaluation), find_all_weights(config.evaluation)
+        spec = comparison_spec(config, read, weights, find_real_data(config, storage, read, weights))
+        rows = stored_teacher_rows(config, storage, spec)
+        return [rows[row_key(s)]["evaluations"] for s in teacher_sources(config) if row_key(s) in rows]
+
+    assert rows_of() == [1, 4, 8, 18, 64]
+    assert rows_of("evaluation.num_samples=1000") == []
 
 
 def test_samples_finished_by_the_teacher(demo: tuple[Path, str, str], tmp_path: Path) -> None:

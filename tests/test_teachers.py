@@ -578,7 +578,7 @@ def test_evaluations_on_the_native_grid_are_counted(
     unet: Any, one: bool, guidance: float, tmp_path: Path
 ) -> None:
     """Where the last alpha is not set to one, the native grid has one more interval than steps."""
-    from dsno_cluster.evaluation.evaluate import evaluations_of, teacher_sources
+    from dsno_cluster.evaluation.teacher_rows import evaluations_of, teacher_sources
 
     path, _ = saved(unet, tmp_path, set_alpha_to_one=one, timestep_spacing="trailing")
     null = ["network.num_classes=4", "network.null_class=true"]

@@ -27,7 +27,7 @@ from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
-from dsno_cluster.evaluation.features import Reading, WeightsFile, find_all_weights, readings
+from dsno_cluster.evaluation.features import BATCH, Reading, WeightsFile, find_all_weights, readings
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import Collected, Reference, figures
 from dsno_cluster.evaluation.reference import RealData, find_real_data, finished_reference, warnings_of
@@ -293,6 +293,12 @@ def _held_out_row(
     return {"num_samples": collected.count} | found
 
 
+def _block_size(source: Source, batch_size: int) -> int:
+    """Images of a block. Those that are there already are extracted in the batches that torch-fidelity makes of them, so
+    that features are the same to the last bit however they are split."""
+    return -(-batch_size // BATCH) * BATCH if source.kind == "images" else batch_size
+
+
 def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:
     return [Block(work, source, start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -317,14 +323,13 @@ def _measure(
         counts, read = dict(counts), dict(read)
         counts[real.source] = real.images.count
         read[real.source] = {metric: every[metric] for metric in holds}
-    blocks = [
-        b for source, count in counts.items() for b in _blocks("features", source, count, settings.batch_size)
-    ]
+    sizes = {source: _block_size(source, settings.batch_size) for source in counts}
+    blocks = [b for source in counts for b in _blocks("features", source, counts[source], sizes[source])]
     if student_path is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
     # the dearest first, so that no actor is left alone with a long one at the end
     blocks.sort(key=lambda b: -b.source.steps)
-    collected = {source: Collected(count, settings.batch_size) for source, count in counts.items()}
+    collected = {source: Collected(count, sizes[source]) for source, count in counts.items()}
     errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
     shards: dict[int, Shard] = {}
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
