@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsno_cluster.diffusion.diffusers_folder import noise_levels, timesteps_at, unet2d_model
+from dsno_cluster.diffusion.teachers.diffusers_folder import noise_levels, timesteps_at, unet2d_model
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.temporal import FourierBasis, TemporalConv
 

@@ -13,8 +13,8 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.data import Split, load_digits
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-from dsno_cluster.diffusion.teachers import describe
 from dsno_cluster.errors import UserError
+from dsno_cluster.models.predictions import denoiser_meta
 from dsno_cluster.models.unet import UNet
 from dsno_cluster.models.weights import write_model
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
@@ -87,7 +87,7 @@ def train_teacher(config: Config, command: str) -> str:
                 _save_resume(resume, config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
 
     meta = {
-        "model": describe(network),
+        "model": denoiser_meta(network),
         "made_by": command,
         "seed": config.seed,
         "settings": settings.model_dump(mode="json"),
