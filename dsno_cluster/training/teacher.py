@@ -111,7 +111,7 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
     t_N = torch.rand(len(pick), generator=draw, dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=draw)
     alpha, sigma = (s.float()[:, None, None, None] for s in alpha_sigma(t_N))
-    predicted = unet(
+    predicted: Tensor = unet(
         alpha * x0 + sigma * noise,
         logsnr(t_N).float()[:, None],
         labels if config.network.num_classes else None,

@@ -52,7 +52,7 @@ def recognise(head: bytes) -> str:
 def published_settings(config: bytes, path: str) -> dict[str, Any]:
     """The YAML with its sections `data` and `model`; UserError names a switch that is not implemented."""
     try:
-        settings = parse_yaml(config.decode(), path)
+        settings: dict[str, Any] = parse_yaml(config.decode(), path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text: {error.reason}") from None
     for section in ("data", "model"):
