@@ -121,9 +121,8 @@ def test_what_no_actor_can_do_stops_at_once(tmp_path: Path) -> None:
     failed = dsno(*words)
     assert failed.returncode == 1, failed.stderr
     assert "cannot be written" in failed.stderr and "Traceback" not in failed.stderr
-    assert len(failed.stderr.splitlines()) == 2, (
-        failed.stderr
-    )  # what it was about to do, and why it could not
+    # what it was about to do, and why it could not
+    assert len(failed.stderr.splitlines()) == 2, failed.stderr
 
 
 def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(

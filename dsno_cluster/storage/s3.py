@@ -217,9 +217,8 @@ class S3Storage:
             try:
                 client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, **condition)
             except client.exceptions.ClientError:
-                if not (
-                    attempt > 1 and self._holds(key, data)
-                ):  # as in `write`: the answer may have been lost
+                # as in `write`: the answer may have been lost
+                if not (attempt > 1 and self._holds(key, data)):
                     raise
 
         try:
@@ -236,9 +235,8 @@ class S3Storage:
         return found is not None and found.size == len(data) and self.read(key) == data
 
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
-        self.delete(
-            prefix + [*files][-1]
-        )  # nothing under the old last object may be taken for whole meanwhile
+        # nothing under the old last object may be taken for whole meanwhile
+        self.delete(prefix + [*files][-1])
         for key, data in files.items():
             self.write(prefix + key, data)
 

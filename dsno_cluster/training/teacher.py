@@ -32,7 +32,7 @@ def train_teacher(config: Config, command: str) -> str:
         raise UserError("data.name: train-teacher needs real images; the data here is: digits")
     train, _ = load_digits()
     network, settings = config.network, config.teacher_training
-    if tuple(train.images.shape[1:]) != (network.channels, network.image_size, network.image_size):
+    if tuple(train.images.shape[1:]) != network.image_shape:
         raise UserError(
             f"network: digits are 1x8x8, the network is {network.channels}x{network.image_size}x{network.image_size}"
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def closed_form_teacher(path: str, options: dict[str, Any]) -> Teacher:
+    """The teacher of `closed-form:NAME`. Raises UserError for another name and for options that do not fit."""
     doors: dict[str, Callable[..., Teacher]] = {"gaussian": gaussian_teacher, "mixture": mixture_teacher}
     name = path.removeprefix("closed-form:")
     if name not in doors:

@@ -108,6 +108,7 @@ class Teacher:
 
 
 def is_distilled(num_steps: int | None) -> bool:
+    """Whether a model whose meta says `num_steps` knows no other levels than those steps."""
     return num_steps is not None and num_steps <= MOST_DISTILLED_STEPS
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, validate
@@ -17,10 +16,9 @@ from dsno_cluster.storage import open_storage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsno_cluster.models.unet import UNet
-
 
 def identity_of(path: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a checkpoint of ours, from its `meta.json`. Raises UserError where that is no teacher's."""
     model = meta["model"]
     if model["kind"] != KIND:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a teacher")
@@ -33,6 +31,10 @@ def identity_of(path: str, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def unet_info(path: str, identity: dict[str, Any], schedule: str | None) -> TeacherInfo:
+    """What is known of a U-Net teacher. `schedule` None: its own steps where it was distilled to few.
+
+    Raises UserError for an unknown schedule, and for native where the teacher names no steps of its own.
+    """
     network = validate(Network, identity["network"], f"{path}: its network")
     steps = identity.get("num_steps")
     schedule = schedule or ("native" if is_distilled(steps) else "continuous")
@@ -41,7 +43,7 @@ def unet_info(path: str, identity: dict[str, Any], schedule: str | None) -> Teac
     if schedule == "native" and steps is None:
         raise UserError(f"{path}: schedule native: its meta names no num_steps of its own; leave it out")
     null = network.num_classes if network.null_class else None
-    shape = (network.channels, network.image_size, network.image_size)
+    shape = network.image_shape
     if schedule == "continuous" or steps is None:
         return TeacherInfo(identity, shape, network.num_classes, null)
     grid = uniform_grid(steps)
@@ -87,40 +89,32 @@ def _only_checkpoint(path: str, endpoint_url: str | None) -> str:
 def load_unet_teacher(
     path: str, identity: dict[str, Any], weights: dict[str, Tensor], precision: str, schedule: str | None
 ) -> Teacher:
+    """The teacher of these weights, on CPU. `schedule`: native, continuous or None, as in `unet_info`."""
     import torch
 
+    from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
     from dsno_cluster.models.unet import UNet
 
     info = unet_info(path, identity, schedule)
     network = validate(Network, identity["network"], f"{path}: its network")
-    unet = UNet(network, out_channels=out_channels(identity["prediction"], network.channels))
+    dtype, prediction = getattr(torch, precision), identity["prediction"]
+    unet = UNet(network, out_channels=out_channels(prediction, network.channels))
     unet.load_state_dict(weights)
     unet.to(memory_format=torch.channels_last)
-    unet.eval().requires_grad_(False)
-    teacher = unet_teacher(unet, network, identity, precision=precision)
-    return replace(teacher, native=info.native, num_steps=info.num_steps)
-
-
-def unet_teacher(
-    unet: UNet,
-    network: Network,
-    identity: dict[str, Any],
-    *,
-    precision: str = "float32",
-) -> Teacher:
-    """A U-Net as a teacher; `identity["prediction"]` says what it predicts, v where it says nothing."""
-    import torch
-
-    from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-
-    dtype, prediction = getattr(torch, precision), identity.get("prediction", "v")
-    unet.to(dtype)
+    unet.eval().requires_grad_(False).to(dtype)
 
     def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
         alpha, sigma = (s.to(x.dtype)[:, None, None, None] for s in alpha_sigma(t_N))
         output = unet(x.to(dtype), logsnr(t_N).float()[:, None], labels)[:, 0].to(x.dtype)
         return clean_images(prediction, output, x, alpha, sigma)
 
-    null = network.num_classes if network.null_class else None
-    shape = (network.channels, network.image_size, network.image_size)
-    return Teacher(denoise, shape, network.num_classes, null, identity, unet)
+    return Teacher(
+        denoise,
+        network.image_shape,
+        network.num_classes,
+        info.null_class,
+        identity,
+        unet,
+        info.native,
+        info.num_steps,
+    )

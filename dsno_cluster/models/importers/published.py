@@ -70,10 +70,10 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def whole_number(settings: dict[str, Any], key: str, path: str, default: int | None = None) -> int:
+def whole_number(settings: dict[str, Any], key: str, path: str) -> int:
     """The whole number at `section.name` of the published YAML. Raises UserError where it is none."""
     section, name = key.split(".")
-    value = settings[section].get(name, default)
+    value = settings[section].get(name)
     if type(value) is not int or value < 0:
         raise UserError(f"{path}: {key} {value!r} is not a whole number of 0 or more")
     return value

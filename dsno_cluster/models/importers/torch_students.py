@@ -150,9 +150,8 @@ def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
     ema = saved.get("ema") if isinstance(saved, dict) else None
     if not isinstance(ema, dict) or not ema or not all(isinstance(v, torch.Tensor) for v in ema.values()):
         raise UserError(f"{where}: holds no tensors `ema`; it is not a published DSNO checkpoint")
-    tensors = {
-        str(name).removeprefix("module."): tensor for name, tensor in ema.items()
-    }  # as saved under DDP
+    # as saved under DDP
+    tensors = {str(name).removeprefix("module."): tensor for name, tensor in ema.items()}
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.layout != torch.strided:
             raise UserError(f"{where}: {name} is not a plain tensor")
