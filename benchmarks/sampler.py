@@ -46,9 +46,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--published", type=Path, metavar="DIR")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="default: all")
     parser.add_argument("--works", nargs="+", choices=("sample", "step"), default=("sample", "step"))
-    parser.add_argument(
-        "--memory-of", nargs=2, metavar=("CASE", "WORK"), help=argparse.SUPPRESS
-    )  # a process of ours
+    # a process of ours
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "WORK"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     config = load_config(options.config)
     network = config.network.model_copy(update={"channels": 3})  # the published network knows no other
@@ -144,7 +143,7 @@ def call_of(model: nn.Module, case: str, work: str, config: Config, batch: int) 
     """What is timed: a sample from noise, or a whole training step with Adam."""
     network, device = config.network, compute_device()
     generator = torch.Generator().manual_seed(2)
-    shape = (network.channels, network.image_size, network.image_size)
+    shape = network.image_shape
     noise = torch.randn(batch, *shape, generator=generator).to(device)
     labels = (torch.arange(batch) % network.num_classes).to(device) if network.num_classes else None
     levels = logsnr(torch.tensor(time_points("quadratic", 4))).float().to(device)

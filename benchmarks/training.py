@@ -211,7 +211,7 @@ def published_step(config: Config, network: nn.Module) -> Step:
 def data(config: Config, world: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """Noise, labels and states of one rank's batch."""
     network, count = config.network, config.training.batch_size // world
-    shape = (network.channels, network.image_size, network.image_size)
+    shape = network.image_shape
     draw = torch.Generator().manual_seed(3)
     labels = torch.arange(count) % network.num_classes if network.num_classes else None
     noise = torch.randn(count, *shape, generator=draw)

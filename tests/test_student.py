@@ -112,9 +112,8 @@ def test_a_finer_grid_keeps_the_curve_of_a_published_student(tmp_path: Path) -> 
     student = load_student(str(tmp_path / "s"))
     noise = torch.randn(2, 3, student.network.image_size, student.network.image_size)
     own = student.trajectory(noise)
-    assert torch.equal(
-        student.trajectory(noise, times=[0.25, 0.0]), own[:, [1, 3]]
-    )  # together with the others
+    # together with the others
+    assert torch.equal(student.trajectory(noise, times=[0.25, 0.0]), own[:, [1, 3]])
     finer = time_points("quadratic", 8)
     answers = student.trajectory(noise, times=finer)
     assert answers.shape[1] == 8 and bool(answers.isfinite().all())

@@ -229,9 +229,8 @@ def test_ranks_of_online_training_do_not_wait_for_a_rank_or_a_producer_that_is_g
         def producers(ranks: list[subprocess.Popen[str]] = ranks) -> list[psutil.Process]:
             found = []
             for process in psutil.Process(ranks[0].pid).children():
-                with contextlib.suppress(
-                    psutil.NoSuchProcess
-                ):  # others come and go; zombies are of this kind
+                # others come and go; zombies are of this kind
+                with contextlib.suppress(psutil.NoSuchProcess):
                     if "dsno_cluster.training.online" in process.cmdline() and process.children():
                         found.append(process)
             return found

@@ -32,9 +32,8 @@ END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
 STARTED, ENDED = "ray-started.json", "ray-ended.json"
-LONGEST_FOLDER = (
-    45  # of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
-)
+# of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
+LONGEST_FOLDER = 45
 # when we end Ray its tasks are done or given back: there is nothing to drain, and Slurm allows little time
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",

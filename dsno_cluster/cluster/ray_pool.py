@@ -23,9 +23,8 @@ from dsno_cluster.errors import StorageError, UserError, WorkError
 Task = TypeVar("Task", bound=Hashable)
 
 ATTEMPTS = 3  # a task that raised so often is given up
-DEATHS = (
-    6  # a task under which so many actors died: a machine may be killed now and then, a crash comes again
-)
+# a task under which so many actors died: a machine may be killed now and then, a crash comes again
+DEATHS = 6
 PROBES = 16  # so many tasks, spread over a long list, are tried first: where all of them fail alike, all others would
 POLL_SECONDS = 1.0
 SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
@@ -262,9 +261,8 @@ def run_pool(
                 continue
             refs = [*running, *starting]
             ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
-            if (
-                ready
-            ):  # all that are ready by now at once: with thousands of actors each look at them takes its time
+            # all that are ready by now at once: with thousands of actors each look at them takes its time
+            if ready:
                 ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             for ref in ready:
                 if ref in starting:

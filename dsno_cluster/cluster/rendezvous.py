@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +70,13 @@ def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
     return "127.0.0.1"
 
 
-@contextlib.contextmanager
-def held_ports(count: int, address: str = "") -> Iterator[list[int]]:
-    """Free TCP ports of this host, which no other call of this gives out as long as the context lasts."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind((address, 0))
-        yield [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
 def free_ports(count: int) -> list[int]:
     """Different free TCP ports of this host. Take them at once: nothing holds them."""
-    with held_ports(count) as ports:
-        return ports
+    with contextlib.ExitStack() as held:  # all at a time, so that none is given out twice
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("", 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 def tell(file: Path, **what: Any) -> None:
@@ -94,14 +84,14 @@ def tell(file: Path, **what: Any) -> None:
     write_json(file, what)
 
 
-def hear(file: Path, seconds: float = MEET_SECONDS) -> dict[str, Any]:
+def hear(file: Path) -> dict[str, Any]:
     """The note that another task leaves. Raises WorkError where it does not come."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + MEET_SECONDS
     while (note := read_json(file)) is None:
         if time.monotonic() > deadline:
             raise WorkError(
-                f"{file}: the first task did not write it within {seconds:g} s; it did not start, or run.dir is not a folder "
-                "that all nodes share"
+                f"{file}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir is not "
+                "a folder that all nodes share"
             )
         time.sleep(0.5)
         with contextlib.suppress(OSError):

@@ -39,8 +39,6 @@ from dsno_cluster.config import (
 )
 from dsno_cluster.errors import LOST_RANK, UserError
 
-KINDS = ("user", "work", "bug")  # of failures: the input, the work or its surroundings, the code
-
 
 @dataclass(frozen=True)
 class Run:
@@ -98,7 +96,10 @@ class Attempt:
         write_json(self.folder / f"{what}.json", {"time": time.time(), **values})
 
     def failure(self) -> dict[str, Any] | None:
-        """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason, rank}."""
+        """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason, rank, host}.
+
+        `kind`: user (the input), work (the work or its surroundings) or bug.
+        """
         said = [read_json(file) for file in self.folder.glob("failure-*.json")]
         found = [failure for failure in said if failure is not None]
         return min(found, key=lambda f: (str(f["reason"]).startswith(LOST_RANK), f["rank"]), default=None)
@@ -131,9 +132,8 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = jobs / f"{begin}{suffix}"
         try:
-            folder.mkdir(
-                parents=True, mode=0o700
-            )  # the environment that the profile sets stands in the script
+            # the environment that the profile sets stands in the script
+            folder.mkdir(parents=True, mode=0o700)
             break
         except FileExistsError:
             continue
@@ -153,9 +153,8 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
     if snapshot:
         package = Path(__file__).resolve().parent.parent
         shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    with contextlib.suppress(
-        OSError
-    ):  # a home folder that is full or read-only: the run is found by its path
+    # a home folder that is full or read-only: the run is found by its path
+    with contextlib.suppress(OSError):
         index().mkdir(parents=True, exist_ok=True)
         (index() / run.id).symlink_to(folder)
     return run

@@ -245,7 +245,9 @@ def _user() -> str:
 
 def _number(text: str) -> int:
     """The number of a column such as `64` or `64+`."""
-    return int(re.match(r"\d+", text)[0])  # type: ignore[index]
+    digits = re.match(r"\d+", text)
+    assert digits is not None, text
+    return int(digits[0])
 
 
 def _minutes(limit: str) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsno_cluster import console
+from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.cluster.runs import Run, all_runs, create_run
 from dsno_cluster.cluster.slurm import check_profile, cluster_name, controller_silence, refusal
 from dsno_cluster.cluster.task import StageTask
@@ -27,12 +28,8 @@ from dsno_cluster.config import Config, Profile, dump_config, with_absolute_path
 from dsno_cluster.errors import UserError, WorkError
 
 MOST_REQUEUES = 1000
-LEFT_OUT = (
-    "partition",
-    "account",
-    "qos",
-    "constraint",
-)  # keys of a profile for which sbatch has the user's own defaults
+# keys of a profile for which sbatch has the user's own defaults
+LEFT_OUT = ("partition", "account", "qos", "constraint")
 
 
 def choose_launcher(asked: str, nodes: int) -> str:
@@ -131,8 +128,6 @@ def submit_locally(task: StageTask, config: Config, profile: Profile, command_li
     import submitit
     import torch
 
-    from dsno_cluster.training.engine import free_port
-
     run = create_run(config, task.stage, profile, command_line, snapshot=False)
     executor = submitit.AutoExecutor(
         folder=run.folder / "submitit", cluster="local", local_max_num_timeout=MOST_REQUEUES
@@ -145,7 +140,7 @@ def submit_locally(task: StageTask, config: Config, profile: Profile, command_li
         timeout_min=30 * 24 * 60,
     )
     # submitit's ranks find each other on this machine at a port that is free now
-    os.environ["MASTER_PORT"] = str(free_port())
+    os.environ["MASTER_PORT"] = str(free_ports(1)[0])
     # submitit's controller of local jobs inherits standard error, and ends with a traceback when it is cancelled
     with _standard_error_into(run.folder / "batch.log"), _own_sessions():
         job = executor.submit(task_in(run, task))
@@ -206,8 +201,8 @@ def _slurm_executor(folder: Path, config: Config, stage: str, profile: Profile, 
         "nodes": profile.nodes,
         "ntasks_per_node": profile.tasks_per_node,
         "cpus_per_task": profile.cpus_per_task,
-        "gpus_per_node": profile.gpus_per_node
-        or None,  # a cluster without GPUs refuses even a request for none
+        # a cluster without GPUs refuses even a request for none
+        "gpus_per_node": profile.gpus_per_node or None,
         "mem": f"{profile.mem_gb}GB",
         "time": profile.time_minutes,
         "partition": profile.partition,

@@ -106,9 +106,8 @@ def find_file(path: str, folder: str) -> Path:
     if here.is_dir():
         raise UserError(f"{path} is a folder; name a YAML file")
     package = Path(str(resources.files("dsno_cluster")))
-    roots = (
-        [package, package.parent] if here.parts[:1] == (folder,) else []
-    )  # an installed wheel, or a checkout
+    # an installed wheel, or a checkout
+    roots = [package, package.parent] if here.parts[:1] == (folder,) else []
     for root in roots:
         if (root / path).is_file():
             return root / path

@@ -26,6 +26,11 @@ class Network(Strict):
     dropout: BelowOne = 0.0
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def class_slots(self) -> int:
         return self.num_classes + int(self.null_class)
 

@@ -86,7 +86,7 @@ def grid_points(
     which are given as a sequence. Raises ValueError as `solve`.
     """
     if grid == "auto":
-        grid = "fine-end" if solver == "abm3" else "uniform"
+        grid = usual_grid(solver)
     if isinstance(grid, str):
         return make_grid(grid, times, steps)
     points = [float(t) for t in grid]
@@ -102,6 +102,11 @@ def grid_points(
                 f"time {t} is not on the grid of {len(points) - 1} steps; the nearest there is {near}"
             )
     return points
+
+
+def usual_grid(solver: str) -> str:
+    """The grid that `auto` stands for, for a teacher without steps of its own."""
+    return "fine-end" if solver == "abm3" else "uniform"
 
 
 def count_evaluations(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsno_cluster.diffusion.diffusers_folder import noise_levels, timesteps_at, unet2d_model
+from dsno_cluster.diffusion.teachers.diffusers_folder import noise_levels, timesteps_at, unet2d_model
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.temporal import FourierBasis, TemporalConv
 
@@ -59,7 +59,7 @@ class DiffusersBackbone(nn.Module):
         for module in self.unet.modules():
             if isinstance(module, _BlockTemporal):
                 module.basis = last_basis if last_basis is not None and module in last else basis
-        output = self.unet(x_BCHW, timestep_B, labels_B, return_dict=False)[0]
+        output: Tensor = self.unet(x_BCHW, timestep_B, labels_B, return_dict=False)[0]
         return output.reshape(count, -1, *output.shape[1:])
 
 
@@ -71,7 +71,9 @@ class _BlockTemporal(TemporalConv):
 
 def _after_block(block: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
     temporal = block.temporal
-    return temporal(hidden, temporal.basis)  # type: ignore[operator,union-attr]
+    assert isinstance(temporal, _BlockTemporal)
+    mixed: Tensor = temporal(hidden, temporal.basis)
+    return mixed
 
 
 def _add_temporal(unet: Any, modes: int, init: str) -> None:

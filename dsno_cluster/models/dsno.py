@@ -167,6 +167,7 @@ class DSNO(nn.Module):
         labels = self._checked(labels, len(noise))
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 where the whole network is
         half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None
+        output: Tensor
         with half or contextlib.nullcontext():
             if self.form.operator == "series":
                 output = self.backbone(x, _levels((1.0,), device), labels)

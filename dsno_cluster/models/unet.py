@@ -34,8 +34,9 @@ def scaled_uniform_(weight: Tensor, scale: float = 1.0) -> None:
 
 def _conv(c_in: int, c_out: int, kernel: int, scale: float = 1.0) -> nn.Conv2d:
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+    assert conv.bias is not None
     scaled_uniform_(conv.weight.data, scale)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -89,7 +90,8 @@ class ResidualBlock(nn.Module):
         h, skip = (repeat(y, len(embedding_BE)) for y in (self.norm_out(self.conv_in(h)), self.skip(x_BCHW)))
         scale, shift = self.film(embedding_BE)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(h * (scale + 1.0) + shift)
-        return skip + self.conv_out(self.dropout(h))
+        change: Tensor = self.conv_out(self.dropout(h))
+        return skip + change
 
 
 def repeat(x_NCHW: Tensor, batch: int) -> Tensor:
@@ -117,7 +119,8 @@ class Attention(nn.Module):
         )
         h_BhLd = F.scaled_dot_product_attention(*qkv_BLhD.transpose(1, 2).chunk(3, dim=-1))
         h_BHWC = h_BhLd.transpose(1, 2).reshape(batch, height, width, channels)
-        return x_BCHW + self.out(h_BHWC.permute(0, 3, 1, 2))
+        change: Tensor = self.out(h_BHWC.permute(0, 3, 1, 2))
+        return x_BCHW + change
 
 
 class Stage(nn.Module):
@@ -132,10 +135,12 @@ class Stage(nn.Module):
         self.temporal = TemporalConv(c_out, modes, init) if modes else None
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor, basis: FourierBasis | None) -> Tensor:
-        h = self.residual(x_BCHW, embedding_BE)
+        h: Tensor = self.residual(x_BCHW, embedding_BE)
         if self.attention is not None:
             h = self.attention(h)
-        return h if self.temporal is None else self.temporal(h, basis)
+        if self.temporal is not None:
+            h = self.temporal(h, basis)
+        return h
 
 
 class Level(nn.Module):
@@ -230,19 +235,22 @@ class UNet(nn.Module):
         h = self.conv_in(x_NCHW.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for level in self.down:
-            for block in level.blocks:  # type: ignore[union-attr]
+            assert isinstance(level, Level)
+            for block in level.blocks:
                 h = block(h, e, basis)
                 skips.append(h)
             if level.resample is not None:
-                h = level.resample(h, e)  # type: ignore[operator]
+                h = level.resample(h, e)
                 skips.append(h)
         h = self.middle_out(self.middle_in(h, e, basis), e)
-        last_block = self.up[-1].blocks[-1]  # type: ignore[index]
+        last_level = self.up[-1]
         for level in self.up:
-            for block in level.blocks:  # type: ignore[union-attr]
-                wanted = last_basis if block is last_block and last_basis is not None else basis
+            assert isinstance(level, Level)
+            for block in level.blocks:
+                last_block = level is last_level and block is level.blocks[-1]
+                wanted = last_basis if last_block and last_basis is not None else basis
                 h = block(torch.cat([h, repeat(skips.pop(), len(e))], dim=1), e, wanted)
             if level.resample is not None:
-                h = level.resample(h, e)  # type: ignore[operator]
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return h.reshape(count, -1, *h.shape[1:])
+                h = level.resample(h, e)
+        output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return output.reshape(count, -1, *output.shape[1:])

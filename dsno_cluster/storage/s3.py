@@ -217,9 +217,8 @@ class S3Storage:
             try:
                 client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, **condition)
             except client.exceptions.ClientError:
-                if not (
-                    attempt > 1 and self._holds(key, data)
-                ):  # as in `write`: the answer may have been lost
+                # as in `write`: the answer may have been lost
+                if not (attempt > 1 and self._holds(key, data)):
                     raise
 
         try:
@@ -228,7 +227,7 @@ class S3Storage:
             self._try("put", key, complete)
         except BaseException:
             with contextlib.suppress(WorkError):  # what failed is what must be told; `tidy` comes again
-                self._try("abort", key, lambda attempt: client.abort_multipart_upload(**target))
+                self._abort(key, target)
             raise
 
     def _holds(self, key: str, data: bytes) -> bool:
@@ -236,9 +235,8 @@ class S3Storage:
         return found is not None and found.size == len(data) and self.read(key) == data
 
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
-        self.delete(
-            prefix + [*files][-1]
-        )  # nothing under the old last object may be taken for whole meanwhile
+        # nothing under the old last object may be taken for whole meanwhile
+        self.delete(prefix + [*files][-1])
         for key, data in files.items():
             self.write(prefix + key, data)
 
@@ -274,21 +272,19 @@ class S3Storage:
         self._bucket_is_there = True
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        token: dict[str, str] = {}
+        asked = {"Bucket": self.bucket, "Prefix": self._name(prefix)}
+
+        def next_page(attempt: int) -> Any:
+            return self._client.list_objects_v2(**asked)
+
         while True:
-            page = self._try(
-                "list",
-                prefix,
-                lambda attempt, token=token: self._client.list_objects_v2(  # type: ignore[misc]
-                    Bucket=self.bucket, Prefix=self._name(prefix), **token
-                ),
-            )
+            page = self._try("list", prefix, next_page)
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")
                 yield Stat(key, item["Size"], item["ETag"])
             if not page.get("IsTruncated"):
                 return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
         self._try(
@@ -303,12 +299,12 @@ class S3Storage:
 
         for upload in self._try("list uploads", prefix, unfinished).get("Uploads", []):
             if datetime.now(UTC) - upload["Initiated"] > STALE:
-                target = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                self._try(
-                    "abort",
-                    prefix,
-                    lambda attempt, target=target: self._client.abort_multipart_upload(**target),  # type: ignore[misc]
+                self._abort(
+                    prefix, {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 )
+
+    def _abort(self, key: str, upload: dict[str, str]) -> None:
+        self._try("abort", key, lambda attempt: self._client.abort_multipart_upload(**upload))
 
 
 def _sha256(data: bytes) -> str:

@@ -30,12 +30,12 @@ def l2(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted - target).square().mean(dim=(0, 2, 3, 4))
 
 
-def pseudo_huber(predicted: Tensor, target: Tensor, c_per_root_dim: float = 0.03) -> Tensor:
+def pseudo_huber(predicted: Tensor, target: Tensor) -> Tensor:
     """sqrt(d^2 + c^2) - c per pixel, meaned, (M,): square near 0, absolute far from it.
 
     Pixelwise form of Song & Dhariwal 2023, with c = 0.03 (their 0.00054 sqrt(dim) at CIFAR-10's size).
     """
-    c = c_per_root_dim
+    c = 0.03
     return (((predicted - target).square() + c * c).sqrt() - c).mean(dim=(0, 2, 3, 4))
 
 

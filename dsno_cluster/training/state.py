@@ -81,8 +81,11 @@ def _of_stage_0(optimizer: Any, master: Tensor, *, share: bool) -> Fragment:
     return Fragment(start, stop - start, {k: tensor.view(-1)[start:stop] for k, tensor in whole.items()})
 
 
-def _of_stage_1_and_2(optimizer: Any, parameter: nn.Parameter) -> Fragment:
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+# Parameters are Any where DeepSpeed has given them attributes of its own.
+
+
+def _of_stage_1_and_2(optimizer: Any, parameter: Any) -> Fragment:
+    mapping = parameter._hp_mapping
     if mapping is None:
         nothing = torch.empty(0, device=optimizer.single_partition_of_fp32_groups[0].device)
         return Fragment(0, 0, dict.fromkeys((MASTER, *MOMENTS), nothing))
@@ -91,9 +94,9 @@ def _of_stage_1_and_2(optimizer: Any, parameter: nn.Parameter) -> Fragment:
     return _cut(optimizer, flat, here.start, mapping.lp_fragment_address.start, here.numel)
 
 
-def _of_stage_3(optimizer: Any, parameter: nn.Parameter) -> Fragment:
+def _of_stage_3(optimizer: Any, parameter: Any) -> Fragment:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    numel = int(parameter.ds_numel)  # type: ignore[attr-defined]
+    numel = int(parameter.ds_numel)
     start = min(size * dist.get_rank(), numel)  # the last partitions are padded, or padding alone
     return _cut(
         optimizer, optimizer.fp32_partitioned_groups_flat[group], offset, start, min(size, numel - start)
@@ -115,7 +118,8 @@ def _replicated_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def optimizer_steps(engine: Any) -> int:

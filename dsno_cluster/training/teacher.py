@@ -13,8 +13,8 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.data import Split, load_digits
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-from dsno_cluster.diffusion.teachers import describe
 from dsno_cluster.errors import UserError
+from dsno_cluster.models.predictions import denoiser_meta
 from dsno_cluster.models.unet import UNet
 from dsno_cluster.models.weights import write_model
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
@@ -32,7 +32,7 @@ def train_teacher(config: Config, command: str) -> str:
         raise UserError("data.name: train-teacher needs real images; the data here is: digits")
     train, _ = load_digits()
     network, settings = config.network, config.teacher_training
-    if tuple(train.images.shape[1:]) != (network.channels, network.image_size, network.image_size):
+    if tuple(train.images.shape[1:]) != network.image_shape:
         raise UserError(
             f"network: digits are 1x8x8, the network is {network.channels}x{network.image_size}x{network.image_size}"
         )
@@ -87,7 +87,7 @@ def train_teacher(config: Config, command: str) -> str:
                 _save_resume(resume, config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
 
     meta = {
-        "model": describe(network),
+        "model": denoiser_meta(network),
         "made_by": command,
         "seed": config.seed,
         "settings": settings.model_dump(mode="json"),
@@ -111,7 +111,7 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
     t_N = torch.rand(len(pick), generator=draw, dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=draw)
     alpha, sigma = (s.float()[:, None, None, None] for s in alpha_sigma(t_N))
-    predicted = unet(
+    predicted: Tensor = unet(
         alpha * x0 + sigma * noise,
         logsnr(t_N).float()[:, None],
         labels if config.network.num_classes else None,

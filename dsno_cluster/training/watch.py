@@ -29,6 +29,7 @@ from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.reader import Batch
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash
 
+NAMED = 8  # samples and shards of a bad batch
 SETTLED = 50  # steps that a time point was seen in, before its running mean tells what is normal
 
 
@@ -97,7 +98,7 @@ class HeldOut:
     def __init__(self, config: Config, student: DSNO, manifest: Manifest, device: torch.device) -> None:
         self.student = student.eval().requires_grad_(False).to(device)
         count, network = config.training.heldout_samples, config.network
-        shape = (network.channels, network.image_size, network.image_size)
+        shape = network.image_shape
         seed, indices = config.evaluation.seed, range(count)
         self.noise = sample_noise(seed, indices, shape).to(device)
         self.labels = (
@@ -169,10 +170,10 @@ class DivergenceWatch:
         return None
 
 
-def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks, most: int = 8) -> str:
+def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -> str:
     """Samples and shards of a step's global batch; those whose states are not finite alone, if any. Collective.
 
-    In words that fit a line: the first `most` of each.
+    In words that fit a line: the first `NAMED` of each.
     """
     indices = torch.cat([torch.from_numpy(batch.indices) for batch in batches])
     finite = torch.cat([batch.states.isfinite().flatten(1).all(1) for batch in batches])
@@ -186,8 +187,8 @@ def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks, m
     numbers = sorted({i // per_shard for i in samples.tolist()})
 
     def some(items: Sequence[Any]) -> str:
-        more = f" and {len(items) - most} more" if len(items) > most else ""
-        return ", ".join(map(str, items[:most])) + more
+        more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+        return ", ".join(map(str, items[:NAMED])) + more
 
     what = "states that are not finite, " if broken.any() else ""
     return (

@@ -13,7 +13,7 @@ import numpy as np
 from dsno_cluster import console
 from dsno_cluster.errors import UserError
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.shards import MANIFEST, Manifest, Shard, read_manifest, read_shard
+from dsno_cluster.trajectories.shards import Manifest, Shard, open_data_set, read_shard
 
 PICTURED = 8
 
@@ -27,14 +27,7 @@ def inspect(
     the samples read. `picture` is the .png to write: a row a trajectory, from noise to image. Raises UserError
     where there is no manifest and WorkError for a shard whose bytes are not those of the manifest.
     """
-    url = address.removesuffix(MANIFEST).rstrip("/") or "."
-    storage = open_storage(url, endpoint_url)
-    found = read_manifest(storage, "")
-    if found is None:
-        raise UserError(
-            f"{address}: no {MANIFEST} here; an unfinished data set has none: gen-trajectories finishes it"
-        )
-    manifest = found[0]
+    storage, manifest = open_data_set(address, endpoint_url)
     if "times" not in manifest.spec:
         raise UserError(f"{address}: holds samples, not trajectories")
     chosen = _spread(manifest.shards, num_shards)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
-from dsno_cluster.diffusion.solvers import count_evaluations, grid_points
+from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
 from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
 from dsno_cluster.errors import UserError
 from dsno_cluster.trajectories.shards import canonical_hash
@@ -323,11 +323,9 @@ def check_planned(config: Config, plan: Plan, teacher: Teacher) -> None:
 
 
 def grid_name(config: Config) -> str:
-    """The grid that `auto` stands for, for a teacher without steps of its own."""
+    """The config's grid for a teacher without steps of its own."""
     settings = config.trajectories
-    if settings.grid != "auto":
-        return settings.grid
-    return "fine-end" if settings.solver == "abm3" else "uniform"
+    return usual_grid(settings.solver) if settings.grid == "auto" else settings.grid
 
 
 def trajectory_spec(config: Config, teacher: TeacherInfo | Teacher) -> dict[str, Any]:
@@ -335,7 +333,7 @@ def trajectory_spec(config: Config, teacher: TeacherInfo | Teacher) -> dict[str,
     settings, network = config.trajectories, config.network
     native = own_steps(config, teacher)
     named = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
-    shape = (network.channels, network.image_size, network.image_size)
+    shape = network.image_shape
     return {
         "format_version": FORMAT_VERSION,
         "teacher": teacher.identity,

@@ -277,7 +277,7 @@ def cached_shard(
             fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.suppress(OSError, ValueError):  # not there, cut short, or evicted this moment
                 data = np.memmap(path, np.uint8, "r")
-                if trusted or problem_of(memoryview(data), shard) is None:  # type: ignore[arg-type]
+                if trusted or problem_of(data.data, shard) is None:
                     os.utime(path)
                     return data
             cache.write(name, read_shard_bytes(storage, folder, shard))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage
+from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,6 +184,20 @@ def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
         raise UserError(f"{where}: not a manifest ({type(error).__name__}: {error})") from None
 
 
+def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Manifest]:
+    """The storage and manifest of the data set at a folder, an S3 address or its manifest.
+
+    Raises UserError where there is no manifest, and as `read_manifest`.
+    """
+    storage = open_storage(address.removesuffix(MANIFEST).rstrip("/") or ".", endpoint_url)
+    found = read_manifest(storage, "")
+    if found is None:
+        raise UserError(
+            f"{address}: no {MANIFEST} here; an unfinished data set has none: gen-trajectories finishes it"
+        )
+    return storage, found[0]
+
+
 def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
     """Put the manifest, last. A longer one of the same spec replaces a shorter one, never the other way.
 
@@ -290,7 +304,7 @@ def manifest_problems(manifest: Manifest) -> list[str]:
     return problems if manifest.shards else ["the manifest names no shard"]
 
 
-def problem_of(data: bytes, shard: Shard) -> str | None:
+def problem_of(data: bytes | memoryview, shard: Shard) -> str | None:
     """What is wrong with a shard's bytes, or None."""
     if len(data) != shard.size:
         return f"has {len(data)} bytes, the manifest says {shard.size}"

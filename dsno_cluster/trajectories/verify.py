@@ -7,15 +7,13 @@ import re
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.errors import UserError
-from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
     Manifest,
     canonical_hash,
     find_bad_shards,
     manifest_problems,
-    read_manifest,
+    open_data_set,
 )
 
 
@@ -25,15 +23,8 @@ def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
     A folder may be copied and renamed, but one that is named by a spec's hash must hold that spec.
     Raises UserError where there is no manifest.
     """
-    url = address.removesuffix(MANIFEST).rstrip("/") or "."
-    storage = open_storage(url, endpoint_url)
-    found = read_manifest(storage, "")
-    if found is None:
-        raise UserError(
-            f"{address}: no {MANIFEST} here; an unfinished data set has none: gen-trajectories finishes it"
-        )
-    manifest = found[0]
-    problems = _wrong_name(url, manifest) + manifest_problems(manifest)
+    storage, manifest = open_data_set(address, endpoint_url)
+    problems = _wrong_name(storage.url, manifest) + manifest_problems(manifest)
     with console.progress("verifying", len(manifest.shards), "shards") as advance:
         for shard, problem in find_bad_shards(storage, "", manifest):
             problems += [f"{shard.key} {problem}"] if problem else []

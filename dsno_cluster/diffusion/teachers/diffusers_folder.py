@@ -16,16 +16,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers import (
-    PRECISIONS,
-    NativeGrid,
-    Shape,
-    Teacher,
-    TeacherInfo,
-    clean_images,
-    with_last_layer_of_x0,
-)
+from dsno_cluster.diffusion.teachers.teacher import PRECISIONS, NativeGrid, Shape, Teacher, TeacherInfo
 from dsno_cluster.errors import UserError
+from dsno_cluster.models.predictions import clean_images, with_last_layer_of_x0
 from dsno_cluster.models.weights import split_path
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 

@@ -1,0 +1,52 @@
+"""The door: a published checkpoint, of either kind, as a model folder of ours."""
+
+from __future__ import annotations
+
+import hashlib
+
+import yaml
+
+from dsno_cluster.config import parse_yaml
+from dsno_cluster.errors import UserError
+from dsno_cluster.models.importers.flax_teachers import read_published_teacher
+from dsno_cluster.models.importers.published import recognise
+from dsno_cluster.models.importers.torch_students import read_published_student
+from dsno_cluster.models.weights import split_path, write_model
+from dsno_cluster.storage import MissingObject, open_storage
+
+
+def import_weights(
+    src: str, published_yaml: str, out_dir: str, endpoint_url: str | None = None, command: str = ""
+) -> str:
+    """Write the published student or teacher at `src`, told apart by its first bytes, as the model folder `out_dir`.
+
+    `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Returns what it was, "student" or "teacher".
+    Raises UserError for a file of another kind, a switch that is not implemented, and tensors that are missing,
+    surplus or misshapen, by name.
+    """
+    data, text = read_object(src, endpoint_url), read_object(published_yaml, endpoint_url)
+    student = recognise(data[:4]) == "torch"
+    read = read_published_student if student else read_published_teacher
+    published = read(data, src, text, published_yaml)
+    meta = {
+        "model": published.model,
+        "made_by": command or "dsno_cluster.models.importers.import_weights",
+        "imported": {
+            "file": src.rstrip("/").rpartition("/")[2],
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "config": parse_yaml(text.decode(), published_yaml),
+        },
+    }
+    config = yaml.safe_dump({"network": published.model["network"]}, sort_keys=False)
+    parent, name = split_path(out_dir)
+    write_model(open_storage(parent, endpoint_url), f"{name}/", published.weights, config, meta)
+    return "student" if student else "teacher"
+
+
+def read_object(path: str, endpoint_url: str | None) -> bytes:
+    """The bytes at a path or S3 address. Raises UserError where there is no such file."""
+    parent, name = split_path(path)
+    try:
+        return open_storage(parent, endpoint_url).read(name)
+    except MissingObject:
+        raise UserError(f"{path}: no such file") from None

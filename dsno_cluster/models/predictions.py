@@ -1,0 +1,57 @@
+"""What a denoising U-Net predicts, how that gives clean images, and what `meta.json` says of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dsno_cluster.config import Network
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+PREDICTIONS = ("x", "eps", "v", "both")
+KIND = "denoiser"  # in `meta.json`
+
+
+def out_channels(prediction: str, channels: int) -> int:
+    """Channels of the last layer: twice the image's where the network predicts both x0 and eps."""
+    return 2 * channels if prediction == "both" else channels
+
+
+def clean_images(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x0 from a network's output; `alpha` and `sigma` broadcast over the images.
+
+    v = alpha eps - sigma x0. `both` (Salimans & Ho 2022, section 4) is 2C channels, x0 then eps, weighted
+    sigma^2 and alpha^2: sigma^2 x0 + alpha^2 (x - sigma eps) / alpha.
+    """
+    if prediction == "x":
+        return output
+    if prediction == "v":
+        return alpha * x - sigma * output
+    if prediction == "eps":
+        return (x - sigma * output) / alpha
+    direct, eps = output.chunk(2, dim=1)
+    return sigma**2 * direct + alpha * (x - sigma * eps)
+
+
+def with_last_layer_of_x0(
+    weights: dict[str, Tensor], last_layer: str, prediction: str, channels: int
+) -> dict[str, Tensor]:
+    """The weights with the last layer, named `last_layer`, turned to give x0 at t=1; without it for eps."""
+    last = {name: tensor for name, tensor in weights.items() if name.startswith(last_layer)}
+    others = {name: tensor for name, tensor in weights.items() if name not in last}
+    if prediction == "eps":
+        return others
+    sign = -1 if prediction == "v" else 1
+    return others | {name: sign * tensor[:channels] for name, tensor in last.items()}
+
+
+def denoiser_meta(network: Network, prediction: str = "v") -> dict[str, Any]:
+    """What `meta.json` says under `model` of a U-Net teacher; `prediction` is x, eps, v or both."""
+    return {
+        "kind": KIND,
+        "network": network.model_dump(mode="json"),
+        "prediction": prediction,
+        "schedule": "cosine",
+    }
