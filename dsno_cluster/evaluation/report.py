@@ -87,6 +87,7 @@ def page(files: RunFiles, config_words: str, written: str) -> str:
         tag("a", "Skip to the figures", class_="skip", href="#figures"),
         tag(
             "header",
+            tag("p", "dsno-cluster report", class_="eyebrow"),
             tag("h1", name),
             tag("p", introduction(files)),
             _tiles(files),
@@ -128,7 +129,7 @@ def _tiles(files: RunFiles) -> Markup | None:
     affordable = [row for row in rows if row["evaluations"] <= max(1, round(cost))]
     if affordable:
         rival = affordable[-1]
-        shown.append(("Teacher at that cost or less", rival, _evaluations(rival)))
+        shown.append(("Teacher at about that cost", rival, _evaluations(rival)))
     made = next((row for row in rows if row["evaluations"] == files.size.evaluations_per_sample), None)
     if made is not None:
         shown.append(("Teacher, as in the trajectories", made, _evaluations(made)))
@@ -154,7 +155,7 @@ def _evaluations(row: dict[str, Any]) -> str:
 
 def _figures(files: RunFiles, words: str) -> Markup:
     warnings = [*warnings_of(files), *differences(files)]
-    note = parts.note("Before these figures are used", warnings) if warnings else None
+    note = parts.note("To keep in mind", warnings) if warnings else None
     metrics = files.metrics
     if metrics is None:
         return together(note, parts.missing("Not evaluated yet", f"dsno-cluster eval {words}"))
@@ -210,10 +211,9 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
     errors = (files.metrics or {}).get("student", {}).get("trajectory_error")
     table = None
     if errors:
-        count = files.config.evaluation.trajectory_samples
         table = parts.table(
-            f"Relative error of the evaluated student against the teacher's trajectories, {count:,} held-out noises",
-            ["time", *(f"t = {float(t):.3g}" for t in errors)],
+            "Relative error of the evaluated student against the teacher's trajectories, on held-out noise",
+            ["time", *(f"t\u00a0=\u00a0{float(t):.4g}" for t in errors)],
             [["relative error", *(number_3(error) for error in errors.values())]],
         )
     chart = heldout_chart(files.curve, files.config.trajectories.time_points)
@@ -251,14 +251,14 @@ def _history(files: RunFiles, words: str) -> Markup:
     if metrics is not None:
         rows = [r for r in metrics["teacher_rows"] if r.get(key) is not None]
         made = next((r for r in rows if r["evaluations"] == files.size.evaluations_per_sample), None)
-        level = (f"teacher, {made['evaluations']}", made[key]) if made else None
+        level = (f"teacher, {made['evaluations']} NFE", made[key]) if made else None
     chart = history_chart(history, figure, level)
     return parts.chart_figure(chart) if chart is not None else missing
 
 
 def _settings(files: RunFiles) -> Markup:
-    groups = settings_of(files)
-    return together(*(parts.facts(title, rows) for title, rows in groups))
+    spec, *others = (parts.facts(title, rows) for title, rows in settings_of(files))
+    return together(spec, tag("details", tag("summary", "Student, training and evaluation"), *others))
 
 
 def _reproduce(files: RunFiles) -> Markup:

@@ -78,7 +78,7 @@ def heldout_chart(curve: Sequence[dict[str, Any]], times: Sequence[float]) -> Ch
     for i, time in enumerate(times):
         points = _points(curve, "step", lambda line, i=i: (line.get(key) or [])[i : i + 1])
         if points:
-            series.append(Series(f"t = {time:.3g}", points, i))
+            series.append(Series(f"t = {time:.4g}", points, i))
     if not series:
         return None
     last = "; ".join(f"{s.name}: {number_3(s.points[-1][1])}" for s in series)
