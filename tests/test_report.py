@@ -131,6 +131,30 @@ def test_says_what_was_measured(whole: Path) -> None:
     assert config == load_config("configs/digits.yaml", [f"storage.root={whole}"])
 
 
+def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
+    """What `eval --watch` writes: no metrics.json but those of the checkpoints, rows of several settings."""
+    past = history()
+    for row in past["rows"]:
+        row |= {"evaluation": "now", "trajectory_error": {"0.25": 0.1, "0.0": 30 / row["step"]}}
+        row["folder"] = f"evaluation/digits/step-{row['step']:09d}-ema-{row['ema_decay']:g}/"
+    past["rows"].insert(
+        0, {"step": 100, "ema_decay": 0.9, "evaluation": "before", "fid": 0.01, "folder": "elsewhere/"}
+    )
+    past["best"]["metric"] = "trajectory_error"
+    write_evaluation(tmp_path, metrics(), past)
+    folder = tmp_path / "evaluation" / "digits"
+    best = folder / "step-000000300-ema-0.999"
+    best.mkdir()
+    for name in ("metrics.json", "teacher.png", "student.png", "strips.png"):
+        (folder / name).rename(best / name)
+    page = report(tmp_path)
+    assert page.problems == [] and len(page.all("img")) == 3
+    assert "4.56" in page.text and "Best so far: 3.34 at step 300 (EMA 0.999)." in page.text
+    assert (
+        "mean trajectory error against step" in page.text and "Best so far: 0.1000 at step 300" in page.text
+    )
+
+
 def test_only_inceptions_distance_is_called_fid(tmp_path: Path) -> None:
     extractor = {"name": "inception-v3-compat", "weights_sha256": "6726825d"}
     write_evaluation(tmp_path, metrics(feature_extractor=extractor))

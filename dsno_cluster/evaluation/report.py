@@ -15,6 +15,7 @@ from dsno_cluster.evaluation.report_charts import (
     cost_chart,
     heldout_chart,
     history_chart,
+    history_figures,
     loss_chart,
     number_3,
 )
@@ -28,7 +29,7 @@ from dsno_cluster.evaluation.report_text import (
     warnings_of,
 )
 from dsno_cluster.evaluation.run_files import RunFiles, read_run_files
-from dsno_cluster.evaluation.table import Figure, figures_of
+from dsno_cluster.evaluation.table import figures_of
 from dsno_cluster.storage import FolderStorage
 
 PAPER = "https://arxiv.org/abs/2211.13449"
@@ -242,18 +243,19 @@ def _training(files: RunFiles, words: str) -> Markup:
 def _history(files: RunFiles, words: str) -> Markup:
     missing = parts.missing("Checkpoints were not evaluated one by one", f"dsno-cluster eval {words} --watch")
     history, metrics = files.history, files.metrics
-    if history is None or not history["rows"]:
+    if history is None:
         return missing
-    key = (history.get("best") or {}).get("metric") or "fid"
-    figure = next((f for f in figures_of(metrics) if f.key == key), None) if metrics else None
-    figure = figure or Figure(key, key, 2, "lower" if key in ("fid", "kid") else "higher")
-    level = None
-    if metrics is not None:
-        rows = [r for r in metrics["teacher_rows"] if r.get(key) is not None]
-        made = next((r for r in rows if r["evaluations"] == files.size.evaluations_per_sample), None)
-        level = (f"teacher, {made['evaluations']} NFE", made[key]) if made else None
-    chart = history_chart(history, figure, level)
-    return parts.chart_figure(chart) if chart is not None else missing
+    extractor = (
+        (metrics or {}).get("feature_extractor", {}).get("name", files.config.evaluation.feature_extractor)
+    )
+    drawn = []
+    for figure in history_figures(history, extractor):
+        rows = (metrics or {}).get("teacher_rows", [])
+        made = [r for r in rows if r["evaluations"] == files.size.evaluations_per_sample and figure.text(r)]
+        level = (f"teacher, {made[0]['evaluations']} NFE", made[0][figure.key]) if made else None
+        chart = history_chart(history, figure, level)
+        drawn += [parts.chart_figure(chart)] if chart is not None else []
+    return together(*drawn) if drawn else missing
 
 
 def _settings(files: RunFiles) -> Markup:
