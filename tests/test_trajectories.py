@@ -147,6 +147,8 @@ def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
 
     again = dsno(*words)
     assert again.returncode == 0 and "shards are done" in again.stderr, again.stderr
+    manifest = json.loads((data_set(tmp_path) / "manifest.json").read_text())
+    assert manifest["environment"]["seconds"] > note["environment"]["seconds"]  # those of both runs
     assert shard_bytes(tmp_path) == shard_bytes(tiny_data)
     assert dsno("verify", str(data_set(tmp_path))).returncode == 0
     third = dsno(*words)

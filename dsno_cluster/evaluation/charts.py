@@ -17,6 +17,7 @@ WIDTHS = {"wide": 760, "narrow": 350}
 COLOURS = 8
 MOST_POINTS = 400  # of a drawn line; longer ones are averaged
 _ABOVE, _BELOW, _LEFT, _LINE = 12, 46, 62, 15  # room around the plot, and between two labels
+_LETTER = 6.6  # width of a letter of a label, about
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> 
 
 
 def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
-    """Round values in [low, high], at most `most` of them; on a log scale powers of ten and, between them, 2 and 5."""
+    """Round values in [low, high], at most `most` of them; on a log scale powers of ten, and what lies well between."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for digits in ((1, 2, 5), (1, 3), (1,)):
+        for digits in ((1, 2, 5), (1, 2, 3, 4, 6, 8), (1, 3), (1,)):
             found = [d * 10.0**e for e in decades for d in digits]
             found = [v for v in found if low * 0.999 <= v <= high * 1.001]
             if 3 <= len(found) <= most:
@@ -115,7 +116,7 @@ def _draw(chart: Chart, class_: str, width: int) -> Markup:
     log_x, log_y = chart.log_x and min(xs) > 0, chart.log_y and min(ys) > 0
     names = [s.name for s in series] + [name for name, _ in chart.levels]  # one alone is the chart's title
     beside = [s.name for s in series if not s.dots] + [name for name, _ in chart.levels]
-    right = 14 + 6.6 * max(map(len, beside), default=0) if names[1:] else 16
+    right = 14 + _LETTER * max(map(len, beside), default=0) if names[1:] else 16
     across = _Axis(*_range(xs, log_x, from_zero=not log_x), log_x, _LEFT, width - right)
     up = _Axis(*_range(ys, log_y, from_zero=False), log_y, height - _BELOW, _ABOVE)
     shown = ticks(across.low, across.high, log_x, 8 if class_ == "wide" else 4)
@@ -176,10 +177,11 @@ def _line(series: Series, across: _Axis, up: _Axis) -> Markup:
             said = tag("title", f"{series.name}: {number(value_y)} at {number(value_x)}")
             points.append(tag("circle", said, class_=f"dot {colour}", cx=x, cy=y, r=radius))
     if series.dots:
-        right, level = float(places[-1][0]) + 10, places[-1][1]
-        points.append(
-            tag("text", series.name, class_=f"label {colour}", x=f"{right:.1f}", y=level, dy="0.35em")
-        )
+        x, y = places[-1]
+        fits = float(x) + 10 + _LETTER * len(series.name) <= across.end
+        beside, anchor = (float(x) + 10, "start") if fits else (float(x) - 10, "end")
+        label = {"class_": f"label {colour}", "x": f"{beside:.1f}", "y": y, "dy": "0.35em"}
+        points.append(tag("text", series.name, text_anchor=anchor, **label))
     return together(line, *points)
 
 

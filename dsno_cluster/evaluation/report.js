@@ -14,7 +14,10 @@ for (const compare of document.querySelectorAll(".compare")) {
     show();
   };
   range.addEventListener("input", show);
-  sides.addEventListener("pointerdown", (event) => { event.preventDefault(); follow(event); });
+  sides.addEventListener("pointerdown", (event) => {
+    sides.setPointerCapture(event.pointerId); // so that the drag goes on outside the picture
+    follow(event);
+  });
   sides.addEventListener("pointermove", (event) => { if (event.buttons) follow(event); });
   show();
 }

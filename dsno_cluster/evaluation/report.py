@@ -15,6 +15,7 @@ from dsno_cluster.evaluation.report_charts import (
     cost_chart,
     heldout_chart,
     history_chart,
+    history_figures,
     loss_chart,
     number_3,
 )
@@ -28,7 +29,7 @@ from dsno_cluster.evaluation.report_text import (
     warnings_of,
 )
 from dsno_cluster.evaluation.run_files import RunFiles, read_run_files
-from dsno_cluster.evaluation.table import Figure, figures_of
+from dsno_cluster.evaluation.table import figures_of
 from dsno_cluster.storage import FolderStorage
 
 PAPER = "https://arxiv.org/abs/2211.13449"
@@ -87,6 +88,7 @@ def page(files: RunFiles, config_words: str, written: str) -> str:
         tag("a", "Skip to the figures", class_="skip", href="#figures"),
         tag(
             "header",
+            tag("p", "dsno-cluster report", class_="eyebrow"),
             tag("h1", name),
             tag("p", introduction(files)),
             _tiles(files),
@@ -128,7 +130,7 @@ def _tiles(files: RunFiles) -> Markup | None:
     affordable = [row for row in rows if row["evaluations"] <= max(1, round(cost))]
     if affordable:
         rival = affordable[-1]
-        shown.append(("Teacher at that cost or less", rival, _evaluations(rival)))
+        shown.append(("Teacher at about that cost", rival, _evaluations(rival)))
     made = next((row for row in rows if row["evaluations"] == files.size.evaluations_per_sample), None)
     if made is not None:
         shown.append(("Teacher, as in the trajectories", made, _evaluations(made)))
@@ -154,7 +156,7 @@ def _evaluations(row: dict[str, Any]) -> str:
 
 def _figures(files: RunFiles, words: str) -> Markup:
     warnings = [*warnings_of(files), *differences(files)]
-    note = parts.note("Before these figures are used", warnings) if warnings else None
+    note = parts.note("To keep in mind", warnings) if warnings else None
     metrics = files.metrics
     if metrics is None:
         return together(note, parts.missing("Not evaluated yet", f"dsno-cluster eval {words}"))
@@ -210,10 +212,9 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
     errors = (files.metrics or {}).get("student", {}).get("trajectory_error")
     table = None
     if errors:
-        count = files.config.evaluation.trajectory_samples
         table = parts.table(
-            f"Relative error of the evaluated student against the teacher's trajectories, {count:,} held-out noises",
-            ["time", *(f"t = {float(t):.3g}" for t in errors)],
+            "Relative error of the evaluated student against the teacher's trajectories, on held-out noise",
+            ["time", *(f"t\u00a0=\u00a0{float(t):.4g}" for t in errors)],
             [["relative error", *(number_3(error) for error in errors.values())]],
         )
     chart = heldout_chart(files.curve, files.config.trajectories.time_points)
@@ -242,23 +243,24 @@ def _training(files: RunFiles, words: str) -> Markup:
 def _history(files: RunFiles, words: str) -> Markup:
     missing = parts.missing("Checkpoints were not evaluated one by one", f"dsno-cluster eval {words} --watch")
     history, metrics = files.history, files.metrics
-    if history is None or not history["rows"]:
+    if history is None:
         return missing
-    key = (history.get("best") or {}).get("metric") or "fid"
-    figure = next((f for f in figures_of(metrics) if f.key == key), None) if metrics else None
-    figure = figure or Figure(key, key, 2, "lower" if key in ("fid", "kid") else "higher")
-    level = None
-    if metrics is not None:
-        rows = [r for r in metrics["teacher_rows"] if r.get(key) is not None]
-        made = next((r for r in rows if r["evaluations"] == files.size.evaluations_per_sample), None)
-        level = (f"teacher, {made['evaluations']}", made[key]) if made else None
-    chart = history_chart(history, figure, level)
-    return parts.chart_figure(chart) if chart is not None else missing
+    extractor = (
+        (metrics or {}).get("feature_extractor", {}).get("name", files.config.evaluation.feature_extractor)
+    )
+    drawn = []
+    for figure in history_figures(history, extractor):
+        rows = (metrics or {}).get("teacher_rows", [])
+        made = [r for r in rows if r["evaluations"] == files.size.evaluations_per_sample and figure.text(r)]
+        level = (f"teacher, {made[0]['evaluations']} NFE", made[0][figure.key]) if made else None
+        chart = history_chart(history, figure, level)
+        drawn += [parts.chart_figure(chart)] if chart is not None else []
+    return together(*drawn) if drawn else missing
 
 
 def _settings(files: RunFiles) -> Markup:
-    groups = settings_of(files)
-    return together(*(parts.facts(title, rows) for title, rows in groups))
+    spec, *others = (parts.facts(title, rows) for title, rows in settings_of(files))
+    return together(spec, tag("details", tag("summary", "Student, training and evaluation"), *others))
 
 
 def _reproduce(files: RunFiles) -> Markup:

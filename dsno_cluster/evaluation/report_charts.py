@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsno_cluster.evaluation.charts import Chart, Series, averaged, number
-from dsno_cluster.evaluation.table import Figure
+from dsno_cluster.evaluation.run_files import best_row
+from dsno_cluster.evaluation.table import Figure, known_figures
 
 Point = tuple[float, float]
 STUDENT, TEACHER = 0, 1  # colours of the page
@@ -78,7 +79,7 @@ def heldout_chart(curve: Sequence[dict[str, Any]], times: Sequence[float]) -> Ch
     for i, time in enumerate(times):
         points = _points(curve, "step", lambda line, i=i: (line.get(key) or [])[i : i + 1])
         if points:
-            series.append(Series(f"t = {time:.3g}", points, i))
+            series.append(Series(f"t = {time:.4g}", points, i))
     if not series:
         return None
     last = "; ".join(f"{s.name}: {number_3(s.points[-1][1])}" for s in series)
@@ -92,16 +93,29 @@ def heldout_chart(curve: Sequence[dict[str, Any]], times: Sequence[float]) -> Ch
     )
 
 
+def history_figures(history: dict[str, Any], extractor: str) -> list[Figure]:
+    """What to draw of a history: the distance, and what its best is chosen by where that is another figure."""
+    known = {figure.key: figure for figure in known_figures(extractor)}
+    known["trajectory_error"] = Figure("trajectory_error", "mean trajectory error", 4, "lower")
+    chosen_by = (history.get("best") or {}).get("metric", "fid")
+    keys = dict.fromkeys(["fid", {"precision_recall": "f_score"}.get(chosen_by, chosen_by)])
+    return [known[key] for key in keys if key in known]
+
+
 def history_chart(history: dict[str, Any], figure: Figure, level: tuple[str, float] | None) -> Chart | None:
-    """A figure of each evaluated checkpoint by its step, a line for each moving average."""
-    rows = [row for row in history["rows"] if _finite(row.get("step"))]
+    """A figure of each evaluated checkpoint by its step, a line for each moving average.
+
+    Only of rows that were evaluated with the same settings as the best.
+    """
+    settings = best_row(history).get("evaluation") if history["rows"] else None
+    rows = [row for row in history["rows"] if row.get("evaluation") == settings]
     decays = sorted({row.get("ema_decay") for row in rows}, key=lambda decay: (decay is None, decay or 0.0))
     series = []
     for i, decay in enumerate(decays):
         points = _points(
             (row for row in rows if row.get("ema_decay") == decay),
             "step",
-            lambda row: row.get(figure.key),
+            lambda row: _value(row, figure.key),
         )
         if points:
             series.append(
@@ -123,6 +137,12 @@ def history_chart(history: dict[str, Any], figure: Figure, level: tuple[str, flo
         log_y=figure.better == "lower",
         summary=f"Best so far: {best[1]:.{figure.decimals}f} at step {number(best[0])}{of}.",
     )
+
+
+def _value(row: dict[str, Any], key: str) -> Any:
+    """A figure of a row; where it is one for each time, their mean."""
+    value = row.get(key)
+    return sum(value.values()) / len(value) if isinstance(value, dict) and value else value
 
 
 def chart_table(chart: Chart, most: int = 25) -> tuple[list[str], list[list[str]]]:

@@ -33,7 +33,7 @@ def note(title: str, lines: Sequence[str]) -> Markup:
 def facts(caption: str, rows: Sequence[tuple[str, str]]) -> Markup:
     """A table of two columns: what, and its value."""
     lines = [tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in rows]
-    return tag("table", tag("caption", caption), tag("tbody", *lines), class_="facts")
+    return tag("table", tag("caption", tag("span", caption)), tag("tbody", *lines), class_="facts")
 
 
 def table(
@@ -50,7 +50,13 @@ def table(
         )
         for i, row in enumerate(rows)
     ]
-    whole = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), class_="figures")
+    whole = tag(
+        "table",
+        tag("caption", tag("span", caption)),
+        tag("thead", head),
+        tag("tbody", *body),
+        class_="figures",
+    )
     # a table that is wider than the page scrolls in itself, and from the keyboard
     return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
 
@@ -63,7 +69,7 @@ def headline_table(caption: str, metrics: dict[str, Any], figures: Sequence[Figu
         titles.append(
             together(
                 figure.title,
-                " ",
+                "\u00a0",
                 tag("span", arrow, aria_hidden="true"),
                 tag("span", f" ({words})", class_="hidden"),
             )
@@ -116,16 +122,16 @@ def comparison(layout: dict[str, Any], teacher: str, student: str, size: Size) -
     )
     return tag(
         "div",
-        tag("div", side("ours-side", ours, student), side("theirs-side", theirs, teacher), class_="sides"),
+        tag("div", side("theirs-side", theirs, teacher), side("ours-side", ours, student), class_="sides"),
         tag(
             "div",
-            tag("span", "teacher", class_="theirs"),
             slider,
+            tag("span", "teacher", class_="theirs"),
             tag("span", "student", class_="ours"),
             class_="control",
         ),
         class_="compare",
-        style=f"--w:{width * max(1, round(48 / layout['tile']))}px",
+        style=f"--w:{width * max(1, round(64 / layout['tile']))}px",
     )
 
 
@@ -143,7 +149,7 @@ def strips(layout: dict[str, Any], picture: str) -> Markup:
     every = -(-len(times) // 6)  # so that they do not run into each other
     for column in sorted({*range(0, len(times) - 1, every), len(times) - 1}):
         x = gap + tile / 2 + column * step
-        said = f"{times[column]:.2g}" if column else f"t = {times[column]:.2g}"
+        said = f"{times[column]:.4g}" if column else f"t = {times[column]:.4g}"
         labels.append(tag("span", said, class_="column", style=f"left:{x / width:.2%}"))
     alt = f"{pairs} samples from noise to image at {len(times)} times, each as a row of the teacher over one of the student"
     return tag(

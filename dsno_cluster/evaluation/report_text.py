@@ -17,6 +17,20 @@ from dsno_cluster.trajectories.shards import canonical_hash
 
 # what a student's own config must agree in with the config that is reported
 TRAINED = ("seed", "data", "network", "teacher", "trajectories", "student", "training")
+# keys that a training is watched and kept by: they leave the student as it is
+WATCHED = {
+    f"training.{key}"
+    for key in (
+        "log_every",
+        "tensorboard",
+        "heldout_every",
+        "heldout_samples",
+        "picture_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "threads",
+    )
+}
 _NOT_RECORDED = "not recorded"
 
 Facts = list[tuple[str, str]]
@@ -56,7 +70,7 @@ def differences(files: RunFiles, most: int = 6) -> list[str]:
     found = [
         f"{key} is {_plain(ours[key])} in the config of this report; the student was trained with {_plain(theirs[key])}."
         for key in ours
-        if key in theirs and not _same(ours[key], theirs[key])
+        if key in theirs and key not in WATCHED and not _same(ours[key], theirs[key])
     ]
     more = [f"{len(found) - most} more keys differ."] if len(found) > most else []
     return found[:most] + more

@@ -17,6 +17,7 @@ from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest
 
+METRICS_KEYS = ("student", "teacher_rows", "feature_extractor")
 PICTURES = ("teacher.png", "student.png", "strips.png")
 
 
@@ -24,9 +25,10 @@ PICTURES = ("teacher.png", "student.png", "strips.png")
 class RunFiles:
     """The files of a run.
 
-    `metrics`: metrics.json of `eval`. `curve`: lines of metrics.jsonl, by step. `history`: what `eval --watch` found, by
-    checkpoint. `student`: meta.json of the newest student, and `trained_with` the config in its folder. `pictures`:
-    data URIs by name. `runs`: what was submitted, newest first. `places`: where each was looked for.
+    `metrics`: metrics.json of `eval`, or of the checkpoint that `eval --watch` found best. `curve`: lines of metrics.jsonl,
+    by step. `history`: what `eval --watch` found, by checkpoint. `student`: meta.json of the newest student, and
+    `trained_with` the config in its folder. `pictures`: data URIs by name. `runs`: what was submitted, oldest first.
+    `places`: where each was looked for.
     """
 
     config: Config
@@ -56,8 +58,13 @@ def read_run_files(config: Config) -> RunFiles:
         "history": f"{storage.url}/{folder}history.json",
         "curve": str(curve_file),
     }
-    metrics = _read_json(storage, folder + "metrics.json", "student", "teacher_rows", "feature_extractor")
+    metrics = _read_json(storage, folder + "metrics.json", *METRICS_KEYS)
     history = _read_json(storage, folder + "history.json", "rows")
+    if (
+        metrics is None and history is not None and history["rows"]
+    ):  # `eval --watch` alone: what it found best
+        folder = str(best_row(history).get("folder") or folder)
+        metrics = _read_json(storage, folder + "metrics.json", *METRICS_KEYS)
     curve = _read_curve(curve_file)
     if metrics is None and history is None and not curve:
         raise UserError(
@@ -82,6 +89,13 @@ def read_run_files(config: Config) -> RunFiles:
         runs=_runs_of(config),
         places=places,
     )
+
+
+def best_row(history: dict[str, Any]) -> dict[str, Any]:
+    """The row of a history with rows that its `best` names, or its last."""
+    best = history.get("best") or {}
+    same = [row for row in history["rows"] if all(row.get(k) == best.get(k) for k in ("step", "ema_decay"))]
+    return dict((same or history["rows"])[-1])
 
 
 def _read_json(storage: Storage, key: str, *needed: str) -> dict[str, Any] | None:

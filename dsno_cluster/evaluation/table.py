@@ -26,11 +26,10 @@ class Figure:
         return f"{value:.{self.decimals}f}" + (f" ± {spread:.{self.decimals}f}" if spread is not None else "")
 
 
-def figures_of(metrics: dict[str, Any]) -> list[Figure]:
-    """The figures that any row of the metrics has, in the order of the table."""
-    rows = [metrics["student"], *metrics["teacher_rows"], metrics.get("real_held_out") or {}]
-    inception = metrics["feature_extractor"]["name"] == INCEPTION
-    known = [
+def known_figures(extractor: str) -> list[Figure]:
+    """Every figure that a table shows, in its order, by what it is called with an extractor."""
+    inception = extractor == INCEPTION
+    return [
         Figure("fid", "FID" if inception else "Frechet distance", 2, "lower"),
         Figure("kid", "KID" if inception else "kernel distance", 4, "lower"),
         Figure("inception_score", "Inception score" if inception else "class score", 2, "higher"),
@@ -39,6 +38,12 @@ def figures_of(metrics: dict[str, Any]) -> list[Figure]:
         Figure("f_score", "F-score", 3, "higher"),
         Figure("agreement", "right class", 3, "higher"),
     ]
+
+
+def figures_of(metrics: dict[str, Any]) -> list[Figure]:
+    """The figures that any row of the metrics has."""
+    rows = [metrics["student"], *metrics["teacher_rows"], metrics.get("real_held_out") or {}]
+    known = known_figures(metrics["feature_extractor"]["name"])
     return [figure for figure in known if any(row.get(figure.key) is not None for row in rows)]
 
 

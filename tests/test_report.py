@@ -1,0 +1,304 @@
+"""The report through its command, on files of made-up runs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from report_runs import curve, history, metrics, write_curve, write_evaluation
+
+from dsno_cluster.cli import main
+from dsno_cluster.cluster.runs import config_of_run, create_run
+from dsno_cluster.config import load_config, load_profile
+
+VOID = {"meta", "input", "img", "br", "link", "hr"}
+PAPER = "https://arxiv.org/abs/2211.13449"
+
+
+class Page(HTMLParser):
+    """A parsed page; what is not closed in order is a problem."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.problems: list[str] = []
+        self.feed(text)
+        self.close()
+        self.problems += [f"<{name}> is not closed" for name in self.open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if len(dict(attrs)) < len(attrs):
+            self.problems.append(f"<{tag}> repeats an attribute")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> closes something else")
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def report(root: Path, *words: str) -> Page:
+    """The page that the command writes of the run below `root`."""
+    out = root / "out.html"
+    assert main(["report", *words, f"storage.root={root}", "--out", str(out)]) == 0
+    return Page(out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A run with everything but trajectories and a student."""
+    write_evaluation(tmp_path, metrics(warnings=["5000 samples are few."]), history())
+    write_curve(tmp_path, curve())
+    return tmp_path
+
+
+def test_one_file_that_needs_nothing_else(whole: Path) -> None:
+    page = report(whole)
+    assert page.problems == []
+    assert [a["lang"] for a in page.all("html")] == ["en"] and page.all("title")
+    for name, attributes in page.elements:
+        assert name not in ("link", "iframe", "object", "embed", "base")
+        assert name != "script" or not attributes, "scripts are inline"
+        for key in ("src", "href", "xlink:href", "poster", "srcset", "action"):
+            value = attributes.get(key) or ""
+            assert value.startswith(("data:", "#")) or value in ("", PAPER), (name, value)
+        assert "url(" not in (attributes.get("style") or "")
+        assert not [key for key in attributes if key.startswith("on")]
+    text = (whole / "out.html").read_text()
+    assert "@import" not in text and "url(" not in text
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"].removeprefix("#") for a in page.all("a") if (a["href"] or "").startswith("#")} <= set(
+        ids
+    )
+    assert all(image["alt"] for image in page.all("img"))
+    pngs = {(image["src"] or "").removeprefix("data:image/png;base64,") for image in page.all("img")}
+    folder = whole / "evaluation" / "digits"
+    assert pngs == {
+        base64.b64encode((folder / name).read_bytes()).decode()
+        for name in ("teacher.png", "student.png", "strips.png")
+    }
+
+
+def test_says_what_was_measured(whole: Path) -> None:
+    page = report(whole)
+    for said in (
+        *("4.56", "11.38", "0.83", "0.27", "1.86"),  # distances of the table
+        *("0.0123 ± 0.0045", "0.810", "0.988"),  # other figures that the rows have
+        "5,000 samples each, against 1,500 real images",
+        "5000 samples are few.",
+        "the teacher is as good from 4 evaluations on",
+        "falls from 1 at step 10 to 0.0333 at step 300",
+        "At step 300: t = 0.5625: 0.0333; t = 0.25: 0.0667; t = 0.0625: 0.1; t = 0: 0.138.",
+        "0.146",  # the evaluated student's error at t = 0
+        "Best so far: 3.34 at step 300 (EMA 0.999).",
+        "18 each, 294,912 in all",
+        "300 steps, 14,400 trajectories seen",
+        "362 images a second",
+        "dsno-cluster gen-trajectories digits.yaml",
+    ):
+        assert said in page.text, said
+    assert "recall" not in page.text  # no row has it
+    assert "FID" not in page.text and "Frechet distance" in page.text  # digits-features is not Inception
+    saved = next(a for a in page.all("a") if a.get("download"))
+    data = base64.b64decode((saved["href"] or "").partition("base64,")[2])
+    assert saved["download"] == "digits.yaml"
+    (whole / "again.yaml").write_bytes(data)
+    config = load_config(str(whole / "again.yaml"))
+    assert config == load_config("configs/digits.yaml", [f"storage.root={whole}"])
+
+
+def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
+    """What `eval --watch` writes: no metrics.json but those of the checkpoints, rows of several settings."""
+    past = history()
+    for row in past["rows"]:
+        row |= {"evaluation": "now", "trajectory_error": {"0.25": 0.1, "0.0": 30 / row["step"]}}
+        row["folder"] = f"evaluation/digits/step-{row['step']:09d}-ema-{row['ema_decay']:g}/"
+    past["rows"].insert(
+        0, {"step": 100, "ema_decay": 0.9, "evaluation": "before", "fid": 0.01, "folder": "elsewhere/"}
+    )
+    past["best"]["metric"] = "trajectory_error"
+    write_evaluation(tmp_path, metrics(), past)
+    folder = tmp_path / "evaluation" / "digits"
+    best = folder / "step-000000300-ema-0.999"
+    best.mkdir()
+    for name in ("metrics.json", "teacher.png", "student.png", "strips.png"):
+        (folder / name).rename(best / name)
+    page = report(tmp_path)
+    assert page.problems == [] and len(page.all("img")) == 3
+    assert "4.56" in page.text and "Best so far: 3.34 at step 300 (EMA 0.999)." in page.text
+    assert (
+        "mean trajectory error against step" in page.text and "Best so far: 0.1000 at step 300" in page.text
+    )
+
+
+def test_only_inceptions_distance_is_called_fid(tmp_path: Path) -> None:
+    extractor = {"name": "inception-v3-compat", "weights_sha256": "6726825d"}
+    write_evaluation(tmp_path, metrics(feature_extractor=extractor))
+    page = report(tmp_path)
+    assert "FID" in page.text and "Frechet distance" not in page.text
+
+
+def test_what_is_missing_is_said_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"storage.root={tmp_path}"
+    assert main(["report", root]) == 2
+    said = capsys.readouterr().err
+    assert "nothing to report yet" in said and len(said.splitlines()) == 1
+    write_curve(tmp_path, curve(10))  # one line: charts of a single point
+    page = report(tmp_path)
+    assert page.problems == []
+    for said in (
+        f"Not evaluated yet: dsno-cluster eval configs/digits.yaml {root}",
+        "No pictures yet",
+        "No held-out errors",
+        f"Checkpoints were not evaluated one by one: dsno-cluster eval configs/digits.yaml {root} --watch",
+        "none are finished",
+        "the only one recorded",
+    ):
+        assert said in page.text, said
+    assert not page.all("img") and not page.all("input")
+    shutil.rmtree(tmp_path / "students")
+    write_evaluation(tmp_path, metrics())
+    page = report(tmp_path)
+    assert f"dsno-cluster train configs/digits.yaml {root}" in page.text and "4.56" in page.text
+
+
+def test_default_place_and_a_curve_that_is_being_written(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (whole / "students/digits/metrics.jsonl").open("a") as file:
+        file.write('{"step": 310, "lo')
+    assert main(["report", f"storage.root={whole}"]) == 0
+    assert str(whole / "report-digits.html") in capsys.readouterr().out
+    assert "at step 300" in Page((whole / "report-digits.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("evaluation/digits/metrics.json", "{", "not JSON"),
+        ("evaluation/digits/metrics.json", "[]", "has no 'student'"),
+        ("evaluation/digits/history.json", "{}", "has no 'rows'"),
+        ("students/digits/metrics.jsonl", '{"step": 1\n{"step": 2}\n', "line 1"),
+    ],
+)
+def test_damaged_files_are_named(
+    whole: Path, file: str, content: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (whole / file).write_text(content)
+    assert main(["report", f"storage.root={whole}"]) == 2
+    error = capsys.readouterr().err
+    assert str(whole / file) in error and said in error and len(error.splitlines()) == 1
+
+
+HOSTILE = """</script></style><script>alert("x")</script><img src=x onerror='alert(1)'>&"""
+
+
+def test_nothing_in_files_becomes_markup(tmp_path: Path) -> None:
+    found = metrics(warnings=[HOSTILE], versions={"dsno-cluster": HOSTILE, HOSTILE: "1"})
+    found["teacher_rows"][0]["source"] = HOSTILE
+    found["feature_extractor"] = {"name": HOSTILE}
+    found["checkpoint"]["path"] = HOSTILE
+    write_evaluation(tmp_path, found, history())
+    write_curve(tmp_path, curve())
+    step = tmp_path / "students/digits/step-000000300"
+    step.mkdir()
+    (tmp_path / "students/digits/latest").write_text(step.name)
+    model = {"kind": HOSTILE, "network": {}}
+    (step / "meta.json").write_text(
+        json.dumps({"sha256": "0", "model": model, "versions": {"torch": HOSTILE}})
+    )
+    (step / "config.yaml").write_text(
+        yaml.safe_dump({"training": {"loss": HOSTILE}, "teacher": {"path": HOSTILE}})
+    )
+    plain = report(tmp_path)
+    page = report(tmp_path, f"teacher.path={json.dumps(HOSTILE)}", "trajectories.num_samples=256")
+    assert page.problems == []
+    assert len(page.all("script")) == 1 == len(page.all("style"))
+    assert not [a for _, a in page.elements if "onerror" in a or a.get("src") == "x"]
+    assert page.text.count(re.sub(r"\s+", " ", HOSTILE)) >= 6
+    assert plain.text.count("the student was trained with") == 2  # training.loss and teacher.path
+
+
+def test_a_student_that_was_trained_with_another_config_is_told(whole: Path) -> None:
+    step = whole / "students/digits/step-000000400"
+    step.mkdir()
+    (whole / "students/digits/latest").write_text(step.name)
+    meta = {"sha256": "0", "model": {"kind": "dsno", "network": {}}, "step": 400, "train_seconds": 40.0}
+    (step / "meta.json").write_text(json.dumps(meta))
+    config = load_config("configs/digits.yaml", ["training.lr=0.5", "training.threads=7"])
+    (step / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    page = report(whole)
+    assert "training.lr is 0.001 in the config of this report; the student was trained with 0.5." in page.text
+    assert "training.threads is" not in page.text  # which leaves the student as it is
+    assert "The evaluation is of step 300; the newest student is of step 400." in page.text
+    saved = next(a for a in page.all("a") if a.get("download"))
+    text = base64.b64decode((saved["href"] or "").partition("base64,")[2]).decode()
+    assert yaml.safe_load(text)["training"]["lr"] == 0.5  # what reproduces the student
+
+
+def test_a_submitted_run_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_evaluation(here / "results", metrics())
+    monkeypatch.chdir(here)
+    config = load_config("configs/digits.yaml", ["storage.root=results", "trajectories.num_samples=256"])
+    words = "dsno-cluster train configs/digits.yaml storage.root=results"
+    run = create_run(config, "train", load_profile("train", {}), words, snapshot=False)
+    monkeypatch.chdir(elsewhere)
+    for word in (run.id, str(run.folder)):
+        found = config_of_run(word, ["training.steps=77"])
+        assert found.storage.root == str(here / "results") == str(found.run_dir)
+        assert (found.training.steps, found.trajectories.num_samples) == (77, 256)
+        assert main(["report", word]) == 0
+    assert str(here / "results" / "report-digits.html") in capsys.readouterr().out
+    assert words in Page((here / "results" / "report-digits.html").read_text()).text
+    assert main(["report", "no-such-run"]) == 2
+    assert "a config's path ends in .yaml" in capsys.readouterr().err
+    assert main(["report", "a.yaml", "b.yaml"]) == 2
+
+
+def test_needs_neither_torch_nor_ray(whole: Path) -> None:
+    """As on a login node: the heavy libraries cannot even be imported."""
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'ray', 'deepspeed', 'torch_fidelity', 'submitit'): sys.modules[name] = None\n"
+        "from dsno_cluster.cli import main\n"
+        f"sys.exit(main(['report', 'storage.root={whole}']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_long_curve_stays_a_small_file(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": i, "loss": 1.0 + 1 / i} for i in range(1, 50_001)]
+    lines[7]["loss"] = float("nan")  # what cannot be drawn is left out
+    write_curve(tmp_path, lines)
+    page = report(tmp_path)
+    assert page.problems == [] and (tmp_path / "out.html").stat().st_size < 200_000
+    assert "to 1 at step 50,000" in page.text and "nan" not in (tmp_path / "out.html").read_text()
