@@ -22,9 +22,9 @@ INTRODUCTION = """# Configuration
 Written by `make docs` from the models in `dsno_cluster/config`; change the descriptions there.
 
 An experiment is a YAML file of `configs/`. Any key can be given on the command line instead, as `section.key=value`, the value
-read as YAML: `dsno-cluster plan configs/digits.yaml trajectories.steps=32 'trajectories.times=[0.25, 0.0]'`. A key that is unknown,
-of another type or impossible together with the others is refused in one line, before anything starts. *needed* stands where there
-is no default. [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
+read as YAML: `dsno-cluster plan configs/digits.yaml trajectories.steps=32 'trajectories.times=[0.25, 0.0]'`. A key that is
+unknown, of another type or impossible together with the others is refused in one line, before anything starts. *needed* stands
+where there is no default. [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
 """
 
 PROFILES = "Profiles: jobs/*.yaml"
@@ -42,7 +42,9 @@ def document() -> str:
 
 def undescribed() -> list[str]:
     """Keys of the page without a meaning."""
-    sections = {f"{name}.": f.annotation for name, f in Config.model_fields.items() if _is_model(f.annotation)}
+    sections = {
+        f"{name}.": f.annotation for name, f in Config.model_fields.items() if _is_model(f.annotation)
+    }
     models = [("", Config), *sections.items(), ("profile ", Profile)]
     return [
         prefix + key
@@ -119,9 +121,7 @@ def plain(annotation: Any, metadata: typing.Sequence[Any] = (), plural: str = ""
 
 def _bounds(metadata: typing.Sequence[Any]) -> list[Any]:
     """The single conditions of a field: pydantic keeps some of them within a FieldInfo."""
-    return [
-        bound for m in metadata for bound in (_bounds(m.metadata) if isinstance(m, FieldInfo) else [m])
-    ]
+    return [bound for m in metadata for bound in (_bounds(m.metadata) if isinstance(m, FieldInfo) else [m])]
 
 
 def _range(metadata: typing.Sequence[Any]) -> list[str]:
