@@ -36,8 +36,8 @@ class Training(Strict):
     )
     time_weighting: Literal["snr", "sqrt", "flat"] = Field(
         "snr",
-        description="weights of the time points; snr: alpha/sigma within 1..10^4 (published), nearly all of it at t=0; sqrt: its root; "
-        "flat: 1",
+        description="weights of the time points; snr: alpha/sigma within 1..10^4 (published), nearly all of it at t=0; "
+        "sqrt: its root; flat: 1",
     )
     lpips_weights: str | None = Field(None, description="torchvision's VGG-16 state dict, for loss=lpips")
     lpips_sha256: str | None = Field(None, description="sha256 that the file of lpips_weights must have")
