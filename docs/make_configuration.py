@@ -19,7 +19,7 @@ FILE = Path(__file__).parent / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-Written by `make docs` from the models in `dsno_cluster/config`; change the descriptions there.
+Written by `make docs` from the models in `dsno_cluster/config/`; change the descriptions there.
 
 An experiment is a YAML file of `configs/`. Any key can be given on the command line instead, as `section.key=value`, the value
 read as YAML: `dsno-cluster plan configs/digits.yaml trajectories.steps=32 'trajectories.times=[0.25, 0.0]'`. A key that is

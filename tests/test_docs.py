@@ -48,7 +48,19 @@ LEFT = {  # keys whose description others write
     *("evaluation.metrics", "evaluation.feature_extractor", "evaluation.picture_columns"),
 }
 STAGES = {"gen-trajectories", "train", "eval", "run", "demo"}
+DATA_SET = "demo-data"  # a link to the demo's trajectories
 DEMO = ["demo", "--launcher", "local", *SMALL]
+# what the placeholders of the documents stand for on this machine
+NAMES = {
+    "CONFIG": "configs/digits.yaml",
+    "STUDENT": "runs/students/digits",
+    "FOLDER_OR_URL": DATA_SET,
+    "CHECKPOINT": str(PUBLISHED / "one_point/solver-model_1000.pt"),
+    "PUBLISHED.yaml": str(PUBLISHED / "one_point/config.yaml"),
+    "FLAX_FILE": str(PUBLISHED / "teacher_flax_x/teacher"),
+    "FLAX.yaml": str(PUBLISHED / "teacher_flax_x/config.yaml"),
+    "DIR": "imported",
+}
 # the experiment that a published teacher of the test data fits
 FLAX = (
     *("network.image_size=16", "network.channels=3", "network.null_class=false"),
@@ -66,6 +78,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / name).write_text(block.text)
     made = dsno(*DEMO, cwd=folder)
     assert made.returncode == 0, made.stderr
+    (data,) = folder.glob("runs/trajectories/*")
+    (folder / DATA_SET).symlink_to(data)
     save_diffusers_model(folder / "teachers/mine")
     return folder
 
@@ -90,21 +104,6 @@ def save_diffusers_model(folder: Path) -> None:
     )
     model.save_pretrained(folder)
     DDPMScheduler().save_pretrained(folder)
-
-
-def names(workplace: Path) -> dict[str, str]:
-    """What the placeholders of the documents stand for on this machine."""
-    (data,) = workplace.glob("runs/trajectories/*")
-    return {
-        "CONFIG": "configs/digits.yaml",
-        "STUDENT": "runs/students/digits",
-        "FOLDER_OR_URL": str(data),
-        "CHECKPOINT": str(PUBLISHED / "one_point/solver-model_1000.pt"),
-        "PUBLISHED.yaml": str(PUBLISHED / "one_point/config.yaml"),
-        "FLAX_FILE": str(PUBLISHED / "teacher_flax_x/teacher"),
-        "FLAX.yaml": str(PUBLISHED / "teacher_flax_x/config.yaml"),
-        "DIR": "imported",
-    }
 
 
 def run_here(words: list[str], workplace: Path) -> str | None:
@@ -159,7 +158,7 @@ def run_all(commands: list[Command], workplace: Path) -> None:
     done: set[tuple[str, ...]] = {tuple(DEMO)}
     failures = []
     for command in commands:
-        for words in variants(command, names(workplace)):
+        for words in variants(command, NAMES):
             if tuple(words) in done:
                 continue
             done.add(tuple(words))
@@ -242,11 +241,10 @@ def test_other_commands_exist(tool: str) -> None:
 
 
 def test_python_examples_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (data,) = workplace.glob("runs/trajectories/*")
     examples = [b for page in PAGES for b in blocks(page) if b.language == "python"]
     assert len(examples) >= 3
     for block in examples:
-        monkeypatch.chdir(data if block.page.name == "shard-format.md" else workplace)
+        monkeypatch.chdir(workplace / DATA_SET if block.page.name == "shard-format.md" else workplace)
         monkeypatch.syspath_prepend(str(workplace))
         code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")
         exec(code, {"__name__": "example"})
@@ -255,7 +253,7 @@ def test_python_examples_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_reader_can_be_written_from_the_format_alone(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder,) = workplace.glob("runs/trajectories/*")
+    folder = workplace / DATA_SET
     (block,) = [b for b in blocks(DOCS / "shard-format.md") if b.language == "python"]
     assert "dsno_cluster" not in block.text and "torch" not in block.text
     monkeypatch.chdir(folder)
