@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cluster cluster-up cluster-shell cluster-status cluster-down eval lint bench
+.PHONY: help setup demo test test-slow test-cluster cluster-up cluster-shell cluster-status cluster-down eval docs lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ cluster-down: $(READY)  ## end it; nothing of it is left
 
 eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
 	$(BIN)/dsno-cluster eval $(CONFIG) $(ARGS)
+
+docs: $(READY)  ## write docs/configuration.md from the models of the configuration
+	$(BIN)/python docs/make_configuration.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

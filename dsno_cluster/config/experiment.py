@@ -24,8 +24,10 @@ class DataConfig(Strict):
 class Config(Strict):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    seed: Seed = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
+        description="names the student and its folders; the config's file stem where it is left out"
+    )
+    seed: Seed = Field(0, description="of the trajectories' noise and labels, and of training")
     storage: StorageConfig = StorageConfig()
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()

@@ -12,18 +12,22 @@ from dsno_cluster.config.base import BelowOne, PositiveInt, Strict
 class Network(Strict):
     """The U-Net, the same for teacher and student (the student adds temporal convolutions)."""
 
-    image_size: PositiveInt
-    channels: PositiveInt
-    num_classes: Annotated[int, Field(ge=0)] = 0
+    image_size: PositiveInt = Field(description="height and width of the images, pixels")
+    channels: PositiveInt = Field(description="of the images")
+    num_classes: Annotated[int, Field(ge=0)] = Field(0, description="classes to condition on; 0: none")
     null_class: bool = Field(False, description="one more class that means 'no label', for guidance")
     width: PositiveInt = Field(description="channels of the first level, a multiple of 32")
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    blocks_per_level: PositiveInt
-    attention_resolutions: tuple[PositiveInt, ...] = ()
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
+        description="of width, one a level; each level halves the image"
+    )
+    blocks_per_level: PositiveInt = Field(description="residual blocks")
+    attention_resolutions: tuple[PositiveInt, ...] = Field(
+        (), description="image sizes of the levels with attention; the middle always has it"
+    )
     heads: PositiveInt = Field(1, description="attention heads; head_dim wins where it is set")
-    head_dim: PositiveInt | None = None
-    embedding_dim: PositiveInt
-    dropout: BelowOne = 0.0
+    head_dim: PositiveInt | None = Field(None, description="channels of an attention head")
+    embedding_dim: PositiveInt = Field(description="channels of the embedding of noise level and class")
+    dropout: BelowOne = Field(0.0, description="share of activations left out in training")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

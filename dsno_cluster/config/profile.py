@@ -13,17 +13,21 @@ from dsno_cluster.config.base import PositiveInt, Strict
 class Profile(Strict):
     """Where one stage runs: a file of `jobs/`. Options of the command line win over it."""
 
-    nodes: PositiveInt = 1
+    nodes: PositiveInt = Field(1, description="how many; --nodes wins")
     tasks_per_node: PositiveInt = Field(
         1, description="processes per node; of train one per GPU, of the Ray stages one"
     )
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    cpus_per_task: PositiveInt = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = Field(0, description="0: the work is done by CPUs")
+    cpus_per_task: PositiveInt = Field(
+        1, description="CPUs of a training process, or of a Ray stage on a node"
+    )
     mem_gb: PositiveInt = Field(description="memory per node, GB")
-    time_minutes: PositiveInt
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    time_minutes: PositiveInt = Field(description="time limit of an attempt")
+    partition: str | None = Field(
+        None, description="null: that of SBATCH_PARTITION, or the cluster's default"
+    )
+    account: str | None = Field(None, description="null: that of SBATCH_ACCOUNT, or the user's default")
+    qos: str | None = Field(None, description="null: that of SBATCH_QOS, or the user's default")
     constraint: str | None = Field(None, description="node features, e.g. a100")
     setup: tuple[str, ...] = Field(
         (), description="shell lines run on the first node before the job, e.g. module load"

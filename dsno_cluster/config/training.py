@@ -10,14 +10,17 @@ from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Strict
 
 
 class Training(Strict):
-    steps: PositiveInt
+    steps: PositiveInt = Field(description="optimiser steps")
     batch_size: PositiveInt = Field(description="global: the sum over ranks and accumulation")
-    accumulation: PositiveInt = 1
-    lr: Annotated[float, Field(gt=0)]
+    accumulation: PositiveInt = Field(1, description="micro-batches of a step, to save memory")
+    lr: Annotated[float, Field(gt=0)] = Field(description="learning rate after the warm-up")
     warmup: Annotated[int, Field(ge=0)] = Field(
         0, description="optimiser steps; clipped to the length of the run"
     )
-    lr_decay: Literal["cosine", "halving", "none"] = "cosine"
+    lr_decay: Literal["cosine", "halving", "none"] = Field(
+        "cosine",
+        description="of the learning rate; cosine: to 0 at the end; halving: at the steps halve_at (published)",
+    )
     halve_at: tuple[PositiveInt, ...] = Field(
         (), description="optimiser steps where lr_decay=halving halves the rate"
     )
@@ -27,16 +30,26 @@ class Training(Strict):
     most_points: PositiveInt = Field(
         1, description="student.points=drawn: the other steps ask for 1 to so many points, drawn from all"
     )
-    loss: Literal["l1", "l2", "pseudo-huber", "lpips"] = "l1"
-    time_weighting: Literal["snr", "sqrt", "flat"] = "snr"
+    loss: Literal["l1", "l2", "pseudo-huber", "lpips"] = Field(
+        "l1",
+        description="distance of states at a time point; lpips: of VGG-16's features (published for CIFAR-10)",
+    )
+    time_weighting: Literal["snr", "sqrt", "flat"] = Field(
+        "snr",
+        description="weights of the time points; snr: alpha/sigma within 1..10^4 (published), nearly all of it at t=0; "
+        "sqrt: its root; flat: 1",
+    )
     lpips_weights: str | None = Field(None, description="torchvision's VGG-16 state dict, for loss=lpips")
     lpips_sha256: str | None = Field(None, description="sha256 that the file of lpips_weights must have")
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="DeepSpeed ZeRO: what ranks share; 0: nothing, 1: optimiser states, 2: gradients too, 3: weights too",
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of weights and layers; master weights stay float32, float16 scales its loss"
     )
-    optimizer: Literal["adam", "adamw", "radam"] = "adam"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the rule of the steps")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the optimiser")
     recompute: Literal["none", "cheap", "blocks"] = Field(
         "none",
         description="activation checkpointing: what backward computes again to save memory; cheap: norms and "
@@ -51,11 +64,13 @@ class Training(Strict):
         description="one, or several averages at once; others load the first unless they ask for another",
     )
     ema_ramp: bool = Field(True, description="decay min(ema_decay, (1 + n) / (10 + n)) at step n")
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = Field(
+        1000, description="steps between checkpoints, each with a student that others can load"
+    )
     keep_checkpoints: PositiveInt = Field(
         2, description="newest checkpoints kept to resume from, beside the best by held-out error"
     )
-    log_every: PositiveInt = 50
+    log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="also write TensorBoard's event files, beside metrics.jsonl")
     heldout_every: PositiveInt | None = Field(
         None, description="steps between measurements of the trajectory error on held-out noise; null: none"
@@ -101,10 +116,12 @@ class Training(Strict):
 class TeacherTraining(Strict):
     """`train-teacher`: a denoiser trained on `data` with v-prediction."""
 
-    steps: PositiveInt = 3000
-    batch_size: PositiveInt = 128
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    warmup: Annotated[int, Field(ge=0)] = 100
-    ema_decay: BelowOne = 0.999
+    steps: PositiveInt = Field(3000, description="optimiser steps")
+    batch_size: PositiveInt = Field(128, description="images a step")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="learning rate after the warm-up; falls to 0 at the end as a cosine"
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(100, description="optimiser steps")
+    ema_decay: BelowOne = Field(0.999, description="of the moving average that becomes the teacher")
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class")
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = Field(1000, description="steps between states to go on from")

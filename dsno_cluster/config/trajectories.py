@@ -16,22 +16,32 @@ class TimeGrid(Strict):
 
 
 class Trajectories(Strict):
-    num_samples: PositiveInt
-    samples_per_shard: PositiveInt
-    batch_size: PositiveInt
+    num_samples: PositiveInt = Field(
+        description="trajectories in all, a multiple of samples_per_shard; more can be added later"
+    )
+    samples_per_shard: PositiveInt = Field(description="trajectories in a file")
+    batch_size: PositiveInt = Field(description="trajectories that an actor solves at a time")
     threads: PositiveInt = Field(
         1, description="CPU threads of each actor; part of the spec, as bits depend on it"
     )
-    solver: Literal["ddim", "heun", "dpmpp-2m", "abm3"] = "abm3"
+    solver: Literal["ddim", "heun", "dpmpp-2m", "abm3"] = Field(
+        "abm3", description="of the sampling ODE; heun evaluates the teacher twice a step, the others once"
+    )
     grid: Literal["auto", "uniform", "fine-end"] = Field(
         "auto",
         description="how the steps lie in time; auto: the teacher's own where it has some, else what suits the solver",
     )
-    steps: PositiveInt
-    times: tuple[float, ...] | TimeGrid
+    steps: PositiveInt = Field(description="intervals from t=1 to t=0")
+    times: tuple[float, ...] | TimeGrid = Field(
+        description="times whose states are kept, descending from below 1 to 0; quadratic: ((M-i)/M)^2, uniform: (M-i)/M, "
+        "for i in 1..M"
+    )
     dtype: Literal["float32", "float16"] = Field("float16", description="storage dtype of the states")
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    clip_denoised: bool = False
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="classifier-free guidance; 1: none, another needs network.null_class and twice the evaluations",
+    )
+    clip_denoised: bool = Field(False, description="clamp the teacher's predictions of the image to [-1, 1]")
 
     @property
     def time_points(self) -> tuple[float, ...]:

@@ -113,7 +113,7 @@ def _evaluated(
         config.model_copy(update={"evaluation": settings}), checkpoint["address"], actors, ray_address, folder
     )
     known = {key: checkpoint[key] for key in ("step", "ema_decay", "sha256")}
-    return known | {"evaluation": _settings_hash(config), "folder": folder} | metrics["student"]
+    return {**known, "evaluation": _settings_hash(config), "folder": folder, **metrics["student"]}
 
 
 def _add(storage: Storage, config: Config, row: dict[str, Any]) -> dict[str, Any]:

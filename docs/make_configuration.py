@@ -1,0 +1,143 @@
+"""Writes docs/configuration.md from the pydantic models: `make docs`. A test compares it with the file."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from dsno_cluster.config import Config, Profile
+
+FILE = Path(__file__).parent / "configuration.md"
+
+INTRODUCTION = """# Configuration
+
+Written by `make docs` from the models in `dsno_cluster/config/`; change the descriptions there.
+
+An experiment is a YAML file of `configs/`. Any key can be given on the command line instead, as `section.key=value`, the value
+read as YAML: `dsno-cluster plan configs/digits.yaml trajectories.steps=32 'trajectories.times=[0.25, 0.0]'`. A key that is
+unknown, of another type or impossible together with the others is refused in one line, before anything starts. *needed* stands
+where there is no default. [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
+"""
+
+PROFILES = "Profiles: jobs/*.yaml"
+
+
+def document() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, _section("The experiment", Config, "")]
+    for name, field in Config.model_fields.items():
+        if _is_model(field.annotation):
+            parts.append(_section(name, field.annotation, f"{name}."))
+    parts.append(_section(PROFILES, Profile, ""))
+    return "\n".join(parts)
+
+
+def undescribed() -> list[str]:
+    """Keys of the page without a meaning."""
+    sections = {
+        f"{name}.": f.annotation for name, f in Config.model_fields.items() if _is_model(f.annotation)
+    }
+    models = [("", Config), *sections.items(), ("profile ", Profile)]
+    return [
+        prefix + key
+        for prefix, model in models
+        for key, field in model.model_fields.items()
+        if not (field.description or _is_model(field.annotation))
+    ]
+
+
+def _section(title: str, model: type[BaseModel], prefix: str) -> str:
+    rows = [_row(prefix, key, field) for key, field in model.model_fields.items()]
+    about = (model.__doc__ or "").strip().partition("\n\n")[0]
+    lines = [f"## {title}", "", *([about, ""] if model.__doc__ and model is not Config else [])]
+    return "\n".join([*lines, "| key | value | default | what it is |", "|---|---|---|---|", *rows, ""])
+
+
+def _row(prefix: str, key: str, field: FieldInfo) -> str:
+    if _is_model(field.annotation):
+        needed = "needed" if field.is_required() else ""
+        cells = [f"`{prefix}{key}`", "a section", needed, f"[below](#{key})"]
+    else:
+        value = plain(field.annotation, field.metadata)
+        cells = [f"`{prefix}{key}`", value, _default(field), field.description or ""]
+    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
+
+
+def _escaped(cell: str) -> str:
+    """Table text that neither ends a cell nor looks like HTML."""
+    return re.sub(r"[|<]", lambda found: "\\" + found[0], cell)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "*needed*"
+    value = field.get_default(call_default_factory=True)
+    assert value is not PydanticUndefined
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def plain(annotation: Any, metadata: typing.Sequence[Any] = (), plural: str = "") -> str:
+    """What a value may be, in words: a type with the bounds that pydantic checks; `plural` is "" or "s"."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return plain(arguments[0], [*arguments[1:], *metadata], plural)
+    if origin is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [a for a in arguments if a is not type(None)]
+        if {bool, int, float, str} <= set(kinds):
+            return "any value"
+        words = " or ".join(dict.fromkeys(plain(kind, metadata) for kind in kinds))
+        return f"{words} or `null`" if type(None) in arguments else words
+    if origin is tuple:
+        kind = arguments[0]
+        least = next((m.min_length for m in _bounds(metadata) if getattr(m, "min_length", 0)), 0)
+        return f"list of {plain(kind, plural='s')}{', not empty' if least else ''}"
+    if origin is dict:
+        return f"mapping of names to {plain(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inner = (f"{name}: {plain(f.annotation, f.metadata)}" for name, f in annotation.model_fields.items())
+        return f"{{{', '.join(inner)}}}"
+    if annotation is Any:
+        return "any value"
+    if annotation is bool:
+        return "true or false"
+    if annotation is str:
+        return "text"
+    assert annotation in (int, float), annotation
+    word = "whole number" if annotation is int else "number"
+    return " ".join([word + plural, *_range(metadata)])
+
+
+def _bounds(metadata: typing.Sequence[Any]) -> list[Any]:
+    """The single conditions of a field: pydantic keeps some of them within a FieldInfo."""
+    return [bound for m in metadata for bound in (_bounds(m.metadata) if isinstance(m, FieldInfo) else [m])]
+
+
+def _range(metadata: typing.Sequence[Any]) -> list[str]:
+    words = []
+    for bound in _bounds(metadata):
+        for name, word in (("gt", "above"), ("ge", "from"), ("lt", "below"), ("le", "to")):
+            limit = getattr(bound, name, None)
+            if limit is not None:
+                words.append(f"{word} {limit:g}" if limit < 1e6 else f"{word} 2^{limit.bit_length() - 1}")
+    return words
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+if __name__ == "__main__":
+    FILE.write_text(document())
+    print(f"written: {FILE}")

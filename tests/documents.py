@@ -1,0 +1,147 @@
+"""The commands and examples of README.md, CONTRIBUTING.md and docs/*.md, and who executes which."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny import DATA, TINY
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = (
+    "dsno-cluster",
+    "make",
+    "pip",
+    "python",
+    "apt-get",
+    "source",
+    "module",
+    "git",
+    "sbatch",
+    "srun",
+    "aws",
+)
+
+# Commands that no test executes, each with its reason. A command that is neither here nor executed fails test_docs.py.
+EXCUSED = {
+    "source .venv/bin/activate": "the shell's own; `make setup` makes that environment, and tests run in one",
+    "dsno-cluster eval mine.yaml": "needs Inception's weights, which are not at hand; test_evaluation.py has random ones",
+    "module load": "what a cluster may have; ours has none",
+    "module load slurm": "what a cluster may have; ours has none",
+}
+
+# For the stages of the experiment that the documents' commands become: as TINY, and small for train-teacher too.
+SMALL = [
+    *TINY,
+    "teacher_training.steps=3",
+    "teacher_training.warmup=1",
+    "teacher_training.checkpoint_every=3",
+]
+TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher")
+PUBLISHED = DATA / "published"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block: its page, line, language ("" for an indented one) and text."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line as it stands in a page, without its comment."""
+
+    page: Path
+    line: int
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}: {self.text}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """Fenced code blocks, and those that are indented by four spaces after an empty line."""
+    found, lines = [], page.read_text().splitlines()
+    at = 0
+    while at < len(lines):
+        begin = at
+        if fence := re.match(r"```(\w*)$", lines[at]):
+            at = lines.index("```", at + 1)
+            found.append(Block(page, begin + 2, fence[1], "\n".join(lines[begin + 1 : at]) + "\n"))
+        elif lines[at].startswith("    ") and (at == 0 or not lines[at - 1].strip()):
+            while at < len(lines) and (lines[at].startswith("    ") or not lines[at].strip()):
+                at += 1
+            found.append(Block(page, begin + 1, "", "\n".join(line[4:] for line in lines[begin:at]) + "\n"))
+            continue
+        at += 1
+    return found
+
+
+def prose(page: Path) -> str:
+    """The page with the lines of its code blocks emptied, so that line numbers stay."""
+    lines = page.read_text().splitlines()
+    for block in blocks(page):
+        fence = 1 if block.language or lines[block.line - 2] == "```" else 0
+        first, last = block.line - 1 - fence, block.line - 1 + block.text.count("\n") + fence
+        lines[first:last] = [""] * (min(last, len(lines)) - first)
+    return "\n".join(lines)
+
+
+def commands() -> list[Command]:
+    """Every command of every page: lines of blocks, and inline code, that begin with one of TOOLS and a word more."""
+    return [command for page in PAGES if page.exists() for command in _commands(page)]
+
+
+def _commands(page: Path) -> Iterator[Command]:
+    begins = re.compile(rf"(?:{'|'.join(TOOLS)})\s+\S")
+    for block in blocks(page):
+        if block.language in ("python", "yaml"):
+            continue
+        for offset, line in enumerate(block.text.splitlines()):
+            for part in re.split(r";\s+", re.sub(r"\s#\s.*", "", line)):
+                if begins.match(part.strip()):
+                    yield Command(page, block.line + offset, part.strip())
+    text = prose(page)
+    for found in re.finditer(r"`([^`]+)`", text):
+        if begins.match(found[1]):
+            yield Command(page, text.count("\n", 0, found.start()) + 1, " ".join(found[1].split()))
+
+
+def on_cluster(command: Command) -> bool:
+    """Whether it is the test cluster that executes the command: what submits to Slurm, or needs S3."""
+    words = command.words
+    if words[0] != "dsno-cluster" or words[1] == "plan":
+        return False
+    several = any(word in ("--nodes", "--wait") for word in words)
+    return several or words[1] in ("status", "logs", "cancel") or any("s3://" in word for word in words)
+
+
+def as_run(command: Command, names: dict[str, str], more: Sequence[str] = ()) -> list[str]:
+    """The words after `dsno-cluster` with placeholders replaced and the experiment made tiny.
+
+    `names` has the value of each placeholder; `more` are further overrides. The paper's experiments become the digits'.
+    """
+    name, *rest = command.words[1:]
+    words = [name]
+    for word in rest:
+        for placeholder, value in names.items():
+            word = re.sub(rf"\b{placeholder}\b", lambda _, value=value: value, word)  # type: ignore[misc]
+        words.append(re.sub(r"^configs/\S+\.yaml$", "configs/digits.yaml", word))
+    if name in TAKES_A_CONFIG and "--help" not in words:
+        words += more
+        own = {word.partition("=")[0] for word in words}
+        words += [word for word in SMALL if word.partition("=")[0] not in own]
+    return words
