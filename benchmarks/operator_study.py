@@ -30,7 +30,7 @@ from dsno_cluster.config import Config, load_config
 from dsno_cluster.data import load_digits
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import loss_weights, time_points
-from dsno_cluster.evaluation.features import load_extractor
+from dsno_cluster.evaluation.features import DIGITS, find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.dsno import DSNO
@@ -215,14 +215,14 @@ def measure(student: DSNO, config: Config) -> dict[str, Any]:
     """The columns of the table."""
     student.eval()
     seed, settings = config.evaluation.seed, config.evaluation
-    extractor = load_extractor(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
-    real = moments_of(extractor(to_uint8(load_digits()[0].images))["features"].numpy())
+    extractor = load_extractor(find_weights(DIGITS, settings.weights_path, None), ["64", "logits"])
+    real = moments_of(extractor(to_uint8(load_digits()[0].images))["64"].numpy())
     features, agreeing = [], 0
     for start in range(0, settings.num_samples, settings.batch_size):
         indices = range(start, start + settings.batch_size)
         noise, labels = sample_noise(seed, indices, (1, 8, 8)), sample_labels(seed, indices, 10)
         found = extractor(to_uint8(student.sample(noise, labels)))
-        features.append(found["features"].numpy())
+        features.append(found["64"].numpy())
         agreeing += int((found["logits"].argmax(1) == labels).sum())
     ours = moments_of(np.concatenate(features))
     times = [t for t in REPORTED if t in student.times]

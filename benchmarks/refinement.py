@@ -21,7 +21,7 @@ from torch import Tensor
 from dsno_cluster import console, load_student, load_teacher, solve
 from dsno_cluster.data import load_digits
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.evaluation.features import load_extractor
+from dsno_cluster.evaluation.features import DIGITS, find_weights, load_extractor
 from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
         ]
     rows += [(f"teacher alone, ddim in {n} steps", n, alone("ddim", n)) for n in (1, 2, 3, 5)]
     rows += [(f"teacher alone, dpmpp-2m in {n} steps", n, alone("dpmpp-2m", n)) for n in (3, 5)]
-    extractor = load_extractor("digits-features", "package:digits-features", None)
-    real = moments_of(extractor(to_uint8(load_digits()[0].images))["features"].numpy())
+    extractor = load_extractor(find_weights(DIGITS, "package:digits-features", None), ["64", "logits"])
+    real = moments_of(extractor(to_uint8(load_digits()[0].images))["64"].numpy())
     table = []
     with console.progress("sampling", len(rows), "rows") as advance:
         for name, evaluations, sampler in rows:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
                 labels = sample_labels(SEED, indices, 10)
                 with torch.no_grad():
                     found = extractor(to_uint8(sampler(sample_noise(SEED, indices, (1, 8, 8)), labels)))
-                features.append(found["features"].numpy())
+                features.append(found["64"].numpy())
                 agreeing += int((found["logits"].argmax(1) == labels).sum())
             ours = moments_of(np.concatenate(features))
             distance = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)

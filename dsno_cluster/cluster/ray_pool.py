@@ -123,8 +123,8 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
             logging_level=logging.ERROR,
             configure_logging=True,
         )
-    except (RuntimeError, ConnectionError, OSError) as error:
-        raise WorkError(f"Ray did not start on this machine: {error}") from error
+    except Exception as error:
+        raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
     try:
         yield RayCluster(threads, num_gpus, actors)
     finally:

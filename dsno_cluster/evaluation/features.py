@@ -135,7 +135,7 @@ def layer_of(extractor: str, metric: str) -> str:
 def readings(settings: Evaluation) -> dict[str, Reading]:
     """What each metric of the config reads, for those that read features.
 
-    Raises UserError for an unknown extractor and for `agreement` by one whose logits are not the data's classes.
+    Raises UserError for an unknown extractor.
     """
     found: dict[str, Reading] = {}
     for metric in settings.metrics:
@@ -145,11 +145,6 @@ def readings(settings: Evaluation) -> dict[str, Reading]:
         if metric == "precision_recall" and settings.precision_recall_extractor is not None:
             name = settings.precision_recall_extractor
         _check_known(name)
-        if metric == "agreement" and name != DIGITS:
-            raise UserError(
-                f"evaluation.metrics: agreement needs an extractor whose logits are the classes asked for ({DIGITS}), "
-                f"not {name}"
-            )
         found[metric] = Reading(name, layer_of(name, metric))
     return found
 
