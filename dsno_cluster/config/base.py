@@ -15,4 +15,6 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Strict(BaseModel):
+    """Frozen; refuses unknown keys, values of another type and numbers that are not finite."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
