@@ -22,6 +22,7 @@ PROBE = """<!doctype html><html><body><iframe id="f" style="width:WIDTHpx;height
 const frame = document.getElementById("f");
 frame.onload = () => {
   const page = frame.contentDocument, view = frame.contentWindow, found = {};
+  page.querySelectorAll("details").forEach((details) => { details.open = true; });
   found.width = view.innerWidth;
   found.scrollWidth = page.documentElement.scrollWidth;
   found.charts = [...page.querySelectorAll("svg.chart")].filter((s) => s.getBoundingClientRect().width > 0).length;

@@ -172,7 +172,7 @@ def _line(series: Series, across: _Axis, up: _Axis) -> Markup:
         line = tag("polyline", class_=f"line {colour}", points=" ".join(",".join(p) for p in places))
     points = []
     if len(places) <= 30 or series.dots:
-        radius = 6 if series.loud else 3
+        radius = 6 if series.loud else 3 if len(places) > 1 else 4
         for (x, y), (value_x, value_y) in zip(places, series.points, strict=True):
             said = tag("title", f"{series.name}: {number(value_y)} at {number(value_x)}")
             points.append(tag("circle", said, class_=f"dot {colour}", cx=x, cy=y, r=radius))
