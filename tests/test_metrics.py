@@ -345,6 +345,7 @@ def test_published_weights_are_downloaded_once_and_checked(
     assert not [p for p in found.path.parent.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_watched(tiny_student: Path, tmp_path: Path) -> None:
     """Each checkpoint and each average is evaluated once; the best is named; a second call measures nothing."""
     root = tiny_student.parents[1]

@@ -121,7 +121,7 @@ def test_says_what_was_measured(whole: Path) -> None:
         "dsno-cluster gen-trajectories digits.yaml",
     ):
         assert said in page.text, said
-    assert "recall" not in page.text  # no row has it
+    assert "F-score" not in page.text  # no row has it
     assert "FID" not in page.text and "Frechet distance" in page.text  # digits-features is not Inception
     saved = next(a for a in page.all("a") if a.get("download"))
     data = base64.b64decode((saved["href"] or "").partition("base64,")[2])
