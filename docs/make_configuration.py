@@ -22,7 +22,7 @@ INTRODUCTION = """# Configuration
 Written by `make docs` from the models in `dsno_cluster/config/`; change the descriptions there.
 
 An experiment is a YAML file of `configs/`. Any key can be given on the command line instead, as `section.key=value`, the value
-read as YAML: `dsno-cluster plan configs/digits.yaml trajectories.steps=32 'trajectories.times=[0.25, 0.0]'`. A key that is
+read as YAML: `dsno-cluster plan CONFIG trajectories.steps=32 'trajectories.times={spacing: uniform, points: 4}'`. A key that is
 unknown, of another type or impossible together with the others is refused in one line, before anything starts. *needed* stands
 where there is no default. [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
 """

@@ -29,7 +29,7 @@ TOOLS = (
 # Commands that no test executes, each with its reason. A command that is neither here nor executed fails test_docs.py.
 EXCUSED = {
     "source .venv/bin/activate": "the shell's own; `make setup` makes that environment, and tests run in one",
-    "dsno-cluster eval mine.yaml": "needs Inception's weights, which are not at hand; test_evaluation.py has random ones",
+    "dsno-cluster eval mine.yaml": "needs Inception's weights, which are not at hand; test_metrics.py has random ones",
     "module load": "what a cluster may have; ours has none",
     "module load slurm": "what a cluster may have; ours has none",
 }
@@ -41,7 +41,7 @@ SMALL = [
     "teacher_training.warmup=1",
     "teacher_training.checkpoint_every=3",
 ]
-TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher")
+TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher", "report")
 PUBLISHED = DATA / "published"
 
 
@@ -121,7 +121,7 @@ def _commands(page: Path) -> Iterator[Command]:
 
 
 def on_cluster(command: Command) -> bool:
-    """Whether it is the test cluster that executes the command: what submits to Slurm, or needs S3."""
+    """Whether the test cluster executes the command: what submits to Slurm, or needs S3."""
     words = command.words
     if words[0] != "dsno-cluster" or words[1] == "plan":
         return False
