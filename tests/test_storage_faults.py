@@ -17,9 +17,8 @@ from s3_server import KEYS
 from test_storage import s3_endpoint  # noqa: F401
 from tiny import TINY, dsno
 
-from dsno_cluster import storage as storage_module
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.storage import MissingObject, Patience, PreconditionFailed, Storage, open_storage
+from dsno_cluster.storage import MissingObject, Patience, PreconditionFailed, Storage, open_storage, s3
 from dsno_cluster.trajectories.shards import Shard, read_shard, write_shard
 
 QUICK = Patience(attempts=4, first_pause_seconds=0.01, longest_pause_seconds=0.05, timeout_seconds=2.0)
@@ -194,8 +193,8 @@ def test_a_server_that_restarts_is_waited_for(s3_endpoint: str, proxy: FaultyS3)
 def test_large_objects_go_up_in_parts(
     proxy: FaultyS3, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "MULTIPART_ABOVE", 6 << 20)
-    monkeypatch.setattr(storage_module, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
+    monkeypatch.setattr(s3, "MULTIPART_ABOVE", 6 << 20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
     storage, data = through(proxy, request), os.urandom(12 << 20)
     failed: set[str] = set()
 
@@ -224,8 +223,8 @@ def test_a_shard_is_not_put_over_another(
     import torch
 
     if in_parts:
-        monkeypatch.setattr(storage_module, "MULTIPART_ABOVE", 6 << 20)
-        monkeypatch.setattr(storage_module, "PART_BYTES", 5 << 20)
+        monkeypatch.setattr(s3, "MULTIPART_ABOVE", 6 << 20)
+        monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     storage = through(proxy, request)
     ours = {"states": torch.zeros(2, 1 << 20, 1, 1, 1)}
     theirs = {"states": torch.ones(2, 1 << 20, 1, 1, 1)}
