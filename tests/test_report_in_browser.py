@@ -26,6 +26,10 @@ frame.onload = () => {
   found.width = view.innerWidth;
   found.scrollWidth = page.documentElement.scrollWidth;
   found.charts = [...page.querySelectorAll("svg.chart")].filter((s) => s.getBoundingClientRect().width > 0).length;
+  found.cut = [...page.querySelectorAll("svg.chart text")].filter((text) => {
+    const inside = text.getBoundingClientRect(), chart = text.ownerSVGElement.getBoundingClientRect();
+    return inside.width > 0 && (inside.left < chart.left - 1 || inside.right > chart.right + 1);
+  }).map((text) => text.textContent);
   found.drawn = [...page.images].every((image) => image.complete && image.naturalWidth > 0);
   const range = page.querySelector("input[type=range]");
   range.focus();
@@ -92,6 +96,7 @@ def test_fits_its_window_and_the_slider_moves(page: Path, width: int) -> None:
     found = json.loads(said[1])
     assert console == []
     assert found["width"] == width and found["scrollWidth"] <= width
+    assert found["cut"] == []  # no name reaches out of its chart
     assert found["charts"] == 4 and found["drawn"]  # each in one of its two widths
     assert found["focused"] and found["outline"] != "none"
     assert found["clip"] == "inset(0px 20% 0px 0px)"  # the teacher is left of the border

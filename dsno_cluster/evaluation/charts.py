@@ -17,14 +17,14 @@ WIDTHS = {"wide": 760, "narrow": 350}
 COLOURS = 8
 MOST_POINTS = 400  # of a drawn line; longer ones are averaged
 _ABOVE, _BELOW, _LEFT, _LINE = 12, 46, 62, 15  # room around the plot, and between two labels
-_LETTER = 6.6  # width of a letter of a label, about
+_LETTER = 7.5  # width of a letter of a label, about
 
 
 @dataclass(frozen=True)
 class Series:
     """A line: its name, its points in order of x, and `colour`, an index into the page's colours.
 
-    `dots`: points only, named beside the last. `loud`: a large point for each, for what the chart is about.
+    `dots`: points only. `loud`: large points, named beside the last in place of in the margin: what the chart is about.
     """
 
     name: str
@@ -115,8 +115,8 @@ def _draw(chart: Chart, class_: str, width: int) -> Markup:
         return Markup("")
     log_x, log_y = chart.log_x and min(xs) > 0, chart.log_y and min(ys) > 0
     names = [s.name for s in series] + [name for name, _ in chart.levels]  # one alone is the chart's title
-    beside = [s.name for s in series if not s.dots] + [name for name, _ in chart.levels]
-    right = 14 + _LETTER * max(map(len, beside), default=0) if names[1:] else 16
+    margin = [s.name for s in series if not s.loud] + [name for name, _ in chart.levels]
+    right = 14 + _LETTER * max(map(len, margin), default=0) if names[1:] else 16
     across = _Axis(*_range(xs, log_x, from_zero=not log_x), log_x, _LEFT, width - right)
     up = _Axis(*_range(ys, log_y, from_zero=False), log_y, height - _BELOW, _ABOVE)
     shown = ticks(across.low, across.high, log_x, 8 if class_ == "wide" else 4)
@@ -133,7 +133,9 @@ def _draw(chart: Chart, class_: str, width: int) -> Markup:
         parts.append(tag("line", class_="axis", x1=x, x2=x, y1=bottom, y2=bottom + 5))
         parts.append(tag("text", number(value), class_="tick", x=x, y=bottom + 18, text_anchor="middle"))
     parts.append(tag("line", class_="axis", x1=_LEFT, x2=f"{across.end:.1f}", y1=bottom, y2=bottom))
-    middle = (_LEFT + across.end) / 2
+    middle = max(
+        (_LEFT + across.end) / 2, _LETTER * len(chart.x) / 2
+    )  # a long name on a narrow chart begins at its edge
     parts.append(tag("text", chart.x, class_="name", x=f"{middle:.0f}", y=height - 8, text_anchor="middle"))
     turned = f"translate(13 {(bottom + _ABOVE) / 2:.0f}) rotate(-90)"
     parts.append(tag("text", chart.y, class_="name", transform=turned, text_anchor="middle"))
@@ -142,8 +144,8 @@ def _draw(chart: Chart, class_: str, width: int) -> Markup:
         parts.append(tag("line", class_="level", x1=_LEFT, x2=f"{across.end:.1f}", y1=y, y2=y))
     parts += [_line(s, across, up) for s in series]
     if names[1:]:
-        lines = [s for s in series if not s.dots]
-        ends = [(s.name, up(s.points[-1][1]), f"label c{s.colour % COLOURS}") for s in lines]
+        quiet = [s for s in series if not s.loud]
+        ends = [(s.name, up(s.points[-1][1]), f"label c{s.colour % COLOURS}") for s in quiet]
         ends += [(name, up(value), "label") for name, value in chart.levels]
         parts += _labels(ends, across.end + 8, _ABOVE, bottom)
     said = f"{chart.title}. {chart.summary}"
@@ -176,7 +178,7 @@ def _line(series: Series, across: _Axis, up: _Axis) -> Markup:
         for (x, y), (value_x, value_y) in zip(places, series.points, strict=True):
             said = tag("title", f"{series.name}: {number(value_y)} at {number(value_x)}")
             points.append(tag("circle", said, class_=f"dot {colour}", cx=x, cy=y, r=radius))
-    if series.dots:
+    if series.loud:
         x, y = places[-1]
         fits = float(x) + 10 + _LETTER * len(series.name) <= across.end
         beside, anchor = (float(x) + 10, "start") if fits else (float(x) - 10, "end")
