@@ -150,6 +150,7 @@ def test_commands_run_on_this_machine(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("examples")
 def test_long_commands_run_on_this_machine(workplace: Path) -> None:
     """The stages, of the digits and of the user's own model: a UNet2DModel as diffusers saves it."""
