@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -12,9 +12,9 @@ MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agree
 
 
 class Evaluation(Strict):
-    num_samples: Annotated[int, Field(ge=2)]
-    batch_size: PositiveInt = 250
-    threads: PositiveInt = 1
+    num_samples: int = Field(ge=2, description="images drawn from the student and, for each row, the teacher")
+    batch_size: PositiveInt = Field(250, description="images at a time, and in a kept shard of samples")
+    threads: PositiveInt = Field(1, description="CPU threads of an actor")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's network")
     compile: bool = Field(False, description="torch.compile the student's network")
     ema_decay: BelowOne | None = Field(
@@ -67,7 +67,7 @@ class Evaluation(Strict):
     )
     keep_samples: bool = Field(False, description="write the student's samples as shards under storage.root")
     best_metric: MetricName = Field("fid", description="which `eval --watch` chooses the best checkpoint by")
-    picture_columns: PositiveInt = 8
+    picture_columns: PositiveInt = Field(8, description="samples of each class in the pictures")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Evaluation:

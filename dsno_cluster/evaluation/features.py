@@ -152,13 +152,18 @@ def readings(settings: Evaluation) -> dict[str, Reading]:
 def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
     """The checked weights of every extractor that the config's metrics read. Errors as `find_weights`."""
     found = {}
-    for metric, reading in readings(settings).items():
-        own = metric == "precision_recall" and settings.precision_recall_extractor is not None
-        if reading.extractor not in found:
-            prefix = "precision_recall_" if own and reading.extractor != settings.feature_extractor else ""
-            path, sha256 = (getattr(settings, f"{prefix}weights_{part}") for part in ("path", "sha256"))
-            found[reading.extractor] = find_weights(
-                reading.extractor, path, sha256, f"evaluation.{prefix}weights"
+    for reading in readings(settings).values():
+        name = reading.extractor
+        if name in found:
+            continue
+        if name == settings.feature_extractor:
+            found[name] = find_weights(name, settings.weights_path, settings.weights_sha256)
+        else:
+            found[name] = find_weights(
+                name,
+                settings.precision_recall_weights_path,
+                settings.precision_recall_weights_sha256,
+                "evaluation.precision_recall_weights",
             )
     return found
 
