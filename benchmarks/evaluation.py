@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from inception import save_random_inception
+from inception import Images, save_random_inception
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
@@ -144,19 +144,6 @@ def torch_fidelity_seconds(file: str, weights: str, threads: int) -> float:
     found = get_featuresdict_from_dataset(Images(pixels), network, 64, False, False, False)
     fid_featuresdict_to_statistics(found, "2048")
     return time.perf_counter() - began
-
-
-class Images(torch.utils.data.Dataset):
-    """What torch-fidelity reads images from."""
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 def merge_time() -> None:

@@ -31,11 +31,12 @@ from sampler import published_network, status
 from torch import Tensor, nn
 
 from dsno_cluster import console
+from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import device_name
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights, time_points
 from dsno_cluster.models.dsno import DSNO, Form
-from dsno_cluster.training.engine import EMA, free_port, join_ranks, make_engine
+from dsno_cluster.training.engine import EMA, join_ranks, make_engine
 from dsno_cluster.training.loop import new_student
 from dsno_cluster.training.losses import l1, weighted
 from dsno_cluster.training.state import fragments_of
@@ -236,7 +237,7 @@ def quartiles(ratios: list[float]) -> str:
 
 
 def spawn(work: Callable[..., None], world: int, *arguments: Any) -> None:
-    torch.multiprocessing.spawn(_spawned, (work, world, free_port(), *arguments), world)
+    torch.multiprocessing.spawn(_spawned, (work, world, free_ports(1)[0], *arguments), world)
 
 
 def _spawned(rank: int, work: Callable[..., None], world: int, port: int, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Inception with random weights, saved as torch-fidelity's own file is: the published ones cannot be had in a test."""
+"""What torch-fidelity is run on: its Inception with random weights (the published ones cannot be had in a test), and images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from unittest import mock
 
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as module
+
+
+class Images(torch.utils.data.Dataset):
+    """What torch-fidelity reads images from."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
 
 
 def save_random_inception(file: Path) -> Path:

@@ -212,10 +212,10 @@ def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_pa
     """The whole cycle of submitit's local executor: a signal before the time limit, save, requeue, finish."""
     import submitit
 
+    from dsno_cluster.cluster.rendezvous import free_ports
     from dsno_cluster.cluster.runs import create_run
     from dsno_cluster.cluster.submit import stage_task, task_in
     from dsno_cluster.config import load_config, load_profile
-    from dsno_cluster.training.engine import free_port
 
     out = link_data(tiny_data, tmp_path / "out")
     config = load_config(
@@ -224,7 +224,7 @@ def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_pa
     run = create_run(config, "train", load_profile("train", {}), "a test", snapshot=False)
     executor = submitit.LocalExecutor(run.folder / "submitit", max_num_timeout=10)
     executor.update_parameters(timeout_min=1, signal_delay_s=48, tasks_per_node=2, nodes=1)
-    os.environ["MASTER_PORT"] = str(free_port())
+    os.environ["MASTER_PORT"] = str(free_ports(1)[0])
     job = executor.submit(task_in(run, stage_task("train", config)))
     job.results()
     log = job.paths.stderr.parent / f"{job.job_id}_0_log.err"

@@ -40,9 +40,9 @@ def train(data: Path, out: Path, *more: str, **env: str) -> subprocess.Completed
 
 def start_ranks(out: Path, count: int, *more: str, script: str = "") -> list[subprocess.Popen[str]]:
     """Several ranks as a launcher such as torchrun starts them; `script` is run in place of the command line's module."""
-    from dsno_cluster.training.engine import free_port
+    from dsno_cluster.cluster.rendezvous import free_ports
 
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     ranks = []
     for rank in range(count):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}

@@ -123,7 +123,7 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
             logging_level=logging.ERROR,
             configure_logging=True,
         )
-    except Exception as error:
+    except Exception as error:  # Ray raises bare ones, as where a node is slow to start
         raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
     try:
         yield RayCluster(threads, num_gpus, actors)

@@ -33,6 +33,14 @@ class Arguments:
             )
         return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
 
+    def run_word(self) -> str:
+        """The config, or the submitted run, that is named, or the default config. Raises UserError for more than one."""
+        if len(self.words) > 1:
+            raise UserError(
+                f"one RUN at a time, found {' '.join(self.words)}; an override is written key=value"
+            )
+        return self.words[0] if self.words else DEFAULT_CONFIG
+
     def only_word(self, what: str) -> str:
         """The one positional word of a command that takes no config. Raises UserError that asks for `what`."""
         if len(self.words) != 1 or self.overrides:

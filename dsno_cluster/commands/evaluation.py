@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments
+from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.launching import launcher_and_profile, submit_stage
 from dsno_cluster.errors import UserError
 
@@ -57,9 +57,7 @@ def _config(arguments: Arguments) -> Config:
         return arguments.config()
     from dsno_cluster.cluster.runs import config_of_run
 
-    if len(arguments.words) > 1:
-        raise UserError(f"one RUN at a time, found {' '.join(arguments.words)}")
-    return config_of_run(arguments.words[0] if arguments.words else DEFAULT_CONFIG, arguments.overrides)
+    return config_of_run(arguments.run_word(), arguments.overrides)
 
 
 def _what(arguments: Arguments, config: Config) -> str:
@@ -110,7 +108,7 @@ def show_figures(metrics: dict[str, Any]) -> None:
 def show_history(history: dict[str, Any]) -> None:
     """What was measured of each checkpoint."""
     from dsno_cluster import console
-    from dsno_cluster.evaluation.watch import value_of
+    from dsno_cluster.evaluation.history import value_of
 
     metrics = ("fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error")
     shown = [m for m in metrics if any(value_of(row, m) is not None for row in history["rows"])]

@@ -108,10 +108,11 @@ class EvaluationActor:
         return self.extracting.submit(self._measure, block, images, labels).result()
 
     def _images(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """The block's images, uint8 (N, C, H, W), and their classes (N,), both on CPU."""
+        """The block's images, uint8 (N, C, H, W), and their classes (N,) where known, both on CPU."""
         if block.source.kind == "images":
-            images: ImageSet = self.images(block.source.address)
-            return images.read(block.start, block.stop), None
+            found: ImageSet = self.images(block.source.address)
+            known = None if found.labels is None else found.labels[block.start : block.stop]
+            return found.read(block.start, block.stop), known
         noise, labels = self._inputs(range(block.start, block.stop))
         if block.source.kind == "student":
             states = self.student.sample(noise, labels)
@@ -133,17 +134,11 @@ class EvaluationActor:
         }
         agreeing = 0
         if "agreement" in read:
-            classes = self._classes(block) if labels is None else labels.numpy()
-            agreeing = int((found[read["agreement"].key].argmax(1) == classes).sum())
+            assert labels is not None
+            agreeing = int((found[read["agreement"].key].argmax(1) == labels.numpy()).sum())
         moments = moments_of(found[read["fid"].key]) if "fid" in read else None
         features = {key: found[key] for key in layers_by_row(read)}
         return BlockResult(moments, features, agreeing), self._kept(block, images, labels)
-
-    def _classes(self, block: Block) -> np.ndarray:
-        """The classes of real held-out images."""
-        from dsno_cluster.data import load_digits
-
-        return load_digits()[1].labels[block.start : block.stop].numpy()
 
     def _kept(self, block: Block, images: Tensor, labels: Tensor | None) -> Shard | None:
         if self.keep is None or block.source.kind != "student":

@@ -6,9 +6,8 @@ the number of actors changes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,7 @@ from dsno_cluster.models.weights import read_meta, software_versions
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import environment
 from dsno_cluster.trajectories.plan import find_teacher
-from dsno_cluster.trajectories.shards import Manifest, Shard, commit_manifest, read_manifest
+from dsno_cluster.trajectories.shards import Manifest, Shard, canonical_hash, commit_manifest, read_manifest
 
 HELD_OUT = Source("images", address="held-out")
 
@@ -128,7 +127,7 @@ def evaluate(
         counts[HELD_OUT] = open_images(HELD_OUT.address).count
         by_source[HELD_OUT] = _for_held_out(config, read, counts[HELD_OUT])
     measured = _measure(config, weights, counts, by_source, real, path, keep, actors, ray_address)
-    reference = finished_reference(storage, real, read, measured.collected)
+    reference = finished_reference(storage, real, measured.collected)
 
     def row(source: Source) -> dict[str, Any]:
         collected = measured.collected[source]
@@ -200,7 +199,7 @@ def evaluate_images(
     measured = _measure(
         config, weights, {source: images.count}, {source: read}, real, None, None, actors, ray_address
     )
-    reference = finished_reference(storage, real, read, measured.collected)
+    reference = finished_reference(storage, real, measured.collected)
     metrics = {
         "name": config.name,
         "samples": {"address": address, **images.identity},
@@ -209,8 +208,7 @@ def evaluate_images(
         "seeds": {"metrics": settings.metric_seed},
         "figures": figures(settings, read, measured.collected[source], reference),
     }
-    digest = hashlib.sha256(json.dumps(images.identity, sort_keys=True).encode()).hexdigest()[:16]
-    key = f"evaluation/{config.name}/samples-{digest}.json"
+    key = f"evaluation/{config.name}/samples-{canonical_hash(images.identity)}.json"
     storage.write(key, (json.dumps(metrics, indent=2) + "\n").encode())
     console.say(f"written: {storage.url}/{key}")
     return metrics
@@ -318,11 +316,8 @@ def _measure(
     settings = config.evaluation
     if real.source is not None:
         assert real.images is not None
-        holds = real.spec["holds"]
-        every = readings(settings)
-        counts, read = dict(counts), dict(read)
-        counts[real.source] = real.images.count
-        read[real.source] = {metric: every[metric] for metric in holds}
+        counts = counts | {real.source: real.images.count}
+        read = read | {real.source: real.read}
     sizes = {source: _block_size(source, settings.batch_size) for source in counts}
     blocks = [b for source in counts for b in _blocks("features", source, counts[source], sizes[source])]
     if student_path is not None and "trajectory_error" in settings.metrics:
@@ -332,12 +327,13 @@ def _measure(
     collected = {source: Collected(count, sizes[source]) for source, count in counts.items()}
     errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
     shards: dict[int, Shard] = {}
+    there = with_absolute_paths(config)
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one block's features are extracted the next is drawn or read
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
 
         def make_actor() -> Any:
-            return remote.remote(with_absolute_paths(config), weights, read, student_path, keep)
+            return remote.remote(there, weights, read, student_path, keep)
 
         for block, result in _run_blocks(make_actor, blocks, cluster):
             if block.work == "trajectory":
@@ -356,7 +352,9 @@ def _measure(
     return Measured(collected, error, [shards[start] for start in sorted(shards)], cost)
 
 
-def _run_blocks(make_actor: Callable[[], Any], blocks: list[Block], cluster: RayCluster) -> Any:
+def _run_blocks(
+    make_actor: Callable[[], Any], blocks: list[Block], cluster: RayCluster
+) -> Iterator[tuple[Block, Any]]:
     """Pairs of a block and its result, as they come."""
     with console.progress("evaluating", sum(b.stop - b.start for b in blocks), "samples") as advance:
         pool = run_pool(

@@ -25,9 +25,10 @@ from torch_fidelity.utils import create_feature_extractor
 from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.models.weights import package_path
 
-DIGITS, INCEPTION, VGG = "digits-features", "inception-v3-compat", "vgg16"
+DIGITS, VGG = "digits-features", "vgg16"
 # what torch-fidelity calls the metrics that read features
 METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
 BATCH = 64  # images at a time, as torch-fidelity's default

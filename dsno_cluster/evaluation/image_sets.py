@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.features import file_sha256
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash, read_manifest, read_shard
 
@@ -35,13 +36,19 @@ READERS = 4  # pictures decoded at a time
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images uint8 (C, H, W) of one shape; `identity` tells them from any others, `read` gives (N, C, H, W)."""
+    """`count` images uint8 (C, H, W) of one shape; `read` gives (N, C, H, W), `labels` (count,) are their classes if known."""
 
     address: str
     count: int
     shape: tuple[int, int, int]
-    identity: dict[str, Any]
+    identify: Callable[[], dict[str, Any]]
     read: Callable[[int, int], Tensor]
+    labels: Tensor | None = None
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells them from any others. All of a file is read for it, so only who asks pays."""
+        return self.identify()
 
 
 def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
@@ -63,14 +70,22 @@ def _named(name: str) -> ImageSet:
     from dsno_cluster.data import load_digits
     from dsno_cluster.images import to_uint8
 
-    images = to_uint8(load_digits()[NAMED.index(name)].images)
-    identity = {"kind": name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
-    return ImageSet(name, len(images), _shape(images[0]), identity, lambda start, stop: images[start:stop])
+    split = load_digits()[NAMED.index(name)]
+    images = to_uint8(split.images)
+
+    def identify() -> dict[str, Any]:
+        return {"kind": name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+
+    return ImageSet(
+        name, len(images), _shape(images[0]), identify, lambda start, stop: images[start:stop], split.labels
+    )
 
 
 def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
     shards = manifest.shards
-    identity = {"kind": "shards", "sha256": canonical_hash({"shards": [s.sha256 for s in shards]})}
+
+    def identify() -> dict[str, Any]:
+        return {"kind": "shards", "sha256": canonical_hash({"shards": [s.sha256 for s in shards]})}
 
     @functools.lru_cache(2)  # a block may begin in one shard and end in the next
     def images_of(index: int) -> Tensor:
@@ -89,7 +104,7 @@ def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
 
     if not shards:
         raise UserError(f"{address}: its manifest names no shard")
-    return ImageSet(address, manifest.num_samples, _shape(images_of(0)[0]), identity, read)
+    return ImageSet(address, manifest.num_samples, _shape(images_of(0)[0]), identify, read)
 
 
 def _npz(file: Path) -> ImageSet:
@@ -102,9 +117,10 @@ def _npz(file: Path) -> ImageSet:
         part = torch.from_numpy(np.array(images[start:stop]))
         return part.permute(0, 3, 1, 2).contiguous() if in_rows else part
 
-    stat = file.stat()
-    identity = {"kind": "npz", "bytes": stat.st_size, "sha256": _cached_sha256(str(file), stat.st_mtime_ns)}
-    return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identity, read)
+    def identify() -> dict[str, Any]:
+        return {"kind": "npz", "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+    return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identify, read)
 
 
 def npz_images(file: Path) -> tuple[str, np.ndarray] | None:
@@ -166,13 +182,15 @@ def _pictures(folder: Path) -> ImageSet:
         with ThreadPoolExecutor(READERS) as threads:
             return torch.stack(list(threads.map(one, files[start:stop])))
 
-    root = folder.resolve()
-    lines = [
-        [str(f.relative_to(root)) if f.is_relative_to(root) else str(f), s.st_size, s.st_mtime_ns]
-        for f, s in ((f, f.stat()) for f in files)
-    ]
-    identity = {"kind": "pictures", "files": hashlib.sha256(json.dumps(lines).encode()).hexdigest()}
-    return ImageSet(str(folder), len(files), shape, identity, read)
+    def identify() -> dict[str, Any]:
+        root = folder.resolve()
+        lines = [
+            [str(f.relative_to(root)) if f.is_relative_to(root) else str(f), s.st_size, s.st_mtime_ns]
+            for f, s in ((f, f.stat()) for f in files)
+        ]
+        return {"kind": "pictures", "files": hashlib.sha256(json.dumps(lines).encode()).hexdigest()}
+
+    return ImageSet(str(folder), len(files), shape, identify, read)
 
 
 def _picture(file: Path) -> Tensor:
@@ -185,12 +203,6 @@ def _picture(file: Path) -> Tensor:
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"{file}: is not a picture that can be read: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-@functools.lru_cache(8)
-def _cached_sha256(file: str, mtime_ns: int) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _shape(image: Tensor) -> tuple[int, int, int]:

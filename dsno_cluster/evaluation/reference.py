@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import safetensors.numpy
 from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.actor import Source
-from dsno_cluster.evaluation.features import INCEPTION, Reading, WeightsFile, file_sha256, is_published
+from dsno_cluster.evaluation.features import Reading, WeightsFile, file_sha256, is_published
 from dsno_cluster.evaluation.image_sets import ImageSet, npz_images, open_images
-from dsno_cluster.evaluation.metrics import OF_REFERENCE, Collected, Reference, layers_by_row
+from dsno_cluster.evaluation.metrics import BY_ROW, OF_REFERENCE, Collected, Reference
+from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.storage import MissingObject, Storage
 from dsno_cluster.trajectories.shards import canonical_hash
 
@@ -30,18 +31,23 @@ ENOUGH = 10_000  # images; a FID of fewer is far above that of 50 000 and is not
 
 @dataclass(frozen=True)
 class RealData:
-    """The reference, as far as it is known before the pool runs, and the images that are still to be measured."""
+    """The reference as far as it is known before the pool runs: imported statistics, images, and what is kept of those.
 
-    statistics: Reference | None
-    images: ImageSet | None
-    spec: dict[str, Any]
-    kept: Reference | None
+    `read` is what the metrics need of the images, `spec` all that decides it.
+    """
+
+    statistics: Reference | None = None
+    images: ImageSet | None = None
+    read: dict[str, Reading] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+    kept: Reference | None = None
 
     @property
     def source(self) -> Source | None:
         """What the pool has to measure."""
-        todo = self.images is not None and self.kept is None
-        return Source("images", address=self.images.address) if todo and self.images else None
+        if self.images is None or self.kept is not None:
+            return None
+        return Source("images", address=self.images.address)
 
     @property
     def count(self) -> int | None:
@@ -86,19 +92,18 @@ def imported(settings: Evaluation) -> Reference | None:
 
 
 def reference_images(
-    settings: Evaluation, read: dict[str, Reading], endpoint_url: str | None
+    settings: Evaluation, statistics: Reference | None, read: dict[str, Reading], endpoint_url: str | None
 ) -> ImageSet | None:
-    """The images whose features the metrics need; None where mu and sigma are all that they need.
+    """The images whose features the metrics of `read` need; None where imported `statistics` are all that they need.
 
     Raises UserError where a metric needs images and the reference has none.
     """
-    by_row = [metric for metric in read if metric in OF_REFERENCE and read[metric].key in layers_by_row(read)]
-    by_row = [metric for metric in by_row if metric != "fid"]
-    if imported(settings) is None:
+    if statistics is None:
         try:
             return open_images(settings.reference, endpoint_url)
         except UserError as error:
             raise UserError(f"evaluation.reference: {error}") from None
+    by_row = [metric for metric in read if metric in BY_ROW]
     if not by_row:
         return None
     if npz_images(Path(settings.reference)) is None:
@@ -120,7 +125,6 @@ def reference_spec(
             "by_row": metric != "fid",
         }
         for metric, reading in read.items()
-        if metric in OF_REFERENCE
     }
     return {"images": images.identity, "count": images.count, "holds": holds}
 
@@ -167,12 +171,10 @@ def _key(spec: dict[str, Any]) -> str:
     return f"evaluation/references/{canonical_hash(spec)}.safetensors"
 
 
-def merged(statistics: Reference | None, images: Reference | None) -> Reference:
-    """One reference from imported mu and sigma, features of images, or both (ADM's batches)."""
+def merged(statistics: Reference | None, images: Reference | None) -> Reference | None:
+    """One reference from imported mu and sigma, features of images, or both (ADM's batches); None of neither."""
     if statistics is None or images is None:
-        found = statistics or images
-        assert found is not None
-        return found
+        return statistics or images
     return Reference(
         {"statistics": statistics.identity, "images": images.identity},
         statistics.mean,
@@ -190,27 +192,26 @@ def find_real_data(
     settings = config.evaluation
     compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
     if not compared:
-        return RealData(None, None, {}, None)
+        return RealData()
     statistics = imported(settings)
-    images = reference_images(settings, compared, config.storage.endpoint_url)
+    images = reference_images(settings, statistics, compared, config.storage.endpoint_url)
     if images is None:
-        return RealData(statistics, None, {}, None)
+        return RealData(statistics)
     if statistics is not None:  # mu and sigma are there: of the images the features alone are wanted
         compared = {metric: reading for metric, reading in compared.items() if metric != "fid"}
     spec = reference_spec(images, compared, weights)
-    return RealData(statistics, images, spec, stored_reference(storage, spec, images))
+    return RealData(statistics, images, compared, spec, stored_reference(storage, spec, images))
 
 
 def finished_reference(
-    storage: Storage, real: RealData, read: dict[str, Reading], collected: dict[Source, Collected]
+    storage: Storage, real: RealData, collected: dict[Source, Collected]
 ) -> Reference | None:
     """The reference with what the pool measured of its images, which is kept for the next evaluation."""
-    if real.source is None:
-        return merged(real.statistics, real.kept) if real.statistics or real.kept else None
-    assert real.images is not None
-    compared = {metric: r for metric, r in read.items() if metric in real.spec["holds"]}
-    found = reference_of(real.images, compared, collected[real.source])
-    store_reference(storage, real.spec, found)
+    found = real.kept
+    if real.source is not None:
+        assert real.images is not None
+        found = reference_of(real.images, real.read, collected[real.source])
+        store_reference(storage, real.spec, found)
     return merged(real.statistics, found)
 
 

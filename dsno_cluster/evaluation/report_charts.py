@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsno_cluster.evaluation.charts import Chart, Series, averaged, number
+from dsno_cluster.evaluation.history import FIGURES, value_of
 from dsno_cluster.evaluation.run_files import best_row
 from dsno_cluster.evaluation.table import Figure, known_figures
 
@@ -98,7 +99,7 @@ def history_figures(history: dict[str, Any], extractor: str) -> list[Figure]:
     known = {figure.key: figure for figure in known_figures(extractor)}
     known["trajectory_error"] = Figure("trajectory_error", "mean trajectory error", 4, "lower")
     chosen_by = (history.get("best") or {}).get("metric", "fid")
-    keys = dict.fromkeys(["fid", {"precision_recall": "f_score"}.get(chosen_by, chosen_by)])
+    keys = dict.fromkeys(["fid", FIGURES.get(chosen_by, chosen_by)])
     return [known[key] for key in keys if key in known]
 
 
@@ -115,7 +116,7 @@ def history_chart(history: dict[str, Any], figure: Figure, level: tuple[str, flo
         points = _points(
             (row for row in rows if row.get("ema_decay") == decay),
             "step",
-            lambda row: _value(row, figure.key),
+            lambda row: value_of(row, figure.key),
         )
         if points:
             series.append(
@@ -137,12 +138,6 @@ def history_chart(history: dict[str, Any], figure: Figure, level: tuple[str, flo
         log_y=figure.better == "lower",
         summary=f"Best so far: {best[1]:.{figure.decimals}f} at step {number(best[0])}{of}.",
     )
-
-
-def _value(row: dict[str, Any], key: str) -> Any:
-    """A figure of a row; where it is one for each time, their mean."""
-    value = row.get(key)
-    return sum(value.values()) / len(value) if isinstance(value, dict) and value else value
 
 
 def chart_table(chart: Chart, most: int = 25) -> tuple[list[str], list[list[str]]]:

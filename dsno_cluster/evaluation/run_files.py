@@ -12,6 +12,7 @@ from typing import Any
 from dsno_cluster.cluster.runs import Run, all_runs
 from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.history import history_key
 from dsno_cluster.models.weights import read_config_of, read_meta
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
@@ -55,11 +56,11 @@ def read_run_files(config: Config) -> RunFiles:
     curve_file = config.run_dir / "students" / config.name / "metrics.jsonl"
     places = {
         "metrics": f"{storage.url}/{folder}metrics.json",
-        "history": f"{storage.url}/{folder}history.json",
+        "history": f"{storage.url}/{history_key(config)}",
         "curve": str(curve_file),
     }
     metrics = _read_json(storage, folder + "metrics.json", *METRICS_KEYS)
-    history = _read_json(storage, folder + "history.json", "rows")
+    history = _read_json(storage, history_key(config), "rows")
     if (
         metrics is None and history is not None and history["rows"]
     ):  # `eval --watch` alone: what it found best

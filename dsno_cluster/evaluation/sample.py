@@ -72,8 +72,7 @@ def open_drawing(drawing: Drawing) -> OpenDrawing:
 def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) of the given samples of `seed`, and their labels (N,) or None, on CPU."""
     network = opened.student.network
-    shape = (network.channels, network.image_size, network.image_size)
-    noise = sample_noise(seed, indices, shape).to(opened.device)
+    noise = sample_noise(seed, indices, network.image_shape).to(opened.device)
     labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
     images = opened.draw(noise, None if labels is None else labels.to(opened.device))
     return images.cpu(), labels

@@ -12,12 +12,12 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.weights import read_meta
 from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.trajectories.generate import NOTE_SECONDS, environment
+from dsno_cluster.trajectories.generate import collect_shards, environment
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
     PROGRESS,
@@ -25,11 +25,11 @@ from dsno_cluster.trajectories.shards import (
     Progress,
     Shard,
     commit_manifest,
+    put_shard,
     read_manifest,
     read_progress,
     shard_key,
     write_progress,
-    write_shard,
 )
 
 THREADS = 1  # of an actor
@@ -74,7 +74,6 @@ def sample_to_shards(
     )
     began = time.monotonic()
     if todo:
-        write_progress(storage, "", Progress(lines, {"spec": spec}))
         _draw(storage, drawing, url, spec, todo, lines, actors, ray_address)
     made = tuple(lines[shard_key(index)][0] for index in range(shards))
     commit_manifest(storage, "", Manifest(spec, made, environment()))
@@ -95,8 +94,12 @@ def _draw(
     ray_address: str | None,
 ) -> None:
     """Draw the shards `todo`, adding to `lines`, which is noted in the storage now and then."""
+
+    def note() -> None:
+        write_progress(storage, "", Progress(lines, {"spec": spec}))
+
+    note()  # before the first shard, so that a shard that is there can be told what it is of
     size = spec["samples_per_shard"]
-    noted = time.monotonic()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
@@ -107,17 +110,7 @@ def _draw(
                 cluster.capacity,
                 in_flight=2,
             )
-            try:
-                for _, (shard, etag) in pool:
-                    lines[shard.key] = (shard, etag)
-                    advance(size)
-                    if time.monotonic() - noted > NOTE_SECONDS:
-                        write_progress(storage, "", Progress(lines, {"spec": spec}))
-                        noted = time.monotonic()
-            except BaseException:
-                pool.close()
-                write_progress(storage, "", Progress(lines, {"spec": spec}))
-                raise
+            collect_shards(pool, lines, note, lambda: advance(size))
 
 
 def _there_already(storage: Storage, spec: dict[str, Any]) -> dict[str, tuple[Shard, str]]:
@@ -153,14 +146,10 @@ class SampleActor:
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
 
     def make_shard(self, index: int) -> tuple[Shard, str]:
-        """Draw and write a shard; its line for the manifest and its object's etag. Raises WorkError as `write_shard`."""
+        """Draw and write a shard; its line for the manifest and its object's etag. Raises WorkError as `put_shard`."""
         start = index * self.size
         tensors = self.drawing.submit(self._draw, start).result()
-        shard = write_shard(self.storage, "", index, start, tensors)
-        stat = self.storage.stat(shard.key)
-        if stat is None or stat.size != shard.size:
-            raise WorkError(f"{self.storage.url}/{shard.key}: not there after it was written")
-        return shard, stat.etag
+        return put_shard(self.storage, "", index, start, tensors)
 
     def _draw(self, start: int) -> dict[str, Any]:
         images, labels = draw_images(self.opened, self.seed, range(start, start + self.size))

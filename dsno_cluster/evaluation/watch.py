@@ -14,14 +14,14 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.evaluate import evaluate
+from dsno_cluster.evaluation.history import best_of, history_key, read_history
 from dsno_cluster.models.weights import META, read_meta
-from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.training.publish import student_prefix
 from dsno_cluster.trajectories.shards import canonical_hash
 
 POLL_SECONDS = 20.0
 SAY_SECONDS = 600.0
-LOWER_IS_BETTER = ("fid", "kid", "trajectory_error")
 
 
 def watch(config: Config, actors: int | None = None, ray_address: str | None = None) -> dict[str, Any]:
@@ -35,10 +35,12 @@ def watch(config: Config, actors: int | None = None, ray_address: str | None = N
         f"evaluating each checkpoint below {where} up to step {config.training.steps}; the best by "
         f"{config.evaluation.best_metric} is kept track of"
     )
+    known: dict[tuple[str, str], list[dict[str, Any]]] = {}
     said = time.monotonic() - SAY_SECONDS
     while True:
         history = read_history(storage, config)
-        todo = [c for c in checkpoints(storage, config) if _key(config, c) not in _done(history)]
+        done = _done(history)
+        todo = [c for c in checkpoints(storage, config, known) if _key(config, c) not in done]
         for checkpoint in todo:
             history = _add(storage, config, _evaluated(config, checkpoint, actors, ray_address))
         last = max((row["step"] for row in history["rows"]), default=-1)
@@ -56,50 +58,34 @@ def watch(config: Config, actors: int | None = None, ray_address: str | None = N
     return history
 
 
-def checkpoints(storage: Storage, config: Config) -> list[dict[str, Any]]:
-    """Step, `ema_decay`, weights' sha256 and address of each student of the config's run, oldest first."""
-    prefix, found = student_prefix(config), []
+def checkpoints(
+    storage: Storage, config: Config, known: dict[tuple[str, str], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Step, `ema_decay`, weights' sha256 and address of each student of the config's run, oldest first.
+
+    `known` has those of before by step and etag, so that only new ones are read; it is added to.
+    """
+    prefix = student_prefix(config)
     names = sorted(
-        match[1]
+        (match[1], stat.etag)
         for stat in storage.list(prefix)
         if (match := re.fullmatch(rf"{re.escape(prefix)}(step-\d+)/{META}", stat.key))
     )
-    for name in names:
-        address = f"{config.storage.root.rstrip('/')}/{prefix}{name}"
-        meta = read_meta(address, config.storage.endpoint_url)
-        averages = {meta.get("ema_decay"): meta["sha256"]}
-        averages |= {float(decay): sha256 for decay, sha256 in meta.get("averages", {}).items()}
-        found += [
-            {"step": meta["step"], "ema_decay": decay, "sha256": sha256, "address": address}
-            for decay, sha256 in averages.items()
-        ]
-    return found
+    for name, etag in names:
+        if (name, etag) not in known:
+            known[name, etag] = _averages(config, f"{config.storage.root.rstrip('/')}/{prefix}{name}")
+    return [checkpoint for at in names for checkpoint in known[at]]
 
 
-def read_history(storage: Storage, config: Config) -> dict[str, Any]:
-    """What was measured before: `rows`, oldest first, and the `best` of them or None."""
-    try:
-        return dict(json.loads(storage.read(_history_key(config))))
-    except MissingObject:
-        return {"rows": [], "best": None}
-
-
-def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The best row by a metric: step, average and value; None where no row has it."""
-    valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
-    if not valued:
-        return None
-    choose = min if metric in LOWER_IS_BETTER else max
-    row, value = choose(valued, key=lambda pair: pair[1])
-    return {"step": row["step"], "ema_decay": row["ema_decay"], "metric": metric, "value": value}
-
-
-def value_of(row: dict[str, Any], metric: str) -> float | None:
-    """A row's figure by the config's name of a metric: the F-score of precision and recall, the mean of the times' errors."""
-    value = row.get("f_score" if metric == "precision_recall" else metric)
-    if isinstance(value, dict):
-        return sum(value.values()) / len(value)
-    return value
+def _averages(config: Config, address: str) -> list[dict[str, Any]]:
+    """The student at an address, a line for each of its moving averages."""
+    meta = read_meta(address, config.storage.endpoint_url)
+    averages = {meta.get("ema_decay"): meta["sha256"]}
+    averages |= {float(decay): sha256 for decay, sha256 in meta.get("averages", {}).items()}
+    return [
+        {"step": meta["step"], "ema_decay": decay, "sha256": sha256, "address": address}
+        for decay, sha256 in averages.items()
+    ]
 
 
 def _evaluated(
@@ -123,7 +109,7 @@ def _add(storage: Storage, config: Config, row: dict[str, Any]) -> dict[str, Any
     metric = config.evaluation.best_metric
     best = best_of([r for r in rows if r["evaluation"] == row["evaluation"]], metric)
     history = {"rows": rows, "best": best}
-    storage.write(_history_key(config), (json.dumps(history, indent=2) + "\n").encode())
+    storage.write(history_key(config), (json.dumps(history, indent=2) + "\n").encode())
     if best is not None:
         storage.write(f"{student_prefix(config)}best-{metric}", (f"step-{best['step']:09d}\n").encode())
     return history
@@ -140,7 +126,3 @@ def _key(config: Config, checkpoint: dict[str, Any]) -> tuple[str, str]:
 def _settings_hash(config: Config) -> str:
     """A name for how the evaluation is set, but for what chooses among its results."""
     return canonical_hash(config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"}))
-
-
-def _history_key(config: Config) -> str:
-    return f"evaluation/{config.name}/history.json"

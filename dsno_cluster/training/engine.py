@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
@@ -41,7 +41,7 @@ def join_ranks(config: Config) -> Ranks:
     """
     if not launched_as_rank():
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -72,12 +72,6 @@ def check_divides(config: Config, world_size: int) -> None:
             f"{config.training.accumulation} accumulation; the nearest that does is "
             f"{max(1, round(config.training.batch_size / parts)) * parts}"
         )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,13 +24,13 @@ from dsno_cluster.trajectories.shards import (
     Progress,
     Shard,
     commit_manifest,
+    put_shard,
     read_manifest,
     read_progress,
     shard_key,
     shard_tensors,
     vouches_for_itself,
     write_progress,
-    write_shard,
 )
 
 NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
@@ -183,17 +183,25 @@ def _make_shards(
         return Progress(lines, present[0] | {"seconds": round(spent + time.monotonic() - started, 1)})
 
     def note() -> None:
-        write_progress(storage, plan.folder, made())
+        if present:
+            write_progress(storage, plan.folder, made())
 
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded the next is being solved
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
         there = with_absolute_paths(config)
-        began = noted = time.monotonic()
-        finished = 0
+        began, finished = time.monotonic(), 0
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
         ) as advance:
+
+            def finish_one() -> None:
+                nonlocal finished
+                finished += 1
+                rate = finished * settings.samples_per_shard / (time.monotonic() - began)
+                evaluations = rate * plan.size.evaluations_per_sample
+                advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
+
             pool = run_pool(
                 lambda: remote.remote(there, plan),
                 lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
@@ -203,25 +211,30 @@ def _make_shards(
                 greet=lambda actor: actor.environment.remote(),
                 welcome=welcome,
             )
-            try:
-                for _, (shard, etag) in pool:
-                    lines[shard.key] = (shard, etag)
-                    finished += 1
-                    rate = finished * settings.samples_per_shard / (time.monotonic() - began)
-                    evaluations = rate * plan.size.evaluations_per_sample
-                    advance(
-                        settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations}
-                    )
-                    if time.monotonic() - noted > NOTE_SECONDS:
-                        note()
-                        noted = time.monotonic()
-            except BaseException:
-                pool.close()
-                if present:
-                    with contextlib.suppress(WorkError):  # what stopped the run is what must be told
-                        note()
-                raise
+            collect_shards(pool, lines, note, finish_one)
     return made()
+
+
+def collect_shards(
+    pool: Generator[tuple[Any, tuple[Shard, str]]],
+    lines: dict[str, tuple[Shard, str]],
+    note: Callable[[], None],
+    finish_one: Callable[[], None],
+) -> None:
+    """Add the shards that a pool makes to `lines` by key, calling `note` now and then, and where the run is stopped."""
+    noted = time.monotonic()
+    try:
+        for _, (shard, etag) in pool:
+            lines[shard.key] = (shard, etag)
+            finish_one()
+            if time.monotonic() - noted > NOTE_SECONDS:
+                note()
+                noted = time.monotonic()
+    except BaseException:
+        pool.close()
+        with contextlib.suppress(WorkError):  # what stopped the run is what must be told
+            note()
+        raise
 
 
 class SolveActor:
@@ -251,15 +264,11 @@ class SolveActor:
     def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
         """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.
 
-        `replace` is the etag of a bad one that is there. Raises WorkError as `write_shard`.
+        `replace` is the etag of a bad one that is there. Raises WorkError as `put_shard`.
         """
         start = index * self.config.trajectories.samples_per_shard
         tensors = self.compute.submit(self._solve, index).result()
-        shard = write_shard(self.storage, self.folder, index, start, tensors, replace)
-        stat = self.storage.stat(self.folder + shard.key)
-        if stat is None or stat.size != shard.size:
-            raise WorkError(f"{self.storage.url}/{self.folder}{shard.key}: not there after it was written")
-        return shard, stat.etag
+        return put_shard(self.storage, self.folder, index, start, tensors, replace)
 
     def _solve(self, index: int) -> dict[str, Any]:
         import torch

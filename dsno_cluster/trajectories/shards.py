@@ -144,6 +144,22 @@ def write_shard(
     return Shard(shard_key(index), start, start + count, len(data), hashlib.sha256(data).hexdigest())
 
 
+def put_shard(
+    storage: Storage,
+    folder: str,
+    index: int,
+    start: int,
+    tensors: dict[str, Tensor],
+    replace: str | None = None,
+) -> tuple[Shard, str]:
+    """`write_shard`, then a look at what is there; the shard's line and its object's etag. WorkError where it is not there."""
+    shard = write_shard(storage, folder, index, start, tensors, replace)
+    stat = storage.stat(folder + shard.key)
+    if stat is None or stat.size != shard.size:
+        raise WorkError(f"{storage.url}/{folder}{shard.key}: not there after it was written")
+    return shard, stat.etag
+
+
 def read_shard(storage: Storage, folder: str, shard: Shard) -> dict[str, Tensor]:
     """The tensors of a shard, its bytes checked against the manifest. Raises WorkError naming the shard."""
     return decode_shard(read_shard_bytes(storage, folder, shard))

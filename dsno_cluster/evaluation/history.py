@@ -1,0 +1,44 @@
+"""What `eval --watch` measured: history.json, its rows and the best of them. Read without torch, for the report too."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dsno_cluster.config import Config
+from dsno_cluster.storage import MissingObject, Storage
+
+LOWER_IS_BETTER = ("fid", "kid", "trajectory_error")
+FIGURES = {
+    "precision_recall": "f_score"
+}  # that a metric of the config is judged by, where it is called otherwise
+
+
+def history_key(config: Config) -> str:
+    return f"evaluation/{config.name}/history.json"
+
+
+def read_history(storage: Storage, config: Config) -> dict[str, Any]:
+    """What was measured before: `rows`, oldest first, and the `best` of them or None."""
+    try:
+        return dict(json.loads(storage.read(history_key(config))))
+    except MissingObject:
+        return {"rows": [], "best": None}
+
+
+def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The best row by a metric: step, average and value; None where no row has it."""
+    valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
+    if not valued:
+        return None
+    choose = min if metric in LOWER_IS_BETTER else max
+    row, value = choose(valued, key=lambda pair: pair[1])
+    return {"step": row["step"], "ema_decay": row["ema_decay"], "metric": metric, "value": value}
+
+
+def value_of(row: dict[str, Any], metric: str) -> float | None:
+    """A row's figure by the config's name of a metric; where it is one for each time, their mean."""
+    value = row.get(FIGURES.get(metric, metric))
+    if isinstance(value, dict):
+        return sum(value.values()) / len(value) if value else None
+    return value
