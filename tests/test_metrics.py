@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from inception import save_random_inception
+from inception import Images, save_random_inception
 from PIL import Image
 from tiny import TINY, dsno
 from training_runs import train
@@ -44,19 +49,6 @@ WORDS = [
     "evaluation.metric_seed=11",
     "evaluation.teacher_steps=[1]",
 ]
-
-
-class Images(torch.utils.data.Dataset):
-    """What torch-fidelity reads images from."""
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 def torch_fidelitys(samples: torch.Tensor, real: torch.Tensor, **options: Any) -> dict[str, float]:
@@ -214,7 +206,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
 def test_samples_drawn_as_shards_are_those_of_sample(
     tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`sample --shards`, killed and continued, then measured; equal to the arrays of `sample --out`."""
+    """`sample --shards`, with a shard lost; equal to the arrays of `sample --out`."""
     words = ["sample", str(tiny_student), "--num", "60", "--seed", "3", "--batch-size", "20"]
     assert main([*words, "--out", str(tmp_path / "x.npz")]) == 0
     done = dsno(*words, "--shards", str(tmp_path / "shards"), "--actors", "2")
@@ -239,6 +231,38 @@ def test_samples_drawn_as_shards_are_those_of_sample(
     again = dsno(*words, "--shards", str(tmp_path / "shards"))
     assert again.returncode == 0 and "2 shards are there" in again.stderr, again.stderr
     assert gone.read_bytes() == data
+
+
+def test_sampling_killed_on_the_way_is_finished_by_the_same_command(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    def words(folder: str) -> list[str]:
+        out = ["--shards", str(tmp_path / folder), "--actors", "1"]
+        return ["sample", str(tiny_student), "--num", "4000", "--seed", "3", "--batch-size", "100", *out]
+
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *words("killed")],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "killed/shard-000002.safetensors").exists():
+        time.sleep(0.01)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not (tmp_path / "killed/manifest.json").exists()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "killed").glob("shard-*")}
+    assert 3 <= len(before) < 40
+    for folder in ("killed", "whole"):
+        done = dsno(*words(folder))
+        assert done.returncode == 0, done.stderr
+    shards = [
+        {p.name: p.read_bytes() for p in (tmp_path / folder).glob("shard-*")}
+        for folder in ("killed", "whole")
+    ]
+    assert len(shards[0]) == 40 and shards[0] == shards[1]
+    assert before.items() <= shards[0].items()
+    assert dsno("verify", str(tmp_path / "killed")).returncode == 0
 
 
 def digits_config(tmp_path: Path, *words: str) -> Any:
@@ -268,7 +292,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
     assert adm.images is None and adm.statistics.count is None and adm.statistics.resolution == 8
     both = real("adm.npz", "evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=20")
     assert both.statistics is not None and both.images.count == 30
-    assert set(both.spec["holds"]) == {"kid"}
+    assert set(both.spec["holds"]) == set(both.read) == {"kid"}
     alone = real("images.npz")
     assert alone.statistics is None and alone.images.count == 30 and set(alone.spec["holds"]) == {"fid"}
     with pytest.raises(UserError, match="kid compare single images"):
