@@ -221,6 +221,7 @@ def test_a_native_schedule_from_the_command_line(unet: Any, tmp_path: Path) -> N
         assert len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_guided_trajectories_of_a_diffusers_model(unet: Any, tmp_path: Path) -> None:
     path, _ = saved(unet, tmp_path / "model", prediction_type="v_prediction")
     root = tmp_path / "root"

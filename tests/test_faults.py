@@ -63,6 +63,7 @@ def shards(root: Path) -> dict[str, float]:
     return {p.name: p.stat().st_mtime_ns for p in sorted(root.glob("trajectories/*/shard-*"))}
 
 
+@pytest.mark.slow
 def test_a_shard_that_always_fails_stops_the_run_after_the_others(faulty: Path) -> None:
     (faulty / "fault").write_text("raise ValueError('no such number')")
     root = faulty / "root"
@@ -112,6 +113,7 @@ def test_a_cause_that_all_shards_share_stops_a_long_run_soon(faulty: Path) -> No
     assert 16 <= len((faulty / "attempts").read_text()) < 24 and not shards(root)
 
 
+@pytest.mark.slow
 def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Path) -> None:
     (faulty / "fault").write_text(
         "path = next(self.folder.glob('root/trajectories/*')) / 'shard-000002.safetensors'\n"
@@ -156,6 +158,7 @@ def test_a_teacher_that_changed_since_the_run_began_is_refused(tmp_path: Path) -
     assert "Traceback" not in refused.stderr and not list(tmp_path.glob("root/trajectories/*/*"))
 
 
+@pytest.mark.slow
 def test_a_factory_with_steps_of_its_own_names_the_key(tmp_path: Path) -> None:
     command = factory(tmp_path, "native_grid = lambda self, steps: (1.0, 0.6, 0.3, 0.0)")
     refused = dsno(*command, PYTHONPATH=str(tmp_path))

@@ -48,6 +48,7 @@ def test_the_plan_is_what_is_made(tiny_data: Path) -> None:
     assert sum(sizes) == pytest.approx(planned["bytes"], abs=400 * len(sizes))  # a file has a header
 
 
+@pytest.mark.slow
 def test_the_cheapest_solver_within_a_tolerance_is_named_and_works(tmp_path: Path) -> None:
     found = dsno("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--nodes", "3")
     assert found.returncode == 0, found.stderr
@@ -85,6 +86,7 @@ def test_measuring_says_seconds_and_errors() -> None:
     assert list(errors) == ["0.5625", "0.25", "0.0625", "0.0"] and all(0 < e < 0.5 for e in errors.values())
 
 
+@pytest.mark.slow
 def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
     published = DATA / "published" / "teacher_flax_x"
     config = tmp_path / "distilled.yaml"

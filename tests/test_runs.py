@@ -74,6 +74,7 @@ def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
         find_run("nothing")
 
 
+@pytest.mark.slow
 def test_status_of_a_local_run(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "trajectories").symlink_to(tiny_data / "trajectories")
     state = {"XDG_STATE_HOME": str(tmp_path / "state"), "PATH": "/usr/bin:/bin"}

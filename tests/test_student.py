@@ -257,6 +257,7 @@ def diffusers_folder(tmp_path: Path, prediction: str) -> str:
     return str(tmp_path / "diffusers")
 
 
+@pytest.mark.slow
 def test_the_path_of_a_diffusers_student(tmp_path: Path) -> None:
     """Trajectories of a diffusers teacher, a student on its own network, and samples of it, by the commands."""
     path = diffusers_folder(tmp_path, "epsilon")

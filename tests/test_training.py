@@ -97,8 +97,8 @@ LOSS_TOLERANCE, MOVE_TOLERANCE = 2e-4, 0.05
     [
         ("series", 1, 1, []),
         ("drawn", 2, 2, []),
-        ("series", 3, 2, ["training.optimizer=radam"]),
-        ("drawn", 0, 2, ["training.accumulation=2"]),
+        pytest.param("series", 3, 2, ["training.optimizer=radam"], marks=pytest.mark.slow),
+        pytest.param("drawn", 0, 2, ["training.accumulation=2"], marks=pytest.mark.slow),
         pytest.param(
             "series", 1, 4, ["training.optimizer=adamw", "training.weight_decay=0.1"], marks=pytest.mark.slow
         ),
@@ -133,6 +133,7 @@ def test_ranks_and_stages_train_like_the_plain_loop(
     assert torch.allclose(student.sample(noise, torch.arange(3)), end, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_of_several_averages_is_asked_for(tiny_data: Path, tmp_path: Path) -> None:
     from dsno_cluster.errors import UserError
 
@@ -152,6 +153,7 @@ def test_one_of_several_averages_is_asked_for(tiny_data: Path, tmp_path: Path) -
     assert told.returncode == 2 and "0.9, 0.2" in told.stderr
 
 
+@pytest.mark.slow
 def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -> None:
     more = ["training.precision=bfloat16", "training.gradient_clip=1.0", "training.zero_stage=2"]
     train(tiny_data, tmp_path / "half", *more)
@@ -269,7 +271,7 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("stage", ["0", "1"])
+@pytest.mark.parametrize("stage", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_accumulation_reduces_once_a_step(stage: str, tiny_data: Path, tmp_path: Path) -> None:
     """Four micro-batches a step send the gradients as often as one."""
     sent = []

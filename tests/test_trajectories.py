@@ -66,6 +66,7 @@ def test_the_manifest_names_every_shard_and_no_secret(tiny_data: Path) -> None:
     assert verified.returncode == 0 and json.loads(verified.stdout)["samples"] == 96
 
 
+@pytest.mark.slow
 def test_same_bytes_from_one_actor_and_a_longer_run_adds_shards(tiny_data: Path, tmp_path: Path) -> None:
     half = ["trajectories.num_samples=48", f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
     assert dsno("gen-trajectories", *TINY, *half).returncode == 0

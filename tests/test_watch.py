@@ -86,7 +86,7 @@ def with_bad_sample(tiny_data: Path, out: Path, sample: int) -> None:
     commit_manifest(storage, folder, Manifest(manifest.spec, tuple(lines), manifest.environment))
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_names_step_sample_and_the_good_checkpoint(
     ranks: str, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +103,7 @@ def test_a_loss_that_is_not_finite_names_step_sample_and_the_good_checkpoint(
     assert all(tensor.isfinite().all() for tensor in weights(out, 2).values())
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_stops(tiny_data: Path, tmp_path: Path) -> None:
     """By a loss that is not finite, or by one that is out of all proportion: here, a hair above its mean."""
     out = tmp_path / "out"
@@ -126,6 +127,7 @@ def test_divergence_is_told_by_time_point_and_not_at_once() -> None:
     assert DivergenceWatch(0.0, 1).problem([1e9]) is None
 
 
+@pytest.mark.slow
 def test_uploads_are_tried_again_and_never_stop_training(
     tiny_data: Path, tmp_path: Path, s3_endpoint: str
 ) -> None:
@@ -242,6 +244,7 @@ def test_ranks_of_online_training_do_not_wait_for_a_rank_or_a_producer_that_is_g
         assert "Traceback" not in errors[1], errors
 
 
+@pytest.mark.slow
 def test_online_training_tells_why_no_more_trajectories_come(tmp_path: Path) -> None:
     (tmp_path / "broken_teacher.py").write_text(
         "class Broken:\n    shape, num_classes = (1, 8, 8), 10\n"
