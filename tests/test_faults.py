@@ -104,6 +104,7 @@ def test_a_run_whose_shards_all_fail_once_heals(faulty: Path) -> None:
     assert healed.returncode == 0 and len(shards(root)) == 6, healed.stderr
 
 
+@pytest.mark.slow
 def test_a_cause_that_all_shards_share_stops_a_long_run_soon(faulty: Path) -> None:
     (faulty / "fault").write_text("raise ValueError(f'cannot run, {time.time()} s')")
     root = faulty / "root"
@@ -146,6 +147,7 @@ def factory(folder: Path, words: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_teacher_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> None:
     command = factory(tmp_path, "pass")
     (tmp_path / "changing" / "__init__.py").write_text(  # each process that looks finds another teacher
@@ -211,6 +213,7 @@ def test_two_runs_of_one_spec_do_no_harm(tiny_data: Path, tmp_path: Path) -> Non
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_same_command_goes_on(tiny_data: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, "40k") as resize:

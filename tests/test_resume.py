@@ -106,7 +106,7 @@ def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (("1", "2"), ("3", "2")),
+        pytest.param(("1", "2"), ("3", "2"), marks=pytest.mark.slow),
         pytest.param(("3", "2"), ("0", "4"), marks=pytest.mark.slow),
         pytest.param(("0", "2"), ("2", "4"), marks=pytest.mark.slow),
     ],
@@ -134,7 +134,7 @@ def test_goes_on_with_another_stage_on_other_ranks(
 @pytest.mark.parametrize(
     ("precision", "stage"),
     [
-        ("bfloat16", "1"),
+        pytest.param("bfloat16", "1", marks=pytest.mark.slow),
         ("float16", "2"),
         pytest.param("bfloat16", "0", marks=pytest.mark.slow),
         pytest.param("bfloat16", "3", marks=pytest.mark.slow),

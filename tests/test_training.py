@@ -163,6 +163,7 @@ def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_job_with_its_reason(tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

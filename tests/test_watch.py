@@ -38,6 +38,7 @@ from dsno_cluster.training.watch import DivergenceWatch
 from dsno_cluster.trajectories.shards import Manifest, commit_manifest, read_manifest, read_shard, write_shard
 
 
+@pytest.mark.slow
 def test_metrics_pictures_and_held_out_errors(tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     watched = ["training.heldout_every=2", "training.heldout_samples=20", "training.picture_every=2"]
