@@ -208,9 +208,10 @@ def test_control_c_at_the_terminal_saves_a_job_of_two_ranks(
 
 
 @pytest.mark.slow
-def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_path: Path) -> None:
-    """The whole cycle of submitit's local executor: a signal before the time limit, save, requeue, finish."""
+def test_a_notice_to_leave_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_path: Path) -> None:
+    """The whole cycle of submitit's local executor: the notice that it gives, save, requeue, finish."""
     import submitit
+    from submitit.local.local import LocalJobEnvironment
 
     from dsno_cluster.cluster.rendezvous import free_ports
     from dsno_cluster.cluster.runs import create_run
@@ -219,17 +220,21 @@ def test_time_is_up_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_pa
 
     out = link_data(tiny_data, tmp_path / "out")
     config = load_config(
-        "configs/digits.yaml", words(out, "training.steps=400", "training.checkpoint_every=100000")[1:]
+        "configs/digits.yaml", words(out, "training.steps=150", "training.checkpoint_every=100000")[1:]
     )
     run = create_run(config, "train", load_profile("train", {}), "a test", snapshot=False)
     executor = submitit.LocalExecutor(run.folder / "submitit", max_num_timeout=10)
-    executor.update_parameters(timeout_min=1, signal_delay_s=48, tasks_per_node=2, nodes=1)
+    executor.update_parameters(timeout_min=10, tasks_per_node=2, nodes=1)
     os.environ["MASTER_PORT"] = str(free_ports(1)[0])
     job = executor.submit(task_in(run, stage_task("train", config)))
+    controller = psutil.Process(int(job.job_id))
+    wait_for(lambda: (out / STUDENT / "metrics.jsonl").exists(), pause=0.1)
+    for rank in controller.children():  # as Slurm and the local executor do: to every task
+        rank.send_signal(LocalJobEnvironment._usr_sig())
     job.results()
-    log = job.paths.stderr.parent / f"{job.job_id}_0_log.err"
-    assert "the job asks to be requeued" in log.read_text() and checkpoints(out)[-1] == 400
-    assert metrics(out)[-1]["step"] == 400
+    log = (job.paths.stderr.parent / f"{job.job_id}_0_log.err").read_text()
+    assert "stopped by a signal: saved at step" in log and "the job asks to be requeued" in log, log
+    assert checkpoints(out)[-1] == 150 and metrics(out)[-1]["step"] == 150
 
 
 @pytest.mark.slow
