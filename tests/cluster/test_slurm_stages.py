@@ -147,7 +147,8 @@ def test_the_whole_path_as_one_submission(user: User) -> None:
     assert user.row(runs[2])["why"] == "for the stage before it"
     twice = user.dsno("run", *TINY, *user.storage, "--nodes", "2", status=1).stderr
     assert "already, as job" in twice
-    for run in runs:
+    watching = user.submit("eval", "--watch", *TINY)  # another thing than the evaluation that waits
+    for run in [*runs, watching]:
         user.ends(run)
     assert len(user.losses()) == 4
 
