@@ -3,7 +3,7 @@
 20 000 samples of (5, 3, 32, 32) float16 with a label, batches of 64, one process, shuffled, from a local folder
 (warm) and, with `--s3 ENDPOINT`, from that S3 server (bucket `bench`; credentials from AWS_*). Every reader gives
 float16 torch batches; ours is also timed with what training gets besides: noise made again, float32. Rounds
-are run in turn; medians. The peers come with `pip install 'dsno-cluster[bench]'`, best in an environment of their
+are run in turn; medians. The peers come with `pip install '.[bench]'`, best in an environment of their
 own: they want older libraries than diffusers does. LitData's client (0.2.76) takes https endpoints alone; against a
 server on plain http it says so and drops out.
 

@@ -132,7 +132,7 @@ def against_diffusers(evaluations: int | None) -> None:
     try:
         from diffusers import DDIMScheduler, UNet2DModel
     except ImportError:
-        print("diffusers is not installed: pip install 'dsno-cluster[diffusers]' for the second question")
+        print("diffusers is not installed: pip install diffusers for the second question")
         return
     from dsno_cluster import solve
 

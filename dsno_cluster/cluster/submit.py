@@ -75,7 +75,7 @@ def submit_to_slurm(
 
     stage = task.stage
     check_profile(profile, f"jobs/{stage}.yaml")
-    refuse_second(config, stage)
+    refuse_second(config, task)
     run = create_run(config, stage, profile, command_line, snapshot=True)
     executor = _slurm_executor(run.folder, config, stage, profile, after)
     try:
@@ -89,7 +89,7 @@ def submit_to_slurm(
     except BaseException:
         _forget(run)
         raise
-    run.note(job=str(job.job_id), launcher="slurm", cluster=cluster_name(), after=after)
+    run.note(job=str(job.job_id), launcher="slurm", cluster=cluster_name(), after=after, subject=task.subject)
     return run
 
 
@@ -102,7 +102,7 @@ def submit_pipeline(config: Config, profiles: dict[str, Profile], command_line: 
 
     for stage, profile in profiles.items():
         check_profile(profile, f"jobs/{stage}.yaml")
-        refuse_second(config, stage)
+        refuse_second(config, stage_task(stage, config))
     runs: list[Run] = []
     try:
         for stage, profile in profiles.items():
@@ -158,24 +158,25 @@ def task_in(run: Run, task: StageTask) -> StageTask:
     return replace(task, run_folder=str(run.folder))
 
 
-def refuse_second(config: Config, stage: str) -> None:
-    """Raises WorkError where the same stage of the same experiment waits or runs already."""
+def refuse_second(config: Config, task: StageTask) -> None:
+    """Raises WorkError where the same stage of the same experiment waits or runs already, on the same subject."""
     from dsno_cluster.cluster.status import LIVE, states_of
 
     same = [
         run
         for run in all_runs()
-        if run.record().get("stage") == stage
+        if run.record().get("stage") == task.stage
         and run.record().get("name") == config.name
         and run.record().get("root") == with_absolute_paths(config).storage.root
         and run.record().get("launcher") == "slurm"
+        and run.record().get("subject", "") == task.subject
     ]
     for run, state in states_of(same).items():
         if state.word in LIVE:
             job = run.record()["job"]
             raise WorkError(
-                f"{stage} of {config.name} is {state.word} already, as job {job}: follow it with `dsno-cluster logs {run.id} "
-                f"--follow`, or end it with `dsno-cluster cancel {run.id}`"
+                f"{task.stage} of {config.name} is {state.word} already, as job {job}: "
+                f"follow it with `dsno-cluster logs {run.id} --follow`, or end it with `dsno-cluster cancel {run.id}`"
             )
 
 

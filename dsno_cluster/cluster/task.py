@@ -45,6 +45,11 @@ class StageTask:
     samples: str | None = None
     watch: bool = False
 
+    @property
+    def subject(self) -> str:
+        """What it works on besides the experiment: two jobs of one stage and subject would do the same work."""
+        return "each checkpoint" if self.watch else self.samples or self.student or ""
+
     def __call__(self) -> str:
         from submitit import JobEnvironment
 

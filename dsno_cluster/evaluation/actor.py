@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.device import compute_device
+from dsno_cluster.device import compute_device, device_name
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.evaluation.features import Extractor, Reading, WeightsFile, load_extractor
@@ -160,6 +160,9 @@ class EvaluationActor:
         difference = self.student.trajectory(noise, labels, self.config.trajectories.time_points) - target
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
         return sums[0], sums[1]
+
+    def device_name(self) -> str:
+        return device_name()
 
     def measure_cost(self, pairs: int = 5) -> dict[str, float]:
         """What one student sample costs in teacher evaluations: the median ratio of `pairs` run in turn."""

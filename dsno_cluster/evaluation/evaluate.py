@@ -51,12 +51,13 @@ HELD_OUT = Source("images", address="held-out")
 
 @dataclass(frozen=True)
 class Measured:
-    """What the pool gave: samples by source, the student's trajectory error by time point, kept shards, its cost."""
+    """What the pool gave: samples by source, the student's trajectory error by time point, kept shards, its cost and on what."""
 
     collected: dict[Source, Collected]
     trajectory_error: list[float]
     shards: list[Shard]
     cost: dict[str, float]
+    device: str | None
 
 
 def find_student(config: Config, student_path: str | None) -> tuple[str, dict[str, Any]]:
@@ -163,15 +164,17 @@ def evaluate(
         "real_held_out": _held_out_row(config, by_source, measured, reference),
         "teacher_rows": [teacher_rows[row_key(s)] for s in sources[1:]],
         "student": student,
+        "device": measured.device,
         "train_seconds": student_meta.get("train_seconds"),
     }
     metrics["pictures"] = pictures.layout(config)
     folder = folder or f"evaluation/{config.name}/"
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     student_here = load_student(path, config.storage.endpoint_url, ema=settings.ema_decay)
-    for name, png in pictures.pictures(config, student_here, metrics).items():
+    drawn = pictures.pictures(config, student_here, metrics)
+    for name, png in drawn.items():
         storage.write(folder + name, png)
-    console.say(f"written: {storage.url}/{folder}{{metrics.json, samples.png, trajectory.png}}")
+    console.say(f"written: {storage.url}/{folder}{{{', '.join(['metrics.json', *drawn])}}}")
     return metrics
 
 
@@ -343,13 +346,13 @@ def _measure(
             collected[block.source].add(block.start, found)
             if shard is not None:
                 shards[block.start] = shard
-        cost = {}
+        cost, device = {}, None
         if student_path is not None:
             probe = make_actor()  # alone now, so that nothing disturbs the timing
-            cost = import_ray().get(probe.measure_cost.remote())
+            cost, device = import_ray().get([probe.measure_cost.remote(), probe.device_name.remote()])
     parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
     error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
-    return Measured(collected, error, [shards[start] for start in sorted(shards)], cost)
+    return Measured(collected, error, [shards[start] for start in sorted(shards)], cost, device)
 
 
 def _run_blocks(

@@ -81,7 +81,7 @@ def tensorboard(config: Config, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "training.tensorboard: the package tensorboard is not installed; pip install 'dsno-cluster[tensorboard]', "
+            "training.tensorboard: the package tensorboard is not installed; pip install tensorboard, "
             "or set it to false"
         ) from None
     folder = metrics_file(config).parent / "tensorboard"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ class User:
     cluster: Cluster
     home: Path
     on_s3: bool = True
+    account: str = "root"
 
     @property
     def root(self) -> str:
@@ -58,11 +60,12 @@ class User:
         return [f"storage.root={self.root}", f"run.dir={self.home}/run", *s3]
 
     @staticmethod
-    def new(cluster: Cluster, name: str, on_s3: bool = True) -> User:
+    def new(cluster: Cluster, name: str, on_s3: bool = True, account: str = "root") -> User:
         home = cluster.shared / name
         home.mkdir()
-        user = User(cluster, home, on_s3)
+        user = User(cluster, home, on_s3, account)
         user.profile()
+        shutil.chown(home, account, account)
         return user
 
     def profile(self, **values: Any) -> None:
@@ -76,7 +79,12 @@ class User:
     def dsno(self, *words: str, status: int = 0, timeout: float = 240) -> Any:
         """Run `dsno-cluster`; its exit status must be `status`."""
         done = self.cluster.run(
-            "dsno-cluster", *words, cwd=self.home, timeout=timeout, check=False, **self.variables
+            *("dsno-cluster", *words),
+            cwd=self.home,
+            timeout=timeout,
+            check=False,
+            account=self.account,
+            **self.variables,
         )
         assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
@@ -84,7 +92,8 @@ class User:
 
     @property
     def variables(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(self.home / "state")}
+        own = {"HOME": str(self.home), "XDG_STATE_HOME": str(self.home / "state")}
+        return {"OMP_NUM_THREADS": "1", **own}
 
     def start(self, *words: str) -> Any:
         """Start `dsno-cluster` and let it run."""
@@ -108,19 +117,25 @@ class User:
         """Wait until a run ends, as it must in `state`. A requeued job is hurried: Slurm lets it wait for two minutes."""
         deadline = time.monotonic() + seconds
         while True:
+            while self.in_queue(
+                run
+            ):  # Slurm is asked, as `status` costs a second of this machine's processors
+                assert time.monotonic() < deadline, f"{self.row(run)}\n{self.all_logs(run)}"
+                time.sleep(1)
             row = self.row(run)
             if row["state"] in ("done", "failed", "cancelled"):
                 assert row["state"] == state, f"{row}\n{self.all_logs(run)}"
                 return row
-            self.hurry(run)
             assert time.monotonic() < deadline, f"{row}\n{self.all_logs(run)}"
             time.sleep(1)
 
-    def hurry(self, run: Run) -> None:
+    def in_queue(self, run: Run) -> bool:
+        """Whether a run's job waits or runs; one that was requeued begins at once."""
         job = str(run.record()["job"])
-        listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout
-        if listing.strip() == "PENDING BeginTime":
+        listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout.strip()
+        if listing == "PENDING BeginTime":
             self.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
+        return bool(listing)
 
     def all_logs(self, run: Run) -> str:
         files = [run.folder / "batch.log", *sorted(run.folder.glob("attempts/*/task-*.log"))]

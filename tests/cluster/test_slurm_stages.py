@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +46,27 @@ def test_four_nodes_give_what_one_machine_gives(user: User, tmp_path: Path) -> N
     for key in ("fid", "trajectory_error", "agreement"):
         assert there["student"].get(key) == here["student"].get(key)
     assert [row["fid"] for row in there["teacher_rows"]] == [row["fid"] for row in here["teacher_rows"]]
+
+
+def test_a_user_without_privileges(cluster: Cluster) -> None:
+    """Everything is done as the user who submits, and nothing of theirs is left on a node."""
+    account = "daemon"  # one that every Debian has
+    program = Path(sys.executable).with_name("dsno-cluster")
+    if cluster.run(program, "--version", check=False, account=account).returncode:
+        pytest.skip(f"{account} may not read {program}")
+    user = User.new(cluster, "unprivileged", on_s3=False, account=account)
+    for stage in ("gen-trajectories", "train", "eval"):
+        run = user.submit(stage, *TINY, "--nodes", "2")
+        user.ends(run)
+        assert {file.owner() for file in run.folder.rglob("*")} == {account}
+        assert run.folder.stat().st_mode & 0o077 == 0
+    user.verify()
+    cancelled = user.submit("gen-trajectories", *SLOW, "--nodes", "2")
+    wait_for(lambda: user.shards_made() > 6)
+    user.dsno("cancel", cancelled.id)
+    for node in ("node1", "node2"):
+        assert not cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
+        assert not cluster.run("find", "/mnt", "/dev/shm", "-user", account, host=node).stdout
 
 
 def test_the_run_folder_holds_what_was_submitted(disk_user: User) -> None:
@@ -147,7 +169,8 @@ def test_the_whole_path_as_one_submission(user: User) -> None:
     assert user.row(runs[2])["why"] == "for the stage before it"
     twice = user.dsno("run", *TINY, *user.storage, "--nodes", "2", status=1).stderr
     assert "already, as job" in twice
-    for run in runs:
+    watching = user.submit("eval", "--watch", *TINY)  # another thing than the evaluation that waits
+    for run in [*runs, watching]:
         user.ends(run)
     assert len(user.losses()) == 4
 

@@ -96,11 +96,19 @@ class Cluster:
         cwd: Path | None = None,
         timeout: float = 120,
         check: bool = True,
+        account: str = "root",
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host, as a user does from its shell."""
         done = subprocess.run(
-            [*self.inside(host), "env", "-C", str(cwd or self.shared), *map(str, command)],
+            [
+                *self.inside(host),
+                *as_account(account),
+                "env",
+                "-C",
+                str(cwd or self.shared),
+                *map(str, command),
+            ],
             env=self.environment() | env,
             capture_output=True,
             text=True,
@@ -354,6 +362,11 @@ MpiDefault=none
 PartitionName=main Nodes={nodes} Default=YES MaxTime=1-0 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes={nodes} MaxTime=1-0 State=UP PriorityTier=10 PreemptMode=OFF
 """
+
+
+def as_account(name: str) -> list[str]:
+    """The command line that runs what follows it as that account."""
+    return [] if name == "root" else ["setpriv", f"--reuid={name}", f"--regid={name}", "--init-groups", "--"]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, otherwise: str) -> None:

@@ -108,9 +108,7 @@ def unet2d_model(config: dict[str, Any], where: str) -> Any:
     try:
         from diffusers import UNet2DModel
     except ImportError:
-        raise UserError(
-            f"{where}: reading it needs diffusers: pip install 'dsno-cluster[diffusers]'"
-        ) from None
+        raise UserError(f"{where}: reading it needs diffusers: pip install diffusers") from None
     return UNet2DModel.from_config(config)
 
 

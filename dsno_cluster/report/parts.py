@@ -6,10 +6,10 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
-from dsno_cluster.evaluation import charts
-from dsno_cluster.evaluation.markup import Markup, tag, together
-from dsno_cluster.evaluation.report_charts import chart_table
 from dsno_cluster.evaluation.table import Figure, table_rows
+from dsno_cluster.report import charts
+from dsno_cluster.report.markup import Markup, tag, together
+from dsno_cluster.report.run_charts import chart_table
 from dsno_cluster.trajectories.plan import Size
 
 _ARROWS = {"lower": ("↓", "lower is better"), "higher": ("↑", "higher is better")}

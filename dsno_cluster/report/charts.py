@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsno_cluster.evaluation.markup import Markup, tag, together
+from dsno_cluster.report.markup import Markup, tag, together
 
 WIDTHS = {"wide": 760, "narrow": 350}
 COLOURS = 8

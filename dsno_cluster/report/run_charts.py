@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dsno_cluster.evaluation.charts import Chart, Series, averaged, number
 from dsno_cluster.evaluation.history import FIGURES, value_of
-from dsno_cluster.evaluation.run_files import best_row
 from dsno_cluster.evaluation.table import Figure, known_figures
+from dsno_cluster.report.charts import Chart, Series, averaged, number
+from dsno_cluster.report.run_files import best_row
 
 Point = tuple[float, float]
 STUDENT, TEACHER = 0, 1  # colours of the page

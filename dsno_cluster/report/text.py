@@ -11,7 +11,7 @@ import yaml
 from dsno_cluster import __version__
 from dsno_cluster.cluster.status import duration
 from dsno_cluster.errors import without_passwords
-from dsno_cluster.evaluation.run_files import RunFiles
+from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
 from dsno_cluster.trajectories.shards import canonical_hash
 

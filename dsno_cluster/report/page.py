@@ -9,9 +9,10 @@ from typing import Any
 
 from dsno_cluster import __version__
 from dsno_cluster.config import Config
-from dsno_cluster.evaluation import report_parts as parts
-from dsno_cluster.evaluation.markup import Markup, tag, together
-from dsno_cluster.evaluation.report_charts import (
+from dsno_cluster.evaluation.table import figures_of
+from dsno_cluster.report import parts
+from dsno_cluster.report.markup import Markup, tag, together
+from dsno_cluster.report.run_charts import (
     cost_chart,
     heldout_chart,
     history_chart,
@@ -19,7 +20,8 @@ from dsno_cluster.evaluation.report_charts import (
     loss_chart,
     number_3,
 )
-from dsno_cluster.evaluation.report_text import (
+from dsno_cluster.report.run_files import RunFiles, read_run_files
+from dsno_cluster.report.text import (
     cost_of,
     differences,
     introduction,
@@ -28,8 +30,6 @@ from dsno_cluster.evaluation.report_text import (
     versions_of,
     warnings_of,
 )
-from dsno_cluster.evaluation.run_files import RunFiles, read_run_files
-from dsno_cluster.evaluation.table import figures_of
 from dsno_cluster.storage import FolderStorage
 
 PAPER = "https://arxiv.org/abs/2211.13449"
@@ -70,7 +70,7 @@ def page(files: RunFiles, config_words: str, written: str) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", f"{name}: DSNO report"),
-        tag("style", _asset("report.css")),
+        tag("style", _asset("page.css")),
     )
     footer = tag(
         "p",
@@ -108,13 +108,13 @@ def page(files: RunFiles, config_words: str, written: str) -> str:
             ),
         ),
         tag("footer", footer),
-        tag("script", _asset("report.js")),
+        tag("script", _asset("page.js")),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
 def _asset(name: str) -> Markup:
-    return Markup((resources.files("dsno_cluster.evaluation") / name).read_text())
+    return Markup((resources.files("dsno_cluster.report") / name).read_text())
 
 
 def _tiles(files: RunFiles) -> Markup | None:
