@@ -165,8 +165,11 @@ class EvaluationActor:
         return device_name()
 
     def measure_cost(self, pairs: int = 5) -> dict[str, float]:
-        """What one student sample costs in teacher evaluations: the median ratio of `pairs` run in turn."""
-        return self.drawing.submit(self._cost, pairs).result()
+        """What one student sample costs in teacher evaluations: the median ratio of `pairs` run in turn.
+
+        After what either thread still does: a block that another actor was faster with.
+        """
+        return self.extracting.submit(lambda: self.drawing.submit(self._cost, pairs).result()).result()
 
     def _cost(self, pairs: int) -> dict[str, float]:
         noise, labels = self._inputs(range(self.config.evaluation.batch_size))

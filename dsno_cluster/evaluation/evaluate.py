@@ -338,7 +338,8 @@ def _measure(
         def make_actor() -> Any:
             return remote.remote(there, weights, read, student_path, keep)
 
-        for block, result in _run_blocks(make_actor, blocks, cluster):
+        idle: list[Any] = []
+        for block, result in _run_blocks(make_actor, blocks, cluster, idle):
             if block.work == "trajectory":
                 errors[block] = result
                 continue
@@ -348,7 +349,7 @@ def _measure(
                 shards[block.start] = shard
         cost, device = {}, None
         if student_path is not None:
-            probe = make_actor()  # alone now, so that nothing disturbs the timing
+            probe = idle[0]  # alone now, so that nothing disturbs the timing
             cost, device = import_ray().get([probe.measure_cost.remote(), probe.device_name.remote()])
     parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
     error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
@@ -356,9 +357,16 @@ def _measure(
 
 
 def _run_blocks(
-    make_actor: Callable[[], Any], blocks: list[Block], cluster: RayCluster
+    make_actor: Callable[[], Any], blocks: list[Block], cluster: RayCluster, idle: list[Any]
 ) -> Iterator[tuple[Block, Any]]:
-    """Pairs of a block and its result, as they come."""
+    """Pairs of a block and its result, as they come. One actor stays, in `idle`, for what comes after them."""
+
+    def release(actor: Any) -> None:
+        if idle:
+            import_ray().kill(actor)
+        else:
+            idle.append(actor)
+
     with console.progress("evaluating", sum(b.stop - b.start for b in blocks), "samples") as advance:
         pool = run_pool(
             make_actor,
@@ -366,6 +374,7 @@ def _run_blocks(
             blocks,
             cluster.capacity,
             in_flight=2,
+            release=release,
         )
         for block, result in pool:
             yield block, result
