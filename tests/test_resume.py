@@ -37,13 +37,19 @@ THIRTY = [
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs of thirty steps that nothing disturbed, on one rank and on two; with dropout."""
-    runs = {}
-    for count in (1, 2):
-        runs[count] = tmp_path_factory.mktemp("whole") / "out"
-        train(tiny_data, runs[count], *THIRTY, "--tasks-per-node", str(count))
-    return runs
+def whole_of_one(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of thirty steps on one rank that nothing disturbed; with dropout."""
+    return undisturbed(tiny_data, tmp_path_factory.mktemp("whole"), ranks=1)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed(tiny_data, tmp_path_factory.mktemp("whole"), ranks=2)
+
+
+def undisturbed(data: Path, out: Path, ranks: int) -> Path:
+    train(data, out, *THIRTY, "--tasks-per-node", str(ranks))
+    return out
 
 
 def same_bytes(out: Path, whole: Path) -> bool:
@@ -52,7 +58,7 @@ def same_bytes(out: Path, whole: Path) -> bool:
 
 
 def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
-    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+    whole_of_one: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     out = link_data(tiny_data, tmp_path / "out")
     command = [sys.executable, "-m", "dsno_cluster.cli", *words(out, *THIRTY, "--launcher", "local")]
@@ -68,9 +74,9 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     assert killed == len(aside)
     done = dsno(*command[3:])
     assert done.returncode == 0, done.stderr
-    assert same_bytes(out, whole[1])
+    assert same_bytes(out, whole_of_one)
     assert [line["step"] for line in metrics(out)] == list(range(1, 31))
-    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(whole[1])]
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(whole_of_one)]
     assert not list((out / STUDENT / "resume").glob(".step*"))
     assert checkpoints(out) == [25, 30]
     third = dsno(*command[3:])
@@ -81,7 +87,7 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
-    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+    whole_of_two: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     out = link_data(tiny_data, tmp_path / "out")
     command = [*words(out, *THIRTY), "--launcher", "local", "--tasks-per-node", "2"]
@@ -99,17 +105,17 @@ def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
     again = dsno(*command)
     assert again.returncode == 0, again.stderr
-    assert same_bytes(out, whole[2])
+    assert same_bytes(out, whole_of_two)
 
 
 # Other ranks sum gradients in another order: losses agree to float32 rounding (see test_training.py).
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(("1", "2"), ("3", "4"), marks=pytest.mark.slow),
+        pytest.param(("1", "1"), ("3", "2"), marks=pytest.mark.slow),
         pytest.param(("3", "2"), ("0", "1"), marks=pytest.mark.slow),
     ],
-    ids=["z1x2 to z3x4", "z3x2 to z0x1"],
+    ids=["z1x1 to z3x2", "z3x2 to z0x1"],
 )
 def test_goes_on_with_another_stage_on_other_ranks(
     before: tuple[str, str], after: tuple[str, str], tiny_data: Path, tmp_path: Path
@@ -161,7 +167,7 @@ def test_half_precision_keeps_the_last_bits_of_its_master_weights(
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
-    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+    whole_of_two: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     out = link_data(tiny_data, tmp_path / "out")
     often = [*THIRTY, "training.checkpoint_every=1000"]  # so that it is the signal that saves
@@ -174,13 +180,11 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     assert saved == metrics(out)[-1]["step"] < 30 and f"saved at step {saved}" in errors[0], errors
     codes, errors = ends(start_ranks(out, 2, *often))
     assert codes == [0, 0], errors
-    assert same_bytes(out, whole[2])
+    assert same_bytes(out, whole_of_two)
 
 
 @pytest.mark.slow
-def test_control_c_at_the_terminal_saves_a_job_of_two_ranks(
-    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
-) -> None:
+def test_control_c_at_the_terminal_saves_a_job_of_two_ranks(tiny_data: Path, tmp_path: Path) -> None:
     """The terminal sends SIGINT to the whole process group; the ranks are told once, and save."""
     out = link_data(tiny_data, tmp_path / "out")
     often = [*THIRTY, "training.checkpoint_every=1000", "training.steps=3000"]
@@ -201,7 +205,7 @@ def test_control_c_at_the_terminal_saves_a_job_of_two_ranks(
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_whole(
-    whole: dict[int, Path], tiny_data: Path, tmp_path: Path
+    whole_of_two: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, "60m") as resize:
@@ -215,7 +219,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
         resize("1g")
         done = dsno(*command)
         assert done.returncode == 0, done.stderr
-        assert same_bytes(out, whole[2])
+        assert same_bytes(out, whole_of_two)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny_data: Path, tmp_path: Path) -> None:

@@ -13,21 +13,19 @@ from dsno_cluster.cluster.runs import Run
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 NODES = 4
-PAGES_WITH_COMMANDS = [page for page in PAGES if any(on_cluster(c) and c.page == page for c in commands())]
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=lambda page: page.stem)
-def test_commands_of_a_page_run(user: User, page: object) -> None:
+def test_commands_for_a_cluster_run(user: User) -> None:
     newest: Run | None = None
     done: set[tuple[str, ...]] = set()
     for command in commands():
-        if command.page != page or not on_cluster(command):
+        if not on_cluster(command):
             continue
         if "RUN" in command.words and newest is None:  # a page about runs that submits none
             newest = user.submit("gen-trajectories", *as_run(shown("dsno-cluster gen-trajectories"), {})[1:])
             user.ends(newest)
         words = as_run(command, names(user, newest))
-        if tuple(words) in done:
+        if tuple(words) in done:  # another page has it too
             continue
         done.add(tuple(words))
         said = user.dsno(*words, *storage(user, words)).stderr
@@ -35,7 +33,7 @@ def test_commands_of_a_page_run(user: User, page: object) -> None:
             if "submitted" in line:
                 newest = user.run_of(line)
                 user.ends(newest)
-    assert done
+    assert len(done) > 10
 
 
 def shown(text: str) -> Command:
