@@ -15,7 +15,7 @@ from tiny import TINY, dsno
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 # a training of about half a minute, with a checkpoint every few seconds
-LONG = [*TINY, "training.steps=400", "training.checkpoint_every=50", "training.lr_decay=none"]
+LONG = [*TINY, "training.steps=300", "training.checkpoint_every=40", "training.lr_decay=none"]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_scancel_saves_and_does_not_requeue(
 
 
 def test_the_time_limit_is_reached(disk_user: User, tiny_data: Path, undisturbed: list[float]) -> None:
-    disk_user.profile(time_minutes=1, save_seconds=40)
+    disk_user.profile(time_minutes=1, save_seconds=32)
     run = train_on_two_nodes(disk_user, tiny_data, "training.checkpoint_every=100000")
     finished(disk_user, run, undisturbed)
     assert disk_user.row(run)["attempts"] >= 2
@@ -118,7 +118,7 @@ def test_the_time_limit_is_reached(disk_user: User, tiny_data: Path, undisturbed
 
 
 def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User) -> None:
-    disk_user.profile(time_minutes=1, save_seconds=30)
+    disk_user.profile(time_minutes=1, save_seconds=35)
     run = disk_user.submit("gen-trajectories", *SLOW)
     row = disk_user.ends(run)
     assert row["attempts"] >= 2 and row["last_error"] == "its time limit was near"
