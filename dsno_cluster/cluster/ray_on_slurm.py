@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ START_SECONDS = 180.0  # nodes that start Python from a network file system all 
 END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
-STARTED, ENDED = "ray-started.json", "ray-ended.json"
+STARTED, ENDED, LOCK = "ray-started.json", "ray-ended.json", "lock"
 # of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
 LONGEST_FOLDER = 45
 # when we end Ray its tasks are done or given back: there is nothing to drain, and Slurm allows little time
@@ -147,7 +148,7 @@ def _temp_folder(node: Node, attempt: Path) -> Path:
 
     Below TMPDIR, unless that is too long for the Unix sockets that Ray keeps there.
     """
-    name = f"dsno-ray-{os.getuid()}-{node.job}-{attempt.name}"
+    name = f"{_folder_prefix()}{node.job}-{attempt.name}"
     base = Path(tempfile.gettempdir())
     return (base if len(str(base / name)) <= LONGEST_FOLDER else Path("/tmp")) / name
 
@@ -162,8 +163,8 @@ def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[
     def end_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
-    shutil.rmtree(temp, ignore_errors=True)
-    temp.mkdir(mode=0o700)
+    _sweep(temp.parent)
+    lock = _claim(temp)
     ray = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
         stdin=subprocess.DEVNULL,
@@ -177,6 +178,35 @@ def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[
     finally:
         _end(ray)
         shutil.rmtree(temp, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(temp: Path) -> int:
+    """Make the folder; returns the descriptor of its lock, which is held as long as this process lives."""
+    while True:
+        temp.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # swept away by a neighbour before it was locked
+            lock = os.open(temp / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (temp / LOCK).exists() and os.path.samestat(os.fstat(lock), os.stat(temp / LOCK)):
+                return lock
+            os.close(lock)
+
+
+def _sweep(base: Path) -> None:
+    """Remove folders of this user whose task was killed before it could do so itself."""
+    for folder in base.glob(f"{_folder_prefix()}*"):
+        with contextlib.suppress(OSError):  # another's, gone already, or still in use
+            lock = os.open(folder / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _folder_prefix() -> str:
+    return f"dsno-ray-{os.getuid()}-"
 
 
 def _end(ray: subprocess.Popen[bytes]) -> None:

@@ -12,7 +12,7 @@ from dsno_cluster.cluster.runs import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-NODES = 4
+NODES = 2  # as many as show that there are several; starting Ray on more takes its time
 
 
 def test_commands_for_a_cluster_run(user: User) -> None:

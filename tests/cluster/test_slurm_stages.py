@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -51,22 +50,20 @@ def test_four_nodes_give_what_one_machine_gives(user: User, tmp_path: Path) -> N
 def test_a_user_without_privileges(cluster: Cluster) -> None:
     """Everything is done as the user who submits, and nothing of theirs is left on a node."""
     account = "daemon"  # one that every Debian has
-    program = Path(sys.executable).with_name("dsno-cluster")
-    if cluster.run(program, "--version", check=False, account=account).returncode:
-        pytest.skip(f"{account} may not read {program}")
-    user = User.new(cluster, "unprivileged", on_s3=False, account=account)
-    for stage in ("gen-trajectories", "train", "eval"):
-        run = user.submit(stage, *TINY, "--nodes", "2")
-        user.ends(run)
-        assert {file.owner() for file in run.folder.rglob("*")} == {account}
-        assert run.folder.stat().st_mode & 0o077 == 0
-    user.verify()
-    cancelled = user.submit("gen-trajectories", *SLOW, "--nodes", "2")
-    wait_for(lambda: user.shards_made() > 6)
-    user.dsno("cancel", cancelled.id)
-    for node in ("node1", "node2"):
-        assert not cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
-        assert not cluster.run("find", "/mnt", "/dev/shm", "-user", account, host=node).stdout
+    with cluster.python_for_all():
+        user = User.new(cluster, "unprivileged", on_s3=False, account=account)
+        for stage in ("gen-trajectories", "train", "eval"):
+            run = user.submit(stage, *TINY, "--nodes", "2")
+            user.ends(run)
+            assert {file.owner() for file in run.folder.rglob("*")} == {account}
+            assert run.folder.stat().st_mode & 0o077 == 0
+        user.verify()
+        cancelled = user.submit("gen-trajectories", *SLOW, "--nodes", "2")
+        wait_for(lambda: user.shards_made() > 6)
+        user.dsno("cancel", cancelled.id)
+        for node in ("node1", "node2"):
+            assert not cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
+            assert not cluster.run("find", "/mnt", "/dev/shm", "-user", account, host=node).stdout
 
 
 def test_the_run_folder_holds_what_was_submitted(disk_user: User) -> None:
@@ -118,9 +115,10 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(disk_user: User) -> N
 def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, cluster: Cluster) -> None:
     """Two Ray clusters on the same two nodes; one is cancelled, the other goes on. No token is seen anywhere."""
     disk_user.profile(sbatch={"nodelist": "node1,node2"})
-    first = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "2")
+    longer = [*SLOW, "trajectories.steps=400"]
+    first = disk_user.submit("gen-trajectories", *longer, "--nodes", "2")
     other = ["name=second", f"storage.root={disk_user.home}/second"]
-    said = disk_user.dsno("gen-trajectories", *SLOW, *disk_user.storage, *other, "--nodes", "2").stderr
+    said = disk_user.dsno("gen-trajectories", *longer, *disk_user.storage, *other, "--nodes", "2").stderr
     second = disk_user.run_of(said)
     both = [first, second]
     wait_for(lambda: all(run.attempts() and (last(run).read("progress") or {}).get("done") for run in both))
@@ -142,7 +140,7 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     assert disk_user.row(second)["attempts"] == 1
     for node in ("node1", "node2"):
         assert not ray_processes(cluster, node)
-        assert not cluster.run("find", "/mnt", "-name", "dsno-ray*", host=node).stdout
+        assert not ray_folders(cluster, node, str(second.record()["job"]))
     written = "".join(
         f.read_text(errors="replace")
         for f in disk_user.home.rglob("*")
@@ -150,11 +148,19 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     )
     assert not [token for token in tokens if token in seen or token in written]
 
-    again = disk_user.submit(
-        "gen-trajectories", *SLOW, "--nodes", "2"
-    )  # the same command finishes the cancelled one
+    # the same command finishes the cancelled one
+    again = disk_user.submit("gen-trajectories", *longer, "--nodes", "2")
     disk_user.ends(again)
     assert re.search(r"\d+ of 24 shards are done", last(again).log(0).read_text())
+    for node in (
+        "node1",
+        "node2",
+    ):  # nor of the cancelled one, even where Slurm killed it before it had tidied up
+        assert not ray_folders(cluster, node, "*")
+
+
+def ray_folders(cluster: Cluster, node: str, job: str) -> str:
+    return cluster.run("find", "/mnt", "-name", f"dsno-ray-*-{job}-*", host=node).stdout
 
 
 def ray_tokens(cluster: Cluster, node: str) -> set[str]:

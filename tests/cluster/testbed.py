@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +131,37 @@ class Cluster:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    @contextlib.contextmanager
+    def python_for_all(self) -> Iterator[None]:
+        """Within, every account may read this Python and the checkout, though they lie in a home that is closed to others.
+
+        On every host a folder that holds nothing but them stands in that home's place.
+        """
+        wanted = {Path(sys.base_prefix), Path(sys.prefix), Path(__file__).resolve().parents[2]}
+        by_home: dict[Path, list[Path]] = {}
+        for path in sorted(wanted):
+            closed = [parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001]
+            if closed:
+                by_home.setdefault(closed[0], []).append(path)
+        aside = self.folder / "python-for-all"
+        script = ["set -e"]
+        for home, paths in by_home.items():
+            for number, path in enumerate(paths):
+                script += [f"mkdir -p {aside}/{number}", f"mount --bind {path} {aside}/{number}"]
+            script += [f"mount -t tmpfs -o mode=0755 tmpfs {home}"]
+            for number, path in enumerate(paths):
+                script += [f"mkdir -p {path}", f"mount --bind {aside}/{number} {path}"]
+                script += [f"umount -l {aside}/{number}"]
+        hosts = ["login", *self.node_names]
+        for host in hosts:
+            self.run("bash", "-c", "\n".join(script), host=host)
+        try:
+            yield
+        finally:
+            for host in hosts:
+                for home in by_home:
+                    self.run("umount", "-l", home, host=host, check=False)
 
     # -- faults --
 
