@@ -169,7 +169,8 @@ def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[
         [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, **RAY_ENVIRONMENT},
+        # sockets of Ray's dashboard, which nobody removes, go the way of the folder too
+        env={**os.environ, **RAY_ENVIRONMENT, "TMPDIR": str(temp)},
         start_new_session=True,
         preexec_fn=end_with_parent,
     )
