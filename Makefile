@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(READY)  ## the tests, in under ten minutes
 	$(PYTEST) -m "not slow and not cluster" $(ARGS)
 
-test-slow: $(READY)  ## those that `make test` leaves out: more faults, stages and precisions
+test-slow: $(READY)  ## those that `make test` leaves out, in half an hour: more faults, stages and precisions
 	$(PYTEST) -m slow $(ARGS)
 
 test-cluster: $(READY)  ## every fault on four real Slurm nodes on this machine; needs root and Debian's Slurm

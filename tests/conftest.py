@@ -15,6 +15,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dsno-state-")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="I/N", help="every N-th of the tests, from the (I modulo N)-th on")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (share := config.getoption("--share")) is None:
+        return
+    index, count = map(int, share.split("/"))
+    kept = items[index % count :: count]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage root with the finished trajectories of the tiny experiment. Copy it before changing it."""

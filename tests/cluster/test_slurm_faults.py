@@ -126,9 +126,9 @@ def test_the_time_limit_is_reached(
 
 
 def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User) -> None:
-    disk_user.profile(time_minutes=1, save_seconds=35)
-    run = disk_user.submit("gen-trajectories", *SLOW, "trajectories.steps=240")
-    row = disk_user.ends(run)
+    disk_user.profile(time_minutes=1, save_seconds=30)
+    run = disk_user.submit("gen-trajectories", *SLOW)
+    row = disk_user.ends(run, seconds=400)
     assert row["attempts"] >= 2 and row["last_error"] == "its time limit was near"
     all_shards_made_once(disk_user)
 
@@ -228,38 +228,6 @@ def test_a_node_whose_disk_is_full_is_done_without(disk_user: User, cluster: Clu
         disk_user.verify()
     finally:
         cluster.run("rm", "/mnt/full", host="node2")
-
-
-def test_clocks_that_differ(
-    disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
-) -> None:
-    """One node two minutes ahead of the others and one behind: all that runs there sees that time."""
-    (library,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
-    offsets = {"node1": "+120s", "node2": "-120s"}
-    for node, offset in offsets.items():
-        cluster.run("bash", "-c", f"echo {offset} >/mnt/offset", host=node)
-    disk_user.profile(
-        sbatch={"nodelist": "node1,node2"},
-        environment={
-            "LD_PRELOAD": str(library),
-            "FAKETIME_TIMESTAMP_FILE": "/mnt/offset",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        },
-        setup=[f"date +%s >{disk_user.home}/clock"],
-    )
-    try:
-        made = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "2")
-        disk_user.ends(made)
-        assert int((disk_user.home / "clock").read_text()) - made.record()["submitted"] > 100
-        all_shards_made_once(disk_user)
-        cluster.run("rm", "-r", disk_user.home / "out/trajectories")
-        trained = train_on_two_nodes(disk_user, tiny_data)
-        disk_user.ends(trained)
-        assert disk_user.losses() == undisturbed
-        assert disk_user.row(trained)["attempts"] == disk_user.row(made)["attempts"] == 1
-    finally:
-        for node in offsets:
-            cluster.run("rm", "/mnt/offset", host=node)
 
 
 def test_a_job_that_can_never_succeed_is_given_up(disk_user: User) -> None:
