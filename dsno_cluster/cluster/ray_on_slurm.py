@@ -63,13 +63,13 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
     Raises WorkError where it does not start.
     """
     address = own_address(node.hosts, node.index, node.interface)
-    port, client, dashboard = free_ports(3)
+    port, client, dashboard, *agents = free_ports(7)  # in one call, so that they differ
     temp = _temp_folder(node, attempt)
     command = [
         *("--head", f"--port={port}", f"--ray-client-server-port={client}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temp}"),
     ]
-    with _ray_processes([*command, *_common(node, address)], temp) as ray:
+    with _ray_processes([*command, *_common(node, address, agents)], temp) as ray:
         _wait_for_port(address, port, ray)
         console.say(
             f"Ray head on {socket.gethostname()}, {address}:{port}; {len(node.hosts) - 1} other node(s) join; "
@@ -92,7 +92,7 @@ def ray_worker(node: Node, attempt: Path) -> None:
     started = hear(attempt / STARTED)
     head, temp = started["address"], Path(started["temp"])  # Ray has its workers use the head's folder
     address = own_address(node.hosts, node.index, node.interface)
-    with _ray_processes([f"--address={head}", *_common(node, address)], temp) as ray:
+    with _ray_processes([f"--address={head}", *_common(node, address, free_ports(4))], temp) as ray:
         console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
         answered = time.monotonic()
         while time.monotonic() - answered < LOST_HEAD_SECONDS:
@@ -130,9 +130,9 @@ def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
         time.sleep(VERDICT_SECONDS)
 
 
-def _common(node: Node, address: str) -> list[str]:
+def _common(node: Node, address: str, agents: list[int]) -> list[str]:
     # what is not named here (node manager, object manager, workers) is chosen by Ray among the free ports
-    agent, grpc, metrics, runtime_env = free_ports(4)
+    agent, grpc, metrics, runtime_env = agents
     shared_memory = shutil.disk_usage("/dev/shm").free
     object_store = max(100 << 20, min(int(0.2 * node.memory_gb * 2**30), int(0.8 * shared_memory)))
     return [

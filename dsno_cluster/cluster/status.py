@@ -116,7 +116,7 @@ def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
         return State(word, WAITS.get(reason, "" if reason == "None" else reason) + more.replace("_", " "))
     if word in LIVE:
         return State(word, "", job.nodes)
-    if word == "failed" and min(job.seconds_over(), _seconds_since_again(run)) < SETTLE_SECONDS:
+    if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
         return State("ending")  # so Slurm says for a moment of a job that it is about to requeue
     return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
 
@@ -128,13 +128,6 @@ def _final(run: Run) -> State | None:
     if outcome is None or outcome["state"] == "again":
         return None
     return State(outcome["state"], outcome["reason"])
-
-
-def _seconds_since_again(run: Run) -> float:
-    """How long ago the batch script asked for another attempt; infinite where it did not."""
-    attempts = run.attempts()
-    outcome = attempts[-1].read("outcome") if attempts else None
-    return time.time() - outcome["time"] if outcome and outcome["state"] == "again" else float("inf")
 
 
 def _local_state(run: Run) -> State:

@@ -134,6 +134,9 @@ class User:
         job = str(run.record()["job"])
         listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout.strip()
         if listing == "PENDING BeginTime":
+            time.sleep(
+                5
+            )  # the end of the attempt before, heard of after the next began, would be taken for its end
             self.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
         return bool(listing)
 
