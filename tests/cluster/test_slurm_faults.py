@@ -126,8 +126,8 @@ def test_the_time_limit_is_reached(
 
 
 def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User) -> None:
-    disk_user.profile(time_minutes=1, save_seconds=30)
-    run = disk_user.submit("gen-trajectories", *SLOW)
+    disk_user.profile(time_minutes=1, save_seconds=20)
+    run = disk_user.submit("gen-trajectories", *SLOW, "trajectories.steps=160")
     row = disk_user.ends(run, seconds=400)
     assert row["attempts"] >= 2 and row["last_error"] == "its time limit was near"
     all_shards_made_once(disk_user)
