@@ -109,13 +109,15 @@ def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
 
 
 # Other ranks sum gradients in another order: losses agree to float32 rounding (see test_training.py).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(("1", "1"), ("3", "2"), marks=pytest.mark.slow),
-        pytest.param(("3", "2"), ("0", "1"), marks=pytest.mark.slow),
+        (("1", "2"), ("3", "2")),
+        (("3", "2"), ("0", "4")),
+        (("0", "2"), ("2", "4")),
     ],
-    ids=["z1x1 to z3x2", "z3x2 to z0x1"],
+    ids=["z1x2 to z3x2", "z3x2 to z0x4", "z0x2 to z2x4"],
 )
 def test_goes_on_with_another_stage_on_other_ranks(
     before: tuple[str, str], after: tuple[str, str], tiny_data: Path, tmp_path: Path
@@ -139,8 +141,11 @@ def test_goes_on_with_another_stage_on_other_ranks(
 @pytest.mark.parametrize(
     ("precision", "stage"),
     [
-        pytest.param("bfloat16", "3", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "1", marks=pytest.mark.slow),
         ("float16", "2"),
+        pytest.param("bfloat16", "0", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "3", marks=pytest.mark.slow),
+        pytest.param("float16", "0", marks=pytest.mark.slow),
     ],
 )
 def test_half_precision_keeps_the_last_bits_of_its_master_weights(
@@ -166,14 +171,18 @@ def test_half_precision_keeps_the_last_bits_of_its_master_weights(
     assert (lines[-1].get("loss_scale", 0) > 1) == (precision == "float16")
 
 
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR2, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
-    whole_of_two: Path, tiny_data: Path, tmp_path: Path
+    number: int, whole_of_two: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     out = link_data(tiny_data, tmp_path / "out")
     often = [*THIRTY, "training.checkpoint_every=1000"]  # so that it is the signal that saves
     ranks = start_ranks(out, 2, *often)
     wait_for(lambda: (out / STUDENT / "metrics.jsonl").is_file() and len(metrics(out)) >= 2)
-    kill(ranks[1], signal.SIGUSR2)
+    kill(ranks[1], number)
     codes, errors = ends(ranks)
     assert codes == [130, 130], errors
     (saved,) = checkpoints(out)
@@ -201,6 +210,36 @@ def test_control_c_at_the_terminal_saves_a_job_of_two_ranks(tiny_data: Path, tmp
     assert job.returncode == 130 and "Traceback" not in said, said
     assert checkpoints(out) == [metrics(out)[-1]["step"]]
     assert not any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks)
+
+
+@pytest.mark.slow
+def test_a_notice_to_leave_is_requeued_and_finishes_by_submitit(tiny_data: Path, tmp_path: Path) -> None:
+    """The whole cycle of submitit's local executor: the notice that it gives, save, requeue, finish."""
+    import submitit
+    from submitit.local.local import LocalJobEnvironment
+
+    from dsno_cluster.cluster.rendezvous import free_ports
+    from dsno_cluster.cluster.runs import create_run
+    from dsno_cluster.cluster.submit import stage_task, task_in
+    from dsno_cluster.config import load_config, load_profile
+
+    out = link_data(tiny_data, tmp_path / "out")
+    config = load_config(
+        "configs/digits.yaml", words(out, "training.steps=150", "training.checkpoint_every=100000")[1:]
+    )
+    run = create_run(config, "train", load_profile("train", {}), "a test", snapshot=False)
+    executor = submitit.LocalExecutor(run.folder / "submitit", max_num_timeout=10)
+    executor.update_parameters(timeout_min=10, tasks_per_node=2, nodes=1)
+    os.environ["MASTER_PORT"] = str(free_ports(1)[0])
+    job = executor.submit(task_in(run, stage_task("train", config)))
+    controller = psutil.Process(int(job.job_id))
+    wait_for(lambda: (out / STUDENT / "metrics.jsonl").exists(), pause=0.1)
+    for rank in controller.children():  # as Slurm and the local executor do: to every task
+        rank.send_signal(LocalJobEnvironment._usr_sig())
+    job.results()
+    log = (job.paths.stderr.parent / f"{job.job_id}_0_log.err").read_text()
+    assert "stopped by a signal: saved at step" in log and "the job asks to be requeued" in log, log
+    assert checkpoints(out)[-1] == 150 and metrics(out)[-1]["step"] == 150
 
 
 @pytest.mark.slow

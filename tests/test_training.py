@@ -90,8 +90,6 @@ def plain_loop(
 # Losses agree to float32 rounding. Adam divides a gradient by its own size, so a parameter whose gradient is
 # rounding noise moves either way: how far the averaged weights moved is compared as a whole, not one by one.
 LOSS_TOLERANCE, MOVE_TOLERANCE = 2e-4, 0.05
-RADAM = ["training.optimizer=radam"]
-ADAMW = ["training.optimizer=adamw", "training.weight_decay=0.1"]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +97,15 @@ ADAMW = ["training.optimizer=adamw", "training.weight_decay=0.1"]
     [
         ("series", 1, 1, []),
         ("drawn", 2, 2, []),
+        pytest.param("series", 3, 2, ["training.optimizer=radam"], marks=pytest.mark.slow),
         pytest.param("drawn", 0, 2, ["training.accumulation=2"], marks=pytest.mark.slow),
-        pytest.param("drawn", 3, 2, [*RADAM, "training.recompute=blocks"], marks=pytest.mark.slow),
-        pytest.param("series", 1, 4, [*ADAMW, "training.recompute=cheap"], marks=pytest.mark.slow),
+        pytest.param(
+            "series", 1, 4, ["training.optimizer=adamw", "training.weight_decay=0.1"], marks=pytest.mark.slow
+        ),
+        pytest.param("drawn", 3, 2, ["training.recompute=blocks"], marks=pytest.mark.slow),
+        pytest.param("series", 2, 2, ["training.recompute=cheap"], marks=pytest.mark.slow),
     ],
-    ids=["z1", "z2x2", "z0x2 accumulation", "z3x2 radam blocks", "z1x4 adamw cheap"],
+    ids=["z1", "z2x2", "z3x2 radam", "z0x2 accumulation", "z1x4 adamw", "z3 recompute", "z2 cheap"],
 )
 def test_ranks_and_stages_train_like_the_plain_loop(
     form: str, stage: int, tasks: int, more: list[str], tiny_data: Path, tmp_path: Path
@@ -270,12 +272,14 @@ sys.exit(status)
 """
 
 
-def test_accumulation_reduces_once_a_step(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [pytest.param("0", marks=pytest.mark.slow), "1"])
+def test_accumulation_reduces_once_a_step(stage: str, tiny_data: Path, tmp_path: Path) -> None:
     """Four micro-batches a step send the gradients as often as one."""
     sent = []
     for accumulation in ("1", "4"):
         out = link_data(tiny_data, tmp_path / accumulation)
-        ranks = start_ranks(out, 2, f"training.accumulation={accumulation}", script=COUNTING)
+        how = [f"training.zero_stage={stage}", f"training.accumulation={accumulation}"]
+        ranks = start_ranks(out, 2, *how, script=COUNTING)
         codes, errors = ends(ranks)
         assert codes == [0, 0], errors
         sent.append(int(errors[0].rsplit("bytes", 1)[1]))

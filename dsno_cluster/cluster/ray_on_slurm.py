@@ -183,15 +183,15 @@ def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[
 
 
 def _claim(temp: Path) -> int:
-    """Make the folder; returns the descriptor of its lock, which is held as long as this process lives."""
-    while True:
-        temp.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # swept away by a neighbour before it was locked
-            lock = os.open(temp / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (temp / LOCK).exists() and os.path.samestat(os.fstat(lock), os.stat(temp / LOCK)):
-                return lock
-            os.close(lock)
+    """Make the folder, locked before it has its name; returns the lock's descriptor, held as long as this process lives.
+
+    Raises OSError where something has that name already: the folder for temporary files is everybody's.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=".dsno-ray-", dir=temp.parent))
+    lock = os.open(aside / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    aside.rename(temp)
+    return lock
 
 
 def _sweep(base: Path) -> None:

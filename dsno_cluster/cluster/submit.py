@@ -162,15 +162,14 @@ def refuse_second(config: Config, task: StageTask) -> None:
     """Raises WorkError where the same stage of the same experiment waits or runs already, on the same subject."""
     from dsno_cluster.cluster.status import LIVE, states_of
 
-    same = [
-        run
-        for run in all_runs()
-        if run.record().get("stage") == task.stage
-        and run.record().get("name") == config.name
-        and run.record().get("root") == with_absolute_paths(config).storage.root
-        and run.record().get("launcher") == "slurm"
-        and run.record().get("subject", "") == task.subject
-    ]
+    wanted = {
+        "stage": task.stage,
+        "name": config.name,
+        "root": with_absolute_paths(config).storage.root,
+        "launcher": "slurm",
+        "subject": task.subject,
+    }
+    same = [run for run in all_runs() if wanted.items() <= ({"subject": ""} | run.record()).items()]
     for run, state in states_of(same).items():
         if state.word in LIVE:
             job = run.record()["job"]

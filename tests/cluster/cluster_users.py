@@ -97,7 +97,8 @@ class User:
 
     def start(self, *words: str) -> Any:
         """Start `dsno-cluster` and let it run."""
-        return self.cluster.start("dsno-cluster", *words, cwd=self.home, **self.variables)
+        words = ("dsno-cluster", *words)
+        return self.cluster.start(*words, cwd=self.home, account=self.account, **self.variables)
 
     def submit(self, stage: str, *words: str) -> Run:
         """Submit a stage of the user's storage; returns its run."""
@@ -117,9 +118,8 @@ class User:
         """Wait until a run ends, as it must in `state`. A requeued job is hurried: Slurm lets it wait for two minutes."""
         deadline = time.monotonic() + seconds
         while True:
-            while self.in_queue(
-                run
-            ):  # Slurm is asked, as `status` costs a second of this machine's processors
+            # Slurm is asked, as `status` costs a second of this machine's processors
+            while self.in_queue(run):
                 assert time.monotonic() < deadline, f"{self.row(run)}\n{self.all_logs(run)}"
                 time.sleep(1)
             row = self.row(run)
@@ -134,9 +134,8 @@ class User:
         job = str(run.record()["job"])
         listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout.strip()
         if listing == "PENDING BeginTime":
-            time.sleep(
-                5
-            )  # the end of the attempt before, heard of after the next began, would be taken for its end
+            # the end of the attempt before, heard of after the next began, would be taken for its end
+            time.sleep(5)
             self.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
         return bool(listing)
 

@@ -116,7 +116,7 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(disk_user: User) -> N
 def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, cluster: Cluster) -> None:
     """Two Ray clusters on the same two nodes; one is cancelled, the other goes on. No token is seen anywhere."""
     disk_user.profile(sbatch={"nodelist": "node1,node2"})
-    longer = [*SLOW, "trajectories.steps=220"]
+    longer = [*SLOW, "trajectories.steps=160"]
     first = disk_user.submit("gen-trajectories", *longer, "--nodes", "2")
     other = ["name=second", f"storage.root={disk_user.home}/second"]
     said = disk_user.dsno("gen-trajectories", *longer, *disk_user.storage, *other, "--nodes", "2").stderr
@@ -153,10 +153,8 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     again = disk_user.submit("gen-trajectories", *longer, "--nodes", "2")
     disk_user.ends(again)
     assert re.search(r"\d+ of 24 shards are done", last(again).log(0).read_text())
-    for node in (
-        "node1",
-        "node2",
-    ):  # nor of the cancelled one, even where Slurm killed it before it had tidied up
+    # nor of the cancelled one, even where Slurm killed it before it had tidied up
+    for node in ("node1", "node2"):
         assert not ray_folders(cluster, node, "*")
 
 

@@ -101,14 +101,7 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host, as a user does from its shell."""
         done = subprocess.run(
-            [
-                *self.inside(host),
-                *as_account(account),
-                "env",
-                "-C",
-                str(cwd or self.shared),
-                *map(str, command),
-            ],
+            self._command(host, account, cwd, command),
             env=self.environment() | env,
             capture_output=True,
             text=True,
@@ -121,16 +114,27 @@ class Cluster:
         return done
 
     def start(
-        self, *command: str | Path, host: str = "login", cwd: Path | None = None, **env: str
+        self,
+        *command: str | Path,
+        host: str = "login",
+        cwd: Path | None = None,
+        account: str = "root",
+        **env: str,
     ) -> subprocess.Popen[str]:
         """Start a command on a host and let it run; standard error is of the same pipe as standard output."""
         return subprocess.Popen(
-            [*self.inside(host), "env", "-C", str(cwd or self.shared), *map(str, command)],
+            self._command(host, account, cwd, command),
             env=self.environment() | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def _command(self, host: str, account: str, cwd: Path | None, command: Sequence[str | Path]) -> list[str]:
+        """The command line that runs `command` on a host as that account."""
+        as_account = ["setpriv", f"--reuid={account}", f"--regid={account}", "--init-groups", "--"]
+        who = [] if account == "root" else as_account
+        return [*self.inside(host), *who, "env", "-C", str(cwd or self.shared), *map(str, command)]
 
     @contextlib.contextmanager
     def python_for_all(self) -> Iterator[None]:
@@ -393,11 +397,6 @@ MpiDefault=none
 PartitionName=main Nodes={nodes} Default=YES MaxTime=1-0 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes={nodes} MaxTime=1-0 State=UP PriorityTier=10 PreemptMode=OFF
 """
-
-
-def as_account(name: str) -> list[str]:
-    """The command line that runs what follows it as that account."""
-    return [] if name == "root" else ["setpriv", f"--reuid={name}", f"--regid={name}", "--init-groups", "--"]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, otherwise: str) -> None:
