@@ -116,7 +116,7 @@ def test_a_cluster_without_room_for_one_actor_is_refused(ray_cluster: Any, tmp_p
     for actors in ([], ["--actors", "1"]):
         refused = dsno(*words, *actors, timeout=90)
         assert refused.returncode == 2, refused.stderr
-        assert "no node has the 2 CPUs of one actor" in refused.stderr, refused.stderr
+        assert "no node has the 2 CPUs that one actor takes" in refused.stderr, refused.stderr
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:

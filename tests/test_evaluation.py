@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +120,53 @@ def test_figures_do_not_depend_on_the_actors(demo: tuple[Path, str, str], tmp_pa
     kept = sorted(p.name for p in (root / "samples").rglob("*"))
     assert kept[1:] == ["manifest.json", *(f"shard-{i:06d}.safetensors" for i in range(4))]
     assert dsno("verify", str(next((root / "samples").iterdir()))).returncode == 0
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_the_rows_that_are_missing(
+    demo: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    root = tmp_path / "again"
+    shutil.copytree(demo[0], root)
+    shutil.rmtree(root / "evaluation")
+    words = ["eval", *TINY, f"storage.root={root}", "evaluation.keep_samples=true", "--launcher", "local"]
+    command = [sys.executable, "-m", "dsno_cluster.cli", *words]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((root / "evaluation").glob("teachers/*.json")):  # the dearest row, which is measured first
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (root / "evaluation/digits/metrics.json").exists()
+    again = dsno(*words)
+    kept = re.search(r"(\d) of the teacher's 3 rows are stored", again.stderr)
+    assert again.returncode == 0 and kept and int(kept[1]) >= 1, again.stderr
+    ours, theirs = (
+        json.loads((at / "evaluation/digits/metrics.json").read_text())["teacher_rows"]
+        for at in (root, demo[0])
+    )
+    assert ours == theirs
+
+
+def test_the_trajectory_error_alone_draws_no_images(demo: tuple[Path, str, str], tmp_path: Path) -> None:
+    """What is left to those who have neither real images nor Inception's weights."""
+    root = tmp_path / "again"
+    shutil.copytree(demo[0], root)
+    words = [
+        "eval",
+        *TINY,
+        f"storage.root={root}",
+        "evaluation.metrics=[trajectory_error]",
+        "evaluation.reference=none",
+    ]
+    done = dsno(*words, "--launcher", "local")
+    assert done.returncode == 0 and "relative error" in done.stdout, done.stderr
+    assert "20/20 samples" in done.stderr, done.stderr  # those of evaluation.trajectory_samples
+    metrics = json.loads((root / "evaluation/digits/metrics.json").read_text())
+    before = json.loads((demo[0] / "evaluation/digits/metrics.json").read_text())
+    assert metrics["student"]["trajectory_error"] == before["student"]["trajectory_error"]
+    assert metrics["teacher_rows"] == [] and metrics["warnings"] == []
+    assert dsno("report", *TINY, f"storage.root={root}").returncode == 0
 
 
 def test_samples_are_the_students(demo: tuple[Path, str, str], tmp_path: Path) -> None:

@@ -183,6 +183,17 @@ def test_an_actor_that_dies_is_replaced(faulty: Path) -> None:
 
 
 @pytest.mark.slow
+def test_shards_that_kill_every_actor_stop_a_long_run_and_name_memory(faulty: Path) -> None:
+    (faulty / "fault").write_text("os.kill(os.getpid(), 9)")
+    root = faulty / "root"
+    command = [*words(root, faulty, actors=2, shards=range(20)), "trajectories.num_samples=320"]
+    failed = dsno(*command, PYTHONPATH=str(faulty))
+    assert failed.returncode == 1 and "each killed two actors" in failed.stderr, failed.stderr
+    # a dead actor had two shards at a time, and both are counted
+    assert "mem_gb" in failed.stderr and 16 <= len((faulty / "attempts").read_text()) < 40
+
+
+@pytest.mark.slow
 def test_idle_actors_run_the_slowest_shard_again(faulty: Path) -> None:
     """The first attempt hangs for longer than the test may take."""
     (faulty / "fault").write_text("if len((self.folder / 'attempts').read_text()) < 2: time.sleep(3600)")

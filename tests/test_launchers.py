@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import DATA, TINY, dsno
 
-from dsno_cluster.cluster.submit import sbatch_script, stage_task
+from dsno_cluster.cluster.submit import check_room, sbatch_script, stage_task
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import load_config, load_profile
 from dsno_cluster.errors import UserError
@@ -40,6 +41,12 @@ def test_auto_is_slurm_where_its_controller_answers(slurm: Path, tmp_path: Path)
     assert "controller is down" in local.stderr
     asked = dsno(*words, "--launcher", "slurm", cwd=tmp_path, PATH=path)
     assert asked.returncode == 1 and "controller is down" in asked.stderr
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/gen-trajectories.yaml").write_text("nodes: 4\nmem_gb: 1\ntime_minutes: 10\n")
+    large = dsno(*words, cwd=tmp_path, PATH=path)  # four nodes' work is not a login node's
+    assert large.returncode == 1 and "the profile asks for 4 nodes" in large.stderr
+    laptop = dsno(*words, cwd=tmp_path, PATH=str(tmp_path / "no Slurm"))
+    assert laptop.returncode == 0 and "would make" in laptop.stdout, laptop.stderr
 
 
 def test_a_ray_cluster_that_is_given_is_used_from_here(slurm: Path, tmp_path: Path) -> None:
@@ -112,6 +119,21 @@ def test_wrong_profiles_are_one_line(
     with pytest.raises(UserError) as told:
         load_profile("train", change)
     assert expected in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "refused"),
+    [(0, 1, "cpus_per_task 1 of a node: it has one actor at least, of trajectories.threads=2 CPUs"), (0, 2, None),
+     (8, 8, "its 8 GPUs have an actor each, of trajectories.threads=2 CPUs; raise cpus_per_task to 16"), (8, 16, None)],
+)  # fmt: skip
+def test_a_node_has_the_cpus_of_its_actors(gpus: int, cpus: int, refused: str | None) -> None:
+    config = load_config("configs/digits.yaml", ["trajectories.threads=2"])
+    profile = load_profile("gen-trajectories", {"gpus_per_node": gpus, "cpus_per_task": cpus})
+    if refused is None:
+        check_room("gen-trajectories", config, profile)
+        return
+    with pytest.raises(UserError, match=re.escape(refused)):
+        check_room("gen-trajectories", config, profile)
 
 
 def test_the_ray_stages_take_one_task_a_node() -> None:

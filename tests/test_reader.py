@@ -18,7 +18,7 @@ import torch
 
 from dsno_cluster.config import Reader
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum, sample_noise
-from dsno_cluster.errors import WorkError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import FolderStorage, Stat
 from dsno_cluster.trajectories.reader import ShardReader, cached_shard, epoch_order, read_batches
 from dsno_cluster.trajectories.shards import Manifest, Shard, write_shard
@@ -198,6 +198,28 @@ def test_the_cache_keeps_its_limit_and_what_is_in_use(tmp_path: Path) -> None:
     left = {p.stem for p in (tmp_path / "cache").glob("*.safetensors")}
     assert left == {shard.sha256 for shard in manifest.shards[3:]}
     assert bytes(mapped) == (tmp_path / "data" / "d" / manifest.shards[0].key).read_bytes()
+
+
+def test_the_cache_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, remote = make_data(tmp_path / "data"), Remote(tmp_path / "data")
+    monkeypatch.setenv("NODE_DISK", str(tmp_path))
+    cached_shard(Reader(cache_dir="$NODE_DISK/cache"), remote, "d/", manifest.shards[0])  # type: ignore[arg-type]
+    cache = tmp_path / "cache"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(UserError, match="names a variable that is not set"):
+        cached_shard(Reader(cache_dir="$NO_SUCH/cache"), remote, "d/", manifest.shards[0])  # type: ignore[arg-type]
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (lock,) = cache.glob(f".{manifest.shards[0].sha256[:2]}.lock")
+    lock.unlink()
+    lock.symlink_to(mine)  # as somebody might where all may write
+    with pytest.raises(WorkError, match=r"reader\.cache_dir"):
+        cached_shard(Reader(cache_dir=str(cache)), remote, "d/", manifest.shards[0])  # type: ignore[arg-type]
+    assert mine.read_text() == "precious"
+    if os.geteuid() == 0:
+        os.chown(cache, 12345, 12345)
+        with pytest.raises(WorkError, match="belongs to another user"):
+            cached_shard(Reader(cache_dir=str(cache)), remote, "d/", manifest.shards[1])  # type: ignore[arg-type]
 
 
 def _read_all(root: Path, cache: Path, counts: str, manifest: Manifest, results: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsno_cluster.cluster.runs import Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm import requeue_job, who_ends
+from dsno_cluster.cluster.slurm import may_heal, requeue_job, who_ends
 from dsno_cluster.cluster.task import STOPS, attempt_number
 from dsno_cluster.errors import UserError, WorkError
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 KILLED = 128
 OUTAGE_SECONDS = 900.0  # a controller may restart while a job wants to be requeued
+REFUSED_SECONDS = 60.0  # or refuse for a moment, as while a job is completing
 PAUSE_SECONDS = 10.0
 
 
@@ -84,13 +85,14 @@ def end(run: Run, status: int) -> int:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """The answer of a controller that may be restarting."""
-    deadline = time.monotonic() + OUTAGE_SECONDS
+    """The answer of a controller that may be restarting. Raises WorkError sooner where it refuses, and holds no nodes for it."""
+    began = time.monotonic()
     while True:
         try:
             return ask()
-        except WorkError:
-            if time.monotonic() > deadline:
+        except WorkError as error:
+            patience = OUTAGE_SECONDS if may_heal(str(error)) else REFUSED_SECONDS
+            if time.monotonic() - began > patience:
                 raise
             time.sleep(PAUSE_SECONDS)
 
@@ -131,7 +133,7 @@ def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
     try:
         return begin(run) if words[0] == "begin" else end(run, int(words[2]))
-    except (UserError, WorkError) as error:
+    except (UserError, WorkError, OSError) as error:  # a full disk is an OSError, and names its file
         print(f"dsno-cluster: {error}", flush=True)
         return 1
 

@@ -31,6 +31,7 @@ from dsno_cluster.errors import WorkError
 START_SECONDS = 180.0  # nodes that start Python from a network file system all at once are slow
 END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
+# the worker that is first in line asks Slurm so often, the others a second less often each: many must not ask at once
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
 STARTED, ENDED, LOCK = "ray-started.json", "ray-ended.json", "lock"
 # of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
@@ -40,7 +41,27 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    # Slurm bounds the job's memory; Ray sees the node's, and would kill actors for what a neighbour takes
+    "RAY_memory_monitor_refresh_ms": "0",
+    # served without a token, to everybody
+    "RAY_enable_metrics_collection": "0",
 }
+# file systems, by the names of stat(1), on which one folder is seen by several nodes
+SHARED = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "ceph",
+    "beegfs",
+    "fhgfs",
+    "panfs",
+    "afs",
+    "cifs",
+    "smb",
+    "smb2",
+    "fuseblk",
+    "fuse",
+)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -99,35 +120,36 @@ def ray_worker(node: Node, attempt: Path) -> None:
             if (attempt / ENDED).is_file():
                 console.say(f"the head at {head} has ended; this node's Ray ends")
                 return
-            if _listens(head):
+            if (state := _knock(head)) == "open":
                 answered = time.monotonic()
                 if ray.poll() is not None:
                     raise WorkError(
                         f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode})"
                     )
             time.sleep(1.0)
+    if state == "closed":
+        # its node answers, so its process was killed alone: the batch script has the job requeued once this task has ended
+        console.say(f"the head at {head} has ended without a word; this node's Ray ends")
+        return
     _hear_of_first_node(node, attempt, head)
 
 
 def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
-    """The head is gone without a word: its node is lost, which Slurm finds out in its time, or its process was killed alone.
-
-    In the first case requeue the job; in the second the batch script will, once this task has ended.
-    """
+    """The head's node is silent. Requeue the job once Slurm has found out that it is lost."""
     first, patience = node.hosts[0], node_timeout() + SPARE_SECONDS
     console.say(
         f"the head at {head} is silent; waiting for what Slurm says of {first}, up to {patience:.0f} s"
     )
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not (attempt / ENDED).is_file():
-        if _listens(head):
+        if _knock(head) == "open":
             raise WorkError(f"{socket.gethostname()} was cut off from the head at {head} for a while")
         if first not in job_nodes(node.job, node.hosts):
             console.say(f"{first}, the first node, is lost: the job asks to be requeued")
             with contextlib.suppress(WorkError):  # another node was quicker
                 requeue_job(node.job)
             return
-        time.sleep(VERDICT_SECONDS)
+        time.sleep(VERDICT_SECONDS + node.index - 1)
 
 
 def _common(node: Node, address: str, agents: list[int]) -> list[str]:
@@ -146,11 +168,18 @@ def _common(node: Node, address: str, agents: list[int]) -> list[str]:
 def _temp_folder(node: Node, attempt: Path) -> Path:
     """On the node's own disk, the same path on every node of an attempt, and nobody else's.
 
-    Below TMPDIR, unless that is too long for the Unix sockets that Ray keeps there.
+    Below TMPDIR, unless that is too long for the Unix sockets that Ray keeps there, or seen by all nodes.
     """
     name = f"{_folder_prefix()}{node.job}-{attempt.name}"
     base = Path(tempfile.gettempdir())
-    return (base if len(str(base / name)) <= LONGEST_FOLDER else Path("/tmp")) / name
+    fits = len(str(base / name)) <= LONGEST_FOLDER and _file_system(base) not in SHARED
+    return (base if fits else Path("/tmp")) / name
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, as stat(1) names it; empty where it does not say."""
+    asked = ["stat", "--file-system", "--format=%T", str(folder)]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().lower()
 
 
 @contextlib.contextmanager
@@ -185,12 +214,22 @@ def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[
 def _claim(temp: Path) -> int:
     """Make the folder, locked before it has its name; returns the lock's descriptor, held as long as this process lives.
 
-    Raises OSError where something has that name already: the folder for temporary files is everybody's.
+    Raises WorkError where something has that name already: the folder for temporary files is everybody's.
     """
-    aside = Path(tempfile.mkdtemp(prefix=".dsno-ray-", dir=temp.parent))
-    lock = os.open(aside / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    aside.rename(temp)
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=".dsno-ray-", dir=temp.parent))
+        lock = os.open(aside / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            aside.rename(temp)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise WorkError(
+            f"{temp} cannot be made on {socket.gethostname()}: {error.strerror}; TMPDIR must be a folder that every node has on "
+            "a disk of its own"
+        ) from error
     return lock
 
 
@@ -235,7 +274,7 @@ def _end(ray: subprocess.Popen[bytes]) -> None:
 
 def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not _listens(f"{address}:{port}"):
+    while _knock(f"{address}:{port}") != "open":
         if ray.poll() is not None or time.monotonic() > deadline:
             how = (
                 f"ended with status {ray.returncode}"
@@ -246,11 +285,13 @@ def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> Non
         time.sleep(0.2)
 
 
-def _listens(address: str) -> bool:
-    """Whether something listens at host:port."""
+def _knock(address: str) -> str:
+    """What host:port does: `open`, `closed` (the host answers that nobody listens there) or `silent`."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return "closed"
     except OSError:
-        return False
-    return True
+        return "silent"
+    return "open"

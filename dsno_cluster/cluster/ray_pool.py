@@ -26,6 +26,7 @@ ATTEMPTS = 3  # a task that raised so often is given up
 # a task under which so many actors died: a machine may be killed now and then, a crash comes again
 DEATHS = 6
 PROBES = 16  # so many tasks, spread over a long list, are tried first: where all of them fail alike, all others would
+MEMORY = "actors mostly die for want of memory: fewer of them at a time (--actors), or more memory (mem_gb)"
 POLL_SECONDS = 1.0
 SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
@@ -148,7 +149,8 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
         room = [node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= num_gpus]
         if max(room, default=0) < threads:  # however many actors are asked for, not one would start
             raise UserError(
-                f"Ray cluster {address}: no node has the {threads} CPUs of one actor; lower the config's threads"
+                f"Ray cluster {address}: no node has the {threads} CPUs that one actor takes (threads of the config); start "
+                "its nodes with more, in a job by cpus_per_task of its profile"
             )
         yield RayCluster(threads, num_gpus, actors)
     finally:
@@ -208,6 +210,10 @@ class _Failures(Generic[Task]):
         causes = {(type(error), re.sub(r"\d+", "", _last_line(error))) for error in errors}
         return all(task in self.raised for task in tasks) and len(causes) == 1
 
+    def all_died(self, tasks: Sequence[Task]) -> bool:
+        """Whether each of the tasks took two actors with it: no machine is killed that often by chance."""
+        return all(self.died.get(task, 0) >= 2 for task in tasks)
+
 
 def run_pool(
     make_actor: Callable[[], Any],
@@ -229,8 +235,8 @@ def run_pool(
     must be idempotent) and the first answer counts. At the end every actor goes to `release` (default: it is
     killed). A task whose actor died or raised goes back to the queue; one that raised three times stops the run, with
     its reason, after the others are finished. What no task is to blame for stops it at once: a UserError, three
-    StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all fail alike before
-    any task succeeds. `in_order`: without such probes, so that tasks begin in their own order.
+    StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all fail alike, or whose
+    actors die, before any task succeeds. `in_order`: without such probes, so that tasks begin in their own order.
     """
     ray = import_ray()
     greet = greet or (lambda actor: actor.__ray_ready__.remote())
@@ -304,6 +310,10 @@ def run_pool(
                         raise WorkError(
                             f"{len(probes)} tasks from all over the list failed alike and none succeeded: {_last_line(cause)}"
                         ) from cause
+                    if len(tasks) > PROBES and not durations and failures.all_died(probes):
+                        raise WorkError(
+                            f"{len(probes)} tasks from all over the list each killed two actors and none succeeded: {MEMORY}"
+                        ) from cause
                     continue
                 storage_failures = 0
                 if task in open_tasks:
@@ -320,9 +330,10 @@ def run_pool(
                 (release or ray.kill)(worker.actor)
     if failures.given_up:
         task, cause = next(iter(failures.given_up.items()))
+        memory = f"; {MEMORY}" if isinstance(cause, ray.exceptions.RayActorError) else ""
         raise WorkError(
             f"{len(failures.given_up)} of {len(tasks)} tasks failed again and again; "
-            f"the first, {task}: {_last_line(cause)}"
+            f"the first, {task}: {_last_line(cause)}{memory}"
         )
 
 

@@ -99,9 +99,17 @@ def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Seque
 def refusal(said: str) -> Exception:
     """What to raise for what sbatch said: UserError for a job that it will never take, WorkError where it may later."""
     words = " ".join(re.sub(r"\b(sbatch|error|Batch job submission failed): ", "", said).split())
-    if re.search("contact|timed out|temporarily|connection|Zero Bytes", words, re.IGNORECASE):
+    if may_heal(words):
         return WorkError(f"Slurm does not take the job now: {words}; nothing was submitted")
     return UserError(f"Slurm refuses this job: {words}; nothing was submitted")
+
+
+def may_heal(said: str) -> bool:
+    """Whether what a command of Slurm said is about its controller's state, and may be another later."""
+    return (
+        re.search("contact|timed out|did not answer|temporarily|connection|Zero Bytes", said, re.IGNORECASE)
+        is not None
+    )
 
 
 def job_states(jobs: Iterable[str]) -> dict[str, JobState]:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dsno_cluster.cluster.slurm import JobState, cancel_job, cluster_name, job_s
 from dsno_cluster.errors import UserError, WorkError
 
 POLL_SECONDS = 2.0
+ASK_SECONDS = 15.0  # so often Slurm is asked by those who follow a run, for days perhaps
 STALE_SECONDS = 60.0
 SETTLE_SECONDS = 15.0
 CANCEL_SECONDS = 120.0
@@ -91,7 +92,7 @@ def states_of(runs: Sequence[Run]) -> dict[Run, State]:
     return {run: _state_of(run, known) for run in runs}
 
 
-def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
+def _state_of(run: Run, jobs: dict[str, JobState] | None) -> State:
     if final := _final(run):
         return final
     record = run.record()
@@ -99,11 +100,11 @@ def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
         return State("failed", "it was never submitted")
     if record["launcher"] == "local":
         return _local_state(run)
-    if known is None:
+    if jobs is None:
         return State("state unknown", "Slurm does not answer")
     if record.get("cluster") not in (None, cluster_name()):
         return State("state unknown", f"it is on the cluster {record['cluster']}, this is {cluster_name()}")
-    job = known.get(str(record["job"]))
+    job = jobs.get(str(record["job"]))
     attempts = run.attempts()
     if job is None:
         last = why(attempts[-1], None) if attempts else "it never began"
@@ -113,7 +114,9 @@ def _state_of(run: Run, known: dict[str, JobState] | None) -> State:
         return State(word, job.state)
     if word == "waiting":
         reason, _, more = job.reason.partition(",")
-        return State(word, WAITS.get(reason, "" if reason == "None" else reason) + more.replace("_", " "))
+        known = WAITS.get(reason)
+        said = "" if job.reason == "None" else job.reason  # in Slurm's own words
+        return State(word, said if known is None else known + more.replace("_", " "))
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
@@ -225,16 +228,31 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def _followed(run: Run) -> Callable[[], State]:
+    """The state of a run for those who ask again and again: Slurm is asked when an attempt begins, and now and then."""
+    asked, begun, state = float("-inf"), -1, State("state unknown")
+
+    def look() -> State:
+        nonlocal asked, begun, state
+        attempts = len(run.attempts())
+        if time.monotonic() - asked > ASK_SECONDS or attempts != begun or _final(run):
+            state = states_of([run])[run]  # which does not ask Slurm of a run that has ended
+            asked, begun = time.monotonic(), attempts
+        return state
+
+    return look
+
+
 def wait_for(run: Run) -> str:
     """Follow a run to its end with live progress; returns its result. Ctrl-C leaves it running.
 
     Raises WorkError or UserError with its reason where it fails or is cancelled.
     """
-    said, shown = "", None
+    said, shown, look = "", None, _followed(run)
     with contextlib.ExitStack() as bar:
         advance: Any = None
         while True:
-            state = states_of([run])[run]
+            state = look()
             attempts = run.attempts()
             text = f"{run.id}: {state.word}" + (f", {state.why}" if state.why and state.word in LIVE else "")
             if text != said and state.word in LIVE:
@@ -269,9 +287,9 @@ def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterato
 
     Where the task has no log yet, what the batch script printed. Raises UserError where there is nothing of the kind.
     """
-    current, place, shown = attempt, 0, None
+    current, place, shown, look = attempt, 0, None, _followed(run)
     while True:
-        over = states_of([run])[run].word not in LIVE if follow else True
+        over = look().word not in LIVE if follow else True
         numbers = [a.number for a in run.attempts()]
         if current is None:
             current = numbers[-1] if numbers else None
@@ -331,7 +349,8 @@ def cancel(run: Run) -> str:
         return f"{state.word} already"
     if state.word == "state unknown":
         raise WorkError(f"{run.id}: cannot be cancelled from here now: {state.why}")
-    run.cancel()
+    with contextlib.suppress(OSError):  # a full disk: Slurm is told all the same
+        run.cancel()
     record = run.record()
     if record["launcher"] == "slurm":
         cancel_job(str(record["job"]))

@@ -32,11 +32,12 @@ MOST_REQUEUES = 1000
 LEFT_OUT = ("partition", "account", "qos", "constraint")
 
 
-def choose_launcher(asked: str, nodes: int) -> str:
+def choose_launcher(asked: str, nodes: int, profile_nodes: int = 1) -> str:
     """`local` or `slurm`. auto is Slurm where sbatch is on PATH and the controller answers within 2 s.
 
-    Raises UserError for slurm without sbatch and for several nodes on this machine alone, and WorkError for
-    slurm whose controller does not answer.
+    Raises UserError for slurm without sbatch and for several `nodes` on this machine alone, and WorkError for
+    slurm whose controller does not answer, and for auto with such a one where the profile asks for several nodes: work
+    of that size does not belong on a login node.
     """
     sbatch = shutil.which("sbatch")
     if asked == "slurm":
@@ -55,6 +56,10 @@ def choose_launcher(asked: str, nodes: int) -> str:
         silence = controller_silence() if sbatch else "there is no sbatch on PATH"
         if not silence:
             return "slurm"
+        if sbatch and profile_nodes > 1:
+            raise WorkError(
+                f"{silence}, and the profile asks for {profile_nodes} nodes; try again when it answers"
+            )
         why = silence
         console.say(f"running on this machine: {silence}")
     if nodes > 1:
@@ -74,6 +79,7 @@ def submit_to_slurm(
     from submitit.core.utils import FailedJobError
 
     stage = task.stage
+    check_room(stage, config, profile)
     check_profile(profile, f"jobs/{stage}.yaml")
     refuse_second(config, task)
     run = create_run(config, stage, profile, command_line, snapshot=True)
@@ -101,6 +107,7 @@ def submit_pipeline(config: Config, profiles: dict[str, Profile], command_line: 
     from dsno_cluster.cluster.slurm import cancel_job
 
     for stage, profile in profiles.items():
+        check_room(stage, config, profile)
         check_profile(profile, f"jobs/{stage}.yaml")
         refuse_second(config, stage_task(stage, config))
     runs: list[Run] = []
@@ -119,6 +126,7 @@ def submit_pipeline(config: Config, profiles: dict[str, Profile], command_line: 
 
 def sbatch_script(stage: str, config: Config, profile: Profile) -> str:
     """The script that `submit_to_slurm` hands to sbatch, for --dry-run; RUN stands for the run folder to come."""
+    check_room(stage, config, profile)
     folder = config.run_dir.absolute() / "jobs" / "RUN"
     return _script_text(_slurm_executor(folder, config, stage, profile, None))
 
@@ -156,6 +164,27 @@ def stage_task(stage: str, config: Config, **options: Any) -> StageTask:
 def task_in(run: Run, task: StageTask) -> StageTask:
     """The task with the folder of its run."""
     return replace(task, run_folder=str(run.folder))
+
+
+def actors_a_node(profile: Profile, threads: int) -> int:
+    """How many actors of a Ray stage a node has room for: each takes `threads` CPUs and, where there are any, a GPU."""
+    fit = profile.cpus_per_task // threads
+    return min(fit, profile.gpus_per_node) if profile.gpus_per_node else fit
+
+
+def check_room(stage: str, config: Config, profile: Profile) -> None:
+    """Raises UserError where a node's CPUs hold no actor of a Ray stage, or fewer than it has GPUs."""
+    if stage == "train":
+        return
+    section = "trajectories" if stage == "gen-trajectories" else "evaluation"
+    threads: int = getattr(config, section).threads
+    wanted = max(1, profile.gpus_per_node)
+    if actors_a_node(profile, threads) < wanted:
+        what = f"its {wanted} GPUs have an actor each" if wanted > 1 else "it has one actor at least"
+        raise UserError(
+            f"jobs/{stage}.yaml: cpus_per_task {profile.cpus_per_task} of a node: {what}, of {section}.threads={threads} CPUs; "
+            f"raise cpus_per_task to {threads * wanted}"
+        )
 
 
 def refuse_second(config: Config, task: StageTask) -> None:

@@ -99,6 +99,10 @@ class StageTask:
 
         config = validate(Config, yaml.safe_load(self.config_yaml), "the submitted config")
         on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        if (
+            on_slurm and not run.profile().gpus_per_node
+        ):  # where Slurm gave none, those that can be seen are a neighbour's
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
         if self.stage == "train":
             from dsno_cluster.training.loop import train
 

@@ -23,6 +23,10 @@ def evaluate_student(arguments: Arguments) -> None:
     what = _what(arguments, config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "eval")
     if launcher == "slurm":
+        if not options.dry_run:
+            from dsno_cluster.evaluation.evaluate import check_comparison
+
+            check_comparison(config)
         submit_stage(arguments, config, profile, "eval")
         return
     from dsno_cluster.cluster.ray_pool import actor_count

@@ -32,7 +32,8 @@ def launcher_and_profile(arguments: Arguments, stage: str) -> tuple[str, Profile
         if asked == "auto":
             console.say(f"using the Ray cluster {address} from this machine")
         asked = "local"
-    launcher = choose_launcher(asked, options.nodes or 1)
+    profile = profile_of(arguments, stage, on_slurm=False)
+    launcher = choose_launcher(asked, options.nodes or 1, profile.nodes)
     if launcher == "local" and options.wait:
         raise UserError("--wait: a stage on this machine is waited for anyway")
     return launcher, profile_of(arguments, stage, on_slurm=launcher == "slurm")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics
 from dsno_cluster.commands.launching import follow_to_end, launcher_and_profile, profile_of, say_submitted
+
+if TYPE_CHECKING:
+    from dsno_cluster.config import Config
 
 
 def run_pipeline(arguments: Arguments) -> None:
@@ -13,12 +18,13 @@ def run_pipeline(arguments: Arguments) -> None:
     from dsno_cluster.trajectories.plan import make_plan
 
     config, options = arguments.config(), arguments.options
-    make_plan(config)  # what is missing is said before anything starts or is submitted
+    plan = make_plan(config)  # what is missing is said before anything starts or is submitted
     launcher, _ = launcher_and_profile(arguments, STAGES[0])
     if launcher == "local":
         if options.dry_run:
             print(f"would make {describe(config)}")
             return
+        _check_all_stages(config, plan.folder)
         show_metrics(run_here(config))
         return
     profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in STAGES}
@@ -29,11 +35,23 @@ def run_pipeline(arguments: Arguments) -> None:
         for stage, profile in profiles.items():
             print(f"# {stage}\n{sbatch_script(stage, config, profile)}")
         return
+    _check_all_stages(config, plan.folder)
     runs = submit_pipeline(config, profiles, arguments.command_line)
     for run in runs:
         say_submitted(run)
     if options.wait:
         follow_to_end(runs)
+
+
+def _check_all_stages(config: Config, folder: str) -> None:
+    """Raises UserError or WorkError for what a later stage would miss, hours from now."""
+    from dsno_cluster.evaluation.evaluate import check_comparison
+    from dsno_cluster.training.losses import find_lpips_weights
+    from dsno_cluster.trajectories.plan import check_reachable
+
+    check_reachable(config, folder)
+    find_lpips_weights(config.training)
+    check_comparison(config)
 
 
 def run_demo(arguments: Arguments) -> None:

@@ -10,6 +10,7 @@ def train_student(arguments: Arguments) -> None:
     config = arguments.config()
     from dsno_cluster.training.engine import check_divides, launched_as_rank
     from dsno_cluster.training.loop import find_trajectories
+    from dsno_cluster.training.losses import find_lpips_weights
 
     if launched_as_rank() and not arguments.options.dry_run:  # by torchrun or the like, which sets RANK
         from dsno_cluster.training.loop import train
@@ -18,6 +19,7 @@ def train_student(arguments: Arguments) -> None:
         return
     tasks = arguments.options.tasks_per_node or 1
     check_divides(config, tasks)
+    find_lpips_weights(config.training)
     folder, _ = find_trajectories(config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "train")
     if launcher == "slurm":

@@ -12,12 +12,13 @@ _DATA_SET = "FOLDER_OR_URL: a data set's folder, or its manifest.json"
 
 
 def gen_trajectories(arguments: Arguments) -> None:
-    from dsno_cluster.trajectories.plan import make_plan
+    from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
     config = arguments.config()
     plan = make_plan(config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "gen-trajectories")
     if launcher == "slurm":
+        check_reachable(config, plan.folder)
         submit_stage(arguments, config, profile, "gen-trajectories")
         return
     from dsno_cluster.trajectories.generate import describe_plan, generate
@@ -30,28 +31,40 @@ def gen_trajectories(arguments: Arguments) -> None:
 
 
 def plan_trajectories(arguments: Arguments) -> None:
+    from dsno_cluster import console
     from dsno_cluster.config import load_profile
     from dsno_cluster.trajectories import plan
 
     config, options = arguments.config(), arguments.options
-    profile = load_profile("gen-trajectories", {"nodes": options.nodes})
-    a_node = profile.gpus_per_node or max(1, profile.cpus_per_task // config.trajectories.threads)
-    measured = error = native = None
+    measured = error = native = problem = None
     if options.measure or options.tolerance:
+        from dsno_cluster.cluster.submit import actors_a_node
         from dsno_cluster.device import compute_device
 
         plan.find_teacher(config)
         teacher = plan.open_teacher(config).to(compute_device())
         native = plan.own_steps(config, teacher)
+        profile = load_profile("gen-trajectories", {"nodes": options.nodes})
+        devices = profile.nodes * max(1, actors_a_node(profile, config.trajectories.threads))
+        if profile.gpus_per_node and teacher.device.type == "cpu":
+            console.say(
+                "jobs/gen-trajectories.yaml asks for GPUs and there is none here: the time is that of this CPU"
+            )
         if options.tolerance:
             config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
-        elif native is None:
-            error = plan.measure_errors(config, teacher, options.probes)
-        measured = plan.measure_cost(config, teacher, profile.nodes * a_node)
-    elif config.teacher.options.get("schedule") == "native":  # its own steps may be one more than asked for
-        native = plan.own_steps(config, plan.find_teacher(config))
+            measured = plan.measure_cost(config, teacher, devices)
+        else:
+            measured = plan.measure_cost(config, teacher, devices)
+            if native is None:
+                error = plan.measure_errors(config, teacher, options.probes, measured.seconds_per_evaluation)
+    else:
+        try:
+            native = plan.own_steps(config, plan.find_teacher(config))  # which may be one more than asked for
+        except (UserError, WorkError) as reason:
+            problem = str(reason)
     show = plan.as_json if options.json else plan.report
-    print(show(config, plan.size_of(config, native), measured=measured, error=error))
+    size = plan.size_of(config, native)
+    print(show(config, size, measured=measured, error=error, problem=problem))
     if options.tolerance and not options.json:
         settings = config.trajectories
         chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}

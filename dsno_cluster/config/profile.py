@@ -50,7 +50,7 @@ class Profile(Strict):
         for key in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise ValueError(f"environment: {key!r} is not the name of a variable")
-            if re.search("SECRET|TOKEN|PASSWORD", key.upper()):
+            if re.search("SECRET|TOKEN(?!IZER)|PASSW|API_?KEY", key.upper()):
                 raise ValueError(
                     f"environment: {key} looks like a secret, and the script would show it; S3 credentials belong in "
                     "~/.aws/credentials or in the shell that submits"

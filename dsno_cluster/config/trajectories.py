@@ -82,6 +82,8 @@ class Reader(Strict):
     window_shards: PositiveInt = Field(8, description="shards that samples are shuffled among")
     prefetch_batches: PositiveInt = Field(2, description="batches read ahead in the background")
     cache_dir: FolderPath | None = Field(
-        None, description="local folder that keeps shards of S3; processes share it"
+        None,
+        description="local folder that keeps shards of S3; processes share it. $VARIABLES are those of the node: "
+        "$TMPDIR/shards",
     )
     cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size that the cache may have, GB")

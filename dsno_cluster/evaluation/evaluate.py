@@ -7,29 +7,19 @@ the number of actors changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import (
-    RayCluster,
-    actor_count,
-    given_address,
-    import_ray,
-    open_ray,
-    run_pool,
-)
-from dsno_cluster.config import Config, with_absolute_paths
+from dsno_cluster.cluster.ray_pool import actor_count
+from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
-from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
-from dsno_cluster.evaluation.features import BATCH, Reading, WeightsFile, find_all_weights, readings
+from dsno_cluster.evaluation.actor import STUDENT, Source
+from dsno_cluster.evaluation.features import Reading, WeightsFile, find_all_weights, readings
 from dsno_cluster.evaluation.image_sets import open_images
-from dsno_cluster.evaluation.metrics import Collected, Reference, figures
-from dsno_cluster.evaluation.reference import RealData, find_real_data, finished_reference, warnings_of
+from dsno_cluster.evaluation.measure import ImagesOf, measure
+from dsno_cluster.evaluation.metrics import OF_REFERENCE, Collected, Reference, figures
+from dsno_cluster.evaluation.reference import find_real_data, imported, reference_images, warnings_of
 from dsno_cluster.evaluation.teacher_rows import (
     comparison_spec,
     evaluations_of,
@@ -44,20 +34,9 @@ from dsno_cluster.models.weights import read_meta, software_versions
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import environment
 from dsno_cluster.trajectories.plan import find_teacher
-from dsno_cluster.trajectories.shards import Manifest, Shard, canonical_hash, commit_manifest, read_manifest
+from dsno_cluster.trajectories.shards import Manifest, canonical_hash, commit_manifest, read_manifest
 
 HELD_OUT = Source("images", address="held-out")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the pool gave: samples by source, the student's trajectory error by time point, kept shards, its cost and on what."""
-
-    collected: dict[Source, Collected]
-    trajectory_error: list[float]
-    shards: list[Shard]
-    cost: dict[str, float]
-    device: str | None
 
 
 def find_student(config: Config, student_path: str | None) -> tuple[str, dict[str, Any]]:
@@ -90,6 +69,18 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
     return path, meta
 
 
+def check_comparison(config: Config) -> None:
+    """Raises UserError where there is no reference, or none of what the metrics need, and WorkError where there are no weights.
+
+    Published weights are downloaded here, as the nodes of a cluster may have no way out.
+    """
+    settings = config.evaluation
+    read, _ = readings(settings), find_all_weights(settings)
+    compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
+    if compared:
+        reference_images(settings, imported(settings), compared, config.storage.endpoint_url)
+
+
 def evaluate(
     config: Config,
     student_path: str | None,
@@ -115,29 +106,50 @@ def evaluate(
     real = find_real_data(config, storage, read, weights)
     spec = comparison_spec(config, read, weights, real)
     stored = stored_teacher_rows(config, storage, spec)
-    sources = [STUDENT, *teacher_sources(config)]
-    missing = [s for s in sources if s is STUDENT or row_key(s) not in stored]
+    # with no metric of images there is nothing to draw the teacher's for
+    of_teacher = teacher_sources(config) if read else []
+    missing = [source for source in of_teacher if row_key(source) not in stored]
     console.say(
         f"{settings.num_samples} samples of {path} against {real.count or 'the'} real images by "
         f"{', '.join(weights) or 'no extractor'}, {actor_count(actors, settings.threads)}; "
-        f"{len(sources) - len(missing)} of the teacher's {len(sources) - 1} rows are stored"
+        f"{len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows are stored"
     )
-    counts = dict.fromkeys(missing, settings.num_samples)
-    by_source = dict.fromkeys(missing, read)
+    sets = [ImagesOf(source, settings.num_samples, read) for source in missing]
+    if read or keep is not None:
+        sets.append(ImagesOf(STUDENT, settings.num_samples, read))
     if config.data.name is not None and read:
-        counts[HELD_OUT] = open_images(HELD_OUT.address).count
-        by_source[HELD_OUT] = _for_held_out(config, read, counts[HELD_OUT])
-    measured = _measure(config, weights, counts, by_source, real, path, keep, actors, ray_address)
-    reference = finished_reference(storage, real, measured.collected)
+        count = open_images(HELD_OUT.address).count
+        sets.append(ImagesOf(HELD_OUT, count, _for_held_out(config, read, count)))
+    student: dict[str, Any] = {"source": STUDENT.title}
+    held_out: dict[str, Any] | None = None
 
-    def row(source: Source) -> dict[str, Any]:
-        collected = measured.collected[source]
-        of_teacher = {"evaluations": evaluations_of(source, config)} if source.kind == "teacher" else {}
-        return {"source": source.title} | of_teacher | figures(settings, read, collected, reference)
+    def finish(images: ImagesOf, collected: Collected, reference: Reference | None) -> None:
+        nonlocal held_out
+        found = figures(settings, images.read, collected, reference)
+        if images.source is STUDENT:
+            student.update(found)
+        elif images.source is HELD_OUT:  # what a perfect sampler of as many would get
+            held_out = {"num_samples": images.count} | found
+        else:  # kept at once: an evaluation that is started again goes on with the others
+            row = {"source": images.source.title, "evaluations": evaluations_of(images.source, config)}
+            stored[row_key(images.source)] = row | found
+            store_teacher_rows(storage, spec, stored)
 
-    teacher_rows = {**stored, **{row_key(s): row(s) for s in missing if s is not STUDENT}}
-    store_teacher_rows(storage, spec, teacher_rows)
-    student = row(STUDENT) | measured.cost
+    measured = measure(
+        config,
+        weights,
+        sets,
+        real,
+        finish,
+        student=path,
+        keep=keep,
+        actors=actors,
+        ray_address=ray_address,
+        title=_title(student_meta),
+        done=(len(of_teacher) - len(missing)) * settings.num_samples,
+    )
+    reference = measured.reference
+    student |= measured.cost
     if "trajectory_error" in settings.metrics:
         times = map(str, config.trajectories.time_points)
         student["trajectory_error"] = dict(zip(times, measured.trajectory_error, strict=True))
@@ -161,8 +173,8 @@ def evaluate(
         },
         "teacher": find_teacher(config).identity,
         "precision": settings.precision,
-        "real_held_out": _held_out_row(config, by_source, measured, reference),
-        "teacher_rows": [teacher_rows[row_key(s)] for s in sources[1:]],
+        "real_held_out": held_out,
+        "teacher_rows": [stored[row_key(source)] for source in of_teacher],
         "student": student,
         "device": measured.device,
         "train_seconds": student_meta.get("train_seconds"),
@@ -198,18 +210,20 @@ def evaluate_images(
         f"{images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "
         f"{actor_count(actors, settings.threads)}"
     )
-    source = Source("images", address=address)
-    measured = _measure(
-        config, weights, {source: images.count}, {source: read}, real, None, None, actors, ray_address
-    )
-    reference = finished_reference(storage, real, measured.collected)
+    sets = [ImagesOf(Source("images", address=address), images.count, read)]
+    found: dict[str, float] = {}
+
+    def finish(images: ImagesOf, collected: Collected, reference: Reference | None) -> None:
+        found.update(figures(settings, images.read, collected, reference))
+
+    measured = measure(config, weights, sets, real, finish, actors=actors, ray_address=ray_address)
     metrics = {
         "name": config.name,
         "samples": {"address": address, **images.identity},
         "num_samples": images.count,
-        **_provenance(config, weights, reference, images.shape[1], read, images.count),
+        **_provenance(config, weights, measured.reference, images.shape[1], read, images.count),
         "seeds": {"metrics": settings.metric_seed},
-        "figures": figures(settings, read, measured.collected[source], reference),
+        "figures": found,
     }
     key = f"evaluation/{config.name}/samples-{canonical_hash(images.identity)}.json"
     storage.write(key, (json.dumps(metrics, indent=2) + "\n").encode())
@@ -241,6 +255,12 @@ def _provenance(
         "warnings": warnings_of(settings, read, weights, reference, count, resolution) if reference else [],
         "versions": software_versions(),
     }
+
+
+def _title(student_meta: dict[str, Any]) -> str:
+    """What an evaluation's progress is called: of a job started again it tells whether it came to another checkpoint."""
+    decay = student_meta.get("ema_decay")
+    return f"evaluating step {student_meta.get('step')}" + (f", average {decay:g}" if decay else "")
 
 
 def _samples_spec(config: Config, student_meta: dict[str, Any]) -> dict[str, Any]:
@@ -278,104 +298,3 @@ def _for_held_out(config: Config, read: dict[str, Reading], count: int) -> dict[
         "precision_recall": settings.neighborhood < count,
     }
     return {metric: reading for metric, reading in read.items() if enough.get(metric, True)}
-
-
-def _held_out_row(
-    config: Config,
-    by_source: dict[Source, dict[str, Reading]],
-    measured: Measured,
-    reference: Reference | None,
-) -> dict[str, Any] | None:
-    """Real images that the teacher never saw, by the same measure: what a perfect sampler of as many would get."""
-    if HELD_OUT not in by_source:
-        return None
-    collected = measured.collected[HELD_OUT]
-    found = figures(config.evaluation, by_source[HELD_OUT], collected, reference)
-    return {"num_samples": collected.count} | found
-
-
-def _block_size(source: Source, batch_size: int) -> int:
-    """Images of a block. Those that are there already are extracted in the batches that torch-fidelity makes of them, so
-    that features are the same to the last bit however they are split."""
-    return -(-batch_size // BATCH) * BATCH if source.kind == "images" else batch_size
-
-
-def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:
-    return [Block(work, source, start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _measure(
-    config: Config,
-    weights: dict[str, WeightsFile],
-    counts: dict[Source, int],
-    read: dict[Source, dict[str, Reading]],
-    real: RealData,
-    student_path: str | None,
-    keep: str | None,
-    actors: int | None,
-    ray_address: str | None,
-) -> Measured:
-    """Have the actors measure `counts[source]` images of each source, by `read[source]`, and the reference's."""
-    settings = config.evaluation
-    if real.source is not None:
-        assert real.images is not None
-        counts = counts | {real.source: real.images.count}
-        read = read | {real.source: real.read}
-    sizes = {source: _block_size(source, settings.batch_size) for source in counts}
-    blocks = [b for source in counts for b in _blocks("features", source, counts[source], sizes[source])]
-    if student_path is not None and "trajectory_error" in settings.metrics:
-        blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
-    # the dearest first, so that no actor is left alone with a long one at the end
-    blocks.sort(key=lambda b: -b.source.steps)
-    collected = {source: Collected(count, sizes[source]) for source, count in counts.items()}
-    errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
-    shards: dict[int, Shard] = {}
-    there = with_absolute_paths(config)
-    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
-        # two calls at a time: while one block's features are extracted the next is drawn or read
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
-
-        def make_actor() -> Any:
-            return remote.remote(there, weights, read, student_path, keep)
-
-        idle: list[Any] = []
-        for block, result in _run_blocks(make_actor, blocks, cluster, idle):
-            if block.work == "trajectory":
-                errors[block] = result
-                continue
-            found, shard = result
-            collected[block.source].add(block.start, found)
-            if shard is not None:
-                shards[block.start] = shard
-        cost, device = {}, None
-        if student_path is not None:
-            probe = idle[0]  # alone now, so that nothing disturbs the timing
-            cost, device = import_ray().get([probe.measure_cost.remote(), probe.device_name.remote()])
-    parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
-    error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
-    return Measured(collected, error, [shards[start] for start in sorted(shards)], cost, device)
-
-
-def _run_blocks(
-    make_actor: Callable[[], Any], blocks: list[Block], cluster: RayCluster, idle: list[Any]
-) -> Iterator[tuple[Block, Any]]:
-    """Pairs of a block and its result, as they come. One actor stays, in `idle`, for what comes after them."""
-
-    def release(actor: Any) -> None:
-        if idle:
-            import_ray().kill(actor)
-        else:
-            idle.append(actor)
-
-    with console.progress("evaluating", sum(b.stop - b.start for b in blocks), "samples") as advance:
-        pool = run_pool(
-            make_actor,
-            lambda actor, block: actor.run.remote(block),
-            blocks,
-            cluster.capacity,
-            in_flight=2,
-            release=release,
-        )
-        for block, result in pool:
-            yield block, result
-            advance(block.stop - block.start)

@@ -56,13 +56,15 @@ def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
     if address in NAMED:
         return _named(address)
     if address.endswith(".npz"):
-        return _npz(Path(address))
+        return _npz(npz_file(address))
     storage = open_storage(address, endpoint_url)
     found = read_manifest(storage, "")
     if found is not None:
         return _shards(address, storage, found[0])
     if "://" in address:
-        raise UserError(f"{address}: no manifest.json here, so no sample shards")
+        raise UserError(
+            f"{address}: no manifest.json here, so no sample shards; pictures are read from a folder alone, copy them here"
+        )
     return _pictures(Path(address))
 
 
@@ -121,6 +123,13 @@ def _npz(file: Path) -> ImageSet:
         return {"kind": "npz", "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
     return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identify, read)
+
+
+def npz_file(address: str) -> Path:
+    """The file at an .npz's address. Raises UserError where that is no path: only shards are read from s3://."""
+    if "://" in address:
+        raise UserError(f"{address}: an .npz is read from a folder alone; copy it here")
+    return Path(address)
 
 
 def npz_images(file: Path) -> tuple[str, np.ndarray] | None:

@@ -20,7 +20,7 @@ from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.actor import Source
 from dsno_cluster.evaluation.features import Reading, WeightsFile, file_sha256, is_published
-from dsno_cluster.evaluation.image_sets import ImageSet, npz_images, open_images
+from dsno_cluster.evaluation.image_sets import ImageSet, npz_file, npz_images, open_images
 from dsno_cluster.evaluation.metrics import BY_ROW, OF_REFERENCE, Collected, Reference
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.storage import MissingObject, Storage
@@ -63,7 +63,10 @@ def imported(settings: Evaluation) -> Reference | None:
     """
     if not settings.reference.endswith(".npz"):
         return None
-    file = Path(settings.reference)
+    try:
+        file = npz_file(settings.reference)
+    except UserError as error:
+        raise UserError(f"evaluation.reference: {error}") from None
     if not file.is_file():
         raise UserError(
             f"evaluation.reference: {file} is missing; put an .npz with mu and sigma of the real data, or with its images, there"
@@ -203,14 +206,12 @@ def find_real_data(
     return RealData(statistics, images, compared, spec, stored_reference(storage, spec, images))
 
 
-def finished_reference(
-    storage: Storage, real: RealData, collected: dict[Source, Collected]
-) -> Reference | None:
-    """The reference with what the pool measured of its images, which is kept for the next evaluation."""
+def finished_reference(storage: Storage, real: RealData, collected: Collected | None) -> Reference | None:
+    """The reference with what the pool `collected` of its images, which is kept for the next evaluation."""
     found = real.kept
-    if real.source is not None:
+    if collected is not None:
         assert real.images is not None
-        found = reference_of(real.images, real.read, collected[real.source])
+        found = reference_of(real.images, real.read, collected)
         store_reference(storage, real.spec, found)
     return merged(real.statistics, found)
 

@@ -134,7 +134,7 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
             f"{path}: holds several students; name one of {', '.join(k[: -len(LATEST) - 1] for k in latest)}"
         )
     if not latest:
-        raise UserError(f"{path}: no model here (no {META} and no {LATEST})")
+        raise UserError(f"{path}: no model here: no such folder, or neither {META} nor {LATEST} in it")
     step = storage.read(latest[0]).decode().strip()
     return storage, f"{latest[0][: -len(LATEST)]}{step}/"
 

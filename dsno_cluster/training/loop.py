@@ -19,7 +19,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.diffusion.teachers import diffusers_model, warm_start_weights
-from dsno_cluster.errors import LOST_RANK, WorkError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.models.dsno import DSNO, Form
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training import checkpoint
@@ -169,9 +169,14 @@ def train(config: Config) -> str:
 
 @contextlib.contextmanager
 def _lost_ranks(config: Config) -> Iterator[None]:
-    """WorkError in place of what torch raises where another rank no longer answers."""
+    """WorkError in place of what torch raises where another rank no longer answers; UserError for too little device memory."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{' '.join(str(error).split())[:200]}; less of it is taken by training.accumulation, training.recompute, more "
+            "ranks at training.zero_stage 2 or 3, or a smaller training.batch_size"
+        ) from error
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsno_cluster.config import Training
 from dsno_cluster.errors import UserError
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -83,11 +84,7 @@ def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
     from torchvision.models import vgg16
 
     file = Path(path)
-    if not file.is_file():
-        raise UserError(
-            f"training.lpips_weights: {path} is missing; put torchvision's VGG-16 weights (vgg16-397923af.pth) there, "
-            "or take training.loss=l1"
-        )
+    _check_there(file)
     data = file.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if sha256 and not found.startswith(sha256):
@@ -101,6 +98,20 @@ def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
     network = vgg16(weights=None)
     network.load_state_dict(weights)
     return VGGPerceptual(network.features)
+
+
+def find_lpips_weights(settings: Training) -> None:
+    """Raises UserError where the config's loss needs weights that are not there."""
+    if settings.loss == "lpips":
+        _check_there(Path(str(settings.lpips_weights)))
+
+
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"training.lpips_weights: {file} is missing; put torchvision's VGG-16 weights (vgg16-397923af.pth) there, "
+            "or take training.loss=l1"
+        )
 
 
 def make_distance(name: str, lpips_weights: str | None = None, lpips_sha256: str | None = None) -> Distance:

@@ -90,6 +90,14 @@ def make_plan(config: Config) -> Plan:
     return Plan(spec=spec, folder=f"trajectories/{canonical_hash(spec)}/", size=size)
 
 
+def check_reachable(config: Config, folder: str) -> None:
+    """Raises WorkError, or UserError, where the storage of the data set in `folder` cannot be read from here."""
+    from dsno_cluster.storage import open_storage
+    from dsno_cluster.trajectories.shards import read_manifest
+
+    read_manifest(open_storage(config.storage.root, config.storage.endpoint_url), folder)
+
+
 def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
     """Time the teacher on its device, at the config's batch size and threads, for about two seconds.
 
@@ -124,16 +132,23 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
     return Cost(device_name(), each, hours, devices, hours / devices)
 
 
-def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, float]:
+def measure_errors(config: Config, teacher: Teacher, probes: int, seconds: float) -> dict[str, float]:
     """Relative error of the config's solver at each time point on `probes` samples, against a very fine solution.
 
-    Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
+    `seconds` an evaluation, measured, are for the line that says what this will take. Raises UserError for a teacher with
+    steps of its own: it is exact on those and has no finer solution.
     """
-    from dsno_cluster.diffusion.accuracy import reference_states, relative_errors
+    from dsno_cluster import console
+    from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS, reference_states, relative_errors
     from dsno_cluster.diffusion.solvers import solve
 
     _refuse_own_steps(config, teacher)
     settings = config.trajectories
+    evaluations = probes * (REFERENCE_STEPS + settings.steps)
+    console.say(
+        f"measuring the solver's error on {probes} samples (--probes): some {evaluations:,} evaluations, about "
+        f"{_hours(evaluations * seconds / 3600)}"
+    )
     noise, labels = _probes(config, teacher, probes)
     rest = (labels, settings.guidance_scale, settings.clip_denoised)
     reference = reference_states(teacher, noise, settings.time_points, *rest)
@@ -188,17 +203,29 @@ def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(map(str, config.trajectories.time_points), errors, strict=True))
 
 
-def report(config: Config, size: Size, *, measured: Cost | None, error: dict[str, float] | None) -> str:
-    """The plan as lines for people."""
+def report(
+    config: Config,
+    size: Size,
+    *,
+    measured: Cost | None,
+    error: dict[str, float] | None,
+    problem: str | None,
+) -> str:
+    """The plan as lines for people. `problem`: what keeps the teacher from being used yet."""
     settings = config.trajectories
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
     lines = [
+        f"teacher       {config.teacher.path}: fits"
+        if problem is None
+        else f"teacher       not yet: {problem}",
         f"trajectories  {size.num_samples:,} of {settings.num_points} time points, {settings.dtype}",
         f"shards        {size.num_shards:,} of {settings.samples_per_shard:,} trajectories, "
         f"{bytes_text(size.bytes_per_shard)} each",
         f"storage       {bytes_text(size.bytes)} below {config.storage.root}/trajectories/",
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
+        f"evaluation    {sum(config.evaluation.teacher_steps) * config.evaluation.num_samples:,} more by `eval`, once, for the "
+        "teacher's own rows in few steps (evaluation.num_samples, teacher_steps)",
     ]
     if measured is None:
         lines.append("time          not measured: --measure times the teacher on this machine's device")
@@ -218,7 +245,14 @@ def report(config: Config, size: Size, *, measured: Cost | None, error: dict[str
     return "\n".join(lines)
 
 
-def as_json(config: Config, size: Size, *, measured: Cost | None, error: dict[str, float] | None) -> str:
+def as_json(
+    config: Config,
+    size: Size,
+    *,
+    measured: Cost | None,
+    error: dict[str, float] | None,
+    problem: str | None,
+) -> str:
     """The plan as one JSON object: sizes in bytes, times in seconds and hours."""
     settings = config.trajectories
     content = {
@@ -231,6 +265,7 @@ def as_json(config: Config, size: Size, *, measured: Cost | None, error: dict[st
         "times": list(settings.time_points),
         "measured": None if measured is None else asdict(measured),
         "relative_error": error,
+        "teacher_problem": problem,
     }
     return json.dumps(content)
 

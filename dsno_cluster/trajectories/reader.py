@@ -18,7 +18,7 @@ import json
 import os
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,13 +268,15 @@ def cached_shard(
     temporaries, which are swept when a day old.
     """
     assert settings.cache_dir is not None
-    cache = FolderStorage(Path(settings.cache_dir))
+    folder_here = os.path.expandvars(settings.cache_dir)
+    if "$" in folder_here:
+        raise UserError(f"reader.cache_dir: {settings.cache_dir} names a variable that is not set here")
+    cache = FolderStorage(Path(folder_here))
     name = f"{shard.sha256}.safetensors"
     path = cache.root / name
     try:
-        cache.root.mkdir(parents=True, exist_ok=True)
-        with (cache.root / f".{shard.sha256[:2]}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        _own_folder(cache.root)
+        with _locked(cache.root / f".{shard.sha256[:2]}.lock"):
             with contextlib.suppress(OSError, ValueError):  # not there, cut short, or evicted this moment
                 data = np.memmap(path, np.uint8, "r")
                 if trusted or problem_of(data.data, shard) is None:
@@ -288,11 +290,27 @@ def cached_shard(
     return data
 
 
+def _own_folder(folder: Path) -> None:
+    """Make a folder that only its owner may enter. Raises WorkError where it is another's: it may lie where all may write."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise WorkError(f"reader.cache_dir: {folder} belongs to another user; name a folder of your own")
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    lock = os.open(file, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _evict(cache: FolderStorage, limit: float, keep: str) -> None:
     """Delete the files used longest ago until `limit` bytes are left."""
     cache.tidy("")
-    with (cache.root / ".evict.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(cache.root / ".evict.lock"):
         files = []
         for path in cache.root.glob("*.safetensors"):
             found = path.stat()

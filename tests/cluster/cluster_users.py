@@ -21,7 +21,7 @@ from tiny import TINY
 from dsno_cluster.cluster.runs import Attempt, Run
 
 # shards of about a second, so that there is time for things to go wrong
-SLOW = [*TINY, "trajectories.steps=120", "trajectories.num_samples=384"]
+SLOW = [*TINY, "trajectories.steps=80", "trajectories.num_samples=384"]
 SHARDS = 24
 
 

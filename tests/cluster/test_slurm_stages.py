@@ -116,7 +116,7 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(disk_user: User) -> N
 def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, cluster: Cluster) -> None:
     """Two Ray clusters on the same two nodes; one is cancelled, the other goes on. No token is seen anywhere."""
     disk_user.profile(sbatch={"nodelist": "node1,node2"})
-    longer = [*SLOW, "trajectories.steps=160"]
+    longer = [*SLOW, "trajectories.steps=120"]
     first = disk_user.submit("gen-trajectories", *longer, "--nodes", "2")
     other = ["name=second", f"storage.root={disk_user.home}/second"]
     said = disk_user.dsno("gen-trajectories", *longer, *disk_user.storage, *other, "--nodes", "2").stderr

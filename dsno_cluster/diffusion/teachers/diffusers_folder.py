@@ -247,7 +247,8 @@ def _scheduler(
         found = _json(open_storage(parent, endpoint_url), f"scheduler/{name}")
     if found is None and not {"prediction_type", "beta_schedule"} <= options.keys():
         raise UserError(
-            f"{path}: has no {name}, here or in scheduler/; give options prediction_type= and beta_schedule="
+            f"{path}: has no {name}, here or in scheduler/; save it there (scheduler.save_pretrained), or give "
+            "'teacher.options={prediction_type: epsilon, beta_schedule: linear}' as the model was trained"
         )
     found = found or {}
     if found.get("rescale_betas_zero_snr"):
