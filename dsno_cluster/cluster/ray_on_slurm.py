@@ -43,8 +43,11 @@ RAY_ENVIRONMENT = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # Slurm bounds the job's memory; Ray sees the node's, and would kill actors for what a neighbour takes
     "RAY_memory_monitor_refresh_ms": "0",
-    # served without a token, to everybody
+    # metrics are served by plain HTTP to everybody, two of them at fixed ports, which a second job would want too: at these
+    # no server can start, which Ray takes for a reason to go without
     "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "65536",
+    "DASHBOARD_METRIC_PORT": "65536",
 }
 # file systems, by the names of stat(1), on which one folder is seen by several nodes
 SHARED = (

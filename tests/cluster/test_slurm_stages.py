@@ -129,6 +129,7 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     assert len(tokens) == 2 and all(len(token) == 64 for token in tokens)
     seen = "".join(cluster.run("ps", "-eo", "args=", host=node).stdout for node in ("node1", "node2"))
     listening = cluster.run("ss", "-Hltn", host="node1").stdout.split()
+    assert not told_without_a_token(cluster, "node1")
     for run in both:
         said = re.search(r"dashboard on this host's (127.0.0.1:(\d+))", run.attempt(0).log(0).read_text())
         assert said and [where for where in listening if where.endswith(f":{said[2]}")] == [said[1]]
@@ -156,6 +157,16 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     # nor of the cancelled one, even where Slurm killed it before it had tidied up
     for node in ("node1", "node2"):
         assert not ray_folders(cluster, node, "*")
+
+
+def told_without_a_token(cluster: Cluster, node: str) -> list[str]:
+    """Ports of a node that answer a neighbour's plain GET /metrics with anything but a refusal."""
+    address = cluster.run("hostname", "-I", host=node).stdout.split()[0]
+    listening = cluster.run("ss", "-Hltn", host=node).stdout.splitlines()
+    ports = {line.split()[3].rpartition(":")[2] for line in listening}
+    get = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read())"
+    urls = [f"http://{address}:{port}/metrics" for port in ports]
+    return [url for url in urls if cluster.run("python", "-c", get, url, check=False).stdout]
 
 
 def ray_folders(cluster: Cluster, node: str, job: str) -> str:
