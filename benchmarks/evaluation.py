@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from inception import Images, save_random_inception
 
 from dsno_cluster import console
+from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.evaluation.features import INCEPTION, Reading, file_sha256, find_all_weights, readings
 
@@ -84,7 +85,9 @@ def inception(count: int, rounds: int) -> None:
             rates["two actors"].append(count / actors_seconds(config, file, count))
             for name, threads in (("one thread", 1), ("its default", os.cpu_count() or 1)):
                 command = [sys.executable, __file__, "--one-process", str(file), str(weights), str(threads)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                # as it comes: without what Ray on this machine has set for our actors
+                env = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
                 rates[f"torch-fidelity, {name}"].append(count / float(done.stdout.split()[-1]))
     ours = rates["two actors"]
     rows = [

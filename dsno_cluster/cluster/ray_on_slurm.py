@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsno_cluster import console
+from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
 from dsno_cluster.cluster.slurm import job_nodes, node_timeout, requeue_job
 from dsno_cluster.errors import WorkError
@@ -38,6 +39,7 @@ STARTED, ENDED, LOCK = "ray-started.json", "ray-ended.json", "lock"
 LONGEST_FOLDER = 45
 # when we end Ray its tasks are done or given back: there is nothing to drain, and Slurm allows little time
 RAY_ENVIRONMENT = {
+    **KEEP_MEMORY,
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
