@@ -122,6 +122,7 @@ def test_figures_do_not_depend_on_the_actors(demo: tuple[Path, str, str], tmp_pa
     assert dsno("verify", str(next((root / "samples").iterdir()))).returncode == 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_with_the_rows_that_are_missing(
     demo: tuple[Path, str, str], tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def plan_trajectories(arguments: Arguments) -> None:
     else:
         try:
             native = plan.own_steps(config, plan.find_teacher(config))  # which may be one more than asked for
-        except (UserError, WorkError) as reason:
+        except (plan.NoTeacher, WorkError) as reason:  # one that does not fit is refused
             problem = str(reason)
     show = plan.as_json if options.json else plan.report
     size = plan.size_of(config, native)

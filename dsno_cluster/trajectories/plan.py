@@ -25,6 +25,10 @@ _HOW = (
 )
 
 
+class NoTeacher(UserError):
+    """The config names no teacher, or one that is not there."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How much there is to do; sizes are in bytes."""
@@ -288,7 +292,7 @@ def _hours(hours: float) -> str:
 def teacher_path(config: Config) -> str:
     """The config's teacher; UserError that says how to get one where it names none."""
     if config.teacher.path is None:
-        raise UserError(f"teacher.path: none is set; {_HOW}")
+        raise NoTeacher(f"teacher.path: none is set; {_HOW}")
     return config.teacher.path
 
 
@@ -302,7 +306,7 @@ def find_teacher(config: Config) -> TeacherInfo:
     try:
         info = teacher_info(path, config.storage.endpoint_url, **config.teacher.options)
     except UserError as error:
-        raise UserError(f"teacher.path: {error}; {_HOW}") from None
+        raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
     check_fits(config.network, info, path)
     try:
         native = own_steps(config, info)
