@@ -123,7 +123,7 @@ def test_what_no_actor_can_do_stops_at_once(tmp_path: Path) -> None:
     assert failed.returncode == 1, failed.stderr
     assert "cannot be written" in failed.stderr and "Traceback" not in failed.stderr
     # what it was about to do, and why it could not; on a busy machine also that actors are waited for
-    lines = [line for line in failed.stderr.splitlines() if not line.startswith("waiting for room")]
+    lines = [line for line in failed.stderr.splitlines() if not line.startswith("waiting for actors")]
     assert len(lines) == 2, failed.stderr
 
 

@@ -264,7 +264,7 @@ def run_pool(
                 starting[greet(worker.actor)] = worker
             _hand_out(waiting, open_tasks, workers, running, in_flight, durations, call)
             if not running and time.monotonic() - quiet_since > WAITING_SECONDS:
-                console.say("waiting for room on the Ray cluster; it has none for an actor now")
+                console.say("waiting for actors: none has started yet, or Ray has no room for one now")
                 quiet_since = time.monotonic()
             if not running and not starting:  # every node is gone, for now
                 time.sleep(POLL_SECONDS)
