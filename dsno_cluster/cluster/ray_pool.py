@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -51,9 +51,13 @@ class RayCluster:
         if self.fixed is not None:
             return self.fixed
         nodes = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
-        if self.num_gpus:
-            return int(sum(node.get("GPU", 0) for node in nodes))
-        return sum(int(node.get("CPU", 0)) // self.threads for node in nodes)
+        return sum(actors_that_fit(node, self.threads, self.num_gpus) for node in nodes)
+
+
+def actors_that_fit(node: Mapping[str, float], threads: int, num_gpus: int) -> int:
+    """How many actors a node of so many `CPU` and `GPU` has room for: each takes `threads` CPUs, and `num_gpus`, 0 or 1."""
+    fit = int(node.get("CPU", 0)) // threads
+    return min(fit, int(node.get("GPU", 0))) if num_gpus else fit
 
 
 def default_actors(threads: int) -> int:
@@ -150,8 +154,9 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus = 1 if any(node.get("GPU") for node in nodes) else 0
-        room = [node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= num_gpus]
-        if max(room, default=0) < threads:  # however many actors are asked for, not one would start
+        if not any(
+            actors_that_fit(node, threads, num_gpus) for node in nodes
+        ):  # however many actors are asked for, not one would start
             raise UserError(
                 f"Ray cluster {address}: no node has the {threads} CPUs that one actor takes (threads of the config); start "
                 "its nodes with more, in a job by cpus_per_task of its profile"

@@ -166,12 +166,6 @@ def task_in(run: Run, task: StageTask) -> StageTask:
     return replace(task, run_folder=str(run.folder))
 
 
-def actors_a_node(profile: Profile, threads: int) -> int:
-    """How many actors of a Ray stage a node has room for: each takes `threads` CPUs and, where there are any, a GPU."""
-    fit = profile.cpus_per_task // threads
-    return min(fit, profile.gpus_per_node) if profile.gpus_per_node else fit
-
-
 def check_room(stage: str, config: Config, profile: Profile) -> None:
     """Raises UserError where a node's CPUs hold no actor of a Ray stage, or fewer than it has GPUs."""
     if stage == "train":
@@ -179,7 +173,7 @@ def check_room(stage: str, config: Config, profile: Profile) -> None:
     section = "trajectories" if stage == "gen-trajectories" else "evaluation"
     threads: int = getattr(config, section).threads
     wanted = max(1, profile.gpus_per_node)
-    if actors_a_node(profile, threads) < wanted:
+    if profile.cpus_per_task < threads * wanted:
         what = f"its {wanted} GPUs have an actor each" if wanted > 1 else "it has one actor at least"
         raise UserError(
             f"jobs/{stage}.yaml: cpus_per_task {profile.cpus_per_task} of a node: {what}, of {section}.threads={threads} CPUs; "

@@ -36,35 +36,37 @@ def plan_trajectories(arguments: Arguments) -> None:
     from dsno_cluster.trajectories import plan
 
     config, options = arguments.config(), arguments.options
-    measured = error = native = problem = None
+    found, native = plan.Found(), None
     if options.measure or options.tolerance:
-        from dsno_cluster.cluster.submit import actors_a_node
+        from dsno_cluster.cluster.ray_pool import actors_that_fit
         from dsno_cluster.device import compute_device
 
         plan.find_teacher(config)
         teacher = plan.open_teacher(config).to(compute_device())
         native = plan.own_steps(config, teacher)
         profile = load_profile("gen-trajectories", {"nodes": options.nodes})
-        devices = profile.nodes * max(1, actors_a_node(profile, config.trajectories.threads))
+        a_node = {"CPU": profile.cpus_per_task, "GPU": profile.gpus_per_node}
+        fit = actors_that_fit(a_node, config.trajectories.threads, min(1, profile.gpus_per_node))
+        devices = profile.nodes * max(1, fit)
         if profile.gpus_per_node and teacher.device.type == "cpu":
             console.say(
                 "jobs/gen-trajectories.yaml asks for GPUs and there is none here: the time is that of this CPU"
             )
         if options.tolerance:
             config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
-            measured = plan.measure_cost(config, teacher, devices)
+            found = plan.Found(plan.measure_cost(config, teacher, devices), error)
         else:
-            measured = plan.measure_cost(config, teacher, devices)
+            cost, error = plan.measure_cost(config, teacher, devices), None
             if native is None:
-                error = plan.measure_errors(config, teacher, options.probes, measured.seconds_per_evaluation)
+                error = plan.measure_errors(config, teacher, options.probes, cost.seconds_per_evaluation)
+            found = plan.Found(cost, error)
     else:
         try:
             native = plan.own_steps(config, plan.find_teacher(config))  # which may be one more than asked for
         except (plan.NoTeacher, WorkError) as reason:  # one that does not fit is refused
-            problem = str(reason)
+            found = plan.Found(problem=str(reason))
     show = plan.as_json if options.json else plan.report
-    size = plan.size_of(config, native)
-    print(show(config, size, measured=measured, error=error, problem=problem))
+    print(show(config, plan.size_of(config, native), found))
     if options.tolerance and not options.json:
         settings = config.trajectories
         chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}

@@ -48,7 +48,7 @@ def train(config: Config) -> str:
     address = f"{shared.url}/{student_prefix(config).rstrip('/')}"
     folder, manifest = find_trajectories(config)
     with contextlib.ExitStack() as resources:
-        resources.enter_context(_lost_ranks(config))
+        resources.enter_context(_failures_in_a_line(config))
         stop = resources.enter_context(StopSignals())
         ranks = join_ranks(config)
         device, main = ranks.device, ranks.rank == 0
@@ -168,7 +168,7 @@ def train(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def _lost_ranks(config: Config) -> Iterator[None]:
+def _failures_in_a_line(config: Config) -> Iterator[None]:
     """WorkError in place of what torch raises where another rank no longer answers; UserError for too little device memory."""
     try:
         yield

@@ -15,7 +15,7 @@ from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
 from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
 from dsno_cluster.errors import UserError
-from dsno_cluster.trajectories.shards import canonical_hash
+from dsno_cluster.trajectories.shards import MANIFEST, canonical_hash
 
 FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
 
@@ -67,6 +67,15 @@ class Cost:
     wall_hours: float
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was measured for a plan: cost, relative error by time point; `problem` keeps the teacher from being used yet."""
+
+    measured: Cost | None = None
+    error: dict[str, float] | None = None
+    problem: str | None = None
+
+
 def size_of(config: Config, native: tuple[float, ...] | None = None) -> Size:
     """The arithmetic of a config; `native` are the teacher's own steps where it is solved on them."""
     settings, network = config.trajectories, config.network
@@ -97,9 +106,8 @@ def make_plan(config: Config) -> Plan:
 def check_reachable(config: Config, folder: str) -> None:
     """Raises WorkError, or UserError, where the storage of the data set in `folder` cannot be read from here."""
     from dsno_cluster.storage import open_storage
-    from dsno_cluster.trajectories.shards import read_manifest
 
-    read_manifest(open_storage(config.storage.root, config.storage.endpoint_url), folder)
+    open_storage(config.storage.root, config.storage.endpoint_url).stat(folder + MANIFEST)
 
 
 def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
@@ -207,31 +215,28 @@ def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(map(str, config.trajectories.time_points), errors, strict=True))
 
 
-def report(
-    config: Config,
-    size: Size,
-    *,
-    measured: Cost | None,
-    error: dict[str, float] | None,
-    problem: str | None,
-) -> str:
-    """The plan as lines for people. `problem`: what keeps the teacher from being used yet."""
+def report(config: Config, size: Size, found: Found) -> str:
+    """The plan as lines for people."""
     settings = config.trajectories
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
+    few = (
+        count_evaluations("ddim", steps, settings.guidance_scale) for steps in config.evaluation.teacher_steps
+    )
+    rows = sum(few) + size.evaluations_per_sample
     lines = [
         f"teacher       {config.teacher.path}: fits"
-        if problem is None
-        else f"teacher       not yet: {problem}",
+        if found.problem is None
+        else f"teacher       not yet: {found.problem}",
         f"trajectories  {size.num_samples:,} of {settings.num_points} time points, {settings.dtype}",
         f"shards        {size.num_shards:,} of {settings.samples_per_shard:,} trajectories, "
         f"{bytes_text(size.bytes_per_shard)} each",
         f"storage       {bytes_text(size.bytes)} below {config.storage.root}/trajectories/",
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
-        f"evaluation    {sum(config.evaluation.teacher_steps) * config.evaluation.num_samples:,} more by `eval`, once, for the "
-        "teacher's own rows in few steps (evaluation.num_samples, teacher_steps)",
+        f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
+        "(evaluation.num_samples, teacher_steps, and the solver above)",
     ]
-    if measured is None:
+    if (measured := found.measured) is None:
         lines.append("time          not measured: --measure times the teacher on this machine's device")
     else:
         unit = "device" if measured.devices == 1 else f"{measured.devices} devices"
@@ -240,23 +245,16 @@ def report(
             f"at batch {settings.batch_size}",
             f"time          {measured.device_hours:,.2f} device-hours; {_hours(measured.wall_hours)} on {unit}",
         ]
-    if error is not None:
+    if found.error is not None:
         lines.append(
             "accuracy      relative error at t: "
-            + ", ".join(f"{t} {value:.2g}" for t, value in error.items())
+            + ", ".join(f"{t} {value:.2g}" for t, value in found.error.items())
             + " (probe samples, against a very fine solution)"
         )
     return "\n".join(lines)
 
 
-def as_json(
-    config: Config,
-    size: Size,
-    *,
-    measured: Cost | None,
-    error: dict[str, float] | None,
-    problem: str | None,
-) -> str:
+def as_json(config: Config, size: Size, found: Found) -> str:
     """The plan as one JSON object: sizes in bytes, times in seconds and hours."""
     settings = config.trajectories
     content = {
@@ -267,9 +265,9 @@ def as_json(
         "grid": settings.grid,
         "steps": settings.steps,
         "times": list(settings.time_points),
-        "measured": None if measured is None else asdict(measured),
-        "relative_error": error,
-        "teacher_problem": problem,
+        "measured": None if found.measured is None else asdict(found.measured),
+        "relative_error": found.error,
+        "teacher_problem": found.problem,
     }
     return json.dumps(content)
 
