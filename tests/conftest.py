@@ -12,7 +12,8 @@ from tiny import TINY, dsno
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
 # links to the run folders of tests are no business of the user's
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dsno-state-")
+_state = tempfile.TemporaryDirectory(prefix="dsno-state-")  # removed when the tests end
+os.environ["XDG_STATE_HOME"] = _state.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

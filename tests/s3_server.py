@@ -67,7 +67,7 @@ def command(folder: Path, address: str, ports: Ports) -> list[str]:
     options += [f"-filer.port.grpc={grpc[3]}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     # servers of several hosts share this machine's /tmp, where their sockets would be named by port
     options += [f"-s3.localSocket={folder}/s3.sock", f"-filer.localSocket={folder}/filer.sock"]
-    return [weed, "server", *options, "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    return [weed, f"-logdir={folder}", "server", *options, "-volume.max=20", "-master.volumeSizeLimitMB=64"]
 
 
 def answers(url: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import BaseModel
-from tiny import dsno
+from tiny import answer, dsno
 
 from dsno_cluster.config import Config, Profile, dump_config, load_config, load_profile, validate
 from dsno_cluster.errors import UserError
@@ -131,10 +131,19 @@ def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(words: list[str], tmp_path: Path) -> None:
-    result = dsno(*words, cwd=tmp_path, PATH="/nonexistent")  # without sbatch, wherever the tests run
+    result = answer(*words, cwd=tmp_path, PATH="/nonexistent")  # without sbatch, wherever the tests run
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("dsno-cluster: "), result.stderr
     assert result.stdout == ""
+
+
+def test_the_process_exits_with_the_status(tmp_path: Path) -> None:
+    wrong = dsno("train", "training.lrr=1", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert (
+        wrong.stderr
+        == "dsno-cluster: configs/digits.yaml: unknown key training.lrr; did you mean training.lr?\n"
+    )
 
 
 def test_help_names_every_command_and_its_options() -> None:

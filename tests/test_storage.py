@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import s3_server
 from s3_server import KEYS
-from tiny import TINY, dsno
+from tiny import TINY, answer, dsno
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
@@ -159,7 +159,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(address: str, tmp_
     root = [f"storage.root={address}"]
     people = [str(caught.value)]
     for words in (["verify", address], ["plan", *root], ["train", *root], ["eval", "--student", address]):
-        refused = dsno(*words, cwd=tmp_path)
+        refused = answer(*words, cwd=tmp_path)
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
         people += [refused.stderr, refused.stdout]
     assert not [text for text in people if "hun" in text or "ter2" in text]
@@ -182,7 +182,7 @@ def test_a_password_in_an_endpoint_is_refused_and_not_repeated(endpoint: str, tm
 
 def test_a_word_that_holds_a_password_by_mistake_is_not_repeated(tmp_path: Path) -> None:
     for words in (["plan", "s3://AK:hun/ter2@bucket/x.yaml"], ["plan", "x=[s3://AK:hunter2@bucket"]):
-        refused = dsno(*words, cwd=tmp_path)
+        refused = answer(*words, cwd=tmp_path)
         assert refused.returncode == 2 and "s3://***@bucket" in refused.stderr, refused.stderr
         assert "hun" not in refused.stderr
 

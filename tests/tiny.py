@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from dsno_cluster.cli import main
 
 DATA = Path(__file__).parent / "data"
 
@@ -47,6 +50,17 @@ def dsno(
         env={**os.environ, **env},
         check=False,
     )
+
+
+def answer(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """What `dsno-cluster` answers at once, such as a refusal, from this process: without seconds of imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([str(word) for word in words])
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 @contextlib.contextmanager
