@@ -8,8 +8,8 @@
 3. `pool`: the driver's loop with as many workers as a thousand nodes have; eight asynchronous actors stand for all of them.
 
     python benchmarks/scaling.py shards --shards 100000
-    python benchmarks/scaling.py actors --actors 64 --tasks 10000 --seconds 1
-    python benchmarks/scaling.py pool --actors 8000 --tasks 32000 --seconds 20
+    python benchmarks/scaling.py actors --actors 64
+    python benchmarks/scaling.py pool --actors 8000
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ HEAD = ("gcs_server", "raylet")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("shards", "actors", "pool"))
+    parser.add_argument("what", nargs="?", choices=("shards", "actors", "pool"), help="default: all of them")
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument(
         "--actors", type=int, default=None, help="default: 2 for shards, 64 for actors, 8000 for pool"
     )
-    parser.add_argument("--tasks", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=1.0, help="that a task of `actors` or `pool` takes")
+    parser.add_argument("--tasks", type=int, help="default: 10000 for actors, 32000 for pool")
+    parser.add_argument("--seconds", type=float, help="that a task takes; default: 1 for actors, 20 for pool")
     options = parser.parse_args()
-    if options.what == "shards":
+    if options.what in ("shards", None):
         tiny_shards(options.shards, options.actors or 2)
-    elif options.what == "pool":
-        many_workers(options.actors or 8000, options.tasks, options.seconds)
-    else:
-        busy_actors(options.actors or 64, options.tasks, options.seconds)
+    if options.what in ("actors", None):
+        busy_actors(options.actors or 64, options.tasks or 10_000, options.seconds or 1.0)
+    if options.what in ("pool", None):
+        many_workers(options.actors or 8000, options.tasks or 32_000, options.seconds or 20.0)
 
 
 def tiny_shards(count: int, actors: int) -> None:

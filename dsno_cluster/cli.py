@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -155,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        return _run([word for word in argv if word != "--debug"])
+        status = _run([word for word in argv if word != "--debug"])
+        sys.stdout.flush()
+        return status
     except (UserError, WorkError) as error:
         if debug:
             raise
@@ -171,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"no longer followed; the job goes on: `dsno-cluster status`, or end it with `dsno-cluster cancel {run}`"
         )
         return 130
+    except BrokenPipeError:  # what reads our output has enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is the rest flushed at the end
+        return 0
     except KeyboardInterrupt:
         from dsno_cluster import console
 
@@ -216,7 +223,7 @@ def _parse(name: str, rest: list[str]) -> Arguments:
         )
     overrides = [word for word in extras if _OVERRIDE.match(word)]
     words = [word for word in extras if not _OVERRIDE.match(word)]
-    return Arguments(parsed, words, overrides, " ".join(["dsno-cluster", name, *rest]))
+    return Arguments(parsed, words, overrides, shlex.join(["dsno-cluster", name, *rest]))
 
 
 def _overview() -> str:

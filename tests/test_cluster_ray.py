@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tiny import TINY, dsno
+from tiny import DATA, TINY, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.models.importers import import_weights
 
 SLOW = [*TINY, "trajectories.steps=160", "trajectories.num_samples=384"]  # 24 shards of about half a second
 
@@ -124,3 +125,17 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     failed = dsno(*words, "--ray-address", "127.0.0.1:1")
     assert failed.returncode == 1, failed.stderr
     assert "127.0.0.1:1" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+
+
+@pytest.mark.slow
+def test_relative_paths_are_those_of_who_calls(ray_cluster: Any, tmp_path: Path) -> None:
+    """Not those of the folder that Ray was started in."""
+    ray_cluster.add_node(num_cpus=1)
+    published = DATA / "published/one_point"
+    import_weights(
+        str(published / "solver-model_1000.pt"), str(published / "config.yaml"), str(tmp_path / "student")
+    )
+    words = ["sample", "student", "--num", "8", "--batch-size", "4", "--shards", "drawn"]
+    drawn = dsno(*words, "--ray-address", ray_cluster.address, cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert dsno("verify", str(tmp_path / "drawn")).returncode == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -52,6 +54,8 @@ def test_paper_settings() -> None:
         ("trajectories.num_samples=1000", "not a multiple of"),
         ("evaluation.seed=0", "training noise"),
         ("network.width=33", "multiple of 32"),
+        ("evaluation.metrics=[]", "evaluation.metrics"),
+        ("network.width=null", "network.width left out: student.backbone=unet"),
         ("training.loss=lpips", "lpips_weights"),
         ("seed=[", "not YAML"),
         ("training=3", "training: input should be an object"),
@@ -144,6 +148,16 @@ def test_the_process_exits_with_the_status(tmp_path: Path) -> None:
         wrong.stderr
         == "dsno-cluster: configs/digits.yaml: unknown key training.lrr; did you mean training.lr?\n"
     )
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    """As `dsno-cluster --help | head -1`."""
+    command = [sys.executable, "-m", "dsno_cluster.cli", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as helping:
+        assert helping.stdout and helping.stderr
+        helping.stdout.close()
+        assert helping.stderr.read() == ""
+    assert helping.returncode == 0
 
 
 def test_help_names_every_command_and_its_options() -> None:

@@ -5,9 +5,7 @@ program is what it writes.
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
-import io
 import os
 import re
 import shutil
@@ -34,7 +32,7 @@ from documents import (
     on_cluster,
     prose,
 )
-from tiny import dsno
+from tiny import answer, dsno
 
 from dsno_cluster import cli
 from dsno_cluster.diffusion.noise import sample_noise
@@ -118,13 +116,8 @@ def save_diffusers_model(folder: Path) -> None:
 
 def run_here(words: list[str], workplace: Path) -> str | None:
     """Run `dsno-cluster` in this process; returns None, or what it said where it did not exit with 0."""
-    said = io.StringIO()
-    with contextlib.chdir(workplace), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            status = cli.main(words)
-        except SystemExit as done:
-            status = int(done.code or 0)
-    return None if status == 0 else said.getvalue()
+    done = answer(*words, cwd=workplace)
+    return None if done.returncode == 0 else done.stdout + done.stderr
 
 
 # ---- commands ----------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ def test_auto_is_slurm_where_its_controller_answers(slurm: Path, tmp_path: Path)
     path = f"{slurm}:/usr/bin:/bin"
     script = dsno(*words, cwd=tmp_path, PATH=path)
     assert script.returncode == 0 and "#SBATCH --nodes=1" in script.stdout, script.stderr
+    nowhere = dsno(*words, "teacher.path=nowhere", cwd=tmp_path, PATH=path)  # the script, and what is missing
+    assert nowhere.returncode == 2 and "nowhere" in nowhere.stderr
+    assert "#SBATCH --nodes=1" in nowhere.stdout
     (tmp_path / "ping").write_text("Slurmctld(primary) at login is DOWN\n")
     local = dsno(*words, cwd=tmp_path, PATH=path)
     assert local.returncode == 0 and "would make" in local.stdout

@@ -37,7 +37,10 @@ def test_outputs_of_published_teachers(name: str, door: str, tmp_path: Path) -> 
     elif door == "folder":
         teacher = load_teacher(str(folder))
     else:
-        import_weights(str(folder / "teacher"), str(folder / "config.yaml"), str(tmp_path / "a" / "b"))
+        imported = [str(folder / "teacher"), str(folder / "config.yaml")]
+        import_weights(*imported, str(tmp_path / "a" / "b"))
+        with pytest.raises(UserError, match=r"--out .*/a: .* holds other files, which would be lost"):
+            import_weights(*imported, str(tmp_path / "a"))
         teacher = load_teacher(str(tmp_path / "a" / "b"))
     found = torch.stack([teacher(expected["x"], t, expected["labels"]) for t in expected["times"]], dim=1)
     assert relative(found, expected["output"]) < 1e-5

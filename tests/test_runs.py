@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tiny import TINY, dsno
 
 from dsno_cluster.cluster.attempt import why
 from dsno_cluster.cluster.runs import Run, create_run, find_run, fruitless
+from dsno_cluster.cluster.status import states_of
 from dsno_cluster.config import load_config, load_profile
 from dsno_cluster.errors import LOST_RANK, UserError
 
@@ -72,6 +75,16 @@ def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
         assert find_run(word) == run
     with pytest.raises(UserError, match=f"the newest is {run.id}"):
         find_run("nothing")
+
+
+def test_a_cancelled_local_run_is_not_a_failed_one(run: Run) -> None:
+    """Its processes are gone, and said nothing."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    run.note(job=str(gone.pid), launcher="local", host=socket.gethostname())
+    assert states_of([run])[run].word == "failed"
+    run.cancel()
+    assert states_of([run])[run].word == "cancelled"
 
 
 @pytest.mark.slow

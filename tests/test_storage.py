@@ -102,6 +102,18 @@ def test_folders_appear_whole_and_replace_older_ones(storage: Storage) -> None:
     assert [s.key for s in storage.list("s/")] == ["s/step-1/meta.json", "s/step-1/model"]
 
 
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    storage.write_folder("empty/", {"meta.json": b"{}"})
+    storage.write("teachers/precious/meta.json", b"{}")
+    storage.write("file", b"x")
+    for there in ("teachers/", "file/"):
+        with pytest.raises(PreconditionFailed, match="holds other files, which would be lost"):
+            storage.write_folder(there, {"model": b"2", "meta.json": b"{}"})
+    assert [s.key for s in storage.list("")] == ["empty/meta.json", "file", "teachers/precious/meta.json"]
+
+
 def test_a_folder_shows_no_half_written_file(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     storage.write("d/shard-0", b"x")
@@ -231,10 +243,11 @@ def test_shards_on_s3_are_those_of_a_folder(s3_endpoint: str, tiny_data: Path, t
 
     trained = dsno("train", *root, "--launcher", "local", **KEYS)
     assert trained.returncode == 0, trained.stderr
-    grid = tmp_path / "grid.png"
+    grid = "s3://bucket/tiny/grid.png"
     address = ["s3://bucket/tiny/students/digits", "--endpoint-url", s3_endpoint]
-    sampled = dsno("sample", *address, "--num", "4", "--out", str(grid), **KEYS)
-    assert sampled.returncode == 0 and grid.read_bytes().startswith(b"\x89PNG"), sampled.stderr
+    sampled = dsno("sample", *address, "--num", "4", "--out", grid, **KEYS)
+    assert sampled.returncode == 0, sampled.stderr
+    assert _read(grid, s3_endpoint).startswith(b"\x89PNG")
 
 
 def _read(url: str, endpoint: str) -> bytes:

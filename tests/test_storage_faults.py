@@ -267,6 +267,9 @@ def test_old_leftovers_are_swept_and_young_ones_are_not(tmp_path: Path) -> None:
     old, young = tmp_path / "d" / ".shard-1.abc.tmp", tmp_path / "d" / ".shard-2.abc.tmp"
     for path in (old, young):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 90_000,) * 2)
+    folder = tmp_path / "d" / ".step-1.abc.tmp"
+    (folder / "new").mkdir(parents=True)
+    for path in (old, folder):
+        os.utime(path, (time.time() - 90_000,) * 2)
     storage.tidy("d/")
-    assert not old.exists() and young.exists() and storage.read("d/shard-0") == b"x"
+    assert not old.exists() and not folder.exists() and young.exists() and storage.read("d/shard-0") == b"x"

@@ -24,7 +24,7 @@ from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.diffusion.teachers import (
     check_fits,
     mixture_teacher,
-    teacher_identity,
+    teacher_info,
     warm_start_weights,
 )
 from dsno_cluster.errors import UserError
@@ -57,7 +57,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_models/__init__.py").write_text("")
     (tmp_path / "my_models/shrink.py").write_text(FACTORY)
     path, x = "my_models.shrink:build", torch.ones(2, 1, 4, 4)
-    identity = teacher_identity(path, factor=0.5)
+    identity = teacher_info(path, factor=0.5).identity
     teacher = load_teacher(path, factor=0.5)
     assert torch.equal(teacher(x, 0.3), 0.5 * x) and teacher.shape == (1, 4, 4)
     assert teacher.identity == identity and identity["options"] == {"factor": 0.5}
@@ -65,7 +65,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(conditional(x, 0.3), 3 + 0.5 * x)  # the null class where no label is given
     assert solve(teacher, torch.randn(2, 1, 4, 4), [0.0], "ddim", 4).shape == (2, 1, 1, 4, 4)
     (tmp_path / "my_models/shrink.py").write_text(FACTORY + "\n# changed\n")
-    assert teacher_identity(path, factor=0.5)["source_sha256"] != identity["source_sha256"]
+    assert teacher_info(path, factor=0.5).identity["source_sha256"] != identity["source_sha256"]
     for wrong, options, message in (
         ("my_models.shrink:build", {"size": 1}, "does not take the teacher options"),
         ("my_models.shrink:nothing", {}, "has no function nothing"),
@@ -204,10 +204,10 @@ def test_a_relative_published_config_is_found_from_anywhere(
         str(Path(__file__).parents[1] / "configs/digits.yaml"),
         ["teacher.path=teacher", "teacher.options={config: config.yaml, schedule: continuous}"],
     )
-    identity = teacher_identity("teacher", **config.teacher.options)
+    identity = teacher_info("teacher", **config.teacher.options).identity
     there = with_absolute_paths(config).teacher
     monkeypatch.chdir(tmp_path)
-    assert teacher_identity(str(there.path), **there.options) == identity
+    assert teacher_info(str(there.path), **there.options).identity == identity
     factory = config.model_copy(
         update={"teacher": config.teacher.model_copy(update={"path": "my.module:function"})}
     )

@@ -59,7 +59,10 @@ def answer(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[st
         for name, value in env.items():
             patch.setenv(name, value)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main([str(word) for word in words])
+            try:
+                status = main([str(word) for word in words])
+            except SystemExit as done:  # argparse's, after --help
+                status = int(done.code or 0)
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 

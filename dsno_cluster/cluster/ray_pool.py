@@ -290,7 +290,7 @@ def run_pool(
                             raise _start_failure(error) from error
                         continue
                     workers.add(worker)
-                    quiet_since = time.monotonic()
+                    failed_starts, quiet_since = 0, time.monotonic()
                     continue
                 attempt = running.pop(ref)
                 attempt.worker.load -= 1

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was asked for, by us or seen in Slurm."""
+        """Whether `cancel` was asked for."""
         return (self.folder / "cancelled").exists()
 
     def cancel(self) -> None:
@@ -144,7 +144,7 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
     run.note(
         name=config.name,
         stage=stage,
-        root=config.storage.root,
+        root=with_absolute_paths(config).storage.root,
         submitted=time.time(),
         command=command_line,
         cwd=os.getcwd(),

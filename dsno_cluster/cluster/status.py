@@ -148,6 +148,8 @@ def _local_state(run: Run) -> State:
             return State("running", "", "this machine")
     except psutil.NoSuchProcess:
         pass
+    if run.cancelled:
+        return State("cancelled")
     failure = last.failure() if last is not None else None
     return State("failed", failure["reason"] if failure else "its processes ended without a word")
 

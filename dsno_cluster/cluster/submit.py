@@ -11,6 +11,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -82,20 +83,24 @@ def submit_to_slurm(
     check_room(stage, config, profile)
     check_profile(profile, f"jobs/{stage}.yaml")
     refuse_second(config, task)
+    cluster = cluster_name()
     run = create_run(config, stage, profile, command_line, snapshot=True)
     executor = _slurm_executor(run.folder, config, stage, profile, after)
     try:
-        with _clean_environment(profile):
+        with _clean_environment(profile), _undisturbed():
             (run.folder / "script.sh").write_text(_script_text(executor))
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
                 job = executor.submit(task_in(run, task))
+            run.note(
+                job=str(job.job_id), launcher="slurm", cluster=cluster, after=after, subject=task.subject
+            )
     except FailedJobError as error:
         _forget(run)
         raise refusal(str(error)) from error
     except BaseException:
-        _forget(run)
+        if "job" not in run.record():
+            _forget(run)
         raise
-    run.note(job=str(job.job_id), launcher="slurm", cluster=cluster_name(), after=after, subject=task.subject)
     return run
 
 
@@ -300,6 +305,16 @@ def _clean_environment(profile: Profile) -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: a job that sbatch has taken is one that `status` and `cancel` know."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.launching import launcher_and_profile, submit_stage
+from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ def evaluate_student(arguments: Arguments) -> None:
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: one at a time")
     config = _config(arguments)
-    what = _what(arguments, config)  # what is missing is said before anything starts or is submitted
+    with scripts_anyway(arguments, config, ["eval"]):
+        what = _what(arguments, config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "eval")
     if launcher == "slurm":
         if not options.dry_run:
@@ -76,10 +77,7 @@ def _what(arguments: Arguments, config: Config) -> str:
         from dsno_cluster.evaluation.image_sets import open_images
 
         images = open_images(options.samples, config.storage.endpoint_url)
-        if "://" not in options.samples:  # for a job that starts in another folder
-            from pathlib import Path
-
-            options.samples = str(Path(options.samples).absolute())
+        options.samples = images.address  # for a job that starts in another folder
         return f"{images.count} images of {options.samples}"
     from dsno_cluster.evaluation.evaluate import find_student
 
@@ -89,11 +87,14 @@ def _what(arguments: Arguments, config: Config) -> str:
 
 def show_metrics(metrics: dict[str, Any]) -> None:
     from dsno_cluster import console
-    from dsno_cluster.evaluation.table import error_lines, table_rows
+    from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 
-    header, rows = table_rows(metrics)
-    count = metrics["num_samples"]
-    console.table(f"{count} samples, {metrics['feature_extractor']['name']}", header, rows)
+    if figures_of(metrics):
+        count, extractor = metrics["num_samples"], metrics["feature_extractor"]["name"]
+        console.table(f"{count} samples, {extractor}", *table_rows(metrics))
+    else:
+        cost = metrics["student"]["cost_in_teacher_evaluations"]
+        print(f"cost of a sample: {cost:.1f} evaluations of the teacher")
     lines = error_lines(metrics)
     if lines:
         print("relative error of the student's trajectory on held-out noise: " + ", ".join(lines))
@@ -112,10 +113,10 @@ def show_figures(metrics: dict[str, Any]) -> None:
 def show_history(history: dict[str, Any]) -> None:
     """What was measured of each checkpoint."""
     from dsno_cluster import console
+    from dsno_cluster.config import MetricName
     from dsno_cluster.evaluation.history import value_of
 
-    metrics = ("fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error")
-    shown = [m for m in metrics if any(value_of(row, m) is not None for row in history["rows"])]
+    shown = [m for m in get_args(MetricName) if any(value_of(row, m) is not None for row in history["rows"])]
 
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"

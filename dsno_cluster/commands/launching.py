@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments, Unwatched
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 
 if TYPE_CHECKING:
     from dsno_cluster.cluster.runs import Run
@@ -48,13 +49,33 @@ def profile_of(arguments: Arguments, stage: str, *, on_slurm: bool) -> Profile:
     return load_profile(stage, {"nodes": options.nodes, "tasks_per_node": tasks}, on_slurm=on_slurm)
 
 
+@contextlib.contextmanager
+def scripts_anyway(arguments: Arguments, config: Config, stages: Sequence[str]) -> Iterator[None]:
+    """Within, input is looked for; where it is missing, --dry-run on Slurm still shows what sbatch would be given."""
+    try:
+        yield
+    except (UserError, WorkError):
+        if arguments.options.dry_run and launcher_and_profile(arguments, stages[0])[0] == "slurm":
+            print_scripts(config, {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages})
+        raise
+
+
+def print_scripts(config: Config, profiles: dict[str, Profile]) -> None:
+    """What sbatch would be given for each stage."""
+    from dsno_cluster.cluster.submit import sbatch_script
+
+    for stage, profile in profiles.items():
+        title = f"# {stage}\n" if len(profiles) > 1 else ""
+        print(f"{title}{sbatch_script(stage, config, profile)}", flush=True)
+
+
 def submit_stage(arguments: Arguments, config: Config, profile: Profile, stage: str) -> None:
     """Submit a stage to Slurm, or print its script for --dry-run; with --wait, follow it to its end."""
-    from dsno_cluster.cluster.submit import sbatch_script, stage_task, submit_to_slurm
+    from dsno_cluster.cluster.submit import stage_task, submit_to_slurm
 
     options = arguments.options
     if options.dry_run:
-        print(sbatch_script(stage, config, profile))
+        print_scripts(config, {stage: profile})
         return
     chosen = {"gen-trajectories": ("actors",), "eval": ("actors", "student", "samples", "watch")}
     task = stage_task(stage, config, **{name: getattr(options, name) for name in chosen.get(stage, ())})

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics
-from dsno_cluster.commands.launching import follow_to_end, launcher_and_profile, profile_of, say_submitted
+from dsno_cluster.commands.launching import (
+    follow_to_end,
+    launcher_and_profile,
+    print_scripts,
+    profile_of,
+    say_submitted,
+    scripts_anyway,
+)
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Config
@@ -18,7 +25,8 @@ def run_pipeline(arguments: Arguments) -> None:
     from dsno_cluster.trajectories.plan import make_plan
 
     config, options = arguments.config(), arguments.options
-    plan = make_plan(config)  # what is missing is said before anything starts or is submitted
+    with scripts_anyway(arguments, config, STAGES):
+        plan = make_plan(config)  # what is missing is said before anything starts or is submitted
     launcher, _ = launcher_and_profile(arguments, STAGES[0])
     if launcher == "local":
         if options.dry_run:
@@ -29,11 +37,10 @@ def run_pipeline(arguments: Arguments) -> None:
         return
     profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in STAGES}
     check_divides(config, profiles["train"].nodes * profiles["train"].tasks_per_node)
-    from dsno_cluster.cluster.submit import sbatch_script, submit_pipeline
+    from dsno_cluster.cluster.submit import submit_pipeline
 
     if options.dry_run:
-        for stage, profile in profiles.items():
-            print(f"# {stage}\n{sbatch_script(stage, config, profile)}")
+        print_scripts(config, profiles)
         return
     _check_all_stages(config, plan.folder)
     runs = submit_pipeline(config, profiles, arguments.command_line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.launching import launcher_and_profile, submit_stage
+from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
 
 
 def train_student(arguments: Arguments) -> None:
@@ -19,8 +19,11 @@ def train_student(arguments: Arguments) -> None:
         return
     tasks = arguments.options.tasks_per_node or 1
     check_divides(config, tasks)
-    find_lpips_weights(config.training)
-    folder, _ = find_trajectories(config)  # what is missing is said before anything starts or is submitted
+    with scripts_anyway(arguments, config, ["train"]):
+        find_lpips_weights(config.training)
+        folder, _ = find_trajectories(
+            config
+        )  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "train")
     if launcher == "slurm":
         check_divides(config, profile.nodes * profile.tasks_per_node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.launching import launcher_and_profile, submit_stage
+from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
 from dsno_cluster.errors import UserError, WorkError
 
 _DATA_SET = "FOLDER_OR_URL: a data set's folder, or its manifest.json"
@@ -15,7 +15,8 @@ def gen_trajectories(arguments: Arguments) -> None:
     from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
     config = arguments.config()
-    plan = make_plan(config)  # what is missing is said before anything starts or is submitted
+    with scripts_anyway(arguments, config, ["gen-trajectories"]):
+        plan = make_plan(config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "gen-trajectories")
     if launcher == "slurm":
         check_reachable(config, plan.folder)

@@ -4,7 +4,7 @@
 `UserError` of one line that names the key and the nearest right one. Where to run stands in `Profile`.
 """
 
-from dsno_cluster.config.evaluation import Evaluation
+from dsno_cluster.config.evaluation import Evaluation, MetricName
 from dsno_cluster.config.experiment import Config, DataConfig
 from dsno_cluster.config.loading import (
     dump_config,
@@ -26,6 +26,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Evaluation",
+    "MetricName",
     "Network",
     "Profile",
     "Reader",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,7 @@ class Evaluation(Strict):
     seed: Seed = Field(
         1, description="seed of the evaluated noise; must differ from the seed of the trajectories"
     )
-    metrics: tuple[MetricName, ...] = Field(
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = Field(
         ("fid", "trajectory_error"),
         description="`agreement`: how often the extractor sees the class asked for; "
         "`trajectory_error`: against the teacher, on held-out noise; the others as torch-fidelity has them",

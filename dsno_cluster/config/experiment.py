@@ -50,6 +50,9 @@ class Config(Strict):
     def _fits_together(self) -> Config:
         points = self.trajectories.num_points
         student = self.student
+        if student.backbone == "unet" and self.network.missing_sizes:
+            missing = ", ".join(f"network.{name}" for name in self.network.missing_sizes)
+            raise ValueError(f"{missing} left out: student.backbone=unet needs the sizes of its U-Net")
         most, formula = (points, "M") if student.operator == "series" else (points // 2 + 1, "M//2+1")
         if student.modes > most:
             raise ValueError(

@@ -93,9 +93,17 @@ def with_absolute_paths(config: Config, folder: Path = Path()) -> Config:
     files = ("weights_path", "precision_recall_weights_path", "reference")
     named = {key: value for key in files if (value := getattr(config.evaluation, key)) not in (None, "data")}
     evaluation = config.evaluation.model_copy(update={key: absolute(path) for key, path in named.items()})
-    return config.model_copy(
-        update={"storage": storage, "run": run, "teacher": teacher, "evaluation": evaluation}
-    )
+    training = config.training
+    if training.lpips_weights is not None:
+        training = training.model_copy(update={"lpips_weights": absolute(training.lpips_weights)})
+    parts = {
+        "storage": storage,
+        "run": run,
+        "teacher": teacher,
+        "training": training,
+        "evaluation": evaluation,
+    }
+    return config.model_copy(update=parts)
 
 
 def find_file(path: str, folder: str) -> Path:

@@ -8,25 +8,35 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, PositiveInt, Strict
 
+UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
+
 
 class Network(Strict):
-    """The U-Net, the same for teacher and student (the student adds temporal convolutions)."""
+    """The images, and our U-Net: the student's, and that of a teacher made here or imported."""
 
     image_size: PositiveInt = Field(description="height and width of the images, pixels")
     channels: PositiveInt = Field(description="of the images")
     num_classes: Annotated[int, Field(ge=0)] = Field(0, description="classes to condition on; 0: none")
     null_class: bool = Field(False, description="one more class that means 'no label', for guidance")
-    width: PositiveInt = Field(description="channels of the first level, a multiple of 32")
-    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = Field(
-        description="of width, one a level; each level halves the image"
+    width: PositiveInt | None = Field(
+        None, description="channels of the first level, a multiple of 32; needed with student.backbone=unet"
     )
-    blocks_per_level: PositiveInt = Field(description="residual blocks")
+    multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="of width, one a level; each level halves the image; needed with student.backbone=unet",
+    )
+    blocks_per_level: PositiveInt | None = Field(
+        None, description="residual blocks; needed with student.backbone=unet"
+    )
     attention_resolutions: tuple[PositiveInt, ...] = Field(
         (), description="image sizes of the levels with attention; the middle always has it"
     )
     heads: PositiveInt = Field(1, description="attention heads; head_dim wins where it is set")
     head_dim: PositiveInt | None = Field(None, description="channels of an attention head")
-    embedding_dim: PositiveInt = Field(description="channels of the embedding of noise level and class")
+    embedding_dim: PositiveInt | None = Field(
+        None,
+        description="channels of the embedding of noise level and class; needed with student.backbone=unet",
+    )
     dropout: BelowOne = Field(0.0, description="share of activations left out in training")
 
     @property
@@ -38,23 +48,30 @@ class Network(Strict):
     def class_slots(self) -> int:
         return self.num_classes + int(self.null_class)
 
+    @property
+    def missing_sizes(self) -> list[str]:
+        """What a U-Net of ours needs and is left out."""
+        return [name for name in UNET_SIZES if getattr(self, name) is None]
+
     @model_validator(mode="after")
     def _fits_together(self) -> Network:
-        if self.width % 32:
-            raise ValueError(f"width {self.width} is not a multiple of 32, the groups of the group norms")
-        if self.image_size % 2 ** (len(self.multipliers) - 1):
-            raise ValueError(
-                f"image_size {self.image_size} cannot be halved {len(self.multipliers) - 1} times"
-            )
-        sizes = [self.image_size // 2**i for i in range(len(self.multipliers))]
-        for multiplier, size in zip(self.multipliers, sizes, strict=True):
-            attends = size in self.attention_resolutions or size == sizes[-1]  # the middle always does
-            if attends and (self.width * multiplier) % (self.head_dim or self.heads):
-                raise ValueError(f"{self.width * multiplier} channels do not divide into the attention heads")
-        if not set(self.attention_resolutions) <= set(sizes):
-            raise ValueError(
-                f"attention_resolutions {list(self.attention_resolutions)} are not all among {sizes}"
-            )
+        width, multipliers = self.width, self.multipliers
+        if width is not None and width % 32:
+            raise ValueError(f"width {width} is not a multiple of 32, the groups of the group norms")
+        if multipliers is not None:
+            if self.image_size % 2 ** (len(multipliers) - 1):
+                raise ValueError(
+                    f"image_size {self.image_size} cannot be halved {len(multipliers) - 1} times"
+                )
+            sizes = [self.image_size // 2**i for i in range(len(multipliers))]
+            for multiplier, size in zip(multipliers, sizes, strict=True):
+                attends = size in self.attention_resolutions or size == sizes[-1]  # the middle always does
+                if width is not None and attends and (width * multiplier) % (self.head_dim or self.heads):
+                    raise ValueError(f"{width * multiplier} channels do not divide into the attention heads")
+            if not set(self.attention_resolutions) <= set(sizes):
+                raise ValueError(
+                    f"attention_resolutions {list(self.attention_resolutions)} are not all among {sizes}"
+                )
         if self.null_class and not self.num_classes:
             raise ValueError("null_class needs num_classes above 0")
         return self

@@ -12,6 +12,7 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count
 from dsno_cluster.config import Config
+from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.actor import STUDENT, Source
@@ -30,7 +31,7 @@ from dsno_cluster.evaluation.teacher_rows import (
 )
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
 from dsno_cluster.models.dsno import load_student
-from dsno_cluster.models.weights import read_meta, software_versions
+from dsno_cluster.models.weights import read_meta, software_versions, student_prefix
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import environment
 from dsno_cluster.trajectories.plan import find_teacher
@@ -44,7 +45,7 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
 
     Raises UserError where there is none, where it is not of the config's network, or where there is no teacher.
     """
-    path = student_path or f"{config.storage.root.rstrip('/')}/students/{config.name}"
+    path = student_path or f"{config.storage.root.rstrip('/')}/{student_prefix(config).rstrip('/')}"
     try:
         meta = read_meta(path, config.storage.endpoint_url, config.evaluation.ema_decay)
     except UserError as error:
@@ -109,11 +110,15 @@ def evaluate(
     # with no metric of images there is nothing to draw the teacher's for
     of_teacher = teacher_sources(config) if read else []
     missing = [source for source in of_teacher if row_key(source) not in stored]
-    console.say(
-        f"{settings.num_samples} samples of {path} against {real.count or 'the'} real images by "
-        f"{', '.join(weights) or 'no extractor'}, {actor_count(actors, settings.threads)}; "
-        f"{len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows are stored"
+    what = (
+        f"{settings.num_samples} samples of {path} against {real.count or 'the'} real images by {', '.join(weights)}"
+        if read
+        else f"{settings.trajectory_samples} trajectories of {path} against the teacher's"
     )
+    before = (
+        f"; {len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows were measured before"
+    )
+    console.say(f"{what}, {actor_count(actors, settings.threads)}{before if of_teacher else ''}")
     sets = [ImagesOf(source, settings.num_samples, read) for source in missing]
     if read or keep is not None:
         sets.append(ImagesOf(STUDENT, settings.num_samples, read))
@@ -183,7 +188,7 @@ def evaluate(
     folder = folder or f"evaluation/{config.name}/"
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     student_here = load_student(path, config.storage.endpoint_url, ema=settings.ema_decay)
-    drawn = pictures.pictures(config, student_here, metrics)
+    drawn = pictures.pictures(config, student_here.to(compute_device()), metrics)
     for name, png in drawn.items():
         storage.write(folder + name, png)
     console.say(f"written: {storage.url}/{folder}{{{', '.join(['metrics.json', *drawn])}}}")
@@ -210,7 +215,7 @@ def evaluate_images(
         f"{images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "
         f"{actor_count(actors, settings.threads)}"
     )
-    sets = [ImagesOf(Source("images", address=address), images.count, read)]
+    sets = [ImagesOf(Source("images", address=images.address), images.count, read)]
     found: dict[str, float] = {}
 
     def finish(images: ImagesOf, collected: Collected, reference: Reference | None) -> None:

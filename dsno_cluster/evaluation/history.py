@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 from dsno_cluster.config import Config
+from dsno_cluster.evaluation.table import INCEPTION, known_figures
 from dsno_cluster.storage import MissingObject, Storage
 
-LOWER_IS_BETTER = ("fid", "kid", "trajectory_error")
-FIGURES = {
-    "precision_recall": "f_score"
-}  # that a metric of the config is judged by, where it is called otherwise
+# the figure that a metric of the config is judged by, where it is called otherwise
+FIGURES = {"precision_recall": "f_score"}
 
 
 def history_key(config: Config) -> str:
@@ -31,9 +30,15 @@ def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
     valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
     if not valued:
         return None
-    choose = min if metric in LOWER_IS_BETTER else max
+    choose = min if lower_is_better(metric) else max
     row, value = choose(valued, key=lambda pair: pair[1])
     return {"step": row["step"], "ema_decay": row["ema_decay"], "metric": metric, "value": value}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Which way a metric of the config is better."""
+    ways = {figure.key: figure.better for figure in known_figures(INCEPTION)}
+    return metric == "trajectory_error" or ways[FIGURES.get(metric, metric)] == "lower"
 
 
 def value_of(row: dict[str, Any], metric: str) -> float | None:

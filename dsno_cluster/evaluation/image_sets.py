@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import file_sha256
-from dsno_cluster.storage import open_storage
+from dsno_cluster.storage import absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash, read_manifest, read_shard
 
 NAMED = ("data", "held-out")
@@ -55,6 +55,7 @@ def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
     """The image set at an address. Raises UserError, naming the address, where there is none."""
     if address in NAMED:
         return _named(address)
+    address = absolute_address(address)  # that of the image set is one for any process
     if address.endswith(".npz"):
         return _npz(npz_file(address))
     storage = open_storage(address, endpoint_url)

@@ -15,7 +15,7 @@ from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Sourc
 from dsno_cluster.evaluation.features import BATCH, Reading, WeightsFile
 from dsno_cluster.evaluation.metrics import Collected, Reference
 from dsno_cluster.evaluation.reference import RealData, finished_reference
-from dsno_cluster.storage import open_storage
+from dsno_cluster.storage import absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Shard
 
 
@@ -84,13 +84,13 @@ def measure(
     errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
     shards: dict[int, Shard] = {}
     read = {images.source: images.read for images in by_source.values()}
-    there = with_absolute_paths(config)
+    there, student_there = with_absolute_paths(config), student and absolute_address(student)
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one block's features are extracted the next is drawn or read
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
 
         def make_actor() -> Any:
-            return remote.remote(there, weights, read, student, keep)
+            return remote.remote(there, weights, read, student_there, keep)
 
         idle: list[Any] = []
         for block, result in _run_blocks(make_actor, blocks, cluster, idle, title, done):

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
-from dsno_cluster.evaluation.table import error_lines, table_rows
+from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.models.dsno import DSNO
 from dsno_cluster.trajectories.plan import grid_name, open_teacher, own_steps
@@ -48,21 +48,25 @@ def layout(config: Config) -> dict[str, Any]:
 
 
 def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str, bytes]:
-    """The pictures as PNG bytes by name, all of the same noises.
+    """The pictures as PNG bytes by name, all of the same noises, computed where the student is.
 
     samples.png and trajectory.png, teacher over student with captions; teacher.png, student.png and strips.png, which
     are as `layout` says.
     """
     plain = layout(config)
     classes, columns = plain["rows"], plain["columns"]
-    teacher = open_teacher(config)
-    noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape)
-    labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
+    device = next(student.parameters()).device
+    teacher = open_teacher(config).to(device)
+    noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
+    labels = (
+        torch.arange(classes).repeat_interleave(columns).to(device) if student.network.num_classes else None
+    )
     settings = config.trajectories
     times = settings.time_points
     args = (times, settings.solver, settings.steps, labels, settings.guidance_scale, settings.clip_denoised)
-    theirs = solve(teacher, noise, *args, settings.grid)
-    ours = student.trajectory(noise, labels, times)
+    theirs = solve(teacher, noise, *args, settings.grid).cpu()
+    ours = student.trajectory(noise, labels, times).cpu()
+    noise = noise.cpu()
 
     def rows(states: Tensor) -> Tensor:
         return states.reshape(classes, columns, *states.shape[1:])
@@ -142,8 +146,12 @@ def _samples_picture(
         if n in (0, len(table) - 1):
             draw.line((x0, y - 5, x0 + sum(column_widths) - 22, y - 5), fill=_MUTED)
     extractor, count = metrics["feature_extractor"]["name"], metrics["num_samples"]
-    notes = [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
-    notes += [
+    notes = [
+        *(
+            [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
+            if figures_of(metrics)
+            else []
+        ),
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
         "measured: a published-form student answers all its time points at once.",
         f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from dsno_cluster import console
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.teachers import check_fits, load_teacher
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.images import grid_png, to_uint8
 from dsno_cluster.models.dsno import DSNO, load_student
 from dsno_cluster.models.weights import read_config_of
-from dsno_cluster.storage import open_storage
+from dsno_cluster.storage import write_file
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
         seconds += time.perf_counter() - began
     images = torch.cat([part[0] for part in parts])
     labels = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
-    path = Path(out)
     if out.endswith(".npz"):
         import io
 
@@ -105,10 +103,7 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
         data = buffer.getvalue()
     else:
         data = grid_png(images, columns=max(1, round(num**0.5)))
-    try:
-        open_storage(str(path.parent)).write(path.name, data)
-    except OSError as error:
-        raise WorkError(f"{out}: cannot be written: {error.strerror}") from error
+    write_file(out, data, drawing.endpoint_url)
     console.say(f"{num} images in {seconds:.2f} s, {num / seconds:.0f} images/s: {out}")
 
 

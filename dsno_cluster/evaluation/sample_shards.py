@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dsno_cluster import console
@@ -16,7 +16,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.weights import read_meta
-from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.trajectories.generate import collect_shards, environment
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
@@ -99,12 +99,12 @@ def _draw(
         write_progress(storage, "", Progress(lines, {"spec": spec}))
 
     note()  # before the first shard, so that a shard that is there can be told what it is of
-    size = spec["samples_per_shard"]
+    size, there = spec["samples_per_shard"], replace(drawing, checkpoint=absolute_address(drawing.checkpoint))
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
             pool = run_pool(
-                lambda: remote.remote(drawing, url, spec["seed"], size),
+                lambda: remote.remote(there, absolute_address(url), spec["seed"], size),
                 lambda actor, index: actor.make_shard.remote(index),
                 todo,
                 cluster.capacity,

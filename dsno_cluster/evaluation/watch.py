@@ -15,9 +15,8 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.evaluate import evaluate
 from dsno_cluster.evaluation.history import best_of, history_key, read_history
-from dsno_cluster.models.weights import META, read_meta
+from dsno_cluster.models.weights import META, read_meta, step_name, student_prefix
 from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.training.publish import student_prefix
 from dsno_cluster.trajectories.shards import canonical_hash
 
 POLL_SECONDS = 20.0
@@ -94,7 +93,7 @@ def _evaluated(
     """The history's row of a checkpoint."""
     settings = config.evaluation.model_copy(update={"ema_decay": checkpoint["ema_decay"]})
     average = "" if checkpoint["ema_decay"] is None else f"-ema-{checkpoint['ema_decay']:g}"
-    folder = f"evaluation/{config.name}/step-{checkpoint['step']:09d}{average}/"
+    folder = f"evaluation/{config.name}/{step_name(checkpoint['step'])}{average}/"
     metrics = evaluate(
         config.model_copy(update={"evaluation": settings}), checkpoint["address"], actors, ray_address, folder
     )
@@ -111,7 +110,7 @@ def _add(storage: Storage, config: Config, row: dict[str, Any]) -> dict[str, Any
     history = {"rows": rows, "best": best}
     storage.write(history_key(config), (json.dumps(history, indent=2) + "\n").encode())
     if best is not None:
-        storage.write(f"{student_prefix(config)}best-{metric}", (f"step-{best['step']:09d}\n").encode())
+        storage.write(f"{student_prefix(config)}best-{metric}", (step_name(best["step"]) + "\n").encode())
     return history
 
 

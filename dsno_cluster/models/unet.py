@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsno_cluster.errors import UserError
 from dsno_cluster.models.temporal import FourierBasis, TemporalConv
 
 if TYPE_CHECKING:
@@ -127,10 +128,18 @@ class Stage(nn.Module):
     """A residual block, then attention and temporal convolution where the network has them."""
 
     def __init__(
-        self, c_in: int, c_out: int, network: Network, *, attend: bool, modes: int, init: str
+        self,
+        c_in: int,
+        c_out: int,
+        embedding_dim: int,
+        network: Network,
+        *,
+        attend: bool,
+        modes: int,
+        init: str,
     ) -> None:
         super().__init__()
-        self.residual = ResidualBlock(c_in, c_out, network.embedding_dim, network.dropout)
+        self.residual = ResidualBlock(c_in, c_out, embedding_dim, network.dropout)
         self.attention = Attention(c_out, network.head_dim or c_out // network.heads) if attend else None
         self.temporal = TemporalConv(c_out, modes, init) if modes else None
 
@@ -152,6 +161,15 @@ class Level(nn.Module):
         self.resample = resample
 
 
+def _sizes(network: Network) -> tuple[int, tuple[int, ...], int, int]:
+    """(width, multipliers, blocks_per_level, embedding_dim). Raises UserError where one is left out."""
+    width, multipliers = network.width, network.multipliers
+    blocks, dim = network.blocks_per_level, network.embedding_dim
+    if width is None or multipliers is None or blocks is None or dim is None:
+        raise UserError(f"network: a U-Net needs {', '.join(network.missing_sizes)}")
+    return width, multipliers, blocks, dim
+
+
 class UNet(nn.Module):
     """See the module's first lines. `modes` 0 means no temporal convolutions (a plain denoiser).
 
@@ -163,26 +181,26 @@ class UNet(nn.Module):
         self, network: Network, modes: int = 0, out_channels: int | None = None, init: str = "published"
     ) -> None:
         super().__init__()
-        self.width = width = network.width
+        width, multipliers, blocks, dim = _sizes(network)
+        self.width = width
         self.num_classes = network.num_classes
-        dim = network.embedding_dim
         self.embed_level_in, self.embed_level_out = _linear(width, dim), _linear(dim, dim)
         # A class embedding is a linear map of the one-hot class; the null class, where there is one, is last.
         self.embed_class = nn.Linear(network.class_slots, dim) if network.num_classes else None
         self.conv_in = _conv(network.channels, width, 3)
 
         def stage(c_in: int, c_out: int, attend: bool) -> Stage:
-            return Stage(c_in, c_out, network, attend=attend, modes=modes, init=init)
+            return Stage(c_in, c_out, dim, network, attend=attend, modes=modes, init=init)
 
         def resample(channels: int, direction: str) -> ResidualBlock:
             return ResidualBlock(channels, channels, dim, network.dropout, direction)
 
-        sizes = [network.image_size // 2**i for i in range(len(network.multipliers))]
+        sizes = [network.image_size // 2**i for i in range(len(multipliers))]
         skips, c = [width], width
         self.down = nn.ModuleList()
-        for i, (multiplier, size) in enumerate(zip(network.multipliers, sizes, strict=True)):
+        for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
             stages = []
-            for _ in range(network.blocks_per_level):
+            for _ in range(blocks):
                 stages.append(stage(c, width * multiplier, size in network.attention_resolutions))
                 c = width * multiplier
                 skips.append(c)
@@ -192,9 +210,9 @@ class UNet(nn.Module):
         self.middle_in = stage(c, c, True)
         self.middle_out = ResidualBlock(c, c, dim, network.dropout)
         self.up = nn.ModuleList()
-        for i, (multiplier, size) in reversed(list(enumerate(zip(network.multipliers, sizes, strict=True)))):
+        for i, (multiplier, size) in reversed(list(enumerate(zip(multipliers, sizes, strict=True)))):
             stages = []
-            for _ in range(network.blocks_per_level + 1):
+            for _ in range(blocks + 1):
                 stages.append(
                     stage(c + skips.pop(), width * multiplier, size in network.attention_resolutions)
                 )

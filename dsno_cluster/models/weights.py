@@ -20,6 +20,8 @@ from dsno_cluster.storage import MissingObject, Storage, open_storage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsno_cluster.config import Config
+
 WEIGHTS, CONFIG, META = "model.safetensors", "config.yaml", "meta.json"
 LATEST, BEST = "latest", "best"  # text files that name a step folder beside them
 
@@ -31,9 +33,15 @@ class ModelFolder:
     weights: dict[str, Tensor]
     meta: dict[str, Any]
 
-    @property
-    def sha256(self) -> str:
-        return str(self.meta["sha256"])
+
+def student_prefix(config: Config) -> str:
+    """Where an experiment's students lie below its storage's root."""
+    return f"students/{config.name}/"
+
+
+def step_name(step: int) -> str:
+    """The folder of a checkpoint there."""
+    return f"step-{step:09d}"
 
 
 def package_path(path: str) -> str:
@@ -46,12 +54,6 @@ def package_path(path: str) -> str:
         shipped = ", ".join(f"package:{p.name}" for p in sorted(target.parent.iterdir()) if p.is_dir())
         raise UserError(f"{path}: the package ships {shipped}")
     return str(target)
-
-
-def split_path(path: str) -> tuple[str, str]:
-    """The folder or S3 prefix that holds `path`, for `open_storage`, and the last name in it."""
-    parent, slash, name = path.rstrip("/").rpartition("/")
-    return (parent or (slash or ".")), name
 
 
 def read_model(path: str, endpoint_url: str | None = None, ema: float | None = None) -> ModelFolder:

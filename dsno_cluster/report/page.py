@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from dsno_cluster import __version__
@@ -30,22 +29,22 @@ from dsno_cluster.report.text import (
     versions_of,
     warnings_of,
 )
-from dsno_cluster.storage import FolderStorage
+from dsno_cluster.storage import write_file
 
 PAPER = "https://arxiv.org/abs/2211.13449"
 # the file loads nothing, whatever its contents
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def write_report(config: Config, config_words: str, out: str | None = None) -> Path:
+def write_report(config: Config, config_words: str, out: str | None = None) -> str:
     """Write the report of a config's run to `out`, by default `<run_dir>/report-<name>.html`; returns where it is.
 
     `config_words` name the config in the commands that the report shows. Raises UserError where there is nothing to
     report yet or a file is damaged, WorkError where storage or disk fail.
     """
-    path = Path(out) if out is not None else config.run_dir / f"report-{config.name}.html"
+    path = out or str(config.run_dir / f"report-{config.name}.html")
     text = page(read_run_files(config), config_words, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
-    FolderStorage(path.parent).write(path.name, text.encode())
+    write_file(path, text.encode(), config.storage.endpoint_url)
     return path
 
 

@@ -22,11 +22,19 @@ __all__ = [
     "S3Storage",
     "Stat",
     "Storage",
+    "absolute_address",
     "endpoint_problem",
     "open_storage",
     "split_address",
+    "split_path",
     "sync",
+    "write_file",
 ]
+
+
+def absolute_address(address: str) -> str:
+    """The same folder or S3 address, for a process that may have been started in another folder."""
+    return address if "://" in address or address.startswith("package:") else str(Path(address).absolute())
 
 
 def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
@@ -38,3 +46,15 @@ def open_storage(url: str, endpoint_url: str | None = None, patience: Patience |
     if "://" not in url:
         return FolderStorage(Path(url))
     return S3Storage(*split_address(url), endpoint_url, patience or Patience())
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The folder or S3 prefix that holds `path`, for `open_storage`, and the last name in it."""
+    parent, slash, name = path.rstrip("/").rpartition("/")
+    return (parent or (slash or ".")), name
+
+
+def write_file(path: str, data: bytes, endpoint_url: str | None = None) -> None:
+    """Put a file at a path or S3 address, whole. Raises UserError as `open_storage`, and WorkError where it cannot be written."""
+    parent, name = split_path(path)
+    open_storage(parent, endpoint_url).write(name, data)

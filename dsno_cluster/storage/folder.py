@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -56,6 +57,8 @@ class FolderStorage:
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
         path = self.root / prefix.rstrip("/")
         try:
+            if not _may_be_replaced(path, last=list(files)[-1]):
+                raise PreconditionFailed(f"{path}: holds other files, which would be lost")
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as name:
                 new, old = Path(name) / "new", Path(name) / "old"
@@ -106,7 +109,11 @@ class FolderStorage:
         before = (datetime.now(UTC) - STALE).timestamp()
         for path in (self.root / prefix).glob(".*.tmp"):
             with contextlib.suppress(OSError):  # another process may be first
-                if path.is_file() and path.stat().st_mtime < before:
+                if path.stat().st_mtime >= before:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
                     path.unlink()
 
     def _stat(self, path: Path) -> Stat:
@@ -114,6 +121,11 @@ class FolderStorage:
         found = path.stat()
         etag = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
         return Stat(path.relative_to(self.root).as_posix(), found.st_size, etag)
+
+
+def _may_be_replaced(path: Path, last: str) -> bool:
+    """Whether nothing is at `path`, or an empty folder, or a whole one that `write_folder` wrote."""
+    return not path.exists() or (path.is_dir() and ((path / last).is_file() or not any(path.iterdir())))
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.models.dsno import DSNO
+from dsno_cluster.models.weights import step_name, student_prefix
 from dsno_cluster.storage import FolderStorage, sync
 from dsno_cluster.training.engine import EMA, Ranks, ema_kind
-from dsno_cluster.training.publish import Publisher, step_name, student_prefix
+from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.state import (
     SavedFragments,
     fragments_of,
@@ -61,21 +62,19 @@ def only_run(config: Config) -> Iterator[None]:
     A job's processes may outlive the command that started them; two of them would overwrite each other.
     """
     folder = resume_dir(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise WorkError(
-                    f"{folder}: another training writes there now; wait for it, end it, or choose another name="
-                ) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-            yield
-    except OSError as error:
-        raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkError(
+                f"{folder}: another training writes there now; wait for it, end it, or choose another name="
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
+        yield
 
 
 def newest_step(config: Config) -> int | None:

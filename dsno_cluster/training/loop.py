@@ -21,6 +21,7 @@ from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.diffusion.teachers import diffusers_model, warm_start_weights
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.models.dsno import DSNO, Form
+from dsno_cluster.models.weights import step_name, student_prefix
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.engine import EMA, Ranks, join_ranks, make_engine
@@ -28,7 +29,7 @@ from dsno_cluster.training.losses import make_distance, weighted
 from dsno_cluster.training.online import Producer, StagedShards, planned_manifest
 from dsno_cluster.training.optim import drawn_points, learning_rate
 from dsno_cluster.training.preemption import StopSignals, leave
-from dsno_cluster.training.publish import Publisher, step_name, student_prefix
+from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.state import fragments_of, loss_scaler_state
 from dsno_cluster.training.watch import DivergenceWatch, HeldOut, Metrics, describe_batch, finite, memory_gb
 from dsno_cluster.trajectories.plan import make_plan, teacher_path
@@ -88,6 +89,11 @@ def train(config: Config) -> str:
                 f"student: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size} "
                 f"on {ranks.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, {settings.precision}"
             )
+            if "://" in shared.url and ranks.world_size > 1 and config.reader.cache_dir is None:
+                console.say(
+                    f"each of the {ranks.world_size} ranks fetches every shard in every epoch, as reader.cache_dir is null; "
+                    "with a folder there, such as reader.cache_dir='$TMPDIR/shards', a node fetches each once"
+                )
         meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
         record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))
         publisher = Publisher(config) if main else None

@@ -26,8 +26,8 @@ from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, StorageConfig, dump_config, validate, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.models.weights import student_prefix
 from dsno_cluster.storage import FolderStorage
-from dsno_cluster.training.publish import student_prefix
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard

@@ -20,19 +20,11 @@ from torch import Tensor
 from dsno_cluster import console
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.errors import WorkError
-from dsno_cluster.models.weights import BEST, LATEST, META, write_model
+from dsno_cluster.models.weights import BEST, LATEST, META, step_name, student_prefix, write_model
 from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
 LAST_ATTEMPTS = 3  # at an upload when the training is done
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:09d}"
-
-
-def student_prefix(config: Config) -> str:
-    return f"students/{config.name}/"
 
 
 class Publisher:
@@ -44,6 +36,7 @@ class Publisher:
         patience = Patience(attempts=3, longest_pause_seconds=2.0)
         self.shared = open_storage(config.storage.root, config.storage.endpoint_url, patience)
         self.local = FolderStorage(config.run_dir)
+        self.local.tidy(self.prefix)
         own = (
             isinstance(self.shared, FolderStorage) and self.shared.root.resolve() == self.local.root.resolve()
         )

@@ -21,9 +21,9 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.images import grid_png
 from dsno_cluster.models.dsno import DSNO
+from dsno_cluster.models.weights import step_name, student_prefix
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.training.engine import Ranks
-from dsno_cluster.training.publish import student_prefix
 from dsno_cluster.trajectories.generate import solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.reader import Batch
@@ -70,7 +70,7 @@ class Metrics:
 
     def picture(self, step: int, png: bytes, images_NCHW: Tensor) -> None:
         """Samples from fixed noise: `samples/step-000001000.png` beside metrics.jsonl."""
-        FolderStorage(self.file.parent / "samples").write(f"step-{step:09d}.png", png)
+        FolderStorage(self.file.parent / "samples").write(f"{step_name(step)}.png", png)
         if self.board is not None:
             self.board.add_images("samples", (images_NCHW.clamp(-1, 1) + 1) / 2, step)
 

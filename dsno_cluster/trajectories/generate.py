@@ -116,7 +116,7 @@ def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]
 def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress:
     """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
 
-    None without the note of what made them: that is written before the first shard, so they are not a run's.
+    Nothing survives without the note of what made it: that is written before the first shard, so they are not a run's.
     """
     noted = read_progress(storage, plan.folder)
     if noted.environment is None:

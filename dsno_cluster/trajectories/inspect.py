@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsno_cluster import console
 from dsno_cluster.errors import UserError
-from dsno_cluster.storage import open_storage
+from dsno_cluster.storage import write_file
 from dsno_cluster.trajectories.shards import Manifest, Shard, open_data_set, read_shard
 
 PICTURED = 8
@@ -46,7 +45,7 @@ def inspect(
                 classes = counts if classes is None else classes + counts
             advance(1)
     if picture is not None:
-        _draw(manifest, read_shard(storage, "", chosen[0]), picture)
+        _draw(manifest, read_shard(storage, "", chosen[0]), picture, endpoint_url)
     samples_read = sum(shard.stop - shard.start for shard in chosen)
     numbers = samples_read * int(np.prod(manifest.spec["shape"]))
     parts = np.stack(moments)
@@ -116,7 +115,7 @@ def _reduce(manifest: Manifest, tensors: dict[str, Any]) -> tuple[np.ndarray, np
     return np.array(sums).T, counts
 
 
-def _draw(manifest: Manifest, tensors: dict[str, Any], path: str) -> None:
+def _draw(manifest: Manifest, tensors: dict[str, Any], path: str, endpoint_url: str | None) -> None:
     import torch
 
     from dsno_cluster.diffusion.noise import sample_noise
@@ -126,4 +125,4 @@ def _draw(manifest: Manifest, tensors: dict[str, Any], path: str) -> None:
     noise_NCHW = sample_noise(manifest.spec["seed"], range(len(states_NMCHW)), tuple(manifest.spec["shape"]))
     columns = torch.cat([noise_NCHW[:, None], states_NMCHW], dim=1)
     data = grid_png(columns.flatten(0, 1), columns.shape[1])
-    open_storage(str(Path(path).parent)).write(Path(path).name, data)
+    write_file(path, data, endpoint_url)

@@ -209,7 +209,8 @@ def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Mani
     found = read_manifest(storage, "")
     if found is None:
         raise UserError(
-            f"{address}: no {MANIFEST} here; an unfinished data set has none: gen-trajectories finishes it"
+            f"{address}: no {MANIFEST} here; data sets lie in folders of their own below STORAGE_ROOT/trajectories/, and an "
+            "unfinished one has none: gen-trajectories finishes it"
         )
     return storage, found[0]
 

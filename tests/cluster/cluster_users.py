@@ -56,8 +56,10 @@ class User:
 
     @property
     def storage(self) -> list[str]:
-        s3 = [f"storage.endpoint_url={self.cluster.s3_url}"] if self.on_s3 else []
-        return [f"storage.root={self.root}", f"run.dir={self.home}/run", *s3]
+        if self.on_s3:
+            s3 = f"storage.endpoint_url={self.cluster.s3_url}"
+            return [f"storage.root={self.root}", f"run.dir={self.home}/run", s3]
+        return ["storage.root=out", "run.dir=run"]  # relative, as the shipped configs have it
 
     @staticmethod
     def new(cluster: Cluster, name: str, on_s3: bool = True, account: str = "root") -> User:

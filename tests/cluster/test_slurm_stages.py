@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_four_nodes_give_what_one_machine_gives(user: User, tmp_path: Path) -> N
 
     trained = user.submit("train", *TINY, "--nodes", "4")
     user.ends(trained)
-    assert "on 4 rank(s)" in trained.attempt(0).log(0).read_text()
+    said = trained.attempt(0).log(0).read_text()
+    assert "on 4 rank(s)" in said and "each of the 4 ranks fetches every shard" in said
     lines = (tmp_path / "students/digits/metrics.jsonl").read_text().splitlines()
     assert user.losses() == pytest.approx([json.loads(line)["loss"] for line in lines], rel=5e-4)
 
@@ -233,6 +235,25 @@ def test_waiting_and_following(disk_user: User) -> None:
     ):
         assert expected in disk_user.dsno(*words, status=2).stderr
     assert "done already" in disk_user.dsno("cancel", run_id).stderr
+
+
+def test_a_submission_that_is_interrupted_is_known(disk_user: User) -> None:
+    """Ctrl-C while sbatch takes its time: the job that it then submits is in `status`, and `cancel` ends it."""
+    slow, begun = disk_user.home / "bin/sbatch", disk_user.home / "begun"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\ntouch {begun}\nsleep 3\nexec {shutil.which("sbatch")} "$@"\n')
+    slow.chmod(0o755)
+    path = f"{slow.parent}:{disk_user.cluster.environment()['PATH']}"
+    words = ["dsno-cluster", "gen-trajectories", *SLOW, *disk_user.storage]
+    submitting = disk_user.cluster.start(*words, cwd=disk_user.home, **disk_user.variables | {"PATH": path})
+    wait_for(begun.exists)
+    disk_user.cluster.run("pkill", "-INT", "-f", f"gen-trajectories.*{SLOW[-1]}")
+    said, _ = submitting.communicate(timeout=30)
+    assert submitting.returncode == 130, said
+    (row,) = json.loads(disk_user.dsno("status", "--json").stdout)["runs"]
+    assert row["state"] in ("waiting", "starting", "running"), row
+    disk_user.dsno("cancel", row["run"])
+    assert not disk_user.cluster.run("squeue", "-h").stdout
 
 
 def test_the_interface_can_be_named(disk_user: User, tiny_data: Path) -> None:

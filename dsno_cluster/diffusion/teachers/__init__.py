@@ -22,7 +22,6 @@ from dsno_cluster.diffusion.teachers.closed_forms import (
 from dsno_cluster.diffusion.teachers.loading import (
     diffusers_model,
     load_teacher,
-    teacher_identity,
     teacher_info,
     warm_start_weights,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "gaussian_trajectory",
     "load_teacher",
     "mixture_teacher",
-    "teacher_identity",
     "teacher_info",
     "warm_start_weights",
 ]

@@ -16,11 +16,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers.teacher import PRECISIONS, NativeGrid, Shape, Teacher, TeacherInfo
+from dsno_cluster.diffusion.teachers.teacher import (
+    PRECISIONS,
+    NativeGrid,
+    Shape,
+    Teacher,
+    TeacherInfo,
+    check_options,
+    check_schedule,
+)
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.predictions import clean_images, with_last_layer_of_x0
-from dsno_cluster.models.weights import split_path
-from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +166,7 @@ def timesteps_at(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
 
 
 def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folder:
-    for name in options:
-        if name not in OPTIONS:
-            raise UserError(f"{path}: unknown teacher option {name}; this kind takes {', '.join(OPTIONS)}")
+    check_options(options, OPTIONS, path)
     storage = open_storage(path, endpoint_url)
     prefix = "" if storage.stat("config.json") is not None else "unet/"
     config = _json(storage, f"{prefix}config.json")
@@ -173,7 +178,8 @@ def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folde
     levels = noise_levels(scheduler, path)
     files = _weights(storage, prefix, path)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    native = _native(scheduler, levels) if _wants_native(options, path) else None
+    schedule = check_schedule(options.get("schedule", "continuous"), path)
+    native = _native(scheduler, levels) if schedule == "native" else None
     identity = {
         "kind": "diffusers",
         "sha256": digests[WEIGHTS] if len(digests) == 1 and WEIGHTS in digests else digests,
@@ -190,13 +196,6 @@ def _present_name(name: str) -> str:
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
-
-
-def _wants_native(options: dict[str, Any], path: str) -> bool:
-    schedule = options.get("schedule", "continuous")
-    if schedule not in ("native", "continuous"):
-        raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
-    return bool(schedule == "native")
 
 
 def _json(storage: Storage, key: str) -> dict[str, Any] | None:

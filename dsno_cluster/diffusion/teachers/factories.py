@@ -69,7 +69,7 @@ def teacher_from_factory(path: str, options: dict[str, Any]) -> Teacher:
         return x0.to(x.dtype)
 
     network = made if isinstance(made, nn.Module) else getattr(made, "network", None)
-    identity = {"kind": "factory", "name": path, "source_sha256": source, "options": plain(options)}
+    identity = factory_identity(path, source, options)
     null = getattr(made, "null_class", None)
     return Teacher(
         denoise,
@@ -80,3 +80,8 @@ def teacher_from_factory(path: str, options: dict[str, Any]) -> Teacher:
         network,
         getattr(made, "native_grid", None),
     )
+
+
+def factory_identity(path: str, source_sha256: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What a spec records of the teacher that a function makes."""
+    return {"kind": "factory", "name": path, "source_sha256": source_sha256, "options": plain(options)}

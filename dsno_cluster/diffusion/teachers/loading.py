@@ -7,13 +7,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.diffusion.teachers.closed_forms import closed_form_teacher
-from dsno_cluster.diffusion.teachers.factories import find_factory, teacher_from_factory
-from dsno_cluster.diffusion.teachers.teacher import PRECISIONS, Teacher, TeacherInfo, check_options, plain
+from dsno_cluster.diffusion.teachers.factories import factory_identity, find_factory, teacher_from_factory
+from dsno_cluster.diffusion.teachers.teacher import PRECISIONS, Teacher, TeacherInfo, check_options
 from dsno_cluster.diffusion.teachers.unets import identity_of, load_unet_teacher, read_published, unet_info
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.predictions import with_last_layer_of_x0
-from dsno_cluster.models.weights import CONFIG, LATEST, META, read_meta, read_model, split_path
-from dsno_cluster.storage import open_storage
+from dsno_cluster.models.weights import CONFIG, LATEST, META, read_meta, read_model
+from dsno_cluster.storage import open_storage, split_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +66,7 @@ def teacher_info(path: str, endpoint_url: str | None = None, **options: Any) -> 
         return TeacherInfo(teacher.identity, teacher.shape, teacher.num_classes, teacher.null_class)
     if kind == "factory":
         _, source = find_factory(path)
-        identity = {"kind": "factory", "name": path, "source_sha256": source, "options": plain(options)}
-        return TeacherInfo(identity, None, None)
+        return TeacherInfo(factory_identity(path, source, options), None, None)
     if kind == "diffusers":
         from dsno_cluster.diffusion.teachers import diffusers_folder
 
@@ -76,11 +75,6 @@ def teacher_info(path: str, endpoint_url: str | None = None, **options: Any) -> 
         return unet_info(path, read_published(path, endpoint_url, options)[0], options.get("schedule"))
     check_options(options, ("schedule",), path)
     return unet_info(path, identity_of(path, read_meta(path, endpoint_url)), options.get("schedule"))
-
-
-def teacher_identity(path: str, endpoint_url: str | None = None, **options: Any) -> dict[str, Any]:
-    """`teacher_info(...).identity`: what a trajectory spec records of the teacher at `path`."""
-    return teacher_info(path, endpoint_url, **options).identity
 
 
 def warm_start_weights(path: str, endpoint_url: str | None = None, **options: Any) -> dict[str, Tensor]:

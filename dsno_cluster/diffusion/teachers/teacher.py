@@ -141,6 +141,13 @@ def check_options(options: dict[str, Any], allowed: Sequence[str], path: str) ->
             )
 
 
+def check_schedule(schedule: Any, path: str) -> str:
+    """The teacher option `schedule`. Raises UserError where it is none of the two."""
+    if schedule not in ("native", "continuous"):
+        raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
+    return str(schedule)
+
+
 def plain(value: Any) -> Any:
     """Options as JSON has them: tuples and sequences become lists."""
     if isinstance(value, dict):

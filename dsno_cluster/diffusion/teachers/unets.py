@@ -6,12 +6,18 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, validate
-from dsno_cluster.diffusion.teachers.teacher import Teacher, TeacherInfo, check_options, is_distilled
+from dsno_cluster.diffusion.teachers.teacher import (
+    Teacher,
+    TeacherInfo,
+    check_options,
+    check_schedule,
+    is_distilled,
+)
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.importers import read_object, read_published_teacher, recognise
 from dsno_cluster.models.predictions import KIND, PREDICTIONS, clean_images, out_channels
-from dsno_cluster.models.weights import CONFIG, META, split_path
-from dsno_cluster.storage import open_storage
+from dsno_cluster.models.weights import CONFIG, META
+from dsno_cluster.storage import open_storage, split_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +43,7 @@ def unet_info(path: str, identity: dict[str, Any], schedule: str | None) -> Teac
     """
     network = validate(Network, identity["network"], f"{path}: its network")
     steps = identity.get("num_steps")
-    schedule = schedule or ("native" if is_distilled(steps) else "continuous")
-    if schedule not in ("native", "continuous"):
-        raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
+    schedule = check_schedule(schedule or ("native" if is_distilled(steps) else "continuous"), path)
     if schedule == "native" and steps is None:
         raise UserError(f"{path}: schedule native: its meta names no num_steps of its own; leave it out")
     null = network.num_classes if network.null_class else None

@@ -11,8 +11,8 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.models.importers.flax_teachers import read_published_teacher
 from dsno_cluster.models.importers.published import recognise
 from dsno_cluster.models.importers.torch_students import read_published_student
-from dsno_cluster.models.weights import split_path, write_model
-from dsno_cluster.storage import MissingObject, open_storage
+from dsno_cluster.models.weights import write_model
+from dsno_cluster.storage import MissingObject, PreconditionFailed, open_storage, split_path
 
 
 def import_weights(
@@ -21,8 +21,8 @@ def import_weights(
     """Write the published student or teacher at `src`, told apart by its first bytes, as the model folder `out_dir`.
 
     `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Returns what it was, "student" or "teacher".
-    Raises UserError for a file of another kind, a switch that is not implemented, and tensors that are missing,
-    surplus or misshapen, by name.
+    Raises UserError for a file of another kind, a switch that is not implemented, tensors that are missing, surplus or
+    misshapen, by name, and where `out_dir` holds something else.
     """
     data, text = read_object(src, endpoint_url), read_object(published_yaml, endpoint_url)
     student = recognise(data[:4]) == "torch"
@@ -39,7 +39,10 @@ def import_weights(
     }
     config = yaml.safe_dump({"network": published.model["network"]}, sort_keys=False)
     parent, name = split_path(out_dir)
-    write_model(open_storage(parent, endpoint_url), f"{name}/", published.weights, config, meta)
+    try:
+        write_model(open_storage(parent, endpoint_url), f"{name}/", published.weights, config, meta)
+    except PreconditionFailed as error:
+        raise UserError(f"--out {out_dir}: {error}; name a new folder") from None
     return "student" if student else "teacher"
 
 
