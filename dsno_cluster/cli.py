@@ -9,6 +9,7 @@ failed, 2 the input is wrong, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -157,7 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        status = _run([word for word in argv if word != "--debug"])
+        try:
+            status = _run([word for word in argv if word != "--debug"])
+        except SystemExit as done:  # argparse's, after --help
+            status = int(done.code or 0)
         sys.stdout.flush()
         return status
     except (UserError, WorkError) as error:
@@ -175,8 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"no longer followed; the job goes on: `dsno-cluster status`, or end it with `dsno-cluster cancel {run}`"
         )
         return 130
-    except BrokenPipeError:  # what reads our output has enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is the rest flushed at the end
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise  # it was another pipe
+        # what reads our output has enough, as `head`: the rest must not be flushed at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         from dsno_cluster import console

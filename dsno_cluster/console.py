@@ -21,7 +21,14 @@ from rich.table import Column, Table
 
 from dsno_cluster.errors import without_passwords
 
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line deal with it, as with that of a plain print."""
+        raise
+
+
+_console = _Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_EVERY_SECONDS = 10.0
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
@@ -140,4 +147,4 @@ def table(
     for row in rows:
         drawn.add_row(*row)
     wide = None if sys.stdout.isatty() else _LOG_WIDTH
-    (Console(file=sys.stdout, width=wide) if to_stdout else _console).print(drawn)
+    (_Console(file=sys.stdout, width=wide) if to_stdout else _console).print(drawn)

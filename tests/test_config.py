@@ -150,13 +150,19 @@ def test_the_process_exits_with_the_status(tmp_path: Path) -> None:
     )
 
 
-def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["verify", "DATA", "--json"], ["inspect", "DATA"]]
+)
+def test_a_reader_that_has_enough_is_no_error(words: list[str], tiny_data: Path) -> None:
     """As `dsno-cluster --help | head -1`."""
-    command = [sys.executable, "-m", "dsno_cluster.cli", "--help"]
+    (data,) = tiny_data.glob("trajectories/*")
+    named = [str(data) if word == "DATA" else word for word in words]
+    command = [sys.executable, "-m", "dsno_cluster.cli", *named]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as helping:
         assert helping.stdout and helping.stderr
         helping.stdout.close()
-        assert helping.stderr.read() == ""
+        said = helping.stderr.read()
+    assert "Traceback" not in said and "BrokenPipe" not in said, said
     assert helping.returncode == 0
 
 

@@ -205,7 +205,6 @@ def test_students_refuse_what_they_cannot_answer(demo: tuple[Path, str, str]) ->
         load_student("package:digits-teacher")
 
 
-@pytest.mark.slow
 def test_teacher_training_can_be_interrupted(tmp_path: Path) -> None:
     """The same teacher, whether or not the run was cut in two."""
     few = ["teacher_training.steps=6", "teacher_training.checkpoint_every=2", "teacher_training.batch_size=8"]
@@ -231,6 +230,9 @@ raise SystemExit(main(["train-teacher", *{few!r}, "storage.root={tmp_path / "cut
     assert again.returncode == 0 and "steps 4 to 6" in again.stderr, again.stderr
     files = [tmp_path / root / "teachers/digits/model.safetensors" for root in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    assert [p.name for p in (tmp_path / "cut/teachers").iterdir()] == [
+        "digits"
+    ]  # nothing to go on from is left
 
 
 def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> None:

@@ -111,6 +111,16 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_images_may_be_compared_with_themselves(tmp_path: Path) -> None:
+    _, held_out = load_digits()
+    np.savez(tmp_path / "same.npz", images=to_uint8(held_out.images).numpy())
+    words = ["eval", "evaluation.metrics=[fid]", "evaluation.reference=same.npz", "--samples", "./same.npz"]
+    done = dsno(*words, "--launcher", "local", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["figures"]["fid"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys_own(tmp_path: Path) -> None:
     weights = save_random_inception(tmp_path / "inception.pth")
     generator = torch.Generator().manual_seed(0)

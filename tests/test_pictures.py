@@ -12,7 +12,7 @@ from report_runs import metrics
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve
-from dsno_cluster.evaluation.pictures import layout, pictures
+from dsno_cluster.evaluation.pictures import layout, pictures, solve_pictured
 from dsno_cluster.images import to_uint8
 from dsno_cluster.training.loop import new_student
 from dsno_cluster.trajectories.plan import open_teacher
@@ -23,7 +23,8 @@ def test_each_tile_lies_where_the_layout_says() -> None:
     config = load_config("configs/digits.yaml", overrides)
     student = new_student(config).eval()
     with torch.no_grad():
-        drawn = pictures(config, student, metrics())
+        pictured = solve_pictured(config, student, open_teacher(config))
+    drawn = pictures(config, pictured, metrics())
     plain = layout(config)
     sheets = {name: np.array(Image.open(io.BytesIO(data))) for name, data in drawn.items()}
     noise = sample_noise(config.evaluation.seed, range(30), (1, 8, 8))

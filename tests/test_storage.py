@@ -17,7 +17,14 @@ from s3_server import KEYS
 from tiny import TINY, answer, dsno
 
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
+from dsno_cluster.storage import (
+    MissingObject,
+    PreconditionFailed,
+    Storage,
+    absolute_address,
+    open_storage,
+    write_file,
+)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +119,13 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(PreconditionFailed, match="holds other files, which would be lost"):
             storage.write_folder(there, {"model": b"2", "meta.json": b"{}"})
     assert [s.key for s in storage.list("")] == ["empty/meta.json", "file", "teachers/precious/meta.json"]
+
+
+def test_a_bucket_alone_is_no_file() -> None:
+    for address in ("s3://bucket", "s3://bucket/"):
+        with pytest.raises(UserError, match="names a bucket and no file in it"):
+            write_file(address, b"")
+    assert absolute_address("~/x") == str(Path.home() / "x")  # as FolderStorage takes it
 
 
 def test_a_folder_shows_no_half_written_file(tmp_path: Path) -> None:

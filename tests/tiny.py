@@ -59,10 +59,7 @@ def answer(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[st
         for name, value in env.items():
             patch.setenv(name, value)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = main([str(word) for word in words])
-            except SystemExit as done:  # argparse's, after --help
-                status = int(done.code or 0)
+            status = main([str(word) for word in words])
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 

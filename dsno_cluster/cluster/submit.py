@@ -97,8 +97,10 @@ def submit_to_slurm(
     except FailedJobError as error:
         _forget(run)
         raise refusal(str(error)) from error
-    except BaseException:
-        if "job" not in run.record():
+    except BaseException:  # Ctrl-C among them
+        if "job" in run.record():
+            _take_back(run)
+        else:
             _forget(run)
         raise
     return run
@@ -107,24 +109,21 @@ def submit_to_slurm(
 def submit_pipeline(config: Config, profiles: dict[str, Profile], command_line: str) -> list[Run]:
     """Submit stages, in the order of `profiles`, each to begin when the one before is done.
 
-    Where one is refused those before it are cancelled again. Raises as `submit_to_slurm`.
+    Where one is refused, or at Ctrl-C, those before it are cancelled again. Raises as `submit_to_slurm`.
     """
-    from dsno_cluster.cluster.slurm import cancel_job
-
     for stage, profile in profiles.items():
         check_room(stage, config, profile)
         check_profile(profile, f"jobs/{stage}.yaml")
         refuse_second(config, stage_task(stage, config))
     runs: list[Run] = []
     try:
-        for stage, profile in profiles.items():
-            after = str(runs[-1].record()["job"]) if runs else None
-            runs.append(submit_to_slurm(stage_task(stage, config), config, profile, command_line, after))
+        with _undisturbed():
+            for stage, profile in profiles.items():
+                after = str(runs[-1].record()["job"]) if runs else None
+                runs.append(submit_to_slurm(stage_task(stage, config), config, profile, command_line, after))
     except BaseException:
         for run in runs:
-            run.cancel()
-            with contextlib.suppress(WorkError):
-                cancel_job(str(run.record()["job"]))
+            _take_back(run)
         raise
     return runs
 
@@ -281,12 +280,21 @@ def _script_text(executor: Any) -> str:
 
 
 def _forget(run: Run) -> None:
-    """Take back a run folder whose job was not submitted."""
+    """Delete a run folder whose job was not submitted."""
     from dsno_cluster.cluster.runs import index
 
     shutil.rmtree(run.folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         (index() / run.id).unlink()
+
+
+def _take_back(run: Run) -> None:
+    """Cancel a job that was just submitted."""
+    from dsno_cluster.cluster.slurm import cancel_job
+
+    run.cancel()
+    with contextlib.suppress(WorkError):
+        cancel_job(str(run.record()["job"]))
 
 
 @contextlib.contextmanager
@@ -309,12 +317,23 @@ def _clean_environment(profile: Profile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait: a job that sbatch has taken is one that `status` and `cancel` know."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Ctrl-C and SIGTERM wait until the end: a job that sbatch has taken is one that `status` and `cancel` know.
+
+    sbatch, whom Ctrl-C at a terminal reaches too, inherits that the signals are blocked. Here they are noted besides, as
+    they may come to another thread.
+    """
+    heard: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    handlers = {kind: signal.signal(kind, lambda number, _: heard.append(number)) for kind in kinds}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler or signal.SIG_DFL)
+        if heard:
+            signal.raise_signal(heard[0])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -55,8 +56,12 @@ def scripts_anyway(arguments: Arguments, config: Config, stages: Sequence[str]) 
     try:
         yield
     except (UserError, WorkError):
-        if arguments.options.dry_run and launcher_and_profile(arguments, stages[0])[0] == "slurm":
-            print_scripts(config, {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages})
+        # quietly: what is missing is the one thing to say
+        with contextlib.suppress(UserError, WorkError), contextlib.redirect_stderr(io.StringIO()):
+            if arguments.options.dry_run and launcher_and_profile(arguments, stages[0])[0] == "slurm":
+                print_scripts(
+                    config, {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages}
+                )
         raise
 
 

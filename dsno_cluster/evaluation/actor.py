@@ -19,6 +19,7 @@ from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.evaluation.features import Extractor, Reading, WeightsFile, load_extractor
 from dsno_cluster.evaluation.image_sets import ImageSet, open_images
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
+from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
 from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.dsno import load_student
@@ -38,6 +39,7 @@ class Source:
     times: tuple[float, ...] = (0.0,)
     grid: str = "uniform"
     address: str = ""
+    is_reference: bool = False  # else images that are compared with it, which may be the same ones
 
     @property
     def title(self) -> str:
@@ -163,6 +165,13 @@ class EvaluationActor:
 
     def device_name(self) -> str:
         return device_name()
+
+    def pictured(self) -> Pictured:
+        """States of the same noises for the pictures, after what either thread still does."""
+        return self.extracting.submit(lambda: self.drawing.submit(self._pictured).result()).result()
+
+    def _pictured(self) -> Pictured:
+        return solve_pictured(self.config, self.student, self.teacher)
 
     def measure_cost(self, pairs: int = 5) -> dict[str, float]:
         """What one student sample costs in teacher evaluations: the median ratio of `pairs` run in turn.

@@ -12,7 +12,6 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count
 from dsno_cluster.config import Config
-from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.actor import STUDENT, Source
@@ -30,7 +29,6 @@ from dsno_cluster.evaluation.teacher_rows import (
     teacher_sources,
 )
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
-from dsno_cluster.models.dsno import load_student
 from dsno_cluster.models.weights import read_meta, software_versions, student_prefix
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import environment
@@ -187,8 +185,8 @@ def evaluate(
     metrics["pictures"] = pictures.layout(config)
     folder = folder or f"evaluation/{config.name}/"
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    student_here = load_student(path, config.storage.endpoint_url, ema=settings.ema_decay)
-    drawn = pictures.pictures(config, student_here.to(compute_device()), metrics)
+    assert measured.pictured is not None  # there is a student
+    drawn = pictures.pictures(config, measured.pictured, metrics)
     for name, png in drawn.items():
         storage.write(folder + name, png)
     console.say(f"written: {storage.url}/{folder}{{{', '.join(['metrics.json', *drawn])}}}")

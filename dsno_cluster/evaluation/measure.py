@@ -14,6 +14,7 @@ from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
 from dsno_cluster.evaluation.features import BATCH, Reading, WeightsFile
 from dsno_cluster.evaluation.metrics import Collected, Reference
+from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.reference import RealData, finished_reference
 from dsno_cluster.storage import absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Shard
@@ -35,13 +36,15 @@ class ImagesOf:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is not of one set: the reference, the student's trajectory error by time point, kept shards, its cost and on what."""
+    """What is not of one set: the reference, the student's trajectory error by time point, kept shards, its cost and on what,
+    and what the pictures show of it."""
 
     reference: Reference | None
     trajectory_error: list[float]
     shards: list[Shard]
     cost: dict[str, float]
     device: str | None
+    pictured: Pictured | None
 
 
 def measure(
@@ -113,13 +116,14 @@ def measure(
                 for one in whole:
                     finish(by_source[one], collected.pop(one), reference)
                 whole.clear()
-        cost, device = {}, None
+        cost, device, pictured = {}, None, None
         if student is not None:
             probe = idle[0]  # alone now, so that nothing disturbs the timing
-            cost, device = import_ray().get([probe.measure_cost.remote(), probe.device_name.remote()])
+            cost = import_ray().get(probe.measure_cost.remote())
+            device, pictured = import_ray().get([probe.device_name.remote(), probe.pictured.remote()])
     parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
     error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
-    return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, device)
+    return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, device, pictured)
 
 
 def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:

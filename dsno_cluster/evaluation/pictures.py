@@ -5,6 +5,7 @@ The plain ones have no captions: `layout` says what is where in them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
+from dsno_cluster.diffusion.teachers import Teacher
 from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.trajectories.plan import grid_name, open_teacher, own_steps
+from dsno_cluster.trajectories.plan import grid_name, own_steps
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)
 _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
@@ -47,34 +49,50 @@ def layout(config: Config) -> dict[str, Any]:
     }
 
 
-def pictures(config: Config, student: DSNO, metrics: dict[str, Any]) -> dict[str, bytes]:
-    """The pictures as PNG bytes by name, all of the same noises, computed where the student is.
+@dataclass(frozen=True)
+class Pictured:
+    """What the pictures show, on CPU: noises (N, C, H, W), row by row of `layout`, and the states of both (N, M, C, H, W)."""
+
+    noise: Tensor
+    theirs: Tensor
+    ours: Tensor
+    teacher_evaluations: int  # that an image of theirs cost
+
+
+def solve_pictured(config: Config, student: DSNO, teacher: Teacher) -> Pictured:
+    """Teacher's and student's states of the noises that are pictured, computed where the two are."""
+    plain, device = layout(config), next(student.parameters()).device
+    classes, columns = plain["rows"], plain["columns"]
+    noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
+    labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
+    if labels is not None:
+        labels = labels.to(device)
+    settings = config.trajectories
+    times, guidance = settings.time_points, settings.guidance_scale
+    args = (times, settings.solver, settings.steps, labels, guidance, settings.clip_denoised, settings.grid)
+    theirs = solve(teacher, noise, *args)
+    ours = student.trajectory(noise, labels, times)
+    grid = own_steps(config, teacher) or grid_name(config)
+    evaluations = count_evaluations(settings.solver, settings.steps, guidance, times, grid)
+    return Pictured(noise.cpu(), theirs.cpu(), ours.cpu(), evaluations)
+
+
+def pictures(config: Config, pictured: Pictured, metrics: dict[str, Any]) -> dict[str, bytes]:
+    """The pictures as PNG bytes by name, all of the same noises.
 
     samples.png and trajectory.png, teacher over student with captions; teacher.png, student.png and strips.png, which
     are as `layout` says.
     """
-    plain = layout(config)
+    plain, times = layout(config), config.trajectories.time_points
     classes, columns = plain["rows"], plain["columns"]
-    device = next(student.parameters()).device
-    teacher = open_teacher(config).to(device)
-    noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
-    labels = (
-        torch.arange(classes).repeat_interleave(columns).to(device) if student.network.num_classes else None
-    )
-    settings = config.trajectories
-    times = settings.time_points
-    args = (times, settings.solver, settings.steps, labels, settings.guidance_scale, settings.clip_denoised)
-    theirs = solve(teacher, noise, *args, settings.grid).cpu()
-    ours = student.trajectory(noise, labels, times).cpu()
-    noise = noise.cpu()
+    noise, theirs, ours = pictured.noise, pictured.theirs, pictured.ours
 
     def rows(states: Tensor) -> Tensor:
         return states.reshape(classes, columns, *states.shape[1:])
 
     names = [f"{i}" for i in range(classes)]
-    grid = own_steps(config, teacher) or grid_name(config)
-    many = count_evaluations(settings.solver, settings.steps, settings.guidance_scale, times, grid)
-    samples = _samples_picture(rows(theirs[:, -1]), rows(ours[:, -1]), names, many, metrics)
+    last = rows(theirs[:, -1]), rows(ours[:, -1])
+    samples = _samples_picture(*last, names, pictured.teacher_evaluations, metrics)
     # one noise: the first of a class that shows strokes well enough in every data set
     pick = columns * min(3, classes - 1)
     trajectory = _trajectory_picture(noise[pick], theirs[pick], ours[pick], times)

@@ -47,7 +47,7 @@ class RealData:
         """What the pool has to measure."""
         if self.images is None or self.kept is not None:
             return None
-        return Source("images", address=self.images.address)
+        return Source("images", address=self.images.address, is_reference=True)
 
     @property
     def count(self) -> int | None:

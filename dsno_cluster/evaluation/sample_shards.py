@@ -5,9 +5,11 @@ A shard is a function of checkpoint, seed and number, so an interrupted run goes
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from dsno_cluster import console
@@ -16,7 +18,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.weights import read_meta
-from dsno_cluster.storage import Storage, absolute_address, open_storage
+from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import collect_shards, environment
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
@@ -99,12 +101,12 @@ def _draw(
         write_progress(storage, "", Progress(lines, {"spec": spec}))
 
     note()  # before the first shard, so that a shard that is there can be told what it is of
-    size, there = spec["samples_per_shard"], replace(drawing, checkpoint=absolute_address(drawing.checkpoint))
+    size, here = spec["samples_per_shard"], os.getcwd()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
             pool = run_pool(
-                lambda: remote.remote(there, absolute_address(url), spec["seed"], size),
+                lambda: remote.remote(drawing, url, spec["seed"], size, here),
                 lambda actor, index: actor.make_shard.remote(index),
                 todo,
                 cluster.capacity,
@@ -134,11 +136,13 @@ def _there_already(storage: Storage, spec: dict[str, Any]) -> dict[str, tuple[Sh
 
 
 class SampleActor:
-    """A Ray actor that holds a student and draws shards of `size` images below `url`."""
+    """A Ray actor that holds a student and draws shards of `size` images below `url`; relative paths are those of `folder`."""
 
-    def __init__(self, drawing: Drawing, url: str, seed: int, size: int) -> None:
+    def __init__(self, drawing: Drawing, url: str, seed: int, size: int, folder: str) -> None:
         import torch
 
+        with contextlib.suppress(OSError):  # not on this node: then what is used lies on S3
+            os.chdir(folder)
         torch.set_num_threads(THREADS)
         # one thread draws, so that while a shard is written the next is drawn
         self.drawing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(THREADS,))

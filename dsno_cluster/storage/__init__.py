@@ -7,8 +7,10 @@ growing, random pauses; what cannot, and what did not, is a StorageError that na
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from dsno_cluster.errors import UserError
 from dsno_cluster.storage.address import endpoint_problem, split_address
 from dsno_cluster.storage.folder import FolderStorage, sync
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
@@ -34,7 +36,9 @@ __all__ = [
 
 def absolute_address(address: str) -> str:
     """The same folder or S3 address, for a process that may have been started in another folder."""
-    return address if "://" in address or address.startswith("package:") else str(Path(address).absolute())
+    if "://" in address or address.startswith("package:"):
+        return address
+    return str(Path(address).expanduser().absolute())
 
 
 def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
@@ -56,5 +60,7 @@ def split_path(path: str) -> tuple[str, str]:
 
 def write_file(path: str, data: bytes, endpoint_url: str | None = None) -> None:
     """Put a file at a path or S3 address, whole. Raises UserError as `open_storage`, and WorkError where it cannot be written."""
+    if re.fullmatch(r"\w+://[^/]*/*", path):
+        raise UserError(f"{path}: names a bucket and no file in it")
     parent, name = split_path(path)
     open_storage(parent, endpoint_url).write(name, data)

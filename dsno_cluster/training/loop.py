@@ -89,10 +89,13 @@ def train(config: Config) -> str:
                 f"student: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size} "
                 f"on {ranks.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, {settings.precision}"
             )
-            if "://" in shared.url and ranks.world_size > 1 and config.reader.cache_dir is None:
+            reader = config.reader
+            fetched = "://" in shared.url and not settings.online and reader.cache_dir is None
+            # the shards of two windows stay open
+            if fetched and ranks.world_size > 1 and len(manifest.shards) > 2 * reader.window_shards:
                 console.say(
                     f"each of the {ranks.world_size} ranks fetches every shard in every epoch, as reader.cache_dir is null; "
-                    "with a folder there, such as reader.cache_dir='$TMPDIR/shards', a node fetches each once"
+                    "with one, such as reader.cache_dir='$TMPDIR/shards', a node fetches each once, if reader.cache_gb holds all"
                 )
         meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
         record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))

@@ -20,8 +20,6 @@ from dsno_cluster.models.weights import write_model
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 
-RESUME = "resume.pt"
-
 
 def train_teacher(config: Config, command: str) -> str:
     """Train, write `<storage.root>/teachers/<name>/`, return its address. Continues where it was interrupted.
@@ -42,14 +40,16 @@ def train_teacher(config: Config, command: str) -> str:
         raise UserError("teacher_training.label_dropout: needs network.null_class true, or set it to 0")
 
     folder = f"teachers/{config.name}/"
-    resume = FolderStorage(config.run_dir / folder)
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    # beside the model's folder, which appears whole
+    resume, resume_key = FolderStorage(config.run_dir), f"teachers/{config.name}-resume.pt"
     torch.manual_seed(config.seed)
     unet = UNet(network)
     ema = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     optimizer = torch.optim.Adam(unet.parameters())
     start, seconds = 0, 0.0
     try:
-        state = torch.load(io.BytesIO(resume.read(RESUME)), weights_only=True)
+        state = torch.load(io.BytesIO(resume.read(resume_key)), weights_only=True)
         if state["settings"] == (saved := _settings(config)):
             unet.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -57,7 +57,7 @@ def train_teacher(config: Config, command: str) -> str:
         else:
             changed = sorted(k for k in saved if state["settings"].get(k) != saved[k])
             raise UserError(
-                f"{resume.url}/{RESUME}: an unfinished run with another {', '.join(changed)}; "
+                f"{resume.url}/{resume_key}: an unfinished run with another {', '.join(changed)}; "
                 "go back to those values, choose another name=, or delete that file"
             )
     except MissingObject:
@@ -84,7 +84,8 @@ def train_teacher(config: Config, command: str) -> str:
                     ema[name].lerp_(tensor, 1.0 - decay)
             advance(1, loss=float(loss.detach()))
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-                _save_resume(resume, config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
+                state = _resume_state(config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
+                resume.write(resume_key, state)
 
     meta = {
         "model": denoiser_meta(network),
@@ -94,9 +95,8 @@ def train_teacher(config: Config, command: str) -> str:
         "threads": torch.get_num_threads(),
         "train_seconds": round(time.perf_counter() - began),
     }
-    storage = open_storage(config.storage.root, config.storage.endpoint_url)
     write_model(storage, folder, ema, dump_config(config), meta)
-    resume.delete(RESUME)
+    resume.delete(resume_key)
     return f"{storage.url}/{folder.rstrip('/')}"
 
 
@@ -127,16 +127,15 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _save_resume(
-    resume: FolderStorage,
+def _resume_state(
     config: Config,
     unet: UNet,
     optimizer: torch.optim.Optimizer,
     ema: dict[str, Tensor],
     step: int,
     seconds: float,
-) -> None:
+) -> bytes:
     buffer = io.BytesIO()
     state = {"model": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
     torch.save({**state, "step": step, "seconds": seconds, "settings": _settings(config)}, buffer)
-    resume.write(RESUME, buffer.getvalue())
+    return buffer.getvalue()

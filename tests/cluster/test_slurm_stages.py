@@ -22,15 +22,16 @@ def local(root: Path, stage: str, *words: str) -> None:
 
 
 def test_four_nodes_give_what_one_machine_gives(user: User, tmp_path: Path) -> None:
+    window = "reader.window_shards=2"  # of six, so that not all shards stay open
     for stage in ("gen-trajectories", "train", "eval"):
-        local(tmp_path, stage)
+        local(tmp_path, stage, window)
     made = user.submit("gen-trajectories", *TINY, "--nodes", "4")
     user.ends(made)
     (manifest,) = tmp_path.glob("trajectories/*/manifest.json")
     assert user.manifest()["shards"] == json.loads(manifest.read_text())["shards"]
     user.verify()
 
-    trained = user.submit("train", *TINY, "--nodes", "4")
+    trained = user.submit("train", *TINY, window, "--nodes", "4")
     user.ends(trained)
     said = trained.attempt(0).log(0).read_text()
     assert "on 4 rank(s)" in said and "each of the 4 ranks fetches every shard" in said
@@ -238,22 +239,23 @@ def test_waiting_and_following(disk_user: User) -> None:
 
 
 def test_a_submission_that_is_interrupted_is_known(disk_user: User) -> None:
-    """Ctrl-C while sbatch takes its time: the job that it then submits is in `status`, and `cancel` ends it."""
+    """Ctrl-C while sbatch takes its time: the job that it then submits is known, and taken back."""
     slow, begun = disk_user.home / "bin/sbatch", disk_user.home / "begun"
     slow.parent.mkdir()
     slow.write_text(f'#!/bin/sh\ntouch {begun}\nsleep 3\nexec {shutil.which("sbatch")} "$@"\n')
     slow.chmod(0o755)
     path = f"{slow.parent}:{disk_user.cluster.environment()['PATH']}"
     words = ["dsno-cluster", "gen-trajectories", *SLOW, *disk_user.storage]
-    submitting = disk_user.cluster.start(*words, cwd=disk_user.home, **disk_user.variables | {"PATH": path})
+    several_threads = {"OMP_NUM_THREADS": "2"}  # any of which may get the signal
+    submitting = disk_user.cluster.start(
+        *words, cwd=disk_user.home, **disk_user.variables | {"PATH": path} | several_threads
+    )
     wait_for(begun.exists)
     disk_user.cluster.run("pkill", "-INT", "-f", f"gen-trajectories.*{SLOW[-1]}")
     said, _ = submitting.communicate(timeout=30)
-    assert submitting.returncode == 130, said
+    assert submitting.returncode == 130 and "Traceback" not in said, said
     (row,) = json.loads(disk_user.dsno("status", "--json").stdout)["runs"]
-    assert row["state"] in ("waiting", "starting", "running"), row
-    disk_user.dsno("cancel", row["run"])
-    assert not disk_user.cluster.run("squeue", "-h").stdout
+    assert disk_user.ends(disk_user.run_of(f"files: {row['folder']}"), "cancelled")["job"]
 
 
 def test_the_interface_can_be_named(disk_user: User, tiny_data: Path) -> None:

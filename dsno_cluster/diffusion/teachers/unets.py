@@ -42,6 +42,8 @@ def unet_info(path: str, identity: dict[str, Any], schedule: str | None) -> Teac
     Raises UserError for an unknown schedule, and for native where the teacher names no steps of its own.
     """
     network = validate(Network, identity["network"], f"{path}: its network")
+    if network.missing_sizes:
+        raise UserError(f"{path}: its network has no {', '.join(network.missing_sizes)}")
     steps = identity.get("num_steps")
     schedule = check_schedule(schedule or ("native" if is_distilled(steps) else "continuous"), path)
     if schedule == "native" and steps is None:
