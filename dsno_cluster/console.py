@@ -30,6 +30,7 @@ class _Console(Console):
 
 _console = _Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_EVERY_SECONDS = 10.0
+_WRAPPED = 24  # columns that a cell of many words needs at least
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
 _record_file: Path | None = None
@@ -142,9 +143,22 @@ def _figures(figures: dict[str, Any]) -> str:
 def table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = True
 ) -> None:
-    """A table of results. Its first column, which names the rows, stays whole."""
+    """A table of results. Its first column, which names the rows, stays whole.
+
+    Where the terminal is too narrow for it, a list: each row's name, and below it what is known of it.
+    """
+    wide = None if sys.stdout.isatty() else _LOG_WIDTH
+    console = _Console(file=sys.stdout, width=wide, highlight=False) if to_stdout else _console
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    # words of the last column may be wrapped
+    needed = sum(widths[:-1]) + min(widths[-1], _WRAPPED) + 3 * len(widths) + 1
+    if needed > console.width:
+        for row in rows:
+            named = [f"    {name}: {cell}" for name, cell in list(zip(header, row, strict=True))[1:]]
+            known = [line for line, cell in zip(named, row[1:], strict=True) if cell not in ("", "-")]
+            console.print("\n".join([row[0], *known]), markup=False, soft_wrap=True)
+        return
     drawn = Table(Column(header[0], no_wrap=True), *header[1:], title=title, title_justify="left")
     for row in rows:
         drawn.add_row(*row)
-    wide = None if sys.stdout.isatty() else _LOG_WIDTH
-    (_Console(file=sys.stdout, width=wide) if to_stdout else _console).print(drawn)
+    console.print(drawn)

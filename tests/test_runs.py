@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import socket
+import struct
 import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -75,6 +81,19 @@ def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
         assert find_run(word) == run
     with pytest.raises(UserError, match=f"the newest is {run.id}"):
         find_run("nothing")
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_status_is_read_on_any_terminal(run: Run, columns: int) -> None:
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    command = [sys.executable, "-m", "dsno_cluster.cli", "status"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    assert subprocess.run(command, stdout=terminal, env=environment, check=False).returncode == 0
+    os.close(terminal)
+    shown = os.read(ours, 1 << 16).decode()
+    assert run.id in shown and "it was never submitted" in shown  # whole, not a letter a line
+    assert ("last error: it was never submitted" in shown) == (columns == 80)
 
 
 def test_a_cancelled_local_run_is_not_a_failed_one(run: Run) -> None:

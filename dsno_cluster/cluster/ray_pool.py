@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
@@ -124,14 +126,15 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
     if num_gpus and actors > (devices := torch.cuda.device_count()):
         raise UserError(f"--actors {actors}: this machine has {devices} GPU(s), and an actor takes one")
     try:
-        ray.init(
-            address="local",
-            num_cpus=actors * threads,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-        )
+        with _sigterm_as_before():
+            ray.init(
+                address="local",
+                num_cpus=actors * threads,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
     except Exception as error:  # Ray raises bare ones, as where a node is slow to start
         raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
     try:
@@ -141,11 +144,23 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
 
 
 @contextlib.contextmanager
+def _sigterm_as_before() -> Iterator[None]:
+    """ray.init leaves a handler by which each SIGTERM raises SystemExit, the second in the midst of what the first began.
+
+    A handler of ours holds again after it. Where there is none Ray's stays: by default the process would die at once.
+    """
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(ours) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+
+
+@contextlib.contextmanager
 def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCluster]:
     _check_listening(address)
     ray = import_ray()
     try:
-        with _off_the_path():
+        with _off_the_path(), _sigterm_as_before():
             ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True
             )

@@ -192,7 +192,8 @@ def overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _reason(attempt: Attempt) -> str:
-    return (attempt.read("outcome") or {}).get("reason") or why(attempt, None)
+    outcome = attempt.read("outcome")
+    return why(attempt, None) if outcome is None else str(outcome["reason"])
 
 
 def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

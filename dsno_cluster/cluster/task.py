@@ -64,10 +64,12 @@ class StageTask:
         try:
             with _signals_unwind(received):
                 result = self._run(run, attempt)
-        except KeyboardInterrupt as stopped:
+        except (KeyboardInterrupt, SystemExit) as stopped:
             _ignore_signals()
-            if not received and not isinstance(stopped, Preempted):
-                sys.exit(130)
+            # what Ray makes of a SIGTERM while it starts
+            told = received or (isinstance(stopped, SystemExit) and stopped.code == signal.SIGTERM)
+            if not told and not isinstance(stopped, Preempted):
+                sys.exit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code)
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
             sys.exit(0)  # rank 0 speaks for all; an error status here would have Slurm end it too early

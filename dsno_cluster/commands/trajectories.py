@@ -19,7 +19,8 @@ def gen_trajectories(arguments: Arguments) -> None:
         plan = make_plan(config)  # what is missing is said before anything starts or is submitted
     launcher, profile = launcher_and_profile(arguments, "gen-trajectories")
     if launcher == "slurm":
-        check_reachable(config, plan.folder)
+        with scripts_anyway(arguments, config, ["gen-trajectories"]):
+            check_reachable(config, plan.folder)
         submit_stage(arguments, config, profile, "gen-trajectories")
         return
     from dsno_cluster.trajectories.generate import describe_plan, generate

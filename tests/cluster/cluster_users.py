@@ -72,11 +72,7 @@ class User:
 
     def profile(self, **values: Any) -> None:
         """Write jobs/*.yaml for every stage."""
-        (self.home / "jobs").mkdir(exist_ok=True)
-        content = {"cpus_per_task": 1, "mem_gb": 1, "time_minutes": 10, **values}
-        for stage in ("gen-trajectories", "train", "eval"):
-            text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items())
-            (self.home / f"jobs/{stage}.yaml").write_text(text)
+        testbed.write_profiles(self.home, **values)
 
     def dsno(self, *words: str, status: int = 0, timeout: float = 240) -> Any:
         """Run `dsno-cluster`; its exit status must be `status`."""

@@ -173,6 +173,7 @@ def test_requeued_by_an_administrator(
     else:
         disk_user.ends(run)
         all_shards_made_once(disk_user)
+    assert (run.attempt(0).read("stopped") or {})["why"] == "preempted"
     assert disk_user.row(run)["attempts"] == 2
 
 

@@ -64,6 +64,7 @@ def test_a_user_without_privileges(cluster: Cluster) -> None:
         cancelled = user.submit("gen-trajectories", *SLOW, "--nodes", "2")
         wait_for(lambda: user.shards_made() > 6)
         user.dsno("cancel", cancelled.id)
+        assert (cancelled.attempt(0).read("stopped") or {})["why"] == "cancelled"
         for node in ("node1", "node2"):
             assert not cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
             left = cluster.run("find", "/mnt", "/dev/shm", "-user", account, host=node).stdout.splitlines()

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -421,6 +422,15 @@ def find(folder: Path = DEFAULT_FOLDER) -> Cluster:
     return Cluster(folder, **json.loads(file.read_text()))
 
 
+def write_profiles(folder: Path, **values: Any) -> None:
+    """jobs/*.yaml of every stage below `folder`, of a size that the nodes have, with `values` over it."""
+    (folder / "jobs").mkdir(exist_ok=True)
+    content = {"cpus_per_task": 1, "mem_gb": 1, "time_minutes": 10, **values}
+    for stage in ("gen-trajectories", "train", "eval"):
+        text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items())
+        (folder / f"jobs/{stage}.yaml").write_text(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("up", "down", "shell", "status"))
@@ -434,7 +444,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (options.folder / "cluster.json").is_file():
             sys.exit(f"a test cluster is up already in {options.folder}; `make cluster-down` ends it")
         print(f"starting a login host and {options.nodes} nodes")
-        Cluster(options.folder, options.nodes, options.accounting, "dsno").up()
+        cluster = Cluster(options.folder, options.nodes, options.accounting, "dsno")
+        cluster.up()
+        write_profiles(cluster.shared)
         print("up: `make cluster-shell` gives a shell on the login host, `make cluster-down` ends it")
         return
     cluster = find(options.folder)
@@ -445,10 +457,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(cluster.run("sinfo").stdout + cluster.run("squeue").stdout, end="")
     else:
         print(
-            f"login host; S3 at {cluster.s3_url}, bucket `bucket`; files in {cluster.shared}; leave with `exit`"
+            f"login host; storage.root=s3://bucket/... is its S3 server; files in {cluster.shared}, profiles in jobs/ there; "
+            "leave with `exit`"
         )
         command = [*cluster.inside(), "env", "-C", str(cluster.shared), "PS1=login:\\w# ", "bash", "--norc"]
-        sys.exit(subprocess.run(command, env=cluster.environment(), check=False).returncode)
+        environment = cluster.environment() | {"AWS_ENDPOINT_URL": cluster.s3_url}
+        sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
 if __name__ == "__main__":
