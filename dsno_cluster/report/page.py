@@ -160,6 +160,8 @@ def _figures(files: RunFiles, words: str) -> Markup:
     if metrics is None:
         return together(note, parts.missing("Not evaluated yet", f"dsno-cluster eval {words}"))
     figures = figures_of(metrics)
+    held_out = metrics.get("real_held_out")
+    few = held_out is not None and held_out["num_samples"] < metrics["num_samples"]
     count, extractor = (
         metrics.get("num_samples"),
         metrics["feature_extractor"].get("name", "unknown extractor"),
@@ -176,7 +178,8 @@ def _figures(files: RunFiles, words: str) -> Markup:
         tag(
             "p",
             "NFE: network evaluations for one image, one after the other. Cost: the same in evaluations of the teacher, measured "
-            "here; a student that answers several times at once may cost more than one. An arrow says which way is better.",
+            "here; a student that answers several times at once may cost more than one. An arrow says which way is better."
+            + (" Real images held out are few, which alone makes their distances large." if few else ""),
             class_="muted",
         ),
         parts.chart_figure(chart) if chart else None,
