@@ -230,9 +230,8 @@ raise SystemExit(main(["train-teacher", *{few!r}, "storage.root={tmp_path / "cut
     assert again.returncode == 0 and "steps 4 to 6" in again.stderr, again.stderr
     files = [tmp_path / root / "teachers/digits/model.safetensors" for root in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert [p.name for p in (tmp_path / "cut/teachers").iterdir()] == [
-        "digits"
-    ]  # nothing to go on from is left
+    # nothing to go on from is left
+    assert [p.name for p in (tmp_path / "cut/teachers").iterdir()] == ["digits"]
 
 
 def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> None:

@@ -105,9 +105,8 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
         check_equal(found["figures"], wanted)
         measured.append(done.stderr)
     assert len(list((tmp_path / "evaluation/references").iterdir())) == 1  # computed once
-    assert (
-        "1797/1797" in measured[0] and "297/297" in measured[1]
-    )  # the reference's images are not measured again
+    # the reference's images are not measured again
+    assert "1797/1797" in measured[0] and "297/297" in measured[1]
 
 
 @pytest.mark.slow

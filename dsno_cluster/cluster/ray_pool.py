@@ -169,9 +169,8 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus = 1 if any(node.get("GPU") for node in nodes) else 0
-        if not any(
-            actors_that_fit(node, threads, num_gpus) for node in nodes
-        ):  # however many actors are asked for, not one would start
+        # however many actors are asked for, not one would start
+        if not any(actors_that_fit(node, threads, num_gpus) for node in nodes):
             raise UserError(
                 f"Ray cluster {address}: no node has the {threads} CPUs that one actor takes (threads of the config); start "
                 "its nodes with more, in a job by cpus_per_task of its profile"

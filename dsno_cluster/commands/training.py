@@ -21,9 +21,8 @@ def train_student(arguments: Arguments) -> None:
     check_divides(config, tasks)
     with scripts_anyway(arguments, config, ["train"]):
         find_lpips_weights(config.training)
-        folder, _ = find_trajectories(
-            config
-        )  # what is missing is said before anything starts or is submitted
+        # what is missing is said before anything starts or is submitted
+        folder, _ = find_trajectories(config)
     launcher, profile = launcher_and_profile(arguments, "train")
     if launcher == "slurm":
         check_divides(config, profile.nodes * profile.tasks_per_node)

@@ -29,7 +29,7 @@ from dsno_cluster.evaluation.teacher_rows import (
     teacher_sources,
 )
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
-from dsno_cluster.models.weights import read_meta, software_versions, student_prefix
+from dsno_cluster.models.weights import read_meta, software_versions, student_address
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import environment
 from dsno_cluster.trajectories.plan import find_teacher
@@ -43,7 +43,7 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
 
     Raises UserError where there is none, where it is not of the config's network, or where there is no teacher.
     """
-    path = student_path or f"{config.storage.root.rstrip('/')}/{student_prefix(config).rstrip('/')}"
+    path = student_path or student_address(config)
     try:
         meta = read_meta(path, config.storage.endpoint_url, config.evaluation.ema_decay)
     except UserError as error:

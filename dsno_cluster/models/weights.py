@@ -39,6 +39,11 @@ def student_prefix(config: Config) -> str:
     return f"students/{config.name}/"
 
 
+def student_address(config: Config) -> str:
+    """Folder or S3 address of an experiment's students, for `load_student` and the like."""
+    return f"{config.storage.root.rstrip('/')}/{student_prefix(config).rstrip('/')}"
+
+
 def step_name(step: int) -> str:
     """The folder of a checkpoint there."""
     return f"step-{step:09d}"
