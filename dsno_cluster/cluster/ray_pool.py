@@ -175,6 +175,8 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
                 f"Ray cluster {address}: no node has the {threads} CPUs that one actor takes (threads of the config); start "
                 "its nodes with more, in a job by cpus_per_task of its profile"
             )
+        room = sum(actors_that_fit(node, threads, num_gpus) for node in nodes)
+        console.say(f"Ray cluster {address}: room for {room} actors on {len(nodes)} nodes now")
         yield RayCluster(threads, num_gpus, actors)
     finally:
         ray.shutdown()
@@ -273,11 +275,14 @@ def run_pool(
     durations: list[float] = []
     failed_starts = storage_failures = 0
     quiet_since = polled = time.monotonic()
-    room = capacity()
+    room = told = capacity()
     try:
         while open_tasks:
             if time.monotonic() - polled > POLL_SECONDS:
-                room, polled = capacity(), time.monotonic()
+                before, room, polled = room, capacity(), time.monotonic()
+                if room == before and room != told:  # not each of many nodes that come or go at once
+                    console.say(f"Ray has room for {room} actors now, {told} before")
+                    told = room
             while len(starting) + len(workers) < min(room, len(open_tasks)):
                 worker = _Worker(make_actor())
                 starting[greet(worker.actor)] = worker

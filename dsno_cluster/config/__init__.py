@@ -14,7 +14,7 @@ from dsno_cluster.config.loading import (
     load_resolved_profile,
     with_absolute_paths,
 )
-from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig
+from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
 from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.profile import Profile
 from dsno_cluster.config.training import TeacherTraining, Training
@@ -44,6 +44,7 @@ __all__ = [
     "load_profile",
     "load_resolved_profile",
     "parse_yaml",
+    "too_many_modes",
     "validate",
     "with_absolute_paths",
 ]

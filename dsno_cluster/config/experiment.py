@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
-from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig
+from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
 from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
@@ -53,11 +53,8 @@ class Config(Strict):
         if student.backbone == "unet" and self.network.missing_sizes:
             missing = ", ".join(f"network.{name}" for name in self.network.missing_sizes)
             raise ValueError(f"{missing} left out: student.backbone=unet needs the sizes of its U-Net")
-        most, formula = (points, "M") if student.operator == "series" else (points // 2 + 1, "M//2+1")
-        if student.modes > most:
-            raise ValueError(
-                f"student.modes {student.modes} is above {most} = {formula} for M={points} time points"
-            )
+        if problem := too_many_modes(student.operator, student.modes, points):
+            raise ValueError(f"student.{problem}")
         if student.points == "drawn" and student.modes > 0 and self.training.most_points == 1:
             raise ValueError(
                 "training.most_points 1: temporal convolutions mix points, so student.points=drawn needs 2 or more; "

@@ -95,6 +95,12 @@ class TeacherConfig(Strict):
     )
 
 
+def too_many_modes(operator: str, modes: int, points: int) -> str | None:
+    """What is wrong with so many modes on M = `points` time points, or None: more of them no M points determine."""
+    most, formula = (points, "M") if operator == "series" else (points // 2 + 1, "M//2+1")
+    return f"modes {modes} is above {most} = {formula} for M={points} time points" if modes > most else None
+
+
 class StudentConfig(Strict):
     backbone: Literal["unet", "diffusers"] = Field(
         "unet", description="unet: ours, as `network` says; diffusers: the teacher's own UNet2DModel"

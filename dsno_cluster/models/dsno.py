@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dsno_cluster.config import Network, validate
+from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.recompute import recompute_in_backward
@@ -69,11 +69,8 @@ class DSNO(nn.Module):
         self.network, self.form, self.diffusers = network, form, diffusers
         self.times = tuple(float(t) for t in times)
         series = form.operator == "series"
-        most = len(self.times) if series else len(self.times) // 2 + 1
-        if form.modes > most:
-            raise ValueError(
-                f"modes {form.modes} is above {most} = {'M' if series else 'M//2+1'} for {len(self.times)} time points"
-            )
+        if problem := too_many_modes(form.operator, form.modes, len(self.times)):
+            raise ValueError(problem)
         self.precision = "float32"
         modes, out_channels = (0, form.modes * network.channels) if series else (form.modes, network.channels)
         if diffusers is None:

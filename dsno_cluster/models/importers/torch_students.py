@@ -7,7 +7,7 @@ import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.config import Network, validate
+from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.importers.published import (
     RESIDUAL,
@@ -46,12 +46,11 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
         else 0
     )
     network = _student_network(theirs, settings, where, config_path)
-    if modes > len(times) // 2 + 1:
-        raise UserError(
-            f"{config_path}: model.num_modes {modes} is above {len(times) // 2 + 1} = M//2+1 for M={len(times)} time points"
-        )
+    form = Form(modes)
+    if problem := too_many_modes(form.operator, modes, len(times)):
+        raise UserError(f"{config_path}: model.num_{problem}")
     with torch.device("meta"):
-        student = DSNO(network, Form(modes), times)
+        student = DSNO(network, form, times)
     assert isinstance(student.backbone, UNet)
     weights = from_published_torch(theirs, student.backbone, f"{where} with {config_path}")
     return PublishedModel(
