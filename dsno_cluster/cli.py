@@ -112,8 +112,8 @@ COMMANDS = {
         models.sample_student,
         "images from a trained student, as a picture, arrays or shards",
         "CHECKPOINT",
-        "dsno-cluster sample runs/students/digits --num 64 --seed 0 --out grid.png",
-        [options.sampling, options.actors],
+        "dsno-cluster sample runs/students/digits --num 64 --seed 2 --out grid.png",
+        [options.sampling, options.actors, options.endpoint],
     ),
     "verify": Command(
         trajectories.verify_trajectories,

@@ -41,6 +41,17 @@ def say(message: str) -> None:
     _console.print(without_passwords(message), markup=False)
 
 
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def error(message: str) -> None:
     """One line that says what went wrong and what to do."""
     _console.print(

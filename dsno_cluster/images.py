@@ -36,8 +36,9 @@ def pixel_scale(images: Tensor) -> int:
 
 
 def tile_of(image: Tensor, scale: int) -> Image.Image:
-    """One image (C, H, W) in [-1, 1], enlarged without smoothing."""
-    pixels = to_uint8(image).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    """One image (C, H, W) in [-1, 1], enlarged without smoothing; its first three channels, or its first in grey."""
+    shown = image[:3] if len(image) >= 3 else image[:1]
+    pixels = to_uint8(shown).expand(3, -1, -1).permute(1, 2, 0).numpy()
     return Image.fromarray(np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1))
 
 

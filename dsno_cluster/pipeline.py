@@ -8,13 +8,24 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.config import Config
 
-STAGES = ("gen-trajectories", "train", "eval")
+PURPOSES = {
+    "gen-trajectories": "the teacher solves its ODE, many evaluations an image",
+    "train": "the student learns to give the whole trajectory in one evaluation",
+    "eval": "how close do one-step samples come?",
+}
+STAGES = tuple(PURPOSES)
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages of a config's whole path: online training makes the trajectories itself."""
+    return STAGES[1:] if config.training.online else STAGES
 
 
 def describe(config: Config) -> str:
     """What the whole path will do, in one line."""
+    made = ", made while training" if config.training.online else ""
     return (
-        f"{config.trajectories.num_samples} trajectories of the teacher, {config.training.steps} training steps, "
+        f"{config.trajectories.num_samples} trajectories of the teacher{made}, {config.training.steps} training steps, "
         f"{config.evaluation.num_samples} evaluated samples; results below {config.storage.root}"
     )
 
@@ -27,11 +38,16 @@ def run_here(config: Config) -> dict[str, Any]:
 
     began = time.monotonic()
     console.say(f"the whole path: {describe(config)}")
-    console.say("\n[1/3] gen-trajectories: the teacher solves its ODE, many evaluations an image")
-    generate(config)
-    console.say("\n[2/3] train: the student learns to give the whole trajectory in one evaluation")
-    train(config)
-    console.say("\n[3/3] eval: how close do one-step samples come?")
-    metrics = evaluate(config, None)
+    metrics: dict[str, Any] = {}
+    stages = stages_of(config)
+    for number, stage in enumerate(stages, 1):
+        console.say(f"\n[{number}/{len(stages)}] {stage}: {PURPOSES[stage]}")
+        match stage:
+            case "gen-trajectories":
+                generate(config)
+            case "train":
+                train(config)
+            case "eval":
+                metrics = evaluate(config, None)
     console.say(f"\nthe whole path took {time.monotonic() - began:.0f} s\n")
     return metrics

@@ -39,7 +39,13 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "teacher_rows": [
             {"source": "teacher, ddim", "evaluations": 1, "fid": 11.38, **figures},
             {"source": "teacher, ddim", "evaluations": 4, "fid": 0.83, **figures},
-            {"source": "teacher, dpmpp-2m", "evaluations": 18, "fid": 0.27, **figures},
+            {
+                "source": "teacher, dpmpp-2m",
+                "evaluations": 18,
+                "fid": 0.27,
+                "as_trajectories": True,
+                **figures,
+            },
         ],
         "student": {
             "source": "student",

@@ -17,8 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from tiny import DATA, TINY, dsno
+from tiny import DATA, TINY, answer, dsno
 
+from dsno_cluster.config import load_config
 from dsno_cluster.data import load_digits
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.features import DIGITS, Extractor, find_weights, load_extractor
@@ -34,7 +35,8 @@ def yardstick() -> Extractor:
 
 def test_yardstick_features_and_logits() -> None:
     extractor = yardstick()
-    assert extractor.sha256 == "981af2fbed32a3c2cffad69420d35480a2c87f812018898b857ea6e7af2a5879"
+    digest = "981af2fbed32a3c2cffad69420d35480a2c87f812018898b857ea6e7af2a5879"
+    assert find_weights(DIGITS, "package:digits-features", None).sha256 == digest
     features, logits = extractor.network.of_float(EXPECTED["images"])
     assert torch.allclose(features, EXPECTED["features"], atol=1e-5)
     assert torch.allclose(logits, EXPECTED["logits"], atol=1e-4)
@@ -97,6 +99,8 @@ def test_demo_end_to_end(demo: tuple[Path, str, str]) -> None:
     assert list(metrics["student"]["trajectory_error"]) == ["0.5625", "0.25", "0.0625", "0.0"]
     assert metrics["student"]["cost_in_teacher_evaluations"] > 0
     assert "student" in stdout and "relative error" in stdout
+    assert [row["as_trajectories"] for row in metrics["teacher_rows"]] == [False, False, True]
+    assert metrics["checkpoint"]["path"].endswith("students/digits/step-000000004")
     for name in ("samples.png", "trajectory.png"):
         picture = np.asarray(Image.open(folder / name))
         assert picture.ndim == 3 and picture.std() > 20  # something is drawn
@@ -140,7 +144,7 @@ def test_an_evaluation_that_was_killed_goes_on_with_the_rows_that_are_missing(
     first.wait()
     assert not (root / "evaluation/digits/metrics.json").exists()
     again = dsno(*words)
-    kept = re.search(r"(\d) of the teacher's 3 rows are stored", again.stderr)
+    kept = re.search(r"(\d) of the teacher's 3 rows were measured before", again.stderr)
     assert again.returncode == 0 and kept and int(kept[1]) >= 1, again.stderr
     ours, theirs = (
         json.loads((at / "evaluation/digits/metrics.json").read_text())["teacher_rows"]
@@ -185,6 +189,41 @@ def test_samples_are_the_students(demo: tuple[Path, str, str], tmp_path: Path) -
     images = load_student(student_path).sample(sample_noise(5, range(16), (1, 8, 8)), labels)
     assert np.abs(found[1]["images"].astype(int) - to_uint8(images).numpy()).max() <= 1
     assert np.array_equal(found[1]["labels"], labels.numpy())
+
+
+def test_a_student_is_not_judged_on_the_noise_that_it_was_trained_on(
+    demo: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    student = str(demo[0] / "students/digits")
+    words = [*TINY, f"storage.root={demo[0]}", "seed=7", "evaluation.seed=0", "--student", student]
+    judged = answer("eval", *words, "--launcher", "local", cwd=tmp_path)
+    assert judged.returncode == 2 and "trained on the noise of that seed" in judged.stderr, judged.stderr
+    words = ["sample", student, "--num", "4", "--batch-size", "4", "--seed", "0"]
+    shards = answer(*words, "--shards", "drawn", cwd=tmp_path)
+    assert shards.returncode == 2 and "trained on the noise of that seed" in shards.stderr, shards.stderr
+    picture = answer(*words, "--out", "x.png", cwd=tmp_path)  # may be wanted, to look at
+    assert picture.returncode == 0 and "those that it was trained on" in picture.stderr, picture.stderr
+    other = answer(*words[:-2], "--out", "x.png", cwd=tmp_path)
+    assert other.returncode == 0 and "trained on" not in other.stderr, other.stderr
+
+
+def test_a_student_that_is_replaced_meanwhile_is_not_taken_for_the_first(
+    demo: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    """Each actor opens the student by itself, at any time; a training may go on beside."""
+    from dsno_cluster import load_student
+    from dsno_cluster.evaluation.evaluate import find_student
+
+    shutil.copytree(demo[0] / "students", tmp_path / "students")
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tmp_path}"])
+    path, meta = find_student(config, None)
+    newer = tmp_path / "students/digits/step-000000005"
+    shutil.copytree(path, newer)
+    (tmp_path / "students/digits/latest").write_text(newer.name + "\n")
+    assert Path(path).name == "step-000000004"
+    load_student(path, sha256=meta["sha256"])
+    with pytest.raises(WorkError, match="were replaced meanwhile"):
+        load_student(path, sha256="0" * 64)
 
 
 def test_students_refuse_what_they_cannot_answer(demo: tuple[Path, str, str]) -> None:
@@ -268,7 +307,7 @@ def test_samples_finished_by_the_teacher(demo: tuple[Path, str, str], tmp_path: 
     path, out = str(demo[0] / "students/digits"), tmp_path / "x.npz"
     done = dsno("sample", path, "--num", "4", "--refine", "2", "--refine-from", "0.5625", "--out", str(out))
     assert done.returncode == 0 and "3 network evaluations" in done.stderr, done.stderr
-    noise, labels = sample_noise(0, range(4), (1, 8, 8)), sample_labels(0, range(4), 10)
+    noise, labels = sample_noise(1, range(4), (1, 8, 8)), sample_labels(1, range(4), 10)
     state = load_student(path).trajectory(noise, labels, [0.5625])[:, 0]
     grid = [0.5625, 0.5625 / 4, 0.0]
     images = solve(load_teacher("package:digits-teacher"), state, [0.0], "ddim", 2, labels, grid=grid)[:, 0]

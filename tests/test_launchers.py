@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import sys
@@ -35,6 +36,8 @@ def test_auto_is_slurm_where_its_controller_answers(slurm: Path, tmp_path: Path)
     path = f"{slurm}:/usr/bin:/bin"
     script = dsno(*words, cwd=tmp_path, PATH=path)
     assert script.returncode == 0 and "#SBATCH --nodes=1" in script.stdout, script.stderr
+    told = dsno("eval", *TINY, "--dry-run", "--json", cwd=tmp_path, PATH=path)  # there is no student yet
+    assert told.returncode == 2 and "#SBATCH --nodes=1" in json.loads(told.stdout)["dry_run"]["eval"]
     nowhere = dsno(*words, "teacher.path=nowhere", cwd=tmp_path, PATH=path)  # the script, and what is missing
     assert nowhere.returncode == 2 and "nowhere" in nowhere.stderr
     assert "#SBATCH --nodes=1" in nowhere.stdout

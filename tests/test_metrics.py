@@ -29,6 +29,7 @@ from dsno_cluster.data import load_digits
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import features
 from dsno_cluster.evaluation.image_sets import open_images
+from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
 from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
 from dsno_cluster.images import to_uint8
@@ -294,6 +295,25 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
     both = real("adm.npz", "evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=20")
     assert both.statistics is not None and both.images.count == 30
     assert set(both.spec["holds"]) == set(both.read) == {"kid"}
+    for words, says in [  # known before anything is drawn
+        (
+            ("evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=31"),
+            "kid, as it is set, needs 31 images",
+        ),
+        (("evaluation.metrics=[precision_recall]", "evaluation.neighborhood=30"), "needs 31 images"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            real("adm.npz", *words)
+    with pytest.raises(UserError, match="mu of 64 features, the extractor gives 2048"):
+        check_width(mean, features.Reading(features.INCEPTION, "2048"))
+    np.savez(tmp_path / "wide.npz", mu=np.arange(2048.0), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="mu of 2048 features, the extractor gives 64"):
+        real("wide.npz")
+    with pytest.raises(UserError, match="reference_count: is of an"):
+        real("images.npz", "evaluation.reference_count=30")
+    np.savez(tmp_path / "colour.npz", arr_0=np.zeros((30, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"reads images of 1x8x8, .*colour\.npz are 3x8x8"):
+        real("colour.npz")
     alone = real("images.npz")
     assert alone.statistics is None and alone.images.count == 30 and set(alone.spec["holds"]) == {"fid"}
     with pytest.raises(UserError, match="kid compare single images"):
@@ -311,6 +331,8 @@ def test_what_a_config_cannot_measure_is_refused(tmp_path: Path) -> None:
         ("evaluation.best_metric=kid", "best_metric kid is not among"),
         ("evaluation.precision_recall_weights_path=x", "goes with precision_recall_extractor"),
         ("evaluation.metrics=[fid, prc]", "precision_recall"),
+        ("evaluation.weights_sha256=abc", "'abc' is not 8 to 64 digits"),
+        ("training.lpips_sha256=a", "'a' is not 8 to 64 digits"),
     ]:
         with pytest.raises(UserError, match=says):
             digits_config(tmp_path, "evaluation.num_samples=500", word)
@@ -390,3 +412,14 @@ def test_checkpoints_are_watched(tiny_student: Path, tmp_path: Path) -> None:
     assert (root / best["folder"] / "metrics.json").is_file()
     again = dsno(*words, TWO_AVERAGES, "--json")
     assert again.returncode == 0 and json.loads(again.stdout) == history
+    # a better one of a student that is gone, and another metric to choose by
+    gone = {**best, "sha256": "0" * 64, "step": 9, "fid": 0.0}
+    history["rows"].append(gone)
+    (root / "evaluation/digits/history.json").write_text(json.dumps(history))
+    for metric in ("fid", "agreement"):
+        other = dsno(*words, TWO_AVERAGES, f"evaluation.best_metric={metric}", "--json")
+        assert other.returncode == 0, other.stderr
+        found = json.loads(other.stdout)
+        assert found["rows"] == history["rows"] and found["best"]["metric"] == metric
+        assert found["best"]["step"] in (2, 4)
+        assert (root / f"students/digits/best-{metric}").is_file()

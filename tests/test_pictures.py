@@ -13,9 +13,16 @@ from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.evaluation.pictures import layout, pictures, solve_pictured
-from dsno_cluster.images import to_uint8
+from dsno_cluster.images import tile_of, to_uint8
 from dsno_cluster.training.loop import new_student
 from dsno_cluster.trajectories.plan import open_teacher
+
+
+def test_images_of_any_channels_have_a_tile() -> None:
+    for channels, grey in [(1, True), (2, True), (3, False), (4, False)]:
+        picture = np.asarray(tile_of(torch.linspace(-1, 1, channels)[:, None, None].expand(-1, 4, 4), 2))
+        assert picture.shape == (8, 8, 3)
+        assert (len(np.unique(picture)) == 1) == grey
 
 
 def test_each_tile_lies_where_the_layout_says() -> None:

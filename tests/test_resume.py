@@ -83,6 +83,9 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     assert third.returncode == 0 and "finished already" in third.stderr
     other = dsno(*command[3:], "training.loss=l2")
     assert other.returncode == 2 and "loss l1, now it is l2" in other.stderr, other.stderr
+    # a run of that name from elsewhere would leave `latest` at a student of this one
+    elsewhere = dsno(*command[3:], "training.loss=l2", f"run.dir={tmp_path / 'elsewhere'}")
+    assert elsewhere.returncode == 2 and "loss l1, now it is l2" in elsewhere.stderr, elsewhere.stderr
 
 
 @pytest.mark.slow

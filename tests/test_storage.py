@@ -121,6 +121,23 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     assert [s.key for s in storage.list("")] == ["empty/meta.json", "file", "teachers/precious/meta.json"]
 
 
+def test_a_folder_that_cannot_be_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write_folder("model/", {"weights": b"1", "meta.json": b"{}"})
+    rename = os.rename
+
+    def fails(old: Path, new: Path) -> None:
+        if old.name == "new":
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_folder("model/", {"weights": b"2", "meta.json": b"{}"})
+    assert storage.read("model/weights") == b"1"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_bucket_alone_is_no_file() -> None:
     for address in ("s3://bucket", "s3://bucket/"):
         with pytest.raises(UserError, match="names a bucket and no file in it"):

@@ -213,22 +213,11 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
                 str(row["attempts"]),
                 progress,
                 f"{row['rate']:.3g}/s" if moving else "-",
-                duration(row["seconds_left"]) if row["seconds_left"] is not None else "-",
+                console.duration(row["seconds_left"]) if row["seconds_left"] is not None else "-",
                 row["last_error"] or "-",
             ]
         )
     return header, cells
-
-
-def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _followed(run: Run) -> Callable[[], State]:

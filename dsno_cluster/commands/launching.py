@@ -59,19 +59,21 @@ def scripts_anyway(arguments: Arguments, config: Config, stages: Sequence[str]) 
         # quietly: what is missing is the one thing to say
         with contextlib.suppress(UserError, WorkError), contextlib.redirect_stderr(io.StringIO()):
             if arguments.options.dry_run and launcher_and_profile(arguments, stages[0])[0] == "slurm":
-                print_scripts(
-                    config, {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages}
-                )
+                profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages}
+                print_scripts(arguments, config, profiles)
         raise
 
 
-def print_scripts(config: Config, profiles: dict[str, Profile]) -> None:
+def print_scripts(arguments: Arguments, config: Config, profiles: dict[str, Profile]) -> None:
     """What sbatch would be given for each stage."""
     from dsno_cluster.cluster.submit import sbatch_script
 
-    for stage, profile in profiles.items():
-        title = f"# {stage}\n" if len(profiles) > 1 else ""
-        print(f"{title}{sbatch_script(stage, config, profile)}", flush=True)
+    scripts = {stage: sbatch_script(stage, config, profile) for stage, profile in profiles.items()}
+    if getattr(arguments.options, "json", False):
+        print(json.dumps({"dry_run": scripts}), flush=True)
+        return
+    for stage, script in scripts.items():
+        print(f"# {stage}\n{script}" if len(scripts) > 1 else script, flush=True)
 
 
 def submit_stage(arguments: Arguments, config: Config, profile: Profile, stage: str) -> None:
@@ -80,7 +82,7 @@ def submit_stage(arguments: Arguments, config: Config, profile: Profile, stage: 
 
     options = arguments.options
     if options.dry_run:
-        print_scripts(config, {stage: profile})
+        print_scripts(arguments, config, {stage: profile})
         return
     chosen = {"gen-trajectories": ("actors",), "eval": ("actors", "student", "samples", "watch")}
     task = stage_task(stage, config, **{name: getattr(options, name) for name in chosen.get(stage, ())})

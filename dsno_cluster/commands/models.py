@@ -22,7 +22,13 @@ def sample_student(arguments: Arguments) -> None:
     from dsno_cluster.evaluation.sample import Drawing, Refinement, sample_to_file
 
     refinement = Refinement(options.refine, options.refine_from, options.teacher) if options.refine else None
-    drawing = Drawing(checkpoint, options.endpoint_url, options.precision, options.compile, refinement)
+    drawing = Drawing(
+        checkpoint,
+        options.endpoint_url,
+        precision=options.precision,
+        compile=options.compile,
+        refinement=refinement,
+    )
     if options.shards is None:
         sample_to_file(drawing, options.out, options.num, options.seed, options.batch_size)
         return

@@ -88,7 +88,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num", type=_positive, default=64, metavar="N", help="how many images (default: 64)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and labels (default: 0)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the noise and labels (default: 1)")
     parser.add_argument(
         "--out", default="samples.png", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)"
     )
@@ -124,7 +124,6 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="PATH", help="the teacher to refine with (default: the student's)"
     )
-    parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint of the checkpoint")
 
 
 def planning(parser: argparse.ArgumentParser) -> None:

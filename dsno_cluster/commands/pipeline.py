@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 
 def run_pipeline(arguments: Arguments) -> None:
-    from dsno_cluster.pipeline import STAGES, describe, run_here
+    from dsno_cluster.pipeline import describe, run_here, stages_of
     from dsno_cluster.training.engine import check_divides
     from dsno_cluster.trajectories.plan import make_plan
 
     config, options = arguments.config(), arguments.options
-    with scripts_anyway(arguments, config, STAGES):
+    stages = stages_of(config)
+    with scripts_anyway(arguments, config, stages):
         plan = make_plan(config)  # what is missing is said before anything starts or is submitted
-    launcher, _ = launcher_and_profile(arguments, STAGES[0])
+    launcher, _ = launcher_and_profile(arguments, stages[0])
     if launcher == "local":
         if options.dry_run:
             print(f"would make {describe(config)}")
@@ -35,12 +36,12 @@ def run_pipeline(arguments: Arguments) -> None:
         _check_all_stages(config, plan.folder)
         show_metrics(run_here(config))
         return
-    profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in STAGES}
+    profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages}
     check_divides(config, profiles["train"].nodes * profiles["train"].tasks_per_node)
     from dsno_cluster.cluster.submit import submit_pipeline
 
     if options.dry_run:
-        print_scripts(config, profiles)
+        print_scripts(arguments, config, profiles)
         return
     _check_all_stages(config, plan.folder)
     runs = submit_pipeline(config, profiles, arguments.command_line)

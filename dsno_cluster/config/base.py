@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -12,6 +13,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _sha256_start(digits: str) -> str:
+    if not re.fullmatch("[0-9a-f]{8,64}", digits):
+        raise ValueError(f"{digits!r} is not 8 to 64 digits of 0-9 and a-f")
+    return digits
+
+
+Sha256Start = Annotated[str, AfterValidator(_sha256_start)]
 
 
 class Strict(BaseModel):

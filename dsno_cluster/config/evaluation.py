@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, PositiveInt, Seed, Strict
+from dsno_cluster.config.base import BelowOne, PositiveInt, Seed, Sha256Start, Strict
 
 MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error"]
 
@@ -35,15 +35,15 @@ class Evaluation(Strict):
         None,
         description="weights of the extractor; package:NAME for one that ships; default: the published ones, downloaded once",
     )
-    weights_sha256: str | None = Field(
-        None, description="first digits of the sha256 that weights_path must have"
+    weights_sha256: Sha256Start | None = Field(
+        None, description="sha256 that weights_path must have, or its first 8 digits or more"
     )
     precision_recall_extractor: str | None = Field(
         None,
         description="another extractor for precision_recall; torch-fidelity's own default is vgg16, ADM's is Inception",
     )
     precision_recall_weights_path: str | None = Field(None, description="as weights_path, for that extractor")
-    precision_recall_weights_sha256: str | None = Field(
+    precision_recall_weights_sha256: Sha256Start | None = Field(
         None, description="as weights_sha256, for that extractor"
     )
     kid_subsets: PositiveInt = Field(100, description="random subsets that KID is averaged over")
@@ -56,17 +56,19 @@ class Evaluation(Strict):
         "a folder, sample shards, an .npz batch"
     )
     reference_count: PositiveInt | None = Field(
-        None, description="how many images mu and sigma of an .npz are of, where the file does not say"
+        None, description="how many images mu and sigma of an .npz are of; such files do not say"
     )
     reference_resolution: PositiveInt | None = Field(
-        None, description="height of those images, where the file does not say"
+        None, description="height of those images; default: that of the images in the same file, if any"
     )
     trajectory_samples: PositiveInt = Field(500, description="held-out noises for the trajectory error")
     teacher_steps: tuple[PositiveInt, ...] = Field(
         (1, 4, 8, 64), description="DDIM steps of the teacher's rows"
     )
     keep_samples: bool = Field(False, description="write the student's samples as shards under storage.root")
-    best_metric: MetricName = Field("fid", description="which `eval --watch` chooses the best checkpoint by")
+    best_metric: MetricName | None = Field(
+        None, description="which `eval --watch` chooses the best checkpoint by; default: the first of metrics"
+    )
     picture_columns: PositiveInt = Field(8, description="samples of each class in the pictures")
 
     @model_validator(mode="after")
@@ -75,10 +77,6 @@ class Evaluation(Strict):
             raise ValueError(
                 f"keep_samples writes shards of batch_size {self.batch_size}: num_samples {self.num_samples} must be a multiple"
             )
-        for key in ("weights_sha256", "precision_recall_weights_sha256"):
-            digits = getattr(self, key)
-            if digits is not None and len(digits) < 8:
-                raise ValueError(f"{key} must be 8 digits or more")
         if self.precision_recall_extractor is None:
             for key in ("precision_recall_weights_path", "precision_recall_weights_sha256"):
                 if getattr(self, key) is not None:
@@ -93,8 +91,13 @@ class Evaluation(Strict):
             )
         if "precision_recall" in self.metrics and self.neighborhood >= self.num_samples:
             raise ValueError(f"neighborhood {self.neighborhood} must be below num_samples {self.num_samples}")
-        if self.best_metric not in self.metrics and self.best_metric != "fid":
+        if self.best_metric not in (None, *self.metrics):
             raise ValueError(
                 f"best_metric {self.best_metric} is not among metrics: {', '.join(self.metrics)}"
             )
         return self
+
+    @property
+    def judged_by(self) -> MetricName:
+        """The metric that the best checkpoint is chosen by."""
+        return self.best_metric or self.metrics[0]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Strict
+from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Sha256Start, Strict
 
 
 class Training(Strict):
@@ -40,7 +40,9 @@ class Training(Strict):
         "sqrt: its root; flat: 1",
     )
     lpips_weights: str | None = Field(None, description="torchvision's VGG-16 state dict, for loss=lpips")
-    lpips_sha256: str | None = Field(None, description="sha256 that the file of lpips_weights must have")
+    lpips_sha256: Sha256Start | None = Field(
+        None, description="sha256 that the file of lpips_weights must have, or its first 8 digits or more"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="DeepSpeed ZeRO: what ranks share; 0: nothing, 1: optimiser states, 2: gradients too, 3: weights too",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.device import compute_device, device_name
+from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.evaluation.features import Extractor, Reading, WeightsFile, load_extractor
@@ -24,7 +24,7 @@ from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.dsno import load_student
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.generate import solve_batch
+from dsno_cluster.trajectories.generate import environment, solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.shards import Shard, write_shard
 
@@ -60,7 +60,7 @@ class Block:
 
 
 class EvaluationActor:
-    """Holds the extractors and, where `student_path` names one, the student and its teacher.
+    """Holds the extractors and, where `student` names one by address and sha256, the student and its teacher.
 
     `read` says what each metric reads, by source; `keep` is the folder for the student's samples, None to keep none.
     """
@@ -70,7 +70,7 @@ class EvaluationActor:
         config: Config,
         weights: dict[str, WeightsFile],
         read: dict[Source, dict[str, Reading]],
-        student_path: str | None = None,
+        student: tuple[str, str] | None = None,
         keep: str | None = None,
     ) -> None:
         self.config, self.read, self.keep = config, read, keep
@@ -84,15 +84,17 @@ class EvaluationActor:
         )
         self.device = compute_device()
         self.storage = open_storage(config.storage.root, endpoint)
-        if student_path is not None:
-            student = load_student(
-                student_path,
+        if student is not None:
+            address, sha256 = student
+            loaded = load_student(
+                address,
                 endpoint,
                 ema=settings.ema_decay,
+                sha256=sha256,
                 precision=settings.precision,
                 compile=settings.compile,
             )
-            self.student = student.to(self.device)
+            self.student = loaded.to(self.device)
             self.teacher = open_teacher(config).to(self.device)
         layers: dict[str, list[str]] = {}
         for reading in (reading for of_source in read.values() for reading in of_source.values()):
@@ -163,8 +165,8 @@ class EvaluationActor:
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
         return sums[0], sums[1]
 
-    def device_name(self) -> str:
-        return device_name()
+    def environment(self) -> dict[str, Any]:
+        return environment()
 
     def pictured(self) -> Pictured:
         """States of the same noises for the pictures, after what either thread still does."""

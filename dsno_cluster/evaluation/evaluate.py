@@ -15,12 +15,13 @@ from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.actor import STUDENT, Source
-from dsno_cluster.evaluation.features import Reading, WeightsFile, find_all_weights, readings
+from dsno_cluster.evaluation.features import Reading, WeightsFile, check_shape, find_all_weights, readings
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.measure import ImagesOf, measure
-from dsno_cluster.evaluation.metrics import OF_REFERENCE, Collected, Reference, figures
-from dsno_cluster.evaluation.reference import find_real_data, imported, reference_images, warnings_of
+from dsno_cluster.evaluation.metrics import OF_REFERENCE, Collected, Reference, check_count, fewest, figures
+from dsno_cluster.evaluation.reference import compared_data, find_real_data, warnings_of
 from dsno_cluster.evaluation.teacher_rows import (
+    as_trajectories,
     comparison_spec,
     evaluations_of,
     row_key,
@@ -29,9 +30,8 @@ from dsno_cluster.evaluation.teacher_rows import (
     teacher_sources,
 )
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
-from dsno_cluster.models.weights import read_meta, software_versions, student_address
+from dsno_cluster.models.weights import model_address, read_meta, software_versions, student_address
 from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.trajectories.generate import environment
 from dsno_cluster.trajectories.plan import find_teacher
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash, commit_manifest, read_manifest
 
@@ -41,11 +41,13 @@ HELD_OUT = Source("images", address="held-out")
 def find_student(config: Config, student_path: str | None) -> tuple[str, dict[str, Any]]:
     """Address and `meta.json` of the student to evaluate: the one at `student_path`, or the config's newest.
 
-    Raises UserError where there is none, where it is not of the config's network, or where there is no teacher.
+    The address is that of one step: a training that goes on moves `latest`. Raises UserError where there is none, where it
+    is not of the config's network, where it was trained on the noise of the evaluation, or where there is no teacher.
     """
-    path = student_path or student_address(config)
+    endpoint = config.storage.endpoint_url
     try:
-        meta = read_meta(path, config.storage.endpoint_url, config.evaluation.ema_decay)
+        path = model_address(student_path or student_address(config), endpoint)
+        meta = read_meta(path, endpoint, config.evaluation.ema_decay)
     except UserError as error:
         how = (
             "name one that is there"
@@ -64,6 +66,11 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
             f"trajectories.times: the student at {path} answers {meta['model']['times']}, "
             f"the config asks for {list(config.trajectories.time_points)}"
         )
+    if meta.get("seed") == config.evaluation.seed:
+        raise UserError(
+            f"evaluation.seed {config.evaluation.seed}: the student at {path} was trained on the noise of that seed; "
+            "take another"
+        )
     find_teacher(config)
     return path, meta
 
@@ -74,10 +81,17 @@ def check_comparison(config: Config) -> None:
     Published weights are downloaded here, as the nodes of a cluster may have no way out.
     """
     settings = config.evaluation
-    read, _ = readings(settings), find_all_weights(settings)
+    read, weights = readings(settings), find_all_weights(settings)
     compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
-    if compared:
-        reference_images(settings, imported(settings), compared, config.storage.endpoint_url)
+    _check_sampled(config, weights)
+    compared_data(config, compared, weights)
+
+
+def _check_sampled(config: Config, weights: dict[str, WeightsFile]) -> None:
+    """Raises UserError where the metrics cannot be of this network's samples."""
+    check_shape(weights, config.network.image_shape, "the samples")
+    if "agreement" in config.evaluation.metrics and not config.network.num_classes:
+        raise UserError("evaluation.metrics: agreement is of classes, and network.num_classes is 0")
 
 
 def evaluate(
@@ -102,6 +116,7 @@ def evaluate(
     if keep is not None:
         _check_kept(storage, keep, samples_spec)
     read, weights = readings(settings), find_all_weights(settings)
+    _check_sampled(config, weights)
     real = find_real_data(config, storage, read, weights)
     spec = comparison_spec(config, read, weights, real)
     stored = stored_teacher_rows(config, storage, spec)
@@ -144,7 +159,7 @@ def evaluate(
         sets,
         real,
         finish,
-        student=path,
+        student=(path, student_meta["sha256"]),
         keep=keep,
         actors=actors,
         ray_address=ray_address,
@@ -156,8 +171,9 @@ def evaluate(
     if "trajectory_error" in settings.metrics:
         times = map(str, config.trajectories.time_points)
         student["trajectory_error"] = dict(zip(times, measured.trajectory_error, strict=True))
+    assert measured.environment is not None and measured.pictured is not None  # there is a student
     if keep is not None:
-        manifest = Manifest(samples_spec, tuple(measured.shards), environment())
+        manifest = Manifest(samples_spec, tuple(measured.shards), measured.environment)
         commit_manifest(storage, keep, manifest)
     metrics = {
         "name": config.name,
@@ -177,15 +193,17 @@ def evaluate(
         "teacher": find_teacher(config).identity,
         "precision": settings.precision,
         "real_held_out": held_out,
-        "teacher_rows": [stored[row_key(source)] for source in of_teacher],
+        "teacher_rows": [
+            {**stored[row_key(source)], "as_trajectories": source == as_trajectories(config)}
+            for source in of_teacher
+        ],
         "student": student,
-        "device": measured.device,
+        "device": measured.environment["device"],
         "train_seconds": student_meta.get("train_seconds"),
     }
     metrics["pictures"] = pictures.layout(config)
     folder = folder or f"evaluation/{config.name}/"
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    assert measured.pictured is not None  # there is a student
     drawn = pictures.pictures(config, measured.pictured, metrics)
     for name, png in drawn.items():
         storage.write(folder + name, png)
@@ -208,6 +226,8 @@ def evaluate_images(
     if not read:
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
     weights = find_all_weights(settings)
+    check_count(settings, read, images.count, address)
+    check_shape(weights, images.shape, address)
     real = find_real_data(config, storage, read, weights)
     console.say(
         f"{images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "
@@ -255,7 +275,7 @@ def _provenance(
         },
         "feature_extractor": {"name": main, "weights_sha256": extractors.get(main)},
         "other_extractors": {name: sha256 for name, sha256 in extractors.items() if name != main},
-        "warnings": warnings_of(settings, read, weights, reference, count, resolution) if reference else [],
+        "warnings": warnings_of(read, weights, reference, count, resolution) if reference else [],
         "versions": software_versions(),
     }
 
@@ -294,10 +314,5 @@ def samples_folder(config: Config, student_meta: dict[str, Any]) -> str:
 
 def _for_held_out(config: Config, read: dict[str, Reading], count: int) -> dict[str, Reading]:
     """The metrics that as few real images as are held out can be measured by."""
-    settings = config.evaluation
-    enough = {
-        "kid": settings.kid_subset_size <= count,
-        "inception_score": settings.inception_splits <= count,
-        "precision_recall": settings.neighborhood < count,
-    }
-    return {metric: reading for metric, reading in read.items() if enough.get(metric, True)}
+    needed = fewest(config.evaluation)
+    return {metric: reading for metric, reading in read.items() if needed.get(metric, 0) <= count}

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -29,6 +29,7 @@ from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.models.weights import package_path
 
 DIGITS, VGG = "digits-features", "vgg16"
+DIGITS_SHAPE = (1, 8, 8)
 # what torch-fidelity calls the metrics that read features
 METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
 BATCH = 64  # images at a time, as torch-fidelity's default
@@ -107,11 +108,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Extractor:
-    """An extractor with its weights; `name` and `sha256` go beside every figure."""
+    """An extractor with its weights."""
 
     network: FeatureExtractorBase
-    name: str
-    sha256: str
     channels: int
     layers: tuple[str, ...]
 
@@ -148,6 +147,20 @@ def readings(settings: Evaluation) -> dict[str, Reading]:
         _check_known(name)
         found[metric] = Reading(name, layer_of(name, metric))
     return found
+
+
+def check_shape(extractors: Iterable[str], shape: Sequence[int], what: str) -> None:
+    """Raises UserError where one of the extractors does not read images (C, H, W) of that shape."""
+    form = "x".join(map(str, shape))
+    for name in extractors:
+        if name == DIGITS and tuple(shape) != DIGITS_SHAPE:
+            raise UserError(
+                f"evaluation.feature_extractor: {DIGITS} reads images of 1x8x8, {what} are {form}"
+            )
+        if shape[0] not in (1, 3):
+            raise UserError(
+                f"evaluation.feature_extractor: {name} reads images of 1 or 3 channels, {what} are {form}"
+            )
 
 
 def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
@@ -232,9 +245,7 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
         feature_extractor_weights_path=str(weights.path),
         verbose=False,
     )
-    return Extractor(
-        network, weights.extractor, weights.sha256, 1 if weights.extractor == DIGITS else 3, layers
-    )
+    return Extractor(network, 1 if weights.extractor == DIGITS else 3, layers)
 
 
 def file_sha256(file: Path) -> str:

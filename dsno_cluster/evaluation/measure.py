@@ -43,7 +43,7 @@ class Measured:
     trajectory_error: list[float]
     shards: list[Shard]
     cost: dict[str, float]
-    device: str | None
+    environment: dict[str, Any] | None
     pictured: Pictured | None
 
 
@@ -54,7 +54,7 @@ def measure(
     real: RealData,
     finish: Callable[[ImagesOf, Collected, Reference | None], None],
     *,
-    student: str | None = None,
+    student: tuple[str, str] | None = None,
     keep: str | None = None,
     actors: int | None = None,
     ray_address: str | None = None,
@@ -64,7 +64,8 @@ def measure(
     """Have actors measure the sets, and the reference's images where they are not known yet.
 
     `finish` gets each set with what was collected of it, once it is whole and the reference is there. With a `student`'s
-    address also its trajectory error, where the config asks for it, and its cost; `keep` is where its samples are stored.
+    address and sha256 also its trajectory error, where the config asks for it, and its cost; `keep` is where its samples are
+    stored.
     `title` and `done` samples of former runs are for the progress.
     """
     settings, storage = config.evaluation, open_storage(config.storage.root, config.storage.endpoint_url)
@@ -87,7 +88,7 @@ def measure(
     errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
     shards: dict[int, Shard] = {}
     read = {images.source: images.read for images in by_source.values()}
-    there, student_there = with_absolute_paths(config), student and absolute_address(student)
+    there, student_there = with_absolute_paths(config), student and (absolute_address(student[0]), student[1])
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one block's features are extracted the next is drawn or read
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
@@ -116,14 +117,14 @@ def measure(
                 for one in whole:
                     finish(by_source[one], collected.pop(one), reference)
                 whole.clear()
-        cost, device, pictured = {}, None, None
+        cost, made_by, pictured = {}, None, None
         if student is not None:
             probe = idle[0]  # alone now, so that nothing disturbs the timing
             cost = import_ray().get(probe.measure_cost.remote())
-            device, pictured = import_ray().get([probe.device_name.remote(), probe.pictured.remote()])
+            made_by, pictured = import_ray().get([probe.environment.remote(), probe.pictured.remote()])
     parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
     error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
-    return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, device, pictured)
+    return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, made_by, pictured)
 
 
 def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:

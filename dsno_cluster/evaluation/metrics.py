@@ -6,6 +6,7 @@ and features row by row only for those metrics that need each one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,14 +79,33 @@ def layers_by_row(read: dict[str, Reading]) -> set[str]:
     return {reading.key for metric, reading in read.items() if metric in BY_ROW}
 
 
+def fewest(settings: Evaluation) -> dict[str, int]:
+    """How many images, of either side, a metric needs; of those that need some number."""
+    return {
+        "kid": settings.kid_subset_size,
+        "inception_score": settings.inception_splits,
+        "precision_recall": settings.neighborhood + 1,
+    }
+
+
+def check_count(settings: Evaluation, metrics: Iterable[str], count: int, what: str) -> None:
+    """Raises UserError where `count` images of `what` are too few for one of the metrics."""
+    for metric in metrics:
+        if count < (needed := fewest(settings).get(metric, 0)):
+            raise UserError(
+                f"evaluation.metrics: {metric}, as it is set, needs {needed} images; {what} has {count}"
+            )
+
+
 def figures(
     settings: Evaluation, read: dict[str, Reading], samples: Collected, reference: Reference | None
 ) -> dict[str, float]:
     """Every metric of `read`; those of samples alone need no reference.
 
-    Raises UserError where there are fewer images than `kid_subset_size` or the reference's features are of another width.
+    Raises UserError where there are too few images for a metric or the reference's features are of another width.
     """
     found: dict[str, float] = {}
+    check_count(settings, read, samples.count, "the set of samples")
     if "fid" in read:
         assert reference is not None
         found["fid"] = fid(samples.merger.result(), reference)
@@ -108,26 +128,30 @@ def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> 
 def fid(moments: Moments, reference: Reference) -> float:
     """Frechet distance (Heusel et al. 2017) of samples from the reference."""
     assert reference.mean is not None and reference.covariance is not None
-    if moments.mean.shape != reference.mean.shape:
-        raise UserError(
-            f"evaluation.reference: has mu of {len(reference.mean)} features, the extractor gives {len(moments.mean)}"
-        )
+    _check_width(reference.mean, len(moments.mean))
     return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+
+
+def check_width(mean: np.ndarray, reading: Reading) -> None:
+    """Raises UserError where imported means are not of the layer that is read, as far as its name tells its width."""
+    if reading.layer.isdecimal():
+        _check_width(mean, int(reading.layer))
+
+
+def _check_width(mean: np.ndarray, width: int) -> None:
+    if len(mean) != width:
+        raise UserError(f"evaluation.reference: has mu of {len(mean)} features, the extractor gives {width}")
 
 
 def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Kernel Inception Distance (Binkowski et al. 2018) over `kid_subsets` random subsets; its mean and deviation."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = settings.kid_subset_size
-    for what, features in (("samples", samples), ("images in the reference", real)):
-        if len(features) < size:
-            raise UserError(f"evaluation.kid_subset_size: {size} is above the {len(features)} {what}")
     found = kid_features_to_metric(
         torch.from_numpy(samples),
         torch.from_numpy(real),
         kid_subsets=settings.kid_subsets,
-        kid_subset_size=size,
+        kid_subset_size=settings.kid_subset_size,
         rng_seed=settings.metric_seed,
         verbose=False,
     )

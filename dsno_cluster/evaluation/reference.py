@@ -19,9 +19,16 @@ import safetensors.numpy
 from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.actor import Source
-from dsno_cluster.evaluation.features import Reading, WeightsFile, file_sha256, is_published
+from dsno_cluster.evaluation.features import Reading, WeightsFile, check_shape, file_sha256, is_published
 from dsno_cluster.evaluation.image_sets import ImageSet, npz_file, npz_images, open_images
-from dsno_cluster.evaluation.metrics import BY_ROW, OF_REFERENCE, Collected, Reference
+from dsno_cluster.evaluation.metrics import (
+    BY_ROW,
+    OF_REFERENCE,
+    Collected,
+    Reference,
+    check_count,
+    check_width,
+)
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.storage import MissingObject, Storage
 from dsno_cluster.trajectories.shards import canonical_hash
@@ -62,6 +69,7 @@ def imported(settings: Evaluation) -> Reference | None:
     UserError where a file is no such .npz.
     """
     if not settings.reference.endswith(".npz"):
+        _refuse_facts(settings)
         return None
     try:
         file = npz_file(settings.reference)
@@ -75,6 +83,7 @@ def imported(settings: Evaluation) -> Reference | None:
         with np.load(file, allow_pickle=False) as found:
             if "mu" not in found.files or "sigma" not in found.files:
                 if npz_images(file) is not None:
+                    _refuse_facts(settings)
                     return None
                 names = ", ".join(found.files) or "nothing"
                 raise UserError(
@@ -92,6 +101,14 @@ def imported(settings: Evaluation) -> Reference | None:
         resolution = open_images(str(file)).shape[1]
     identity = {"kind": "mu and sigma", "sha256": file_sha256(file)}
     return Reference(identity, mean, covariance, settings.reference_count, resolution)
+
+
+def _refuse_facts(settings: Evaluation) -> None:
+    for key in ("reference_count", "reference_resolution"):
+        if getattr(settings, key) is not None:
+            raise UserError(
+                f"evaluation.{key}: is of an .npz with mu and sigma; {settings.reference} has images, which tell it themselves"
+            )
 
 
 def reference_images(
@@ -188,16 +205,36 @@ def merged(statistics: Reference | None, images: Reference | None) -> Reference 
     )
 
 
+def compared_data(
+    config: Config, compared: dict[str, Reading], weights: dict[str, WeightsFile]
+) -> tuple[Reference | None, ImageSet | None]:
+    """Imported statistics and the images that the metrics need; neither where nothing is compared.
+
+    Raises UserError where they do not fit the metrics or their extractors.
+    """
+    if not compared:
+        return None, None
+    settings = config.evaluation
+    statistics = imported(settings)
+    if statistics is not None and statistics.mean is not None and "fid" in compared:
+        check_width(statistics.mean, compared["fid"])
+    images = reference_images(settings, statistics, compared, config.storage.endpoint_url)
+    if images is not None:
+        what = f"evaluation.reference {settings.reference}"
+        by_row = [metric for metric in compared if metric in BY_ROW]
+        check_count(settings, by_row, images.count, what)
+        check_shape(weights, images.shape, what)
+    return statistics, images
+
+
 def find_real_data(
     config: Config, storage: Storage, read: dict[str, Reading], weights: dict[str, WeightsFile]
 ) -> RealData:
     """The config's reference: imported, kept from an evaluation before, or images that are still to be measured."""
-    settings = config.evaluation
     compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
     if not compared:
         return RealData()
-    statistics = imported(settings)
-    images = reference_images(settings, statistics, compared, config.storage.endpoint_url)
+    statistics, images = compared_data(config, compared, weights)
     if images is None:
         return RealData(statistics)
     if statistics is not None:  # mu and sigma are there: of the images the features alone are wanted
@@ -217,7 +254,6 @@ def finished_reference(storage: Storage, real: RealData, collected: Collected | 
 
 
 def warnings_of(
-    settings: Evaluation,
     read: dict[str, Reading],
     weights: dict[str, WeightsFile],
     reference: Reference,

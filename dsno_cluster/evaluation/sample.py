@@ -19,7 +19,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.images import grid_png, to_uint8
 from dsno_cluster.models.dsno import DSNO, load_student
-from dsno_cluster.models.weights import read_config_of
+from dsno_cluster.models.weights import read_config_of, read_meta
 from dsno_cluster.storage import write_file
 
 
@@ -37,10 +37,14 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What images are drawn from: a student, how it computes, and whether its teacher finishes them."""
+    """What images are drawn from: a student, how it computes, and whether its teacher finishes them.
+
+    `sha256`, where given, is what the student's weights must have.
+    """
 
     checkpoint: str
     endpoint_url: str | None = None
+    sha256: str | None = None
     precision: str = "float32"
     compile: bool = False
     refinement: Refinement | None = None
@@ -58,7 +62,11 @@ class OpenDrawing:
 def open_drawing(drawing: Drawing) -> OpenDrawing:
     """Load the student. Raises UserError where there is none, or no teacher to refine with."""
     student = load_student(
-        drawing.checkpoint, drawing.endpoint_url, precision=drawing.precision, compile=drawing.compile
+        drawing.checkpoint,
+        drawing.endpoint_url,
+        sha256=drawing.sha256,
+        precision=drawing.precision,
+        compile=drawing.compile,
     )
     device = compute_device()
     student.to(device)
@@ -84,6 +92,10 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
     and WorkError where the file cannot be written.
     """
     opened = open_drawing(drawing)
+    if read_meta(drawing.checkpoint, drawing.endpoint_url).get("seed") == seed:
+        console.say(
+            f"--seed {seed} is the one of its training: these noises, or some of them, are those that it was trained on"
+        )
     parts, seconds = [], 0.0
     for start in range(0, num, batch_size):
         began = time.perf_counter()

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dsno_cluster import console
@@ -17,9 +17,14 @@ from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
-from dsno_cluster.models.weights import read_meta
+from dsno_cluster.models.weights import model_address, read_meta
 from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.trajectories.generate import collect_shards, environment
+from dsno_cluster.trajectories.generate import (
+    check_alike,
+    check_same_environment,
+    collect_shards,
+    environment,
+)
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
     PROGRESS,
@@ -48,8 +53,8 @@ def sample_to_shards(
 ) -> None:
     """Write `num` images as shards of `batch_size` below `url`, a folder or an S3 address, and their manifest.
 
-    Image i is a function of (seed, i) alone. Raises UserError where `num` is no multiple of `batch_size`, or where other
-    samples are there, and WorkError where shards cannot be made.
+    Image i is a function of (seed, i) alone. Raises UserError where `num` is no multiple of `batch_size`, where the student
+    was trained on that seed's noise, or where other samples are there, and WorkError where shards cannot be made.
     """
     if num % batch_size:
         more = -(-num // batch_size) * batch_size
@@ -57,7 +62,15 @@ def sample_to_shards(
             f"--num {num}: shards are of --batch-size {batch_size} images; take {more}, or another size"
         )
     storage = open_storage(url, drawing.endpoint_url)
-    meta = read_meta(drawing.checkpoint, drawing.endpoint_url)
+    # a training that goes on moves `latest`, and every actor opens the student by itself
+    address = model_address(drawing.checkpoint, drawing.endpoint_url)
+    meta = read_meta(address, drawing.endpoint_url)
+    drawing = replace(drawing, checkpoint=address, sha256=meta["sha256"])
+    if meta.get("seed") == seed:
+        raise UserError(
+            f"--seed {seed}: the student at {address} was trained on the noise of that seed, so figures of these images would "
+            "not be those of a sampler; take another"
+        )
     spec = {
         "student": meta["sha256"],
         "seed": seed,
@@ -67,7 +80,7 @@ def sample_to_shards(
         "compile": drawing.compile,
         "refinement": None if drawing.refinement is None else asdict(drawing.refinement),
     }
-    lines = _there_already(storage, spec)
+    lines, made_by = _there_already(storage, spec)
     shards = num // batch_size
     todo = [index for index in range(shards) if shard_key(index) not in lines]
     console.say(
@@ -76,9 +89,9 @@ def sample_to_shards(
     )
     began = time.monotonic()
     if todo:
-        _draw(storage, drawing, url, spec, todo, lines, actors, ray_address)
+        made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, actors, ray_address)
     made = tuple(lines[shard_key(index)][0] for index in range(shards))
-    commit_manifest(storage, "", Manifest(spec, made, environment()))
+    commit_manifest(storage, "", Manifest(spec, made, made_by or environment()))
     storage.delete(PROGRESS)
     console.say(
         f"{num} images in {time.monotonic() - began:.1f} s: {url}; `dsno-cluster eval --samples {url}`"
@@ -92,15 +105,27 @@ def _draw(
     spec: dict[str, Any],
     todo: list[int],
     lines: dict[str, tuple[Shard, str]],
+    made_by: dict[str, Any] | None,
     actors: int | None,
     ray_address: str | None,
-) -> None:
-    """Draw the shards `todo`, adding to `lines`, which is noted in the storage now and then."""
+) -> dict[str, Any]:
+    """Draw the shards `todo`, adding to `lines`, which is noted in the storage now and then; returns what made them.
+
+    `made_by` is what made those that are there. Raises UserError where actors are on a device that differs.
+    """
+    present: list[dict[str, Any]] = []
+
+    def welcome(environment: dict[str, Any]) -> None:
+        check_same_environment(environment, [made_by] if made_by else [], storage.url)
+        if not present:
+            present.append(environment)
+            note()  # before the first shard, so that a shard that is there can be told what it is of
+        check_alike(environment, present[0])
 
     def note() -> None:
-        write_progress(storage, "", Progress(lines, {"spec": spec}))
+        if present:
+            write_progress(storage, "", Progress(lines, {"spec": spec} | present[0]))
 
-    note()  # before the first shard, so that a shard that is there can be told what it is of
     size, here = spec["samples_per_shard"], os.getcwd()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
@@ -111,12 +136,17 @@ def _draw(
                 todo,
                 cluster.capacity,
                 in_flight=2,
+                greet=lambda actor: actor.environment.remote(),
+                welcome=welcome,
             )
             collect_shards(pool, lines, note, lambda: advance(size))
+    return present[0]
 
 
-def _there_already(storage: Storage, spec: dict[str, Any]) -> dict[str, tuple[Shard, str]]:
-    """The shards of this spec that are there. Raises UserError where those of another are."""
+def _there_already(
+    storage: Storage, spec: dict[str, Any]
+) -> tuple[dict[str, tuple[Shard, str]], dict[str, Any] | None]:
+    """The shards of this spec that are there, and what made them, if any are. Raises UserError where those of another are."""
     manifest, progress = read_manifest(storage, ""), read_progress(storage, "")
     found = {stat.key: stat for stat in storage.list("shard-")}
     theirs = manifest[0].spec if manifest else (progress.environment or {}).get("spec")
@@ -128,11 +158,13 @@ def _there_already(storage: Storage, spec: dict[str, Any]) -> dict[str, tuple[Sh
     noted = dict(progress.shards) if theirs == spec else {}
     if manifest:
         noted |= {s.key: (s, found[s.key].etag) for s in manifest[0].shards if s.key in found}
-    return {
+    kept = {
         key: (shard, etag)
         for key, (shard, etag) in noted.items()
         if key in found and found[key].etag == etag and found[key].size == shard.size
     }
+    made_by = manifest[0].environment if manifest else progress.environment
+    return kept, {part: made_by[part] for part in ("device", "versions")} if kept and made_by else None
 
 
 class SampleActor:
@@ -148,6 +180,9 @@ class SampleActor:
         self.drawing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(THREADS,))
         self.opened = open_drawing(drawing)
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
+
+    def environment(self) -> dict[str, Any]:
+        return environment()
 
     def make_shard(self, index: int) -> tuple[Shard, str]:
         """Draw and write a shard; its line for the manifest and its object's etag. Raises WorkError as `put_shard`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,30 @@ from dsno_cluster.evaluation.reference import RealData
 from dsno_cluster.models.weights import package_path, software_versions
 from dsno_cluster.storage import MissingObject, Storage
 from dsno_cluster.trajectories.plan import find_teacher, grid_name, own_steps, teacher_path
+from dsno_cluster.trajectories.shards import canonical_hash
 
 SHIPPED_ROWS = "evaluation.json"
 
 
 def teacher_sources(config: Config) -> list[Source]:
-    """The teacher's rows of the table: DDIM at several costs, and the solver that made the trajectories."""
-    rows = [Source("teacher", "ddim", steps) for steps in config.evaluation.teacher_steps]
-    settings = config.trajectories
-    grid = grid_name(config) if own_steps(config, find_teacher(config)) is None else "auto"
-    made_by = Source("teacher", settings.solver, settings.steps, settings.time_points, grid)
+    """The teacher's rows of the table: DDIM at several costs, and the solver that made the trajectories.
+
+    A distilled teacher knows the levels of its own steps alone, so of it only those costs that leave some of them out.
+    """
+    teacher, made_by = find_teacher(config), as_trajectories(config)
+    costs = config.evaluation.teacher_steps
+    if teacher.distilled and teacher.num_steps is not None:
+        costs = tuple(steps for steps in costs if teacher.num_steps % steps == 0)
+    rows = [Source("teacher", "ddim", steps) for steps in costs]
     rows = rows if made_by in rows else [*rows, made_by]
     return sorted(rows, key=lambda source: evaluations_of(source, config))
+
+
+def as_trajectories(config: Config) -> Source:
+    """The row of the solver that made the trajectories."""
+    settings = config.trajectories
+    grid = grid_name(config) if own_steps(config, find_teacher(config)) is None else "auto"
+    return Source("teacher", settings.solver, settings.steps, settings.time_points, grid)
 
 
 def evaluations_of(source: Source, config: Config) -> int:
@@ -98,5 +109,4 @@ def store_teacher_rows(storage: Storage, spec: dict[str, Any], rows: dict[str, A
 
 
 def _rows_key(spec: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    return f"evaluation/teachers/{digest}.json"
+    return f"evaluation/teachers/{canonical_hash(spec)}.json"

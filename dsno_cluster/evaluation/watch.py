@@ -32,17 +32,19 @@ def watch(config: Config, actors: int | None = None, ray_address: str | None = N
     where = f"{storage.url}/{student_prefix(config)}"
     console.say(
         f"evaluating each checkpoint below {where} up to step {config.training.steps}; the best by "
-        f"{config.evaluation.best_metric} is kept track of"
+        f"{config.evaluation.judged_by} is kept track of"
     )
     known: dict[tuple[str, str], list[dict[str, Any]]] = {}
     said = time.monotonic() - SAY_SECONDS
     while True:
-        history = read_history(storage, config)
-        done = _done(history)
-        todo = [c for c in checkpoints(storage, config, known) if _key(config, c) not in done]
+        there = checkpoints(storage, config, known)
+        # the best anew: it may be asked for by another metric now, or students may be gone
+        history = _noted(storage, config, there)
+        done = {(row["sha256"], row["evaluation"]) for row in history["rows"]}
+        todo = [c for c in there if (c["sha256"], _settings_hash(config)) not in done]
         for checkpoint in todo:
-            history = _add(storage, config, _evaluated(config, checkpoint, actors, ray_address))
-        last = max((row["step"] for row in history["rows"]), default=-1)
+            history = _noted(storage, config, there, _evaluated(config, checkpoint, actors, ray_address))
+        last = max((checkpoint["step"] for checkpoint in there), default=-1)
         if last >= config.training.steps:
             break
         if not todo and time.monotonic() - said > SAY_SECONDS:
@@ -101,25 +103,22 @@ def _evaluated(
     return {**known, "evaluation": _settings_hash(config), "folder": folder, **metrics["student"]}
 
 
-def _add(storage: Storage, config: Config, row: dict[str, Any]) -> dict[str, Any]:
-    """The history with a row more, written; the best step named beside the students."""
-    history = read_history(storage, config)
-    rows = sorted([*history["rows"], row], key=lambda r: (r["step"], str(r["ema_decay"])))
-    metric = config.evaluation.best_metric
-    best = best_of([r for r in rows if r["evaluation"] == row["evaluation"]], metric)
+def _noted(
+    storage: Storage, config: Config, there: list[dict[str, Any]], row: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The history, with a `row` more; the best of the checkpoints that are `there` is named beside the students."""
+    before = read_history(storage, config)
+    rows = sorted([*before["rows"], *([row] if row else [])], key=lambda r: (r["step"], str(r["ema_decay"])))
+    settings, metric = _settings_hash(config), config.evaluation.judged_by
+    known = {checkpoint["sha256"] for checkpoint in there}
+    best = best_of([r for r in rows if r["evaluation"] == settings and r["sha256"] in known], metric)
     history = {"rows": rows, "best": best}
+    if history == before:
+        return history
     storage.write(history_key(config), (json.dumps(history, indent=2) + "\n").encode())
     if best is not None:
         storage.write(f"{student_prefix(config)}best-{metric}", (step_name(best["step"]) + "\n").encode())
     return history
-
-
-def _done(history: dict[str, Any]) -> set[tuple[str, str]]:
-    return {(row["sha256"], row["evaluation"]) for row in history["rows"]}
-
-
-def _key(config: Config, checkpoint: dict[str, Any]) -> tuple[str, str]:
-    return checkpoint["sha256"], _settings_hash(config)
 
 
 def _settings_hash(config: Config) -> str:

@@ -292,6 +292,7 @@ def load_student(
     endpoint_url: str | None = None,
     *,
     ema: float | None = None,
+    sha256: str | None = None,
     precision: str = "float32",
     compile: bool = False,
 ) -> DSNO:
@@ -299,9 +300,9 @@ def load_student(
 
     `ema` is the decay of the moving average wanted, where it was trained with several (default: the first of them).
     `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError where the folder
-    holds no such student.
+    holds no such student, and WorkError where its weights are not those of `sha256`, where that is given.
     """
-    folder = read_model(str(path), endpoint_url, ema)
+    folder = read_model(str(path), endpoint_url, ema, sha256)
     model = folder.meta["model"]
     if model["kind"] != KIND:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a student")

@@ -61,16 +61,22 @@ def package_path(path: str) -> str:
     return str(target)
 
 
-def read_model(path: str, endpoint_url: str | None = None, ema: float | None = None) -> ModelFolder:
+def read_model(
+    path: str, endpoint_url: str | None = None, ema: float | None = None, sha256: str | None = None
+) -> ModelFolder:
     """The model at a folder path, an S3 address or `package:NAME`; a run folder means its `latest`.
 
     `ema` chooses among a student's moving averages by decay. Raises UserError where there is no model, or no such
-    average, and WorkError where the bytes are not those of `meta.json`.
+    average, and WorkError where the bytes are not those of `meta.json`, or not those of `sha256` where that is given.
     """
     import safetensors.torch
 
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     meta = _read_meta(storage, prefix, ema)
+    if sha256 not in (None, meta["sha256"]):
+        raise WorkError(
+            f"{path}: its weights have sha256 {meta['sha256'][:8]} now, not {sha256[:8]}: they were replaced meanwhile"
+        )
     name = _weights_file(meta)
     data = storage.read(prefix + name)
     found = hashlib.sha256(data).hexdigest()
@@ -83,6 +89,15 @@ def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = No
     """`meta.json` of a model alone, without its weights; `ema` and errors as in `read_model`."""
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     return _read_meta(storage, prefix, ema)
+
+
+def model_address(path: str, endpoint_url: str | None = None) -> str:
+    """Where the model at `path` itself lies: of a run folder the step folder that its `latest` names now.
+
+    Raises UserError where there is no model.
+    """
+    _, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
+    return f"{path.rstrip('/')}/{prefix.rstrip('/')}" if prefix else path
 
 
 def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _tiles(files: RunFiles) -> Markup | None:
     if affordable:
         rival = affordable[-1]
         shown.append(("Teacher at about that cost", rival, _evaluations(rival)))
-    made = next((row for row in rows if row["evaluations"] == files.size.evaluations_per_sample), None)
+    made = next((row for row in rows if row.get("as_trajectories")), None)
     if made is not None:
         shown.append(("Teacher, as in the trajectories", made, _evaluations(made)))
     held_out = metrics.get("real_held_out")
@@ -253,7 +253,7 @@ def _history(files: RunFiles, words: str) -> Markup:
     drawn = []
     for figure in history_figures(history, extractor):
         rows = (metrics or {}).get("teacher_rows", [])
-        made = [r for r in rows if r["evaluations"] == files.size.evaluations_per_sample and figure.text(r)]
+        made = [row for row in rows if row.get("as_trajectories") and figure.text(row)]
         level = (f"teacher, {made[0]['evaluations']} NFE", made[0][figure.key]) if made else None
         chart = history_chart(history, figure, level)
         drawn += [parts.chart_figure(chart)] if chart is not None else []

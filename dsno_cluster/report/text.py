@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from dsno_cluster import __version__
-from dsno_cluster.cluster.status import duration
+from dsno_cluster import __version__, console
 from dsno_cluster.errors import without_passwords
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
@@ -156,7 +155,7 @@ def cost_of(files: RunFiles) -> Facts:
 def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return _NOT_RECORDED
-    return f"{seconds:,.0f} s" + (f" ({duration(seconds)})" if seconds >= 120 else "")
+    return f"{seconds:,.0f} s" + (f" ({console.duration(seconds)})" if seconds >= 120 else "")
 
 
 def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:

@@ -65,9 +65,13 @@ class FolderStorage:
                 inside = FolderStorage(new)
                 for key, data in files.items():
                     inside.write(key, data)
-                if path.exists():  # a folder cannot be renamed onto another that holds files
-                    os.rename(path, old)
-                os.rename(new, path)
+                try:
+                    if path.exists():  # a folder cannot be renamed onto another that holds files
+                        os.rename(path, old)
+                    os.rename(new, path)
+                finally:
+                    if old.exists() and not path.exists():  # an error, or Ctrl-C, came between
+                        os.rename(old, path)
             sync(path.parent)
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error

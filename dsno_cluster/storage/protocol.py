@@ -43,8 +43,9 @@ class Storage(Protocol):
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
         """Put several objects below `prefix` (ending in /), the last one named last.
 
-        In a folder they appear together, in place of such a folder that was there; on S3 the last object says that the others
-        are there. Raises PreconditionFailed where a folder without that last object would be replaced.
+        In a folder they appear together, in place of such a folder that was there; PreconditionFailed where one without that
+        last object would be replaced. On S3, where nothing else below `prefix` is touched, the last object says that the
+        others are there.
         """
         ...
 

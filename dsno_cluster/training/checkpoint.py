@@ -23,7 +23,7 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.models.weights import step_name, student_prefix
+from dsno_cluster.models.weights import read_meta, step_name, student_address, student_prefix
 from dsno_cluster.storage import FolderStorage, sync
 from dsno_cluster.training.engine import EMA, Ranks, ema_kind
 from dsno_cluster.training.publish import Publisher
@@ -186,13 +186,31 @@ def read_state(config: Config, step: int, trajectories: str) -> dict[str, Any]:
         raise WorkError(
             f"{folder / STATE}: cannot be read ({error}); delete {folder} to go on from the checkpoint before it"
         ) from error
-    for key, value in run_identity(config, trajectories).items():
+    _check_same_run(folder, saved, run_identity(config, trajectories))
+    return dict(state)
+
+
+def check_published(config: Config, trajectories: str) -> None:
+    """Raises UserError where the storage holds students of another run under the config's name.
+
+    `latest` would go on naming one of theirs until this run has come further, and the two would be mixed.
+    """
+    address = student_address(config)
+    try:
+        published = read_meta(address, config.storage.endpoint_url)
+    except UserError:  # there is none
+        return
+    if "run" in published:
+        _check_same_run(address, published["run"], run_identity(config, trajectories))
+
+
+def _check_same_run(where: Path | str, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in now.items():
         if saved.get(key) != value:
             raise UserError(
-                f"{folder}: was saved with {key} {saved.get(key)}, now it is {value}; "
+                f"{where}: was saved with {key} {saved.get(key)}, now it is {value}; "
                 "go back to that, or start a new run with name=..."
             )
-    return dict(state)
 
 
 def open_fragments(config: Config, step: int) -> SavedFragments:
@@ -228,12 +246,14 @@ def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
     }
 
 
-def student_meta(student: DSNO, config: Config, **more: Any) -> dict[str, Any]:
+def student_meta(student: DSNO, config: Config, trajectories: str, world_size: int) -> dict[str, Any]:
     """What `meta.json` says of a student, but for the step, the weights' hash and the versions."""
     return {
         "model": student.describe(),
         "name": config.name,
         "seed": config.seed,
         "ema_decay": config.training.ema_decays[0],
-        **more,
+        "trajectories": trajectories,
+        "run": run_identity(config, trajectories),
+        "world_size": world_size,
     }

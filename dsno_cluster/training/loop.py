@@ -55,6 +55,7 @@ def train(config: Config) -> str:
         device, main = ranks.device, ranks.rank == 0
         if main:
             resources.enter_context(checkpoint.only_run(config))
+            checkpoint.check_published(config, folder)
         start = _agreed_start(config, ranks)
         state = checkpoint.read_state(config, start, folder) if start else {}
         if start >= settings.steps:
@@ -97,7 +98,7 @@ def train(config: Config) -> str:
                     f"each of the {ranks.world_size} ranks fetches every shard in every epoch, as reader.cache_dir is null; "
                     "with one, such as reader.cache_dir='$TMPDIR/shards', a node fetches each once, if reader.cache_gb holds all"
                 )
-        meta = checkpoint.student_meta(student, config, trajectories=folder, world_size=ranks.world_size)
+        meta = checkpoint.student_meta(student, config, folder, ranks.world_size)
         record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))
         publisher = Publisher(config) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, len(weights_M))

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, StorageConfig, dump_config, validate, with_absolute_paths
+from dsno_cluster.config import Config, dump_config, validate, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.models.weights import student_prefix
 from dsno_cluster.storage import FolderStorage
@@ -149,7 +149,9 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
 
     window = settings.online_staged_shards if keeps_all else max(1, settings.online_staged_shards // 2)
     _drop_strangers(staged, plan, {key(p): p % num_shards for p in positions[: 2 * window]}, per_shard)
-    actors_config = config.model_copy(update={"storage": StorageConfig(root=str(staging_root(config)))})
+    # the endpoint is that of a teacher on S3
+    there = config.storage.model_copy(update={"root": str(staging_root(config))})
+    actors_config = config.model_copy(update={"storage": there})
     with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
         # as SIGUSR2; only now, as Ray sets a handler when it starts

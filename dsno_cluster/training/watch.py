@@ -128,7 +128,7 @@ def heldout_states(config: Config, manifest: Manifest, device: torch.device) -> 
     count, seed = config.training.heldout_samples, config.evaluation.seed
     key = canonical_hash({"spec": manifest.spec, "seed": seed, "samples": count})
     folder = FolderStorage(metrics_file(config).parent)
-    name = f"heldout-{key[:16]}.safetensors"
+    name = f"heldout-{key}.safetensors"
     if folder.stat(name) is not None:
         return safetensors.torch.load(folder.read(name))["states"].to(device)
     console.say(f"solving {count} held-out trajectories with the teacher")

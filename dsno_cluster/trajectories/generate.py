@@ -113,6 +113,16 @@ def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]
             )
 
 
+def check_alike(environment: dict[str, Any], first: dict[str, Any]) -> None:
+    """UserError where two actors of a run differ in what may change bytes."""
+    for part in ("device", "versions"):
+        if environment[part] != first[part]:
+            raise UserError(
+                f"the actors' {part} differ: {environment[part]} and {first[part]}; a data set needs one device model and one "
+                "set of versions, so give it nodes that are alike"
+            )
+
+
 def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress:
     """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
 
@@ -169,12 +179,7 @@ def _make_shards(
         if not present:
             present.append(environment)
             note()  # before the first shard, so that a shard that is there can be told what made it
-        for part in ("device", "versions"):
-            if environment[part] != present[0][part]:
-                raise UserError(
-                    f"the actors' {part} differ: {environment[part]} and {present[0][part]}; a data set needs one device "
-                    "model and one set of versions, so give gen-trajectories nodes that are alike"
-                )
+        check_alike(environment, present[0])
 
     spent = made_by[-1].get("seconds", 0.0) if made_by else 0.0
     started = time.monotonic()

@@ -156,7 +156,11 @@ def measure_errors(config: Config, teacher: Teacher, probes: int, seconds: float
 
     _refuse_own_steps(config, teacher)
     settings = config.trajectories
-    evaluations = probes * (REFERENCE_STEPS + settings.steps)
+    guidance, times = settings.guidance_scale, settings.time_points
+    evaluations = probes * (
+        count_evaluations("abm3", REFERENCE_STEPS, guidance, times, "uniform")
+        + count_evaluations(settings.solver, settings.steps, guidance, times, grid_name(config))
+    )
     console.say(
         f"measuring the solver's error on {probes} samples (--probes): some {evaluations:,} evaluations, about "
         f"{_hours(evaluations * seconds / 3600)}"
@@ -233,9 +237,14 @@ def report(config: Config, size: Size, found: Found) -> str:
         f"storage       {bytes_text(size.bytes)} below {config.storage.root}/trajectories/",
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
-        f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
-        "(evaluation.num_samples, teacher_steps, and the solver above)",
     ]
+    if set(config.evaluation.metrics) != {
+        "trajectory_error"
+    }:  # with no metric of images the teacher's are not drawn
+        lines.append(
+            f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
+            "(evaluation.num_samples, teacher_steps, and the solver above)"
+        )
     if (measured := found.measured) is None:
         lines.append("time          not measured: --measure times the teacher on this machine's device")
     else:
@@ -310,6 +319,11 @@ def find_teacher(config: Config) -> TeacherInfo:
         native = own_steps(config, info)
     except ValueError as error:
         raise UserError(f"trajectories.steps: {error}") from None
+    if info.distilled and settings.grid != "auto":
+        raise UserError(
+            f"trajectories.grid: {settings.grid}, but the distilled teacher at {path} knows the levels of its own steps alone; "
+            "set trajectories.grid=auto"
+        )
     if native is not None:
         if info.distilled and settings.solver != "ddim":
             raise UserError(

@@ -22,7 +22,7 @@ def import_weights(
 
     `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Returns what it was, "student" or "teacher".
     Raises UserError for a file of another kind, a switch that is not implemented, tensors that are missing, surplus or
-    misshapen, by name, and where `out_dir` holds something else.
+    misshapen, by name, and where `out_dir` is a folder of something else.
     """
     data, text = read_object(src, endpoint_url), read_object(published_yaml, endpoint_url)
     student = recognise(data[:4]) == "torch"
