@@ -70,6 +70,13 @@ def command(folder: Path, address: str, ports: Ports) -> list[str]:
     return [weed, f"-logdir={folder}", "server", *options, "-volume.max=20", "-master.volumeSizeLimitMB=64"]
 
 
+def remove_sockets(ports: Ports) -> None:
+    """Delete what a server that has ended leaves in this machine's /tmp: sockets of its parts, named by gRPC port."""
+    for port in astuple(ports)[4:]:
+        for socket_file in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+            socket_file.unlink(missing_ok=True)
+
+
 def answers(url: str) -> bool:
     """Whether the server takes objects; makes the bucket."""
     import boto3

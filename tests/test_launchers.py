@@ -24,6 +24,7 @@ def slurm(tmp_path: Path) -> Path:
     bin_folder.mkdir()
     for name in ("sbatch", "srun"):
         (bin_folder / name).write_text("#!/bin/sh\nexit 1\n")
+    (bin_folder / "sinfo").write_text("#!/bin/sh\necho 'main*|4|8|16000|1-00:00:00|(null)'\n")
     (bin_folder / "scontrol").write_text(f"#!/bin/sh\ncat {tmp_path}/ping\n")
     for tool in bin_folder.iterdir():
         tool.chmod(0o755)
@@ -38,6 +39,9 @@ def test_auto_is_slurm_where_its_controller_answers(slurm: Path, tmp_path: Path)
     assert script.returncode == 0 and "#SBATCH --nodes=1" in script.stdout, script.stderr
     told = dsno("eval", *TINY, "--dry-run", "--json", cwd=tmp_path, PATH=path)  # there is no student yet
     assert told.returncode == 2 and "#SBATCH --nodes=1" in json.loads(told.stdout)["dry_run"]["eval"]
+    large = dsno(*words, "--nodes", "16", cwd=tmp_path, PATH=path)  # the script, and what is wrong with it
+    assert large.returncode == 2 and "partition main has 4 node(s)" in large.stderr
+    assert "#SBATCH --nodes=16" in large.stdout
     nowhere = dsno(*words, "teacher.path=nowhere", cwd=tmp_path, PATH=path)  # the script, and what is missing
     assert nowhere.returncode == 2 and "nowhere" in nowhere.stderr
     assert "#SBATCH --nodes=1" in nowhere.stdout
@@ -113,6 +117,10 @@ def test_the_script_is_that_of_the_golden_file(
         ({"environment": {"WANDB_TOKEN": "x"}}, "WANDB_TOKEN looks like a secret"),
         ({"environment": {"A-B": "x"}}, "'A-B' is not the name of a variable"),
         ({"partitoin": "gpu"}, "unknown key partitoin; did you mean partition?"),
+        ({"environment": {"DB_PWD": "x"}}, "DB_PWD looks like a secret"),
+        ({"setup": ["export AWS_SECRET_ACCESS_KEY=abc"]}, "setup: AWS_SECRET_ACCESS_KEY looks like a secret"),
+        ({"sbatch": {"time": 99999}}, "sbatch: time: is time_minutes of the profile"),
+        ({"sbatch": {"output": "x"}}, "sbatch: output: dsno-cluster sets it itself"),
         ({"environment": {"A": 1}}, "environment.A: input should be a valid string, found 1"),
     ],
 )
@@ -125,6 +133,26 @@ def test_wrong_profiles_are_one_line(
     with pytest.raises(UserError) as told:
         load_profile("train", change)
     assert expected in str(told.value) and "\n" not in str(told.value)
+
+
+def test_secrets_that_a_command_gives_do_not_stand_in_the_script() -> None:
+    setup = [
+        "export WANDB_API_KEY=$(cat ~/.wandb)",
+        'export HF_TOKEN="$MINE"',
+        "TOKENIZERS_PARALLELISM=false",
+    ]
+    assert load_profile("train", {"setup": setup}).setup == tuple(setup)
+
+
+@pytest.mark.parametrize("words", [{"no-requeue": True}, {"requeue": False}])
+def test_a_site_without_requeue_has_its_way(
+    words: dict[str, bool], slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    profile = load_profile("train", {"sbatch": {**words, "exclusive": True, "overcommit": False}})
+    script = sbatch_script("train", load_config("configs/digits.yaml", []), profile).splitlines()
+    asked = [line for line in script if re.search("requeue|exclusive|overcommit", line) and "SBATCH" in line]
+    assert sorted(asked) == ["#SBATCH --exclusive", "#SBATCH --no-requeue"]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,20 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     assert elsewhere.returncode == 2 and "loss l1, now it is l2" in elsewhere.stderr, elsewhere.stderr
 
 
+def test_before_the_first_step_there_is_nothing_to_wait_for(tiny_data: Path, tmp_path: Path) -> None:
+    """Ctrl-C while minutes of preparation are on their way."""
+    out = link_data(tiny_data, tmp_path / "out")
+    long = ["training.heldout_every=1", "training.heldout_samples=100000", "--launcher", "local"]
+    command = [sys.executable, "-m", "dsno_cluster.cli", *words(out, *long)]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert job.stderr is not None
+    assert any("solving 100000 held-out trajectories" in line for line in job.stderr)
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 130 and "Traceback" not in said, said
+    assert not checkpoints(out)
+
+
 @pytest.mark.slow
 def test_one_of_two_ranks_killed_ends_the_job_and_the_same_command_finishes_it(
     whole_of_two: Path, tiny_data: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from tiny import TINY, dsno
 
 from dsno_cluster.cluster.attempt import why
-from dsno_cluster.cluster.runs import Run, create_run, find_run, fruitless
+from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
 from dsno_cluster.cluster.status import states_of
 from dsno_cluster.config import load_config, load_profile
 from dsno_cluster.errors import LOST_RANK, UserError
@@ -73,6 +74,41 @@ def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
     attempt.write("failure-0", kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)")
     attempt.write("failure-3", kind="work", rank=3, reason="the loss is not finite")
     assert why(attempt, 1) == "the loss is not finite"
+
+
+def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
+    """Another node's failure is one that the stage went on without."""
+    run.note(stage="gen-trajectories")
+    attempt = run.attempt(0)
+    attempt.folder.mkdir(parents=True)
+    attempt.write("begin", nodes="node[1-3]", batch_log_bytes=4)
+    attempt.write("failure-2", kind="user", rank=2, host="node3", reason="Ray on node3 ended by itself")
+    (run.folder / "batch.log").write_text(
+        "of an attempt before\nsrun: error: node1: task 0: Killed\nsrun: error: node2: task 1: Killed\n"
+    )
+    assert attempt.failure() is None
+    assert [lost["host"] for lost in attempt.node_losses()] == ["node3"]
+    assert why(attempt, 137).startswith("task 0 on node1 was killed by SIGKILL, perhaps for want of memory")
+    assert why(attempt, 1) == "Ray on node3 ended by itself"
+    attempt.write("failure-0", kind="work", rank=0, reason="the bucket is gone")
+    assert why(attempt, 1) == "the bucket is gone"
+
+
+def test_a_run_folder_that_cannot_be_read_hides_no_other(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "state/dsno-cluster/runs/other"
+    other.symlink_to(tmp_path / "locked")
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:  # root, as which tests may run, is denied nothing
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert all_runs() == [run]
+    assert "locked: left out: Permission denied" in " ".join(capfd.readouterr().err.split())
 
 
 def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:

@@ -43,6 +43,7 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield url
     server.kill()  # it takes half a minute to end by itself
     server.wait(30)
+    s3_server.remove_sockets(ports)
 
 
 @pytest.fixture(params=["folder", "s3"])

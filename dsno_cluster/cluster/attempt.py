@@ -8,6 +8,7 @@ given up. Its exit status is the job's, which is what Slurm's `afterok` goes by.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from dsno_cluster.errors import UserError, WorkError
 
 T = TypeVar("T")
 
+BATCH_LOG = "batch.log"
 KILLED = 128
 OUTAGE_SECONDS = 900.0  # a controller may restart while a job wants to be requeued
 REFUSED_SECONDS = 60.0  # or refuse for a moment, as while a job is completing
@@ -33,7 +35,14 @@ def begin(run: Run) -> int:
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
     attempt.folder.mkdir(parents=True, exist_ok=True)
-    _note(attempt, "begin", job=os.environ.get("SLURM_JOB_ID"), nodes=os.environ.get("SLURM_JOB_NODELIST"))
+    log = run.folder / BATCH_LOG
+    _note(
+        attempt,
+        "begin",
+        job=os.environ.get("SLURM_JOB_ID"),
+        nodes=os.environ.get("SLURM_JOB_NODELIST"),
+        batch_log_bytes=log.stat().st_size if log.is_file() else 0,
+    )
     if run.cancelled:
         _note(attempt, "outcome", state="cancelled", reason="cancelled before it began")
         return 1
@@ -59,10 +68,17 @@ def end(run: Run, status: int) -> int:
     if ended == "time limit" and attempt.read("stopped") is None:
         reason = "its time limit was reached before it had saved"
     failure = attempt.failure()
-    # of a Ray stage only the driver can tell that the input is wrong; other nodes are done without
-    if failure and failure["kind"] == "user" and (failure["rank"] == 0 or run.record()["stage"] == "train"):
+    if failure and failure["kind"] == "user":
         _note(attempt, "outcome", state="failed", reason=reason)
         return 2
+    if not run.profile().requeue:
+        _note(
+            attempt,
+            "outcome",
+            state="failed",
+            reason=f"{reason}; its profile says no-requeue: the same command continues",
+        )
+        return 1
     if (streak := fruitless(run.attempts())) > run.profile().retries:
         return _give_up(attempt, streak, reason)
     _note(attempt, "outcome", state="again", reason=reason)
@@ -125,8 +141,21 @@ def why(attempt: Attempt, status: int | None) -> str:
     if status > KILLED:
         name = signal.Signals(status - KILLED).name if status - KILLED in set(signal.Signals) else "a signal"
         memory = ", perhaps for want of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
-        return f"a task was killed by {name}{memory}; see {attempt.folder}"
-    return f"srun ended with status {status} and no task said why; see {attempt.folder} and batch.log"
+        return f"{_killed_task(attempt)} was killed by {name}{memory}; see {attempt.folder}"
+    for lost in attempt.node_losses():
+        return str(lost["reason"])
+    return f"srun ended with status {status} and no task said why; see {attempt.folder} and {BATCH_LOG}"
+
+
+def _killed_task(attempt: Attempt) -> str:
+    """The first task of the attempt that was killed, in srun's words: which one, and where."""
+    begun = attempt.read("begin") or {}
+    try:
+        said = (attempt.run.folder / BATCH_LOG).read_bytes()[begun.get("batch_log_bytes", 0) :]
+    except OSError:
+        return "a task"
+    killed = re.search(r"srun: error: (\S+): tasks? (\d+)[^:]*: Killed", said.decode(errors="replace"))
+    return f"task {killed[2]} on {killed[1]}" if killed else "a task"
 
 
 def main(words: Sequence[str]) -> int:

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsno_cluster import console
+from dsno_cluster.cluster.ray_folder import INSIDE, claimed, place_for
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
 from dsno_cluster.cluster.slurm import job_nodes, node_timeout, requeue_job
@@ -34,9 +33,7 @@ END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
 # the worker that is first in line asks Slurm so often, the others a second less often each: many must not ask at once
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
-STARTED, ENDED, LOCK = "ray-started.json", "ray-ended.json", "lock"
-# of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
-LONGEST_FOLDER = 45
+STARTED, ENDED = "ray-started.json", "ray-ended.json"
 # when we end Ray its tasks are done or given back: there is nothing to drain, and Slurm allows little time
 RAY_ENVIRONMENT = {
     **KEEP_MEMORY,
@@ -51,22 +48,6 @@ RAY_ENVIRONMENT = {
     "AUTOSCALER_METRIC_PORT": "65536",
     "DASHBOARD_METRIC_PORT": "65536",
 }
-# file systems, by the names of stat(1), on which one folder is seen by several nodes
-SHARED = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "ceph",
-    "beegfs",
-    "fhgfs",
-    "panfs",
-    "afs",
-    "cifs",
-    "smb",
-    "smb2",
-    "fuseblk",
-    "fuse",
-)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -90,18 +71,18 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
     """
     address = own_address(node.hosts, node.index, node.interface)
     port, client, dashboard, *agents = free_ports(7)  # in one call, so that they differ
-    temp = _temp_folder(node, attempt)
+    folder = place_for(f"{node.job}-{attempt.name}")
     command = [
         *("--head", f"--port={port}", f"--ray-client-server-port={client}"),
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temp}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder / INSIDE}"),
     ]
-    with _ray_processes([*command, *_common(node, address, agents)], temp) as ray:
+    with _ray_processes([*command, *_common(node, address, agents)], folder) as ray:
         _wait_for_port(address, port, ray)
         console.say(
             f"Ray head on {socket.gethostname()}, {address}:{port}; {len(node.hosts) - 1} other node(s) join; "
             f"dashboard on this host's 127.0.0.1:{dashboard}"
         )
-        tell(attempt / STARTED, address=f"{address}:{port}", temp=str(temp))
+        tell(attempt / STARTED, address=f"{address}:{port}", folder=str(folder))
         try:
             yield f"{address}:{port}"
         finally:
@@ -116,9 +97,9 @@ def ray_worker(node: Node, attempt: Path) -> None:
     its batch script then. Raises WorkError where no head appears and where this node's Ray ends by itself.
     """
     started = hear(attempt / STARTED)
-    head, temp = started["address"], Path(started["temp"])  # Ray has its workers use the head's folder
+    head, folder = started["address"], Path(started["folder"])  # Ray has its workers use the head's folder
     address = own_address(node.hosts, node.index, node.interface)
-    with _ray_processes([f"--address={head}", *_common(node, address, free_ports(4))], temp) as ray:
+    with _ray_processes([f"--address={head}", *_common(node, address, free_ports(4))], folder) as ray:
         console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
         answered = time.monotonic()
         while time.monotonic() - answered < LOST_HEAD_SECONDS:
@@ -163,32 +144,21 @@ def _common(node: Node, address: str, agents: list[int]) -> list[str]:
     shared_memory = shutil.disk_usage("/dev/shm").free
     object_store = max(100 << 20, min(int(0.2 * node.memory_gb * 2**30), int(0.8 * shared_memory)))
     return [
-        *("--block", "--disable-usage-stats", f"--node-ip-address={address}", f"--num-cpus={node.cpus}"),
+        *(
+            "--block",
+            "--disable-usage-stats",
+            "--include-log-monitor=false",
+            f"--node-ip-address={address}",
+            f"--num-cpus={node.cpus}",
+        ),
         *("--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={object_store}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
         *(f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}"),
     ]
 
 
-def _temp_folder(node: Node, attempt: Path) -> Path:
-    """On the node's own disk, the same path on every node of an attempt, and nobody else's.
-
-    Below TMPDIR, unless that is too long for the Unix sockets that Ray keeps there, or seen by all nodes.
-    """
-    name = f"{_folder_prefix()}{node.job}-{attempt.name}"
-    base = Path(tempfile.gettempdir())
-    fits = len(str(base / name)) <= LONGEST_FOLDER and _file_system(base) not in SHARED
-    return (base if fits else Path("/tmp")) / name
-
-
-def _file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on, as stat(1) names it; empty where it does not say."""
-    asked = ["stat", "--file-system", "--format=%T", str(folder)]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().lower()
-
-
 @contextlib.contextmanager
-def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _ray_processes(options: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`ray start` as a child in a process group of its own; at the end it and all that it started are gone."""
     libc = ctypes.CDLL(None, use_errno=True)
     # Ray's daemons are then ours when `ray start` has ended, and can be found
@@ -197,61 +167,20 @@ def _ray_processes(options: list[str], temp: Path) -> Iterator[subprocess.Popen[
     def end_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
-    _sweep(temp.parent)
-    lock = _claim(temp)
-    ray = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        # sockets of Ray's dashboard, which nobody removes, go the way of the folder too
-        env={**os.environ, **RAY_ENVIRONMENT, "TMPDIR": str(temp)},
-        start_new_session=True,
-        preexec_fn=end_with_parent,
-    )
-    try:
-        yield ray
-    finally:
-        _end(ray)
-        shutil.rmtree(temp, ignore_errors=True)
-        os.close(lock)
-
-
-def _claim(temp: Path) -> int:
-    """Make the folder, locked before it has its name; returns the lock's descriptor, held as long as this process lives.
-
-    Raises WorkError where something has that name already: the folder for temporary files is everybody's.
-    """
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=".dsno-ray-", dir=temp.parent))
-        lock = os.open(aside / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with claimed(folder):
+        ray = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            # sockets of Ray's dashboard, which nobody removes, go the way of the folder too
+            env={**os.environ, **RAY_ENVIRONMENT, "TMPDIR": str(folder)},
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
         try:
-            aside.rename(temp)
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise WorkError(
-            f"{temp} cannot be made on {socket.gethostname()}: {error.strerror}; TMPDIR must be a folder that every node has on "
-            "a disk of its own"
-        ) from error
-    return lock
-
-
-def _sweep(base: Path) -> None:
-    """Remove folders of this user whose task was killed before it could do so itself."""
-    for folder in base.glob(f"{_folder_prefix()}*"):
-        with contextlib.suppress(OSError):  # another's, gone already, or still in use
-            lock = os.open(folder / LOCK, os.O_RDWR)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _folder_prefix() -> str:
-    return f"dsno-ray-{os.getuid()}-"
+            yield ray
+        finally:
+            _end(ray)
 
 
 def _end(ray: subprocess.Popen[bytes]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dsno_cluster import console
+from dsno_cluster.cluster.ray_folder import claimed, place_for
 from dsno_cluster.errors import StorageError, UserError, WorkError
 
 Task = TypeVar("Task", bound=Hashable)
@@ -125,22 +126,24 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
     num_gpus = 1 if torch.cuda.is_available() else 0
     if num_gpus and actors > (devices := torch.cuda.device_count()):
         raise UserError(f"--actors {actors}: this machine has {devices} GPU(s), and an actor takes one")
-    try:
-        with _sigterm_as_before():
-            ray.init(
-                address="local",
-                num_cpus=actors * threads,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
-    except Exception as error:  # Ray raises bare ones, as where a node is slow to start
-        raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
-    try:
-        yield RayCluster(threads, num_gpus, actors)
-    finally:
-        ray.shutdown()
+    with claimed(place_for(f"here-{os.getpid()}")) as folder:
+        try:
+            with _sigterm_as_before():
+                ray.init(
+                    address="local",
+                    num_cpus=actors * threads,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                    _temp_dir=str(folder),
+                )
+        except Exception as error:  # Ray raises bare ones, as where a node is slow to start
+            raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
+        try:
+            yield RayCluster(threads, num_gpus, actors)
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsno_cluster import __version__
+from dsno_cluster import __version__, console
+from dsno_cluster.cluster.slurm import user_name
 from dsno_cluster.config import (
     Config,
     Profile,
@@ -53,6 +54,11 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What was submitted: `run.json`."""
         return read_json(self.folder / "run.json") or {}
+
+    @property
+    def owner(self) -> str:
+        """The user whose folder, and job, it is."""
+        return user_name(self.folder.stat().st_uid)
 
     def note(self, **values: Any) -> None:
         """Add to `run.json`."""
@@ -95,14 +101,28 @@ class Attempt:
     def write(self, what: str, **values: Any) -> None:
         write_json(self.folder / f"{what}.json", {"time": time.time(), **values})
 
+    @property
+    def run(self) -> Run:
+        return Run(self.folder.parents[1])
+
     def failure(self) -> dict[str, Any] | None:
         """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason, rank, host}.
 
-        `kind`: user (the input), work (the work or its surroundings) or bug.
+        `kind`: user (the input), work (the work or its surroundings) or bug. Of a Ray stage what its driver said: without
+        another node it goes on.
         """
+        spoke = [f for f in self._failures() if f["rank"] == 0 or self.run.record().get("stage") == "train"]
+        return min(spoke, key=lambda f: (str(f["reason"]).startswith(LOST_RANK), f["rank"]), default=None)
+
+    def node_losses(self) -> list[dict[str, Any]]:
+        """What other nodes of a Ray stage said that it goes on without."""
+        if self.run.record().get("stage") == "train":
+            return []
+        return sorted((f for f in self._failures() if f["rank"]), key=lambda f: float(f["time"]))
+
+    def _failures(self) -> list[dict[str, Any]]:
         said = [read_json(file) for file in self.folder.glob("failure-*.json")]
-        found = [failure for failure in said if failure is not None]
-        return min(found, key=lambda f: (str(f["reason"]).startswith(LOST_RANK), f["rank"]), default=None)
+        return [failure for failure in said if failure is not None]
 
     @property
     def position(self) -> tuple[str, int] | None:
@@ -167,7 +187,11 @@ def code_version() -> dict[str, Any]:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(package), *words], capture_output=True, text=True, timeout=10
+                # an installation of another user's is code that we run anyway
+                ["git", "-c", "safe.directory=*", "-C", str(package), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
@@ -190,9 +214,17 @@ def index() -> Path:
 
 def all_runs() -> list[Run]:
     """The user's runs whose folders are still there, newest first."""
-    found = [link.resolve() for link in index().glob("*")] if index().is_dir() else []
-    runs = [Run(folder) for folder in found if (folder / "run.json").is_file()]
-    return sorted(runs, key=lambda run: run.record().get("submitted", 0.0), reverse=True)
+    submitted: dict[Run, float] = {}
+    for link in index().glob("*") if index().is_dir() else ():
+        run = Run(link.resolve())
+        try:
+            if (run.folder / "run.json").is_file():
+                submitted[run] = float(run.record().get("submitted", 0.0))
+        except (
+            OSError
+        ) as error:  # of a project that one was taken off, or on a disk that fails: the others are there
+            console.say(f"{run.folder}: left out: {error.strerror}")
+    return sorted(submitted, key=lambda run: submitted[run], reverse=True)
 
 
 def find_run(word: str) -> Run:
@@ -200,8 +232,11 @@ def find_run(word: str) -> Run:
 
     Raises UserError where there is none, or more than one.
     """
-    if (Path(word) / "run.json").is_file():
-        return Run(Path(word).resolve())
+    try:
+        if (Path(word) / "run.json").is_file():
+            return Run(Path(word).resolve())
+    except OSError as error:
+        raise UserError(f"{word}: cannot be read: {error.strerror}") from None
     runs = all_runs()
     same = [run for run in runs if run.id == word or str(run.record().get("job")) == word]
     matching = same[:1] or [run for run in runs if run.id.startswith(word)]

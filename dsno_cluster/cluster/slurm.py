@@ -56,12 +56,10 @@ def check_profile(profile: Profile, where: str) -> None:
     rows = [line.split("|") for line in listing.splitlines() if line.count("|") == 5]
     names = [row[0].rstrip("*") for row in rows]
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
-    asked = (
-        profile.sbatch.get("partition") or profile.partition or os.environ.get("SBATCH_PARTITION") or default
-    )
+    asked = profile.partition or os.environ.get("SBATCH_PARTITION") or default
     if asked is None:
         return  # the cluster chooses one when it sees the job
-    partitions = str(asked).split(",")  # Slurm takes the first that fits
+    partitions = asked.split(",")  # Slurm takes the first that fits
     for name in partitions:
         if name not in names:
             raise UserError(
@@ -112,8 +110,8 @@ def may_heal(said: str) -> bool:
     )
 
 
-def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
-    """What Slurm knows of jobs, by id; those it knows nothing of are left out.
+def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
+    """What Slurm knows of jobs of a user, by id; those it knows nothing of are left out.
 
     From squeue; of jobs that are over from sacct, where there is accounting, and else from what the controller still
     remembers (for MinJobAge, five minutes as a rule). Raises WorkError where the controller does not answer.
@@ -121,7 +119,7 @@ def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", _user(), "-o", "%i|%T|%r|%N|%e")
+    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
@@ -244,11 +242,12 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _user() -> str:
+def user_name(uid: int) -> str:
+    """A user's name, or the number where it has none here."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.getuid())
+        return str(uid)
 
 
 def _number(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -14,7 +15,7 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.cluster.attempt import why
 from dsno_cluster.cluster.runs import Attempt, Run
-from dsno_cluster.cluster.slurm import JobState, cancel_job, cluster_name, job_states
+from dsno_cluster.cluster.slurm import JobState, cancel_job, cluster_name, job_states, user_name
 from dsno_cluster.errors import UserError, WorkError
 
 POLL_SECONDS = 2.0
@@ -81,11 +82,13 @@ class State:
 
 def states_of(runs: Sequence[Run]) -> dict[Run, State]:
     """The state of each run. Where Slurm does not answer, what the folders say, and `state unknown` of the others."""
-    jobs = [
-        str(r.record().get("job")) for r in runs if r.record().get("launcher") == "slurm" and not _final(r)
-    ]
+    jobs: dict[str, list[str]] = {}
+    for run in runs:
+        if run.record().get("launcher") == "slurm" and not _final(run):
+            jobs.setdefault(run.owner, []).append(str(run.record().get("job")))
+    known: dict[str, JobState] | None
     try:
-        known: dict[str, JobState] | None = job_states(jobs)
+        known = {job: state for owner, ids in jobs.items() for job, state in job_states(ids, owner).items()}
     except (UserError, WorkError) as error:
         console.say(f"Slurm does not say how jobs fare now: {error}")
         known = None
@@ -106,6 +109,8 @@ def _state_of(run: Run, jobs: dict[str, JobState] | None) -> State:
         return State("state unknown", f"it is on the cluster {record['cluster']}, this is {cluster_name()}")
     job = jobs.get(str(record["job"]))
     attempts = run.attempts()
+    if job is None and run.owner != user_name(os.getuid()):
+        return State("state unknown", f"Slurm tells {user_name(os.getuid())} nothing of {run.owner}'s jobs")
     if job is None:
         last = why(attempts[-1], None) if attempts else "it never began"
         return State("cancelled" if run.cancelled else "failed", f"Slurm no longer knows the job; {last}")
@@ -121,6 +126,8 @@ def _state_of(run: Run, jobs: dict[str, JobState] | None) -> State:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
         return State("ending")  # so Slurm says for a moment of a job that it is about to requeue
+    if word == "cancelled" and record.get("after") and not attempts and not run.cancelled:
+        return State(word, "the stage that it waited for did not end well")
     return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
 
 
@@ -161,10 +168,15 @@ def overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
         record, attempts = run.record(), run.attempts()
         last = attempts[-1] if attempts else None
         progress = last.read("progress") if last else None
-        former = [
-            a for a in attempts if a.read("result") is None and (a is not last or state.word not in LIVE)
+        over = [
+            a
+            for a in attempts
+            if a.read("result") is None
+            and (a is not last or state.word not in LIVE or a.read("outcome") is not None)
         ]
-        error = state.why if state.word == "failed" else (_reason(former[-1]) if former else "")
+        error = state.why if state.word == "failed" else (_reason(over[-1]) if over else "")
+        if last is not None and state.word == "running" and (lost := last.node_losses()):
+            error = f"goes on without {len(lost)} node(s): {lost[-1]['reason']}"
         left = None
         if progress and state.word == "running" and progress["rate"] > 0:
             left = (progress["total"] - progress["done"]) / progress["rate"]
@@ -321,6 +333,8 @@ def _no_log(run: Run, rank: int, attempt: int | None, numbers: list[int]) -> str
     ranks = sorted(int(f.stem.removeprefix("task-")) for f in run.folder.glob("attempts/*/task-*.log"))
     if ranks:
         return f"--rank {rank}: {run.id} has logs of ranks {', '.join(map(str, dict.fromkeys(ranks)))}"
+    if states_of([run])[run].word not in LIVE:
+        return f"{run.id}: has no log; it never began"
     return f"{run.id}: has no log yet; it has not begun"
 
 
@@ -332,13 +346,13 @@ def _text(file: Path | None) -> str:
 
 
 def cancel(run: Run) -> str:
-    """End a run and wait until it has; returns its state then. What is done is kept.
+    """End a run and wait until it has; returns what became of it, in words. What is done is kept.
 
     Raises WorkError where it does not end within two minutes.
     """
     state = states_of([run])[run]
     if state.word not in LIVE:
-        return f"{state.word} already"
+        return f"{state.word} already; nothing is to be cancelled"
     if state.word == "state unknown":
         raise WorkError(f"{run.id}: cannot be cancelled from here now: {state.why}")
     with contextlib.suppress(OSError):  # a full disk: Slurm is told all the same
@@ -357,4 +371,4 @@ def cancel(run: Run) -> str:
         if time.monotonic() > deadline:
             raise WorkError(f"{run.id}: is {state.word} still, {CANCEL_SECONDS:.0f} s after it was cancelled")
         time.sleep(1.0)
-    return state.word
+    return f"{state.word}; what is done is kept, the same command continues"

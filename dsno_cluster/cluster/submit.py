@@ -245,10 +245,10 @@ def _slurm_executor(folder: Path, config: Config, stage: str, profile: Profile, 
         "additional_parameters": {
             "output": folder / "batch.log",
             "error": folder / "batch.log",
-            "requeue": True,
+            **({"requeue": True} if profile.requeue else {}),
             **({"no_kill": True} if ray and profile.nodes > 1 else {}),
             **({"kill_on_invalid_dep": "yes"} if after else {}),
-            **profile.sbatch,
+            **profile.sbatch_options,
         },
     }
     executor.update_parameters(**parameters)

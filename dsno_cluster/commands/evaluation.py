@@ -29,6 +29,8 @@ def evaluate_student(arguments: Arguments) -> None:
 
             check_comparison(config)
         submit_stage(arguments, config, profile, "eval")
+        if options.wait and not (options.dry_run or options.json or options.samples or options.watch):
+            show_metrics(written_metrics(config))
         return
     from dsno_cluster.cluster.ray_pool import actor_count
 
@@ -83,6 +85,14 @@ def _what(arguments: Arguments, config: Config) -> str:
 
     path, _ = find_student(config, options.student)
     return f"{path} with {settings.num_samples} samples"
+
+
+def written_metrics(config: Config) -> dict[str, Any]:
+    """What the newest evaluation of an experiment's student wrote."""
+    from dsno_cluster.storage import open_storage
+
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    return dict(json.loads(storage.read(f"evaluation/{config.name}/metrics.json")))
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:

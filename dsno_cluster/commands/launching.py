@@ -65,15 +65,18 @@ def scripts_anyway(arguments: Arguments, config: Config, stages: Sequence[str]) 
 
 
 def print_scripts(arguments: Arguments, config: Config, profiles: dict[str, Profile]) -> None:
-    """What sbatch would be given for each stage."""
+    """What sbatch would be given for each stage. Raises UserError, after that, for what the cluster could never run."""
+    from dsno_cluster.cluster.slurm import check_profile
     from dsno_cluster.cluster.submit import sbatch_script
 
     scripts = {stage: sbatch_script(stage, config, profile) for stage, profile in profiles.items()}
     if getattr(arguments.options, "json", False):
         print(json.dumps({"dry_run": scripts}), flush=True)
-        return
-    for stage, script in scripts.items():
-        print(f"# {stage}\n{script}" if len(scripts) > 1 else script, flush=True)
+    else:
+        for stage, script in scripts.items():
+            print(f"# {stage}\n{script}" if len(scripts) > 1 else script, flush=True)
+    for stage, profile in profiles.items():
+        check_profile(profile, f"jobs/{stage}.yaml")
 
 
 def submit_stage(arguments: Arguments, config: Config, profile: Profile, stage: str) -> None:

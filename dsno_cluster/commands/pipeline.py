@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.evaluation import show_metrics
+from dsno_cluster.commands.evaluation import show_metrics, written_metrics
 from dsno_cluster.commands.launching import (
     follow_to_end,
     launcher_and_profile,
@@ -49,6 +49,7 @@ def run_pipeline(arguments: Arguments) -> None:
         say_submitted(run)
     if options.wait:
         follow_to_end(runs)
+        show_metrics(written_metrics(config))
 
 
 def _check_all_stages(config: Config, folder: str) -> None:

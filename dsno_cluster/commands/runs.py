@@ -62,4 +62,4 @@ def cancel_runs(arguments: Arguments) -> None:
     if not arguments.words or arguments.overrides:
         raise UserError("name the RUN to cancel (`dsno-cluster status` lists them)")
     for run in [find_run(word) for word in arguments.words]:
-        console.say(f"{run.id}: {cancel(run)}; what is done is kept, the same command continues")
+        console.say(f"{run.id}: {cancel(run)}")

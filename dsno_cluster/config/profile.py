@@ -9,6 +9,23 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import PositiveInt, Strict
 
+SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
+_OURS = "dsno-cluster sets it itself"
+# of sbatch, what another key of a profile says, or the way in which a job is run and followed
+OWN_OPTIONS = {
+    **{key: f"is {key} of the profile" for key in ("nodes", "partition", "account", "qos", "constraint")},
+    "time": "is time_minutes of the profile",
+    "mem": "is mem_gb of the profile",
+    "cpus-per-task": "is cpus_per_task of the profile",
+    "gpus-per-node": "is gpus_per_node of the profile",
+    "ntasks-per-node": "is tasks_per_node of the profile",
+    "ntasks": "is nodes x tasks_per_node of the profile",
+    "signal": "is save_seconds of the profile",
+    **dict.fromkeys(
+        ("output", "error", "job-name", "dependency", "array", "open-mode", "chdir", "wait"), _OURS
+    ),
+}
+
 
 class Profile(Strict):
     """Where one stage runs: a file of `jobs/`. Options of the command line win over it."""
@@ -45,16 +62,34 @@ class Profile(Strict):
     )
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further sbatch options")
 
+    @property
+    def sbatch_options(self) -> dict[str, str | int | bool]:
+        """`sbatch` as options: a flag that is false is left out, but for `requeue`, which we ask for."""
+        options = {key: value for key, value in self.sbatch.items() if value is not False}
+        return options if self.requeue else {**options, "no-requeue": True}
+
+    @property
+    def requeue(self) -> bool:
+        """Whether the job may be started again."""
+        return self.sbatch.get("requeue") is not False and not self.sbatch.get("no-requeue")
+
     @model_validator(mode="after")
     def _fits_together(self) -> Profile:
         for key in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise ValueError(f"environment: {key!r} is not the name of a variable")
-            if re.search("SECRET|TOKEN(?!IZER)|PASSW|API_?KEY", key.upper()):
-                raise ValueError(
-                    f"environment: {key} looks like a secret, and the script would show it; S3 credentials belong in "
-                    "~/.aws/credentials or in the shell that submits"
-                )
+        # what a command or another variable gives does not stand in the script
+        written = [name for line in self.setup for name in re.findall(r"\b(\w+)=(?![\"']?[$`])", line)]
+        for place, names in (("environment", [*self.environment]), ("setup", written)):
+            for name in names:
+                if re.search(SECRETS, name.upper()):
+                    raise ValueError(
+                        f"{place}: {name} looks like a secret, and the script would show it; S3 credentials belong in "
+                        "~/.aws/credentials or in the shell that submits"
+                    )
+        for key in self.sbatch:
+            if (own := OWN_OPTIONS.get(key.replace("_", "-"))) is not None:
+                raise ValueError(f"sbatch: {key}: {own}")
         if self.time_minutes * 60 <= self.save_seconds:
             raise ValueError(
                 f"save_seconds {self.save_seconds}: not below the time limit of {self.time_minutes} minutes"

@@ -108,6 +108,7 @@ def train(config: Config) -> str:
         with console.progress(
             "training the student", settings.steps, "steps", done=start, quiet=not main
         ) as advance:
+            stop.steps_begin()
             for step in range(start, settings.steps):
                 with pace.waiting():
                     micro_batches = next(batches)

@@ -1,4 +1,4 @@
-"""Signals that end a training early: they set a flag, and the loop stops at its next step boundary.
+"""Signals that end a training early: while it steps they set a flag, and the loop stops at its next step boundary.
 
 Saving is collective, so it cannot be done in a signal's handler, and a signal may reach one rank alone. Every rank
 brings its flag to the all-reduce at the end of each step; all then save together. SIGUSR2 (time is nearly up) and SIGTERM
@@ -23,10 +23,13 @@ PREEMPT_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class StopSignals:
-    """Within its context signals set `preempt` or `interrupt`; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Within its context signals set `preempt` or `interrupt`; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    Before `steps_begin` there is nothing to save: the first signal raises Preempted or KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
-        self.preempt = self.interrupt = False
+        self.preempt = self.interrupt = self.stepping = False
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -41,7 +44,12 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def steps_begin(self) -> None:
+        self.stepping = True
+
     def _set(self, number: int, frame: FrameType | None) -> None:
+        if not self.stepping:
+            raise KeyboardInterrupt if number == signal.SIGINT else Preempted
         if number != signal.SIGINT:
             self.preempt = True
         elif self.interrupt:

@@ -225,6 +225,7 @@ def test_a_node_whose_disk_is_full_is_done_without(disk_user: User, cluster: Clu
         run = disk_user.submit("gen-trajectories", *TINY, "--nodes", "2")
         assert disk_user.ends(run)["attempts"] == 1
         assert len(disk_user.manifest()["shards"]) == 6
+        assert [lost["host"] for lost in last(run).node_losses()] == ["node2"]
         disk_user.verify()
     finally:
         cluster.run("rm", "/mnt/full", host="node2")
@@ -252,6 +253,8 @@ def test_ranks_and_drivers_killed(
     run = train_on_two_nodes(disk_user, tiny_data)
     wait_for(lambda: checkpoints(disk_user))
     cluster.run("pkill", "-9", "-f", "submitit.core._submit", host="node2")
+    said = wait_for(lambda: (row := disk_user.row(run))["state"] == "waiting" and row["last_error"])
+    assert "task 1 on node2 was killed by SIGKILL" in said
     finished(disk_user, run, undisturbed)
     assert disk_user.row(run)["attempts"] == 2
 
@@ -260,6 +263,6 @@ def test_ranks_and_drivers_killed(
     wait_for(lambda: made.attempts() and (last(made).read("progress") or {}).get("done", 0) >= 32)
     cluster.run("pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit", host="node1")
     row = disk_user.ends(made)
-    assert row["attempts"] == 2 and "SIGKILL" in row["last_error"], row
+    assert row["attempts"] == 2 and "task 0 on node1 was killed by SIGKILL" in row["last_error"], row
     assert "shards are done" in last(made).log(0).read_text()
     assert not [p for node in cluster.node_names for p in ray_processes(cluster, node)]

@@ -259,6 +259,7 @@ class Cluster:
         for host in ["login", *self.node_names, "bridge"]:
             subprocess.run(["ip", "netns", "del", self._netns(host)], capture_output=True, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+        s3_server.remove_sockets(s3_server.Ports.fixed(S3_PORT))
 
     def _netns(self, host: str) -> str:
         return f"{self.label}-{host}"
@@ -449,6 +450,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_profiles(cluster.shared)
         print("up: `make cluster-shell` gives a shell on the login host, `make cluster-down` ends it")
         return
+    if options.what == "down" and not (options.folder / "cluster.json").is_file():
+        print("there is no test cluster")
+        return
     cluster = find(options.folder)
     if options.what == "down":
         cluster.down()
@@ -457,8 +461,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(cluster.run("sinfo").stdout + cluster.run("squeue").stdout, end="")
     else:
         print(
-            f"login host; storage.root=s3://bucket/... is its S3 server; files in {cluster.shared}, profiles in jobs/ there; "
-            "leave with `exit`"
+            f"login host, as root; storage.root=s3://bucket/... is its S3 server; files in {cluster.shared}, profiles in jobs/ "
+            "there; leave with `exit`"
         )
         command = [*cluster.inside(), "env", "-C", str(cluster.shared), "PS1=login:\\w# ", "bash", "--norc"]
         environment = cluster.environment() | {"AWS_ENDPOINT_URL": cluster.s3_url}
