@@ -65,19 +65,16 @@ def test_a_user_without_privileges(cluster: Cluster) -> None:
         wait_for(lambda: user.shards_made() > 6)
         # the folder of Ray, whose own is open to everybody
         for node in ("node1", "node2"):
-            (mode,) = cluster.run(
-                "find", "/mnt", "-maxdepth", "1", "-name", "dsno-ray-*", "-printf", "%m\\n", host=node
-            ).stdout.split()
-            assert mode == "700"
-        # an administrator looks at it by its folder, and another user's eyes meet nothing
+            (folder,) = ray_folders(cluster, node, "*").split()
+            assert cluster.run("stat", "-c", "%a", folder, host=node).stdout.strip() == "700"
+        # an administrator looks at it by its folder
         seen = cluster.run("dsno-cluster", "status", cancelled.folder, "--json").stdout
         assert json.loads(seen)["runs"][0]["state"] == "running"
-        locked = run.folder
-        locked.chmod(0)
+        run.folder.chmod(0)
         listed = user.dsno("status", "--json")
         assert "left out: Permission denied" in " ".join(listed.stderr.split())
         assert cancelled.id in [row["run"] for row in json.loads(listed.stdout)["runs"]]
-        locked.chmod(0o700)
+        run.folder.chmod(0o700)
         user.dsno("cancel", cancelled.id)
         assert (cancelled.attempt(0).read("stopped") or {})["why"] == "cancelled"
         for node in ("node1", "node2"):
