@@ -72,6 +72,16 @@ def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
     assert "killed by SIGKILL" in why(attempt, 137) and "mem_gb" in why(attempt, 137)
     assert "loss of a node" in why(attempt, None)
     attempt.write("failure-0", kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)")
+    log = run.folder / "batch.log"
+    log.write_text(
+        "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
+    )
+    assert why(attempt, 137).startswith("task 1 on node2 was killed, perhaps for want of memory")
+    # another rank that was lost in another way: srun ends the others after the first
+    log.write_text(
+        "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"
+    )
+    assert why(attempt, 137).startswith(LOST_RANK)
     attempt.write("failure-3", kind="work", rank=3, reason="the loss is not finite")
     assert why(attempt, 1) == "the loss is not finite"
 
@@ -84,11 +94,12 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     attempt.write("begin", nodes="node[1-3]", batch_log_bytes=4)
     attempt.write("failure-2", kind="user", rank=2, host="node3", reason="Ray on node3 ended by itself")
     (run.folder / "batch.log").write_text(
-        "of an attempt before\nsrun: error: node1: task 0: Killed\nsrun: error: node2: task 1: Killed\n"
+        "of an attempt before\nsrun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Killed\n"
     )
     assert attempt.failure() is None
     assert [lost["host"] for lost in attempt.node_losses()] == ["node3"]
-    assert why(attempt, 137).startswith("task 0 on node1 was killed by SIGKILL, perhaps for want of memory")
+    assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for want of memory")
+    (run.folder / "batch.log").write_text("old\nsrun: error: node2: task 1: Killed\n")
     assert why(attempt, 1) == "Ray on node3 ended by itself"
     attempt.write("failure-0", kind="work", rank=0, reason="the bucket is gone")
     assert why(attempt, 1) == "the bucket is gone"

@@ -19,7 +19,7 @@ from typing import TypeVar
 from dsno_cluster.cluster.runs import Attempt, Run, fruitless
 from dsno_cluster.cluster.slurm import may_heal, requeue_job, who_ends
 from dsno_cluster.cluster.task import STOPS, attempt_number
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
 T = TypeVar("T")
 
@@ -131,31 +131,46 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
 def why(attempt: Attempt, status: int | None) -> str:
     """What is known of why an attempt ended, in a line. `status` None: its batch script did not live to see it."""
     failure, stopped = attempt.failure(), attempt.read("stopped")
-    if failure is not None:
+    missed_another = failure is not None and str(failure["reason"]).startswith(LOST_RANK)
+    if failure is not None and not missed_another:
         return str(failure["reason"])
     if stopped is not None:
         return STOPS[str(stopped["why"])]
+    killed = _killed_task(attempt) if status is not None else None
+    if killed is not None:
+        return f"{killed} was killed, perhaps for want of memory (mem_gb); see {attempt.folder}"
+    if failure is not None:
+        return str(failure["reason"])
     if status is None:
         nodes = (attempt.read("begin") or {}).get("nodes")
         return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"
+    for lost in attempt.node_losses():
+        return str(lost["reason"])
     if status > KILLED:
         name = signal.Signals(status - KILLED).name if status - KILLED in set(signal.Signals) else "a signal"
         memory = ", perhaps for want of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
-        return f"{_killed_task(attempt)} was killed by {name}{memory}; see {attempt.folder}"
-    for lost in attempt.node_losses():
-        return str(lost["reason"])
+        return f"a task was killed by {name}{memory}; see {attempt.folder}"
     return f"srun ended with status {status} and no task said why; see {attempt.folder} and {BATCH_LOG}"
 
 
-def _killed_task(attempt: Attempt) -> str:
-    """The first task of the attempt that was killed, in srun's words: which one, and where."""
+def _killed_task(attempt: Attempt) -> str | None:
+    """The task that was killed and so ended the attempt, as srun told it: which one, and where; None where none was.
+
+    Of a training the first that ended, as srun then ends the others; of a Ray stage its driver, task 0.
+    """
     begun = attempt.read("begin") or {}
     try:
-        said = (attempt.run.folder / BATCH_LOG).read_bytes()[begun.get("batch_log_bytes", 0) :]
+        said = (
+            (attempt.run.folder / BATCH_LOG)
+            .read_bytes()[begun.get("batch_log_bytes", 0) :]
+            .decode(errors="replace")
+        )
     except OSError:
-        return "a task"
-    killed = re.search(r"srun: error: (\S+): tasks? (\d+)[^:]*: Killed", said.decode(errors="replace"))
-    return f"task {killed[2]} on {killed[1]}" if killed else "a task"
+        return None
+    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
+    if attempt.run.record().get("stage") != "train":
+        ends = [end for end in ends if end[1] == "0"]
+    return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
 
 
 def main(words: Sequence[str]) -> int:

@@ -225,7 +225,6 @@ def test_a_node_whose_disk_is_full_is_done_without(disk_user: User, cluster: Clu
         run = disk_user.submit("gen-trajectories", *TINY, "--nodes", "2")
         assert disk_user.ends(run)["attempts"] == 1
         assert len(disk_user.manifest()["shards"]) == 6
-        assert [lost["host"] for lost in last(run).node_losses()] == ["node2"]
         disk_user.verify()
     finally:
         cluster.run("rm", "/mnt/full", host="node2")
@@ -254,15 +253,18 @@ def test_ranks_and_drivers_killed(
     wait_for(lambda: checkpoints(disk_user))
     cluster.run("pkill", "-9", "-f", "submitit.core._submit", host="node2")
     said = wait_for(lambda: (row := disk_user.row(run))["state"] == "waiting" and row["last_error"])
-    assert "task 1 on node2 was killed by SIGKILL" in said
+    assert "task 1 on node2 was killed" in said
     finished(disk_user, run, undisturbed)
     assert disk_user.row(run)["attempts"] == 2
 
     words = ["gen-trajectories", *SLOW, f"storage.root={disk_user.home}/made", "name=made", "--nodes", "2"]
     made = disk_user.run_of(disk_user.dsno(*words, "--launcher", "slurm").stderr)
     wait_for(lambda: made.attempts() and (last(made).read("progress") or {}).get("done", 0) >= 32)
+    cluster.run("pkill", "-9", "-x", "raylet", host="node2")
+    said = wait_for(lambda: disk_user.row(made)["last_error"])
+    assert said.startswith("goes on without 1 node(s): Ray on node2 ended by itself"), said
     cluster.run("pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit", host="node1")
     row = disk_user.ends(made)
-    assert row["attempts"] == 2 and "task 0 on node1 was killed by SIGKILL" in row["last_error"], row
+    assert row["attempts"] == 2 and "task 0 on node1 was killed" in row["last_error"], row
     assert "shards are done" in last(made).log(0).read_text()
     assert not [p for node in cluster.node_names for p in ray_processes(cluster, node)]
