@@ -67,7 +67,7 @@ def _row(prefix: str, key: str, field: FieldInfo) -> str:
         cells = [f"`{prefix}{key}`", "a section", needed, f"[below](#{key})"]
     else:
         value = plain(field.annotation, field.metadata)
-        cells = [f"`{prefix}{key}`", value, _default(field), field.description or ""]
+        cells = [f"`{prefix}{key}`", value, _default(key, field), field.description or ""]
     return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
 
 
@@ -76,7 +76,9 @@ def _escaped(cell: str) -> str:
     return re.sub(r"[|<]", lambda found: "\\" + found[0], cell)
 
 
-def _default(field: FieldInfo) -> str:
+def _default(key: str, field: FieldInfo) -> str:
+    if key == "name":
+        return "the file's stem"
     if field.is_required():
         return "*needed*"
     value = field.get_default(call_default_factory=True)

@@ -64,7 +64,7 @@ COMMANDS = {
         training.train_student,
         "train the student on trajectories, with DeepSpeed",
         "[CONFIG] [key=value ...]",
-        "dsno-cluster train configs/digits.yaml training.lr=1e-4 --tasks-per-node 2 --launcher local",
+        "dsno-cluster train configs/digits.yaml name=slower training.lr=1e-4 --tasks-per-node 2 --launcher local",
         [options.launching, options.tasks],
     ),
     "eval": Command(
@@ -215,7 +215,8 @@ def _parse(name: str, rest: list[str]) -> Arguments:
         prog=f"dsno-cluster {name}",
         usage=f"dsno-cluster {name} {command.usage} [options]",
         description=command.help,
-        epilog=f"example: {command.example}",
+        epilog=f"example:\n  {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for add in command.options:

@@ -142,13 +142,13 @@ def _lines(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..
             last = now
             rate = (done - before) / max(now - began, 1e-9)
             left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-            say(f"{title}: {done}/{total} {unit}{left} {_figures(figures)}".rstrip())
+            say(", ".join(filter(None, [f"{title}: {done}/{total} {unit}{left}", _figures(figures)])))
 
     yield advance
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
 
 
 def table(
@@ -169,7 +169,8 @@ def table(
             known = [line for line, cell in zip(named, row[1:], strict=True) if cell not in ("", "-")]
             console.print("\n".join([row[0], *known]), markup=False, soft_wrap=True)
         return
-    drawn = Table(Column(header[0], no_wrap=True), *header[1:], title=title, title_justify="left")
+    drawn = Table(Column(header[0], no_wrap=True), *header[1:])
     for row in rows:
         drawn.add_row(*row)
+    console.print(title, markup=False, soft_wrap=True)  # of a table rich would wrap it
     console.print(drawn)

@@ -40,6 +40,7 @@ def test_paper_settings() -> None:
     [
         ("training.lrr=1", "unknown key training.lrr; did you mean training.lr?"),
         ("trainig.lr=1", "unknown key trainig; did you mean training?"),
+        ("lr=1", "unknown key lr; did you mean teacher_training.lr or training.lr?"),
         ("training.lr=fast", 'training.lr: input should be a valid number, found "fast"'),
         ("training.steps=1.5", "training.steps: input should be a valid integer"),
         ("training.steps=true", "training.steps: input should be a valid integer"),
@@ -72,7 +73,7 @@ def test_yaml_numbers_and_repeated_keys(tmp_path: Path) -> None:
     assert load_config(DIGITS, ["training.lr=1e-4"]).training.lr == 1e-4
     twice = tmp_path / "twice.yaml"
     twice.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match=r"twice\.yaml: not YAML: key 'seed' stands twice on line 2$"):
         load_config(str(twice))
 
 
@@ -191,3 +192,18 @@ def test_models_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         config.seed = 3  # type: ignore[misc]
     assert not dataclasses.is_dataclass(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan", "trajectories.times=[0.5,", "0.0]"], "within quotes: 'a.b=[1, 2]'"),
+        (["plan", "digits.yaml"], "did you mean configs/digits.yaml?"),
+        (["plan", "--probes", "4"], "--probes: for what is measured, with --measure or --tolerance E"),
+        (["sample", "x", "--shards", "y", "--out", "z.png"], "--out and --shards: a file or shards"),
+    ],
+)
+def test_what_newcomers_type_is_answered_with_what_is_right(words: list[str], says: str) -> None:
+    told = answer(*words, cwd=Path(DIGITS).resolve().parents[1])
+    assert told.returncode == 2 and says in told.stderr, told.stderr
+    assert len(told.stderr.splitlines()) == 1

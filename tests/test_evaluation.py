@@ -236,6 +236,8 @@ def test_students_refuse_what_they_cannot_answer(demo: tuple[Path, str, str]) ->
     )
     with pytest.raises(ValueError, match=r"within \[0, 1\]"):
         student.trajectory(noise, labels, times=[-0.1])
+    with pytest.raises(ValueError, match=r"noise must be \(N, 1, 8, 8\), found \(2, 1, 16, 16\)"):
+        student.sample(torch.zeros(2, 1, 16, 16), labels)
     with pytest.raises(ValueError, match="labels are needed"):
         student.sample(noise)
     with pytest.raises(ValueError, match=r"0\.\.9"):

@@ -62,7 +62,7 @@ def choose_launcher(asked: str, nodes: int, profile_nodes: int = 1) -> str:
                 f"{silence}, and the profile asks for {profile_nodes} nodes; try again when it answers"
             )
         why = silence
-        console.say(f"running on this machine: {silence}")
+        console.say(f"running on this machine: {silence} (--launcher local asks nobody)")
     if nodes > 1:
         raise UserError(
             f"--nodes {nodes}: the local launcher ({why}) has one node; several need --launcher slurm"

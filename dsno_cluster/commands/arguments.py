@@ -28,9 +28,9 @@ class Arguments:
         from dsno_cluster.config import load_config
 
         if len(self.words) > 1:
-            raise UserError(
-                f"one config at a time, found {' '.join(self.words)}; an override is written key=value"
-            )
+            torn = any(word.endswith(("]", "}")) for word in self.words)
+            hint = "with spaces in it within quotes: 'a.b=[1, 2]'" if torn else "written key=value"
+            raise UserError(f"one config at a time, found {' '.join(self.words)}; an override is {hint}")
         return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
 
     def run_word(self) -> str:

@@ -11,6 +11,9 @@ def sample_student(arguments: Arguments) -> None:
     options = arguments.options
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
+    if options.shards is not None and options.out is not None:
+        raise UserError("--out and --shards: a file or shards, one at a time")
+    options.out = options.out or "samples.png"
     if options.shards is None and not options.out.endswith((".png", ".npz")):
         raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
     if options.shards is None and (options.actors or options.ray_address):

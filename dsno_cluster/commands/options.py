@@ -89,9 +89,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
         "--num", type=_positive, default=64, metavar="N", help="how many images (default: 64)"
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the noise and labels (default: 1)")
-    parser.add_argument(
-        "--out", default="samples.png", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)"
-    )
+    parser.add_argument("--out", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)")
     parser.add_argument(
         "--shards",
         metavar="URL",
@@ -137,9 +135,7 @@ def planning(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="find the cheapest solver and steps whose relative error is below E at every time point",
     )
-    parser.add_argument(
-        "--probes", type=_positive, default=32, metavar="N", help="samples to measure on (default: 32)"
-    )
+    parser.add_argument("--probes", type=_positive, metavar="N", help="samples to measure on (default: 32)")
     json_output(parser)
 
 

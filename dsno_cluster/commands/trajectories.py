@@ -8,6 +8,7 @@ from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
 from dsno_cluster.errors import UserError, WorkError
 
+PROBES = 32  # samples that a plan measures on
 _DATA_SET = "FOLDER_OR_URL: a data set's folder, or its manifest.json"
 
 
@@ -38,8 +39,13 @@ def plan_trajectories(arguments: Arguments) -> None:
     from dsno_cluster.trajectories import plan
 
     config, options = arguments.config(), arguments.options
+    measuring = options.measure or options.tolerance
+    unused = [f"--{name}" for name in ("probes", "nodes") if getattr(options, name) and not measuring]
+    if unused:
+        raise UserError(f"{' and '.join(unused)}: for what is measured, with --measure or --tolerance E")
+    probes = options.probes or PROBES
     found, native = plan.Found(), None
-    if options.measure or options.tolerance:
+    if measuring:
         from dsno_cluster.cluster.ray_pool import actors_that_fit
         from dsno_cluster.device import compute_device
 
@@ -55,12 +61,12 @@ def plan_trajectories(arguments: Arguments) -> None:
                 "jobs/gen-trajectories.yaml asks for GPUs and there is none here: the time is that of this CPU"
             )
         if options.tolerance:
-            config, error = plan.choose_solver(config, teacher, options.tolerance, options.probes)
+            config, error = plan.choose_solver(config, teacher, options.tolerance, probes)
             found = plan.Found(plan.measure_cost(config, teacher, devices), error)
         else:
             cost, error = plan.measure_cost(config, teacher, devices), None
             if native is None:
-                error = plan.measure_errors(config, teacher, options.probes, cost.seconds_per_evaluation)
+                error = plan.measure_errors(config, teacher, probes)
             found = plan.Found(cost, error)
     else:
         try:

@@ -119,6 +119,8 @@ def find_file(path: str, folder: str) -> Path:
     for root in roots:
         if (root / path).is_file():
             return root / path
+    if len(here.parts) == 1 and (Path(folder) / here).is_file():
+        raise UserError(f"{path}: no such file; did you mean {Path(folder) / here}?")
     beside = {p.name for root in [Path(), *roots] for p in (root / here.parent).glob("*.yaml")}
     hint = nearest(path, [str(here.parent / name) for name in sorted(beside)])
     raise UserError(f"{path}: no such file{hint}")

@@ -105,5 +105,6 @@ def nearest(word: str, choices: Sequence[str], also: type[BaseModel] | None = No
     last = word.rsplit(".", 1)[-1]
     ends = difflib.get_close_matches(last, [c.rsplit(".", 1)[-1] for c in choices], n=1, cutoff=0.6)
     if ends:
-        return f"; did you mean {next(c for c in choices if c.endswith(ends[0]))}?"
+        same = [choice for choice in choices if choice.rsplit(".", 1)[-1] == ends[0]]
+        return f"; did you mean {' or '.join(same)}?"
     return f"; known here: {', '.join(c.rsplit('.', 1)[-1] for c in choices[:12])}" if choices else ""

@@ -6,6 +6,7 @@ the number of actors changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -31,7 +32,7 @@ from dsno_cluster.evaluation.teacher_rows import (
 )
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
 from dsno_cluster.models.weights import model_address, read_meta, software_versions, student_address
-from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import find_teacher
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash, commit_manifest, read_manifest
 
@@ -128,9 +129,9 @@ def evaluate(
         if read
         else f"{settings.trajectory_samples} trajectories of {path} against the teacher's"
     )
-    before = (
-        f"; {len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows were measured before"
-    )
+    shipped = sum("shipped" in stored[row_key(s)] for s in of_teacher if row_key(s) in stored)
+    known = f", {shipped} of them where the teacher was made: they came with it" if shipped else ""
+    before = f"; {len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows were measured before{known}"
     console.say(f"{what}, {actor_count(actors, settings.threads)}{before if of_teacher else ''}")
     sets = [ImagesOf(source, settings.num_samples, read) for source in missing]
     if read or keep is not None:
@@ -203,12 +204,24 @@ def evaluate(
     }
     metrics["pictures"] = pictures.layout(config)
     folder = folder or f"evaluation/{config.name}/"
+    _say_replaced(storage, folder, metrics)
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     drawn = pictures.pictures(config, measured.pictured, metrics)
     for name, png in drawn.items():
         storage.write(folder + name, png)
     console.say(f"written: {storage.url}/{folder}{{{', '.join(['metrics.json', *drawn])}}}")
     return metrics
+
+
+def _say_replaced(storage: Storage, folder: str, metrics: dict[str, Any]) -> None:
+    """Tell where an evaluation of another student, or otherwise set, is overwritten."""
+    with contextlib.suppress(MissingObject, ValueError):
+        before = json.loads(storage.read(folder + "metrics.json"))
+        old = before["checkpoint"].get("step"), before["num_samples"]
+        if old != (metrics["checkpoint"]["step"], metrics["num_samples"]):
+            console.say(
+                f"replaces the evaluation of step {old[0]} by {old[1]} samples (another name= keeps both)"
+            )
 
 
 def evaluate_images(
@@ -222,7 +235,11 @@ def evaluate_images(
     settings = config.evaluation
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     images = open_images(address, config.storage.endpoint_url)
-    read = {metric: reading for metric, reading in readings(settings).items() if metric != "agreement"}
+    read = {
+        metric: reading
+        for metric, reading in readings(settings).items()
+        if metric != "agreement" or images.labels is not None
+    }
     if not read:
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
     weights = find_all_weights(settings)

@@ -96,7 +96,8 @@ def stored_teacher_rows(config: Config, storage: Storage, spec: dict[str, Any]) 
     shipped = Path(package_path(teacher_path(config))) / SHIPPED_ROWS
     if shipped.is_file():
         content = json.loads(shipped.read_text())
-        found |= content["rows"] if content["spec"] == spec else {}
+        if content["spec"] == spec:
+            found |= {key: {**row, "shipped": True} for key, row in content["rows"].items()}
     with contextlib.suppress(MissingObject):
         found |= json.loads(storage.read(_rows_key(spec)))["rows"]
     return found

@@ -161,6 +161,10 @@ class DSNO(nn.Module):
     ) -> Tensor:
         """States at `times`, computed together, (N, M, C, H, W), or (N, 1, C, H, W) of the last alone."""
         device, dtype = noise.device, noise.dtype
+        if tuple(noise.shape[1:]) != self.network.image_shape:
+            raise ValueError(
+                f"noise must be (N, {', '.join(map(str, self.network.image_shape))}), found {tuple(noise.shape)}"
+            )
         labels = self._checked(labels, len(noise))
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 where the whole network is
         half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None

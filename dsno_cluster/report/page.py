@@ -171,6 +171,10 @@ def _figures(files: RunFiles, words: str) -> Markup:
     if reference.get("resolution"):
         real += f" at {reference['resolution']} pixels"
     caption = f"{count:,} samples each, against {real}; extractor {extractor}"
+    if not figures:  # the trajectory error alone, for which no images are compared
+        caption = (
+            "No images were compared: evaluation.metrics names the trajectory error alone, which is below"
+        )
     chart = cost_chart(metrics, figures[0]) if figures else None
     return together(
         note,

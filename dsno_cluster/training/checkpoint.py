@@ -23,7 +23,7 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.models.weights import read_meta, step_name, student_address, student_prefix
+from dsno_cluster.models.weights import read_config_of, read_meta, step_name, student_address, student_prefix
 from dsno_cluster.storage import FolderStorage, sync
 from dsno_cluster.training.engine import EMA, Ranks, ema_kind
 from dsno_cluster.training.publish import Publisher
@@ -38,6 +38,17 @@ from dsno_cluster.training.state import (
 )
 
 STATE = "state.json"
+# what may be changed while a run goes on, but makes another student of one that has finished
+DECIDE_WEIGHTS = (
+    "lr",
+    "warmup",
+    "lr_decay",
+    "halve_at",
+    "weight_decay",
+    "gradient_clip",
+    "precision",
+    "ema_ramp",
+)
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks says
 
 
@@ -202,6 +213,22 @@ def check_published(config: Config, trajectories: str) -> None:
         return
     if "run" in published:
         _check_same_run(address, published["run"], run_identity(config, trajectories))
+
+
+def check_finished_alike(config: Config, step: int) -> None:
+    """Raises UserError where the run of that name finished at `step` with other settings than the config has now."""
+    address = student_address(config)
+    try:
+        trained = read_config_of(address, config.storage.endpoint_url).get("training") or {}
+    except UserError:  # not uploaded yet
+        return
+    now = config.training.model_dump(mode="json", include=set(DECIDE_WEIGHTS))
+    for key in DECIDE_WEIGHTS:
+        if key in trained and trained[key] != now[key]:
+            raise UserError(
+                f"{address}: finished at step {step} with training.{key} {trained[key]}, now it is {now[key]}; a new run needs "
+                "another name="
+            )
 
 
 def _check_same_run(where: Path | str, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ def train(config: Config) -> str:
         if start >= settings.steps:
             if main:
                 Publisher(config).finish()
+                checkpoint.check_finished_alike(config, start)
                 console.say(f"finished already at step {start}: {address} (a new run needs another name=)")
             return address
         metrics = Metrics(config, start) if main else None

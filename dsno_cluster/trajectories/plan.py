@@ -144,11 +144,10 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
     return Cost(device_name(), each, hours, devices, hours / devices)
 
 
-def measure_errors(config: Config, teacher: Teacher, probes: int, seconds: float) -> dict[str, float]:
+def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, float]:
     """Relative error of the config's solver at each time point on `probes` samples, against a very fine solution.
 
-    `seconds` an evaluation, measured, are for the line that says what this will take. Raises UserError for a teacher with
-    steps of its own: it is exact on those and has no finer solution.
+    Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
     """
     from dsno_cluster import console
     from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS, reference_states, relative_errors
@@ -157,15 +156,13 @@ def measure_errors(config: Config, teacher: Teacher, probes: int, seconds: float
     _refuse_own_steps(config, teacher)
     settings = config.trajectories
     guidance, times = settings.guidance_scale, settings.time_points
-    evaluations = probes * (
-        count_evaluations("abm3", REFERENCE_STEPS, guidance, times, "uniform")
-        + count_evaluations(settings.solver, settings.steps, guidance, times, grid_name(config))
-    )
-    console.say(
-        f"measuring the solver's error on {probes} samples (--probes): some {evaluations:,} evaluations, about "
-        f"{_hours(evaluations * seconds / 3600)}"
-    )
     noise, labels = _probes(config, teacher, probes)
+    calls = count_evaluations("abm3", REFERENCE_STEPS, guidance, times, "uniform")
+    calls += count_evaluations(settings.solver, settings.steps, guidance, times, grid_name(config))
+    console.say(
+        f"measuring the solver's error on {probes} samples (--probes): {calls:,} evaluations of them all, about "
+        f"{_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
+    )
     rest = (labels, settings.guidance_scale, settings.clip_denoised)
     reference = reference_states(teacher, noise, settings.time_points, *rest)
     states = solve(
@@ -182,7 +179,7 @@ def choose_solver(
     Measured on `probes` samples. Raises UserError where none is good enough, or the teacher has steps of its own.
     """
     from dsno_cluster import console
-    from dsno_cluster.diffusion.accuracy import Choice, cheapest
+    from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS, Choice, cheapest
 
     _refuse_own_steps(config, teacher)
     settings = config.trajectories
@@ -191,7 +188,13 @@ def choose_solver(
     def tell(choice: Choice) -> None:
         console.say(f"{choice.solver}, {choice.steps} steps: off by {max(choice.errors):.2g}")
 
-    console.say(f"looking for the cheapest solver within {tolerance:g}, on {probes} samples")
+    calls = count_evaluations(
+        "abm3", REFERENCE_STEPS, settings.guidance_scale, settings.time_points, "uniform"
+    )
+    console.say(
+        f"looking for the cheapest solver within {tolerance:g}, on {probes} samples (--probes): first a very fine solution, "
+        f"{calls:,} evaluations of them all, about {_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
+    )
     rest = (labels, settings.guidance_scale, settings.clip_denoised)
     found = cheapest(teacher, noise, settings.time_points, tolerance, *rest, tried=tell)
     chosen = settings.model_copy(update={"solver": found.solver, "grid": found.grid, "steps": found.steps})
@@ -213,6 +216,16 @@ def _probes(config: Config, teacher: Teacher, count: int) -> tuple[Any, Any]:
     if teacher.num_classes:
         labels = sample_labels(config.seed, range(count), teacher.num_classes).to(teacher.device)
     return sample_noise(config.seed, range(count), teacher.shape).to(teacher.device), labels
+
+
+def _call_seconds(teacher: Teacher, noise: Any, labels: Any) -> float:
+    """How long the teacher takes for these samples together."""
+    import time
+
+    teacher(noise, 0.5, labels).cpu()  # warms up; a GPU is waited for
+    began = time.perf_counter()
+    teacher(noise, 0.5, labels).cpu()
+    return time.perf_counter() - began
 
 
 def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
