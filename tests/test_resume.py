@@ -90,6 +90,7 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     assert elsewhere.returncode == 2 and "loss l1, now it is l2" in elsewhere.stderr, elsewhere.stderr
 
 
+@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_wait_for(tiny_data: Path, tmp_path: Path) -> None:
     """Ctrl-C while minutes of preparation are on their way."""
     out = link_data(tiny_data, tmp_path / "out")

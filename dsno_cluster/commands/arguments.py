@@ -27,10 +27,15 @@ class Arguments:
         """The experiment named, or the default one. Raises UserError for more than one."""
         from dsno_cluster.config import load_config
 
+        torn = next((word for word in self.words if word.endswith(("]", "}"))), None)
+        if torn is not None:
+            raise UserError(
+                f"{torn}: no config; an override with spaces in it stands within quotes: 'a.b=[1, 2]'"
+            )
         if len(self.words) > 1:
-            torn = any(word.endswith(("]", "}")) for word in self.words)
-            hint = "with spaces in it within quotes: 'a.b=[1, 2]'" if torn else "written key=value"
-            raise UserError(f"one config at a time, found {' '.join(self.words)}; an override is {hint}")
+            raise UserError(
+                f"one config at a time, found {' '.join(self.words)}; an override is written key=value"
+            )
         return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
 
     def run_word(self) -> str:
