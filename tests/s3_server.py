@@ -44,9 +44,11 @@ class Ports:
         return Ports(*ports)
 
     @staticmethod
-    def fixed(s3: int) -> Ports:
-        """For a host that nobody else uses."""
-        return Ports(s3, *range(s3 + 1, s3 + 8))
+    def kept(file: Path, s3: int) -> Ports:
+        """Those of a server that may be started again; the others differ from any other server's, as /tmp is shared."""
+        if not file.is_file():
+            file.write_text(json.dumps([s3, *astuple(Ports.free())[1:]]))
+        return Ports(*json.loads(file.read_text()))
 
 
 def command(folder: Path, address: str, ports: Ports) -> list[str]:

@@ -207,11 +207,14 @@ class Cluster:
     def start_s3(self) -> None:
         folder = self.folder / "s3"
         folder.mkdir(exist_ok=True)
-        command = s3_server.command(folder, LOGIN_ADDRESS, s3_server.Ports.fixed(S3_PORT))
+        command = s3_server.command(folder, LOGIN_ADDRESS, self._s3_ports())
         self._start_daemon("s3", *command)
         probe = [sys.executable, s3_server.__file__, self.s3_url]
         said = f"the S3 server is silent; see {self.folder}/s3.out"
         wait_for(lambda: self.run(*probe, check=False).returncode == 0, 90, said)
+
+    def _s3_ports(self) -> s3_server.Ports:
+        return s3_server.Ports.kept(self.folder / "s3" / "ports.json", S3_PORT)
 
     # -- up and down --
 
@@ -258,8 +261,9 @@ class Cluster:
                 os.kill(int((self.folder / host / "pid").read_text()), signal.SIGKILL)
         for host in ["login", *self.node_names, "bridge"]:
             subprocess.run(["ip", "netns", "del", self._netns(host)], capture_output=True, check=False)
+        if (self.folder / "s3").is_dir():
+            s3_server.remove_sockets(self._s3_ports())
         shutil.rmtree(self.folder, ignore_errors=True)
-        s3_server.remove_sockets(s3_server.Ports.fixed(S3_PORT))
 
     def _netns(self, host: str) -> str:
         return f"{self.label}-{host}"
