@@ -96,11 +96,11 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
         console.say(
             f"--seed {seed} is the one of its training: these noises, or some of them, are those that it was trained on"
         )
-    parts, seconds = [], 0.0
+    parts, seconds = [], []
     for start in range(0, num, batch_size):
         began = time.perf_counter()
         parts.append(draw_images(opened, seed, range(start, min(start + batch_size, num))))
-        seconds += time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
     images = torch.cat([part[0] for part in parts])
     labels = None if parts[0][1] is None else torch.cat([part[1] for part in parts if part[1] is not None])
     if out.endswith(".npz"):
@@ -116,7 +116,12 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
     else:
         data = grid_png(images, columns=max(1, round(num**0.5)))
     write_file(out, data, drawing.endpoint_url)
-    console.say(f"{num} images in {seconds:.2f} s, {num / seconds:.0f} images/s: {out}")
+    # the first batch warms up: what it took says nothing of the rate
+    later = sum(len(part[0]) for part in parts[1:])
+    rate = (
+        f", {later / sum(seconds[1:]):.0f} images/s after the first batch" if later else ", warm-up included"
+    )
+    console.say(f"{num} images in {sum(seconds):.2f} s{rate}: {out}")
 
 
 def _refined(
