@@ -29,6 +29,12 @@ def train_student(arguments: Arguments) -> None:
         submit_stage(arguments, config, profile, "train")
         return
     if arguments.options.dry_run:
+        from dsno_cluster.training.checkpoint import newest_step
+
+        begun = newest_step(config) or 0
+        if begun >= config.training.steps:
+            print(f"nothing to do: {config.name} is at step {begun} already; a new run needs another name=")
+            return
         print(
             f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
             f"{config.storage.root}/{folder} in {tasks} process(es) on this machine"
