@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from dsno_cluster.cluster.runs import Attempt, Run, fruitless
+from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
 from dsno_cluster.cluster.slurm import may_heal, requeue_job, who_ends
 from dsno_cluster.cluster.task import STOPS, attempt_number
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
 T = TypeVar("T")
 
-BATCH_LOG = "batch.log"
 KILLED = 128
 OUTAGE_SECONDS = 900.0  # a controller may restart while a job wants to be requeued
 REFUSED_SECONDS = 60.0  # or refuse for a moment, as while a job is completing
@@ -168,7 +167,7 @@ def _killed_task(attempt: Attempt) -> str | None:
     except OSError:
         return None
     ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
-    if attempt.run.record().get("stage") != "train":
+    if attempt.run.is_ray_stage:
         ends = [end for end in ends if end[1] == "0"]
     return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
 

@@ -40,6 +40,8 @@ from dsno_cluster.config import (
 )
 from dsno_cluster.errors import LOST_RANK, UserError
 
+BATCH_LOG = "batch.log"  # of a run folder
+
 
 @dataclass(frozen=True)
 class Run:
@@ -54,6 +56,11 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What was submitted: `run.json`."""
         return read_json(self.folder / "run.json") or {}
+
+    @property
+    def is_ray_stage(self) -> bool:
+        """Whether its first task drives actors, so that it goes on without another node; a training does not."""
+        return self.record().get("stage") != "train"
 
     @property
     def owner(self) -> str:
@@ -111,12 +118,13 @@ class Attempt:
         `kind`: user (the input), work (the work or its surroundings) or bug. Of a Ray stage what its driver said: without
         another node it goes on.
         """
-        spoke = [f for f in self._failures() if f["rank"] == 0 or self.run.record().get("stage") == "train"]
+        driver_alone = self.run.is_ray_stage
+        spoke = [f for f in self._failures() if f["rank"] == 0 or not driver_alone]
         return min(spoke, key=lambda f: (str(f["reason"]).startswith(LOST_RANK), f["rank"]), default=None)
 
     def node_losses(self) -> list[dict[str, Any]]:
         """What other nodes of a Ray stage said that it goes on without."""
-        if self.run.record().get("stage") == "train":
+        if not self.run.is_ray_stage:
             return []
         return sorted((f for f in self._failures() if f["rank"]), key=lambda f: float(f["time"]))
 

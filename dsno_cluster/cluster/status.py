@@ -14,7 +14,7 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.attempt import why
-from dsno_cluster.cluster.runs import Attempt, Run
+from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run
 from dsno_cluster.cluster.slurm import JobState, cancel_job, cluster_name, job_states, user_name
 from dsno_cluster.errors import UserError, WorkError
 
@@ -323,7 +323,7 @@ def _log_file(run: Run, rank: int, attempt: int | None) -> Path | None:
     file = run.attempt(attempt).log(rank) if attempt is not None else None
     if file is not None and file.is_file():
         return file
-    batch, begun = run.folder / "batch.log", file is None or file.parent.is_dir()
+    batch, begun = run.folder / BATCH_LOG, file is None or file.parent.is_dir()
     return batch if rank == 0 and begun and batch.is_file() else None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.rendezvous import free_ports
-from dsno_cluster.cluster.runs import Run, all_runs, create_run
+from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run
 from dsno_cluster.cluster.slurm import check_profile, cluster_name, controller_silence, refusal
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
@@ -154,7 +154,7 @@ def submit_locally(task: StageTask, config: Config, profile: Profile, command_li
     # submitit's ranks find each other on this machine at a port that is free now
     os.environ["MASTER_PORT"] = str(free_ports(1)[0])
     # submitit's controller of local jobs inherits standard error, and ends with a traceback when it is cancelled
-    with _standard_error_into(run.folder / "batch.log"), _own_sessions():
+    with _standard_error_into(run.folder / BATCH_LOG), _own_sessions():
         job = executor.submit(task_in(run, task))
     run.note(job=str(job.job_id), launcher="local", host=socket.gethostname())
     return run, job
@@ -243,8 +243,8 @@ def _slurm_executor(folder: Path, config: Config, stage: str, profile: Profile, 
         "setup": _setup_lines(folder, profile, ray),
         "teardown": [f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
         "additional_parameters": {
-            "output": folder / "batch.log",
-            "error": folder / "batch.log",
+            "output": folder / BATCH_LOG,
+            "error": folder / BATCH_LOG,
             **({"requeue": True} if profile.requeue else {}),
             **({"no_kill": True} if ray and profile.nodes > 1 else {}),
             **({"kill_on_invalid_dep": "yes"} if after else {}),

@@ -176,6 +176,7 @@ def evaluate(
     if keep is not None:
         manifest = Manifest(samples_spec, tuple(measured.shards), measured.environment)
         commit_manifest(storage, keep, manifest)
+    made_by = as_trajectories(config)  # asks for the teacher, perhaps of S3: once
     metrics = {
         "name": config.name,
         "num_samples": settings.num_samples,
@@ -195,8 +196,7 @@ def evaluate(
         "precision": settings.precision,
         "real_held_out": held_out,
         "teacher_rows": [
-            {**stored[row_key(source)], "as_trajectories": source == as_trajectories(config)}
-            for source in of_teacher
+            {**stored[row_key(source)], "as_trajectories": source == made_by} for source in of_teacher
         ],
         "student": student,
         "device": measured.environment["device"],

@@ -150,15 +150,16 @@ def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, f
     Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
     """
     from dsno_cluster import console
-    from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS, reference_states, relative_errors
+    from dsno_cluster.diffusion.accuracy import reference_states, relative_errors
     from dsno_cluster.diffusion.solvers import solve
 
     _refuse_own_steps(config, teacher)
     settings = config.trajectories
     guidance, times = settings.guidance_scale, settings.time_points
     noise, labels = _probes(config, teacher, probes)
-    calls = count_evaluations("abm3", REFERENCE_STEPS, guidance, times, "uniform")
-    calls += count_evaluations(settings.solver, settings.steps, guidance, times, grid_name(config))
+    calls = _reference_calls(config) + count_evaluations(
+        settings.solver, settings.steps, guidance, times, grid_name(config)
+    )
     console.say(
         f"measuring the solver's error on {probes} samples (--probes): {calls:,} evaluations of them all, about "
         f"{_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
@@ -179,7 +180,7 @@ def choose_solver(
     Measured on `probes` samples. Raises UserError where none is good enough, or the teacher has steps of its own.
     """
     from dsno_cluster import console
-    from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS, Choice, cheapest
+    from dsno_cluster.diffusion.accuracy import Choice, cheapest
 
     _refuse_own_steps(config, teacher)
     settings = config.trajectories
@@ -188,9 +189,7 @@ def choose_solver(
     def tell(choice: Choice) -> None:
         console.say(f"{choice.solver}, {choice.steps} steps: off by {max(choice.errors):.2g}")
 
-    calls = count_evaluations(
-        "abm3", REFERENCE_STEPS, settings.guidance_scale, settings.time_points, "uniform"
-    )
+    calls = _reference_calls(config)
     console.say(
         f"looking for the cheapest solver within {tolerance:g}, on {probes} samples (--probes): first a very fine solution, "
         f"{calls:,} evaluations of them all, about {_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
@@ -216,6 +215,16 @@ def _probes(config: Config, teacher: Teacher, count: int) -> tuple[Any, Any]:
     if teacher.num_classes:
         labels = sample_labels(config.seed, range(count), teacher.num_classes).to(teacher.device)
     return sample_noise(config.seed, range(count), teacher.shape).to(teacher.device), labels
+
+
+def _reference_calls(config: Config) -> int:
+    """Evaluations of the very fine solution that errors are measured against."""
+    from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS
+
+    settings = config.trajectories
+    return count_evaluations(
+        "abm3", REFERENCE_STEPS, settings.guidance_scale, settings.time_points, "uniform"
+    )
 
 
 def _call_seconds(teacher: Teacher, noise: Any, labels: Any) -> float:
@@ -251,9 +260,8 @@ def report(config: Config, size: Size, found: Found) -> str:
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
     ]
-    if set(config.evaluation.metrics) != {
-        "trajectory_error"
-    }:  # with no metric of images the teacher's are not drawn
+    # with no metric of images the teacher's are not drawn
+    if set(config.evaluation.metrics) != {"trajectory_error"}:
         lines.append(
             f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
             "(evaluation.num_samples, teacher_steps, and the solver above)"
