@@ -70,7 +70,7 @@ COMMANDS = {
     "eval": Command(
         evaluation.evaluate_student,
         "sample from the student, or take images that are there, and measure: distances, table, pictures",
-        "[CONFIG, or with --watch RUN] [key=value ...]",
+        "[CONFIG, with --watch also RUN] [key=value ...]",
         "dsno-cluster eval configs/digits.yaml evaluation.num_samples=1000 --json",
         [options.launching, options.actors, options.student, options.evaluated, options.json_output],
     ),
@@ -83,8 +83,8 @@ COMMANDS = {
     ),
     "report": Command(
         report.write_report,
-        "one HTML file of a run: figures, curves, pictures, spec, versions, cost, how to reproduce it",
-        "[RUN] [key=value ...]",
+        "one HTML file of an experiment: figures, curves, pictures, spec, versions, cost, how to reproduce it",
+        "[CONFIG or RUN] [key=value ...]",
         "dsno-cluster report configs/digits.yaml --out digits.html",
         [options.reporting],
     ),
@@ -117,16 +117,16 @@ COMMANDS = {
     ),
     "verify": Command(
         trajectories.verify_trajectories,
-        "check every byte of a data set against its manifest",
-        "FOLDER_OR_URL",
-        "dsno-cluster verify runs/trajectories/0123456789abcdef",
+        "check every byte of a data set, a config's or the one of a folder or address, against its manifest",
+        "DATA_SET [key=value ...]",
+        "dsno-cluster verify configs/digits.yaml",
         [options.json_output, options.endpoint],
     ),
     "inspect": Command(
         trajectories.inspect_trajectories,
         "what a data set holds: spec, sizes, statistics by time point, a picture",
-        "FOLDER_OR_URL",
-        "dsno-cluster inspect runs/trajectories/0123456789abcdef --out trajectories.png",
+        "DATA_SET [key=value ...]",
+        "dsno-cluster inspect configs/digits.yaml --out trajectories.png",
         [options.inspecting],
     ),
     "import-weights": Command(

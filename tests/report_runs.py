@@ -35,6 +35,9 @@ def metrics(**changes: Any) -> dict[str, Any]:
         "checkpoint": {"path": "runs/students/digits", "step": 300, "ema_decay": 0.999, "sha256": "ab12"},
         "precision": "float32",
         "versions": {"dsno-cluster": "0.1.0", "torch": "2.14.1"},
+        "code": {"version": "0.1.0", "commit": "0123456789abcdef0123", "dirty": True},
+        "device": "a CPU of two cores",
+        "seconds": 63.4,
         "real_held_out": {"num_samples": 297, "fid": 1.86, **figures},
         "teacher_rows": [
             {"source": "teacher, ddim", "evaluations": 1, "fid": 11.38, **figures},

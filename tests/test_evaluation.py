@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 from tiny import DATA, TINY, answer, dsno
 
+from dsno_cluster import __version__
 from dsno_cluster.config import load_config
 from dsno_cluster.data import load_digits
+from dsno_cluster.device import device_name
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.features import DIGITS, Extractor, find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, merge, moments_of
@@ -101,6 +103,11 @@ def test_demo_end_to_end(demo: tuple[Path, str, str]) -> None:
     assert "student" in stdout and "relative error" in stdout
     assert [row["as_trajectories"] for row in metrics["teacher_rows"]] == [False, False, True]
     assert metrics["checkpoint"]["path"].endswith("students/digits/step-000000004")
+    manifest = json.loads(next(root.glob("trajectories/*/manifest.json")).read_text())
+    student = json.loads((root / "students/digits/step-000000004/meta.json").read_text())
+    for made_by in (manifest["environment"], student, metrics):
+        assert made_by["device"] == device_name() and made_by["code"]["version"] == __version__
+    assert metrics["seconds"] > 0
     for name in ("samples.png", "trajectory.png"):
         picture = np.asarray(Image.open(folder / name))
         assert picture.ndim == 3 and picture.std() > 20  # something is drawn
@@ -119,7 +126,7 @@ def test_figures_do_not_depend_on_the_actors(demo: tuple[Path, str, str], tmp_pa
     for metrics in (ours, theirs):
         for timing in ("cost_in_teacher_evaluations", "images_per_second"):
             del metrics["student"][timing]
-        del metrics["checkpoint"]["path"]
+        del metrics["checkpoint"]["path"], metrics["seconds"]
     assert ours == theirs
     kept = sorted(p.name for p in (root / "samples").rglob("*"))
     assert kept[1:] == ["manifest.json", *(f"shard-{i:06d}.safetensors" for i in range(4))]
@@ -190,6 +197,14 @@ def test_samples_are_the_students(demo: tuple[Path, str, str], tmp_path: Path) -
     images = load_student(student_path).sample(sample_noise(5, range(16), (1, 8, 8)), labels)
     assert np.abs(found[1]["images"].astype(int) - to_uint8(images).numpy()).max() <= 1
     assert np.array_equal(found[1]["labels"], labels.numpy())
+    words = ["sample", student_path, "--num", "2", "--seed", "5", "--out", "of-one.npz", "--label"]
+    assert answer(*words, "7", cwd=tmp_path).returncode == 0
+    of_one = np.load(tmp_path / "of-one.npz")
+    images = load_student(student_path).sample(sample_noise(5, range(2), (1, 8, 8)), torch.tensor([7, 7]))
+    assert np.abs(of_one["images"].astype(int) - to_uint8(images).numpy()).max() <= 1
+    assert of_one["labels"].tolist() == [7, 7] and labels[:2].tolist() != [7, 7]
+    none = answer(*words, "10", cwd=tmp_path)
+    assert none.returncode == 2 and "has classes 0..9" in none.stderr, none.stderr
 
 
 def test_a_student_is_not_judged_on_the_noise_that_it_was_trained_on(

@@ -35,6 +35,7 @@ from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.weights import package_path
 from dsno_cluster.storage import open_storage
+from dsno_cluster.trajectories.shards import Manifest, commit_manifest, write_shard
 
 DIGITS_WEIGHTS = Path(package_path("package:digits-features")) / features.WEIGHT_FILE
 EVERY = "evaluation.metrics=[fid, kid, inception_score, precision_recall]"
@@ -76,7 +77,7 @@ def check_equal(ours: dict[str, float], theirs: dict[str, float]) -> None:
     assert ours.keys() == theirs.keys()
     for name in ("fid", "inception_score", "inception_score_std"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
-    for name in ("kid", "kid_std", "precision", "recall", "f_score"):
+    for name in {"kid", "kid_std", "precision", "recall", "f_score", "agreement"} & theirs.keys():
         assert ours[name] == theirs[name], name
 
 
@@ -86,19 +87,32 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
     real, samples = to_uint8(train.images), to_uint8(held_out.images)
     options = {"feature_extractor": features.DIGITS, "feature_extractor_weights_path": str(DIGITS_WEIGHTS)}
     wanted = torch_fidelitys(samples, real, fid=True, kid=True, isc=True, prc=True, **options, **KNOBS)
-    np.savez(tmp_path / "samples.npz", images=samples.numpy())
+    yardstick = features.load_extractor(
+        features.find_weights(features.DIGITS, "package:digits-features", None), ["logits"]
+    )
+    labels = held_out.labels.clone()
+    labels[::3] = (labels[::3] + 1) % 10  # a third of them wrong
+    wanted["agreement"] = float((yardstick(samples)["logits"].argmax(1) == labels).double().mean())
+    np.savez(tmp_path / "samples.npz", images=samples.numpy(), labels=labels.numpy())
+    drawn = open_storage(str(tmp_path / "drawn"))
+    shards = [
+        write_shard(drawn, "", i, i * 99, {"images": samples[i * 99 :][:99], "labels": labels[i * 99 :][:99]})
+        for i in range(3)
+    ]
+    commit_manifest(drawn, "", Manifest({"samples_per_shard": 99}, tuple(shards), {}))
     measured = []
-    for actors, size in ((2, 37), (1, 64)):
+    for actors, size, name in ((2, 37, "samples.npz"), (1, 64, "drawn")):
         done = dsno(
             *[
                 "eval",
                 *WORDS,
+                EVERY.replace("]", ", agreement]"),
                 f"storage.root={tmp_path}",
                 f"evaluation.batch_size={size}",
                 "--actors",
                 str(actors),
             ],
-            *["--samples", str(tmp_path / "samples.npz"), "--launcher", "local", "--json"],
+            *["--samples", str(tmp_path / name), "--launcher", "local", "--json"],
         )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
@@ -406,6 +420,7 @@ def test_checkpoints_are_watched(tiny_student: Path, tmp_path: Path) -> None:
         (4, 0.5),
         (4, 0.9),
     ]
+    assert "Frechet distance" in done.stdout and "mean trajectory error" in done.stdout
     best = min(history["rows"], key=lambda row: row["fid"])
     assert history["best"]["value"] == best["fid"] and history["best"]["step"] == best["step"]
     assert (root / "students/digits/best-fid").read_text() == f"step-{best['step']:09d}\n"

@@ -41,13 +41,16 @@ def test_the_arithmetic_of_the_paper_needs_no_teacher_and_no_torch() -> None:
     assert plan["evaluations_per_sample"] == 16 and plan["evaluations"] == 36_800_000
     assert plan["bytes"] == 2_300_000 * (4 * 3 * 64 * 64 * 2 + 8)
     assert plan["measured"] is None and plan["relative_error"] is None
-    assert plan["teacher_problem"].startswith("teacher.path: teachers/imagenet64-16: no model here")
+    assert plan["teacher_problem"].startswith("teacher.path: teachers/imagenet64-16: no such folder below")
+    assert plan["folder"] is None
+    assert plan["files_not_there"]["evaluation.reference"] == "weights/imagenet-64x64.npz"
 
 
 def test_the_plan_is_what_is_made(tiny_data: Path) -> None:
-    planned = json.loads(dsno("plan", *TINY, "--json").stdout)
-    assert planned["teacher_problem"] is None
-    folder = next((tiny_data / "trajectories").iterdir())
+    planned = json.loads(dsno("plan", *TINY, f"storage.root={tiny_data}", "--json").stdout)
+    assert planned["teacher_problem"] is None and planned["files_not_there"] == {}
+    (folder,) = (tiny_data / "trajectories").iterdir()
+    assert Path(planned["folder"]) == folder
     sizes = [path.stat().st_size for path in folder.glob("shard-*")]
     assert planned["num_shards"] == len(sizes)
     assert sum(sizes) == pytest.approx(planned["bytes"], abs=400 * len(sizes))  # a file has a header

@@ -118,6 +118,7 @@ def test_says_what_was_measured(whole: Path) -> None:
         "18 each, 294,912 in all",
         "300 steps, 14,400 trajectories seen",
         "362 images a second",
+        *("a CPU of two cores", "0123456789ab with changes", "63 s"),
         "dsno-cluster gen-trajectories digits.yaml",
     ):
         assert said in page.text, said

@@ -14,12 +14,13 @@ import sys
 import termios
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny import TINY, dsno
 
-from dsno_cluster.cluster.attempt import why
+from dsno_cluster.cluster.attempt import lost_nodes, why
 from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
-from dsno_cluster.cluster.status import states_of
+from dsno_cluster.cluster.status import run_to_cancel, states_of
 from dsno_cluster.config import load_config, load_profile
 from dsno_cluster.errors import LOST_RANK, UserError
 
@@ -100,7 +101,9 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     assert [lost["host"] for lost in attempt.node_losses()] == ["node3"]
     assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for want of memory")
     (run.folder / "batch.log").write_text("old\nsrun: error: node2: task 1: Killed\n")
-    assert why(attempt, 1) == "Ray on node3 ended by itself"
+    killed, said = lost_nodes(attempt)
+    assert killed.startswith("task 1 on node2 was killed") and said == "Ray on node3 ended by itself"
+    assert why(attempt, 1) == killed
     attempt.write("failure-0", kind="work", rank=0, reason="the bucket is gone")
     assert why(attempt, 1) == "the bucket is gone"
 
@@ -128,6 +131,24 @@ def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
         assert find_run(word) == run
     with pytest.raises(UserError, match=f"the newest is {run.id}"):
         find_run("nothing")
+
+
+def test_of_several_runs_the_one_that_has_not_ended_is_cancelled(run: Run) -> None:
+    config = load_config("configs/digits.yaml", [f"storage.root={run.folder.parents[1]}"])
+    other = create_run(config, "train", load_profile("train", {}), "dsno-cluster train", snapshot=False)
+    alive = psutil.Process()
+    for one, job in ((run, "none"), (other, str(alive.pid))):
+        one.note(job=job, launcher="local", host=socket.gethostname(), submitted=alive.create_time())
+    run.attempt(0).folder.mkdir(parents=True)
+    run.attempt(0).write("result", result="a student")
+    word = "digits-train"
+    with pytest.raises(UserError, match="stands for 2 runs"):
+        find_run(word)
+    assert run_to_cancel(word) == other
+    other.attempt(0).folder.mkdir(parents=True)
+    other.attempt(0).write("result", result="a student")
+    with pytest.raises(UserError, match="stands for 2 runs"):
+        run_to_cancel(word)
 
 
 @pytest.mark.parametrize("columns", [80, 160])
@@ -158,7 +179,7 @@ def test_status_of_a_local_run(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "trajectories").symlink_to(tiny_data / "trajectories")
     state = {"XDG_STATE_HOME": str(tmp_path / "state"), "PATH": "/usr/bin:/bin"}
     words = ["train", *TINY, f"storage.root={tmp_path}", "--tasks-per-node", "2", "--launcher", "local"]
-    assert "no runs yet" in dsno("status", **state).stdout
+    assert "no submitted runs" in dsno("status", **state).stdout
     trained = dsno(*words, "training.threads=1", **state)
     assert trained.returncode == 0, trained.stderr
     (row,) = json.loads(dsno("status", "--json", **state).stdout)["runs"]

@@ -29,7 +29,7 @@ from dsno_cluster.diffusion.teachers import (
 )
 from dsno_cluster.errors import UserError
 from dsno_cluster.models.unet import UNet
-from dsno_cluster.models.weights import software_versions
+from dsno_cluster.provenance import software_versions
 
 # ---- Python factories --------------------------------------------------------------------------------------
 

@@ -143,8 +143,8 @@ def why(attempt: Attempt, status: int | None) -> str:
     if status is None:
         nodes = (attempt.read("begin") or {}).get("nodes")
         return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"
-    for lost in attempt.node_losses():
-        return str(lost["reason"])
+    if lost := lost_nodes(attempt):
+        return lost[0]
     if status > KILLED:
         name = signal.Signals(status - KILLED).name if status - KILLED in set(signal.Signals) else "a signal"
         memory = ", perhaps for want of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
@@ -152,11 +152,31 @@ def why(attempt: Attempt, status: int | None) -> str:
     return f"srun ended with status {status} and no task said why; see {attempt.folder} and {BATCH_LOG}"
 
 
+def lost_nodes(attempt: Attempt) -> list[str]:
+    """Why a Ray stage goes on without each of its other nodes that is gone: what the node said, or what srun told."""
+    if not attempt.run.is_ray_stage:
+        return []
+    killed = "was killed, perhaps for want of memory (mem_gb)"
+    told = {
+        task: f"task {task} on {host} {killed}"
+        for host, task, how in _ends(attempt)
+        if task and how == "Killed"
+    }
+    said = {int(lost["rank"]): str(lost["reason"]) for lost in attempt.node_losses()}
+    return list((told | said).values())
+
+
 def _killed_task(attempt: Attempt) -> str | None:
     """The task that was killed and so ended the attempt, as srun told it: which one, and where; None where none was.
 
     Of a training the first that ended, as srun then ends the others; of a Ray stage its driver, task 0.
     """
+    ends = [end for end in _ends(attempt) if end[1] == 0 or not attempt.run.is_ray_stage]
+    return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
+
+
+def _ends(attempt: Attempt) -> list[tuple[str, int, str]]:
+    """Host, task and a word for each task that did not end well, in the order in which srun told it."""
     begun = attempt.read("begin") or {}
     try:
         said = (
@@ -165,11 +185,9 @@ def _killed_task(attempt: Attempt) -> str | None:
             .decode(errors="replace")
         )
     except OSError:
-        return None
+        return []
     ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
-    if attempt.run.is_ray_stage:
-        ends = [end for end in ends if end[1] == "0"]
-    return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
+    return [(host, int(task), how) for host, task, how in ends]
 
 
 def main(words: Sequence[str]) -> int:

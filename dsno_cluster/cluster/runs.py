@@ -20,14 +20,13 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsno_cluster import __version__, console
+from dsno_cluster import console
 from dsno_cluster.cluster.slurm import user_name
 from dsno_cluster.config import (
     Config,
@@ -39,6 +38,7 @@ from dsno_cluster.config import (
     with_absolute_paths,
 )
 from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.provenance import code_version
 
 BATCH_LOG = "batch.log"  # of a run folder
 
@@ -188,32 +188,6 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
     return run
 
 
-def code_version() -> dict[str, Any]:
-    """The package's version, and the git commit it stands at where it is a checkout; `dirty`: with changes on top."""
-    package = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                # an installation of another user's is code that we run anyway
-                ["git", "-c", "safe.directory=*", "-C", str(package), *words],
-                capture_output=True,
-                text=True,
-                timeout=10,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or git is not there
-        return {"version": __version__}
-    return {
-        "version": __version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", ".")),
-    }
-
-
 def index() -> Path:
     """Where links to the user's run folders are: $XDG_STATE_HOME/dsno-cluster/runs, or below ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -240,22 +214,32 @@ def find_run(word: str) -> Run:
 
     Raises UserError where there is none, or more than one.
     """
+    return the_only_run(word, matching_runs(word))
+
+
+def the_only_run(word: str, runs: Sequence[Run]) -> Run:
+    """The one of `runs` where it is one; UserError where `word` stands for several."""
+    if len(runs) > 1:
+        raise UserError(f"{word}: stands for {len(runs)} runs, the newest {runs[0].id}; name one whole")
+    return runs[0]
+
+
+def matching_runs(word: str) -> list[Run]:
+    """The runs, newest first, of an id, the beginning of one, a job id, or the path of a run folder.
+
+    Raises UserError where there is none.
+    """
     try:
         if (Path(word) / "run.json").is_file():
-            return Run(Path(word).resolve())
+            return [Run(Path(word).resolve())]
     except OSError as error:
         raise UserError(f"{word}: cannot be read: {error.strerror}") from None
     runs = all_runs()
     same = [run for run in runs if run.id == word or str(run.record().get("job")) == word]
-    matching = same[:1] or [run for run in runs if run.id.startswith(word)]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise UserError(
-            f"{word}: stands for {len(matching)} runs, the newest {matching[0].id}; name one whole"
-        )
-    newest = f"; the newest is {runs[0].id}" if runs else "; there is none yet"
-    raise UserError(f"{word}: no such run{newest} (`dsno-cluster status` lists them)")
+    if matching := same[:1] or [run for run in runs if run.id.startswith(word)]:
+        return matching
+    newest = f"; the newest is {runs[0].id}" if runs else "; none was submitted yet"
+    raise UserError(f"{word}: no submitted run of that name{newest} (`dsno-cluster status` lists them)")
 
 
 def config_file_of_run(word: str) -> str:
@@ -265,7 +249,9 @@ def config_file_of_run(word: str) -> str:
     try:
         return str(find_run(word).folder / "config.yaml")
     except UserError as error:
-        raise UserError(f"{error}; a config's path ends in .yaml") from None
+        shipped = f"configs/{word}.yaml"
+        hint = f"did you mean {shipped}?" if Path(shipped).is_file() else "a config's path ends in .yaml"
+        raise UserError(f"{error}; {hint}") from None
 
 
 def config_of_run(word: str, overrides: Sequence[str] = ()) -> Config:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.attempt import why
-from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run
+from dsno_cluster.cluster.attempt import lost_nodes, why
+from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, matching_runs, the_only_run
 from dsno_cluster.cluster.slurm import JobState, cancel_job, cluster_name, job_states, user_name
 from dsno_cluster.errors import UserError, WorkError
 
@@ -175,8 +175,8 @@ def overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
             and (a is not last or state.word not in LIVE or a.read("outcome") is not None)
         ]
         error = state.why if state.word == "failed" else (_reason(over[-1]) if over else "")
-        if last is not None and state.word == "running" and (lost := last.node_losses()):
-            error = f"goes on without {len(lost)} node(s): {lost[-1]['reason']}"
+        if last is not None and state.word == "running" and (lost := lost_nodes(last)):
+            error = f"goes on without {len(lost)} node(s): {lost[-1]}"
         left = None
         if progress and state.word == "running" and progress["rate"] > 0:
             left = (progress["total"] - progress["done"]) / progress["rate"]
@@ -343,6 +343,16 @@ def _text(file: Path | None) -> str:
         return file.read_text(errors="replace") if file is not None else ""
     except FileNotFoundError:
         return ""
+
+
+def run_to_cancel(word: str) -> Run:
+    """The run of a word, as `find_run` takes it; of several with that beginning the one that has not ended.
+
+    Raises UserError where there is none, or more than one.
+    """
+    runs = matching_runs(word)
+    alive = [run for run, state in states_of(runs).items() if state.word in LIVE] if len(runs) > 1 else []
+    return the_only_run(word, alive or runs)
 
 
 def cancel(run: Run) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
@@ -47,7 +48,7 @@ def evaluate_student(arguments: Arguments) -> None:
 
     show: Callable[[dict[str, Any]], None]
     if options.watch:
-        found, show = watch(config, actors, address), show_history
+        found, show = watch(config, actors, address), partial(show_history, config)
     elif options.samples:
         found, show = evaluate_images(config, options.samples, actors, address), show_figures
     else:
@@ -114,19 +115,28 @@ def show_metrics(metrics: dict[str, Any]) -> None:
 def show_figures(metrics: dict[str, Any]) -> None:
     """The figures of images that were there."""
     from dsno_cluster import console
+    from dsno_cluster.evaluation.table import known_figures
 
-    title = f"{metrics['num_samples']} images of {metrics['samples']['address']}"
-    console.table(title, ["figure", "value"], [[k, f"{v:.6g}"] for k, v in metrics["figures"].items()])
+    extractor, figures = metrics["feature_extractor"]["name"], metrics["figures"]
+    title = f"{metrics['num_samples']} images of {metrics['samples']['address']}, {extractor}"
+    rows = [
+        [figure.title, figure.text(figures)] for figure in known_figures(extractor) if figure.text(figures)
+    ]
+    console.table(title, ["figure", "value"], rows)
     _show_warnings(metrics)
 
 
-def show_history(history: dict[str, Any]) -> None:
+def show_history(config: Config, history: dict[str, Any]) -> None:
     """What was measured of each checkpoint."""
     from dsno_cluster import console
-    from dsno_cluster.config import MetricName
-    from dsno_cluster.evaluation.history import value_of
+    from dsno_cluster.evaluation.history import judging_figures, value_of
 
-    shown = [m for m in get_args(MetricName) if any(value_of(row, m) is not None for row in history["rows"])]
+    known = judging_figures(config.evaluation.feature_extractor)
+    shown = {
+        metric: figure.title
+        for metric, figure in known.items()
+        if any(value_of(row, metric) is not None for row in history["rows"])
+    }
 
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
@@ -135,7 +145,7 @@ def show_history(history: dict[str, Any]) -> None:
         [str(row["step"]), cell(row["ema_decay"]), *(cell(value_of(row, metric)) for metric in shown)]
         for row in history["rows"]
     ]
-    console.table("checkpoints", ["step", "average", *shown], rows)
+    console.table("checkpoints", ["step", "average", *shown.values()], rows)
 
 
 def _show_warnings(metrics: dict[str, Any]) -> None:

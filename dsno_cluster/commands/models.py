@@ -7,7 +7,9 @@ from dsno_cluster.errors import UserError
 
 
 def sample_student(arguments: Arguments) -> None:
-    checkpoint = arguments.only_word("CHECKPOINT: a run, step or import folder, on disk or on S3")
+    checkpoint = arguments.only_word(
+        "CHECKPOINT: the folder of a student, such as runs/students/digits, on disk or on S3"
+    )
     options = arguments.options
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
@@ -31,6 +33,7 @@ def sample_student(arguments: Arguments) -> None:
         precision=options.precision,
         compile=options.compile,
         refinement=refinement,
+        label=options.label,
     )
     if options.shards is None:
         sample_to_file(drawing, options.out, options.num, options.seed, options.batch_size)

@@ -67,7 +67,9 @@ def log_choice(parser: argparse.ArgumentParser) -> None:
 
 def student(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--student", metavar="PATH", help="a run, step or import folder (default: the config's newest)"
+        "--student",
+        metavar="PATH",
+        help="the folder of a student: of its training (its newest step), of a step, or imported (default: the config's)",
     )
 
 
@@ -89,6 +91,12 @@ def sampling(parser: argparse.ArgumentParser) -> None:
         "--num", type=_positive, default=64, metavar="N", help="how many images (default: 64)"
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the noise and labels (default: 1)")
+    parser.add_argument(
+        "--label",
+        type=_natural,
+        metavar="K",
+        help="the class of all of them (default: random ones, by the seed)",
+    )
     parser.add_argument("--out", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)")
     parser.add_argument(
         "--shards",

@@ -24,7 +24,10 @@ def show_status(arguments: Arguments) -> None:
     from dsno_cluster import console
 
     if not rows:
-        print("no runs yet; `dsno-cluster gen-trajectories --nodes 2` submits one where there is Slurm")
+        print(
+            "no submitted runs: here are jobs of Slurm, and trainings in several processes (--tasks-per-node); what a command "
+            "does on this machine it tells itself"
+        )
         return
     console.table("runs, newest first", *status.table_rows(rows))
     if len(shown) < len(runs):
@@ -48,7 +51,7 @@ def show_logs(arguments: Arguments) -> None:
         raise UserError("name one RUN (`dsno-cluster status` lists them), or none for the newest")
     newest = all_runs()[:1]
     if not arguments.words and not newest:
-        raise UserError("there are no runs yet")
+        raise UserError("no run was submitted yet; what a command does on this machine it tells itself")
     run = find_run(arguments.words[0]) if arguments.words else newest[0]
     for line in log_lines(run, options.rank, options.attempt, options.follow):
         print(line, flush=True)
@@ -56,10 +59,9 @@ def show_logs(arguments: Arguments) -> None:
 
 def cancel_runs(arguments: Arguments) -> None:
     from dsno_cluster import console
-    from dsno_cluster.cluster.runs import find_run
-    from dsno_cluster.cluster.status import cancel
+    from dsno_cluster.cluster.status import cancel, run_to_cancel
 
     if not arguments.words or arguments.overrides:
         raise UserError("name the RUN to cancel (`dsno-cluster status` lists them)")
-    for run in [find_run(word) for word in arguments.words]:
+    for run in [run_to_cancel(word) for word in arguments.words]:
         console.say(f"{run.id}: {cancel(run)}")

@@ -9,7 +9,7 @@ from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway
 from dsno_cluster.errors import UserError, WorkError
 
 PROBES = 32  # samples that a plan measures on
-_DATA_SET = "FOLDER_OR_URL: a data set's folder, or its manifest.json"
+_DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.json"
 
 
 def gen_trajectories(arguments: Arguments) -> None:
@@ -44,14 +44,13 @@ def plan_trajectories(arguments: Arguments) -> None:
     if unused:
         raise UserError(f"{' and '.join(unused)}: for what is measured, with --measure or --tolerance E")
     probes = options.probes or PROBES
-    found, native = plan.Found(), None
+    found, planned = plan.Found(), None
     if measuring:
         from dsno_cluster.cluster.ray_pool import actors_that_fit
         from dsno_cluster.device import compute_device
 
-        plan.find_teacher(config)
+        planned = plan.make_plan(config)
         teacher = plan.open_teacher(config).to(compute_device())
-        native = plan.own_steps(config, teacher)
         profile = load_profile("gen-trajectories", {"nodes": options.nodes})
         a_node = {"CPU": profile.cpus_per_task, "GPU": profile.gpus_per_node}
         fit = actors_that_fit(a_node, config.trajectories.threads, min(1, profile.gpus_per_node))
@@ -62,19 +61,20 @@ def plan_trajectories(arguments: Arguments) -> None:
             )
         if options.tolerance:
             config, error = plan.choose_solver(config, teacher, options.tolerance, probes)
+            planned = plan.make_plan(config)
             found = plan.Found(plan.measure_cost(config, teacher, devices), error)
         else:
             cost, error = plan.measure_cost(config, teacher, devices), None
-            if native is None:
+            if plan.own_steps(config, teacher) is None:
                 error = plan.measure_errors(config, teacher, probes)
             found = plan.Found(cost, error)
     else:
         try:
-            native = plan.own_steps(config, plan.find_teacher(config))  # which may be one more than asked for
+            planned = plan.make_plan(config)
         except (plan.NoTeacher, WorkError) as reason:  # one that does not fit is refused
             found = plan.Found(problem=str(reason))
     show = plan.as_json if options.json else plan.report
-    print(show(config, plan.size_of(config, native), found))
+    print(show(config, planned, found))
     if options.tolerance and not options.json:
         settings = config.trajectories
         chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
@@ -82,10 +82,10 @@ def plan_trajectories(arguments: Arguments) -> None:
 
 
 def verify_trajectories(arguments: Arguments) -> None:
-    address = arguments.only_word(_DATA_SET)
+    address, endpoint_url = _data_set(arguments)
     from dsno_cluster.trajectories.verify import verify
 
-    report = verify(address, arguments.options.endpoint_url)
+    report = verify(address, endpoint_url)
     if arguments.options.json:
         print(json.dumps(report))
     elif not report["problems"]:
@@ -98,12 +98,12 @@ def verify_trajectories(arguments: Arguments) -> None:
 
 def inspect_trajectories(arguments: Arguments) -> None:
     options = arguments.options
-    address = arguments.only_word(_DATA_SET)
+    address, endpoint_url = _data_set(arguments)
     if options.out is not None and not options.out.endswith(".png"):
         raise UserError(f"--out {options.out}: must end in .png")
     from dsno_cluster.trajectories.inspect import describe, inspect, rows
 
-    found = inspect(address, options.shards, options.out, options.endpoint_url)
+    found = inspect(address, options.shards, options.out, endpoint_url)
     if options.json:
         print(json.dumps(found))
         return
@@ -113,3 +113,15 @@ def inspect_trajectories(arguments: Arguments) -> None:
     console.table(f"states of {found['samples_read']:,} trajectories", *rows(found))
     if options.out is not None:
         print(f"picture: {options.out}")
+
+
+def _data_set(arguments: Arguments) -> tuple[str, str | None]:
+    """Address and S3 endpoint of the data set that is named: by itself, or as that of a config."""
+    endpoint_url = arguments.options.endpoint_url
+    if not (arguments.words and arguments.words[0].endswith((".yaml", ".yml"))):
+        return arguments.only_word(_DATA_SET), endpoint_url
+    from dsno_cluster.trajectories.plan import make_plan
+
+    config = arguments.config()
+    folder = make_plan(config).folder
+    return f"{config.storage.root.rstrip('/')}/{folder}", endpoint_url or config.storage.endpoint_url

@@ -9,6 +9,7 @@ from dsno_cluster.config.experiment import Config, DataConfig
 from dsno_cluster.config.loading import (
     dump_config,
     dump_profile,
+    files_not_there,
     load_config,
     load_profile,
     load_resolved_profile,
@@ -40,6 +41,7 @@ __all__ = [
     "Trajectories",
     "dump_config",
     "dump_profile",
+    "files_not_there",
     "load_config",
     "load_profile",
     "load_resolved_profile",

@@ -15,6 +15,8 @@ from dsno_cluster.config.validation import nearest, validate
 from dsno_cluster.config.yaml_text import parse_yaml
 from dsno_cluster.errors import UserError
 
+EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference")
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read an experiment. `overrides` are `dotted.key=value`, the value read as YAML.
@@ -68,6 +70,20 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def files_not_there(config: Config) -> dict[str, str]:
+    """Files and folders that training and evaluation read, by key, and that are not on this machine."""
+    evaluation = {key: getattr(config.evaluation, key) for key in EVALUATION_FILES}
+    if set(config.evaluation.metrics) == {"trajectory_error"}:  # which compares with the teacher alone
+        evaluation = {}
+    named = {f"evaluation.{key}": path for key, path in evaluation.items() if path != "data"}
+    named["training.lpips_weights"] = config.training.lpips_weights
+    return {
+        key: path
+        for key, path in named.items()
+        if path is not None and not path.startswith(("package:", "s3://")) and not Path(path).exists()
+    }
+
+
 def with_absolute_paths(config: Config, folder: Path = Path()) -> Config:
     """The same experiment, for a process that may start in another folder or on another node.
 
@@ -90,8 +106,11 @@ def with_absolute_paths(config: Config, folder: Path = Path()) -> Config:
         ):
             options["config"] = absolute(str(options["config"]))
         teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
-    files = ("weights_path", "precision_recall_weights_path", "reference")
-    named = {key: value for key in files if (value := getattr(config.evaluation, key)) not in (None, "data")}
+    named = {
+        key: value
+        for key in EVALUATION_FILES
+        if (value := getattr(config.evaluation, key)) not in (None, "data")
+    }
     evaluation = config.evaluation.model_copy(update={key: absolute(path) for key, path in named.items()})
     training = config.training
     if training.lpips_weights is not None:

@@ -23,8 +23,9 @@ from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
 from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.dsno import load_student
+from dsno_cluster.provenance import environment
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.generate import environment, solve_batch
+from dsno_cluster.trajectories.generate import solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.shards import Shard, write_shard
 
@@ -115,7 +116,7 @@ class EvaluationActor:
         """The block's images, uint8 (N, C, H, W), and their classes (N,) where known, both on CPU."""
         if block.source.kind == "images":
             found: ImageSet = self.images(block.source.address)
-            known = None if found.labels is None else found.labels[block.start : block.stop]
+            known = found.labels and found.labels(block.start, block.stop)
             return found.read(block.start, block.stop), known
         noise, labels = self._inputs(range(block.start, block.stop))
         if block.source.kind == "student":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 from dsno_cluster import console
@@ -31,7 +32,8 @@ from dsno_cluster.evaluation.teacher_rows import (
     teacher_sources,
 )
 from dsno_cluster.models.dsno import KIND as STUDENT_KIND
-from dsno_cluster.models.weights import model_address, read_meta, software_versions, student_address
+from dsno_cluster.models.weights import model_address, read_meta, student_address
+from dsno_cluster.provenance import code_version, software_versions
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import find_teacher
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash, commit_manifest, read_manifest
@@ -109,7 +111,7 @@ def evaluate(
     Writes metrics.json and the pictures below `folder` of the storage (default: `evaluation/<name>/`); returns the metrics.
     Raises UserError where there is no student, no teacher, no weights or no reference.
     """
-    settings = config.evaluation
+    settings, began = config.evaluation, time.monotonic()
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     path, student_meta = find_student(config, student_path)
     keep = samples_folder(config, student_meta) if settings.keep_samples else None
@@ -200,6 +202,7 @@ def evaluate(
         ],
         "student": student,
         "device": measured.environment["device"],
+        "seconds": round(time.monotonic() - began, 1),
         "train_seconds": student_meta.get("train_seconds"),
     }
     metrics["pictures"] = pictures.layout(config)
@@ -294,6 +297,7 @@ def _provenance(
         "other_extractors": {name: sha256 for name, sha256 in extractors.items() if name != main},
         "warnings": warnings_of(read, weights, reference, count, resolution) if reference else [],
         "versions": software_versions(),
+        "code": code_version(),
     }
 
 

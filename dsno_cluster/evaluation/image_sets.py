@@ -36,14 +36,17 @@ READERS = 4  # pictures decoded at a time
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images uint8 (C, H, W) of one shape; `read` gives (N, C, H, W), `labels` (count,) are their classes if known."""
+    """`count` images uint8 (C, H, W) of one shape: `read` gives (N, C, H, W), `labels` their classes (N,) int64.
+
+    `labels` is None where the classes are not known.
+    """
 
     address: str
     count: int
     shape: tuple[int, int, int]
     identify: Callable[[], dict[str, Any]]
     read: Callable[[int, int], Tensor]
-    labels: Tensor | None = None
+    labels: Callable[[int, int], Tensor] | None = None
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -76,12 +79,16 @@ def _named(name: str) -> ImageSet:
     split = load_digits()[NAMED.index(name)]
     images = to_uint8(split.images)
 
+    def read(start: int, stop: int) -> Tensor:
+        return images[start:stop]
+
+    def labels(start: int, stop: int) -> Tensor:
+        return split.labels[start:stop]
+
     def identify() -> dict[str, Any]:
         return {"kind": name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
 
-    return ImageSet(
-        name, len(images), _shape(images[0]), identify, lambda start, stop: images[start:stop], split.labels
-    )
+    return ImageSet(name, len(images), _shape(images[0]), identify, read, labels)
 
 
 def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
@@ -91,23 +98,26 @@ def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
         return {"kind": "shards", "sha256": canonical_hash({"shards": [s.sha256 for s in shards]})}
 
     @functools.lru_cache(2)  # a block may begin in one shard and end in the next
-    def images_of(index: int) -> Tensor:
+    def tensors_of(index: int) -> dict[str, Tensor]:
         tensors = read_shard(storage, "", shards[index])
         if "images" not in tensors:
             raise UserError(f"{address}: its shards hold {', '.join(tensors)}, not images")
-        return tensors["images"]
+        return tensors
 
-    def read(start: int, stop: int) -> Tensor:
+    def part(name: str, start: int, stop: int) -> Tensor:
         touched = [i for i, s in enumerate(shards) if s.start < stop and s.stop > start]
         parts = [
-            images_of(i)[max(start - shards[i].start, 0) : stop - shards[i].start]
+            tensors_of(i)[name][max(start - shards[i].start, 0) : stop - shards[i].start]
             for i in touched
         ]  # fmt: skip
         return torch.cat(parts)
 
     if not shards:
         raise UserError(f"{address}: its manifest names no shard")
-    return ImageSet(address, manifest.num_samples, _shape(images_of(0)[0]), identify, read)
+    read, labels = functools.partial(part, "images"), functools.partial(part, "labels")
+    first = tensors_of(0)
+    known = labels if "labels" in first else None
+    return ImageSet(address, manifest.num_samples, _shape(first["images"][0]), identify, read, known)
 
 
 def _npz(file: Path) -> ImageSet:
@@ -123,7 +133,27 @@ def _npz(file: Path) -> ImageSet:
     def identify() -> dict[str, Any]:
         return {"kind": "npz", "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
-    return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identify, read)
+    classes = _npz_labels(file, len(images)) if not in_rows else None
+
+    def labels(start: int, stop: int) -> Tensor:
+        assert classes is not None
+        return classes[start:stop]
+
+    known = labels if classes is not None else None
+    return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identify, read, known)
+
+
+def _npz_labels(file: Path, count: int) -> Tensor | None:
+    """The classes (count,) that an .npz of ours has beside its images, or None."""
+    with np.load(file, allow_pickle=False) as arrays:
+        if "labels" not in arrays.files:
+            return None
+        found = arrays["labels"]
+    if found.shape != (count,) or found.dtype.kind not in "iu":
+        raise UserError(
+            f"{file}: labels is {found.dtype} of {found.shape}, of {count} images; they are whole numbers"
+        )
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def npz_file(address: str) -> Path:

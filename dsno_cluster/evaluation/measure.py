@@ -81,6 +81,7 @@ def measure(
         collected[images.source] = Collected(images.count, size)
     if student is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
+    console.say(_in_words(blocks, by_source, real.source, done))
     # the reference, without which no set is finished; then the dearest, so that no actor is left alone with a long one
     blocks.sort(key=lambda block: (block.source != real.source, -block.source.steps))
     left = {source: sum(b.source == source and b.work == "features" for b in blocks) for source in by_source}
@@ -125,6 +126,23 @@ def measure(
     parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
     error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
     return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, made_by, pictured)
+
+
+def _in_words(blocks: list[Block], sets: dict[Source, ImagesOf], reference: Source | None, done: int) -> str:
+    """What the progress counts: images of each kind, trajectories, and samples of former runs."""
+    parts = []
+    if STUDENT in sets:
+        parts.append(f"{sets[STUDENT].count:,} samples of the student")
+    if of_teacher := [images.count for source, images in sets.items() if source.kind == "teacher"]:
+        parts.append(f"{sum(of_teacher):,} of the teacher in {len(of_teacher)} row(s)")
+    for source, images in sets.items():
+        if source.kind == "images":
+            whose = "the reference" if source == reference else source.address
+            parts.append(f"{images.count:,} images of {whose}")
+    if trajectories := sum(b.stop - b.start for b in blocks if b.work == "trajectory"):
+        parts.append(f"{trajectories:,} trajectories")
+    before = f"; the progress counts {done:,} of before too" if done else ""
+    return f"to measure: {', '.join(parts)}{before}"
 
 
 def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:

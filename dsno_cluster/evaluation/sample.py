@@ -39,7 +39,8 @@ class Refinement:
 class Drawing:
     """What images are drawn from: a student, how it computes, and whether its teacher finishes them.
 
-    `sha256`, where given, is what the student's weights must have.
+    `sha256`, where given, is what the student's weights must have; `label` the class of every image, None for a random one
+    each.
     """
 
     checkpoint: str
@@ -48,6 +49,7 @@ class Drawing:
     precision: str = "float32"
     compile: bool = False
     refinement: Refinement | None = None
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class OpenDrawing:
     student: DSNO
     device: torch.device
     draw: Callable[[Tensor, Tensor | None], Tensor]
+    label: int | None
 
 
 def open_drawing(drawing: Drawing) -> OpenDrawing:
-    """Load the student. Raises UserError where there is none, or no teacher to refine with."""
+    """Load the student. Raises UserError where there is none, no class of that label, or no teacher to refine with."""
     student = load_student(
         drawing.checkpoint,
         drawing.endpoint_url,
@@ -68,12 +71,15 @@ def open_drawing(drawing: Drawing) -> OpenDrawing:
         precision=drawing.precision,
         compile=drawing.compile,
     )
+    if drawing.label is not None and not drawing.label < (classes := student.network.num_classes):
+        which = f"classes 0..{classes - 1}" if classes else "no classes"
+        raise UserError(f"--label {drawing.label}: the student at {drawing.checkpoint} has {which}")
     device = compute_device()
     student.to(device)
     if drawing.refinement is None:
-        return OpenDrawing(student, device, student.sample)
+        return OpenDrawing(student, device, student.sample, drawing.label)
     refined = _refined(student, device, drawing.checkpoint, drawing.endpoint_url, drawing.refinement)
-    return OpenDrawing(student, device, refined)
+    return OpenDrawing(student, device, refined, drawing.label)
 
 
 def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor, Tensor | None]:
@@ -81,6 +87,8 @@ def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor,
     network = opened.student.network
     noise = sample_noise(seed, indices, network.image_shape).to(opened.device)
     labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
+    if opened.label is not None:
+        labels = torch.full((len(indices),), opened.label)
     images = opened.draw(noise, None if labels is None else labels.to(opened.device))
     return images.cpu(), labels
 

@@ -18,12 +18,12 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
 from dsno_cluster.models.weights import model_address, read_meta
+from dsno_cluster.provenance import environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import (
     check_alike,
     check_same_environment,
     collect_shards,
-    environment,
 )
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
@@ -79,6 +79,7 @@ def sample_to_shards(
         "precision": drawing.precision,
         "compile": drawing.compile,
         "refinement": None if drawing.refinement is None else asdict(drawing.refinement),
+        "label": drawing.label,
     }
     lines, made_by = _there_already(storage, spec)
     shards = num // batch_size
@@ -152,7 +153,7 @@ def _there_already(
     theirs = manifest[0].spec if manifest else (progress.environment or {}).get("spec")
     if theirs != spec and (found or manifest):
         raise UserError(
-            f"{storage.url}: holds other samples ({MANIFEST if manifest else 'shards'} of another student, seed or "
+            f"{storage.url}: holds other samples ({MANIFEST if manifest else 'shards'} of another student, --seed, --label or "
             "--batch-size); name an empty folder"
         )
     noted = dict(progress.shards) if theirs == spec else {}
@@ -164,7 +165,7 @@ def _there_already(
         if key in found and found[key].etag == etag and found[key].size == shard.size
     }
     made_by = manifest[0].environment if manifest else progress.environment
-    return kept, {part: made_by[part] for part in ("device", "versions")} if kept and made_by else None
+    return kept, {part: made_by[part] for part in made_by if part != "spec"} if kept and made_by else None
 
 
 class SampleActor:

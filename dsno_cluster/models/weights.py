@@ -6,15 +6,17 @@ that has it is complete.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import json
-import platform
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import environment
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ def package_path(path: str) -> str:
     name = path.removeprefix("package:")
     target = Path(str(resources.files("dsno_cluster"))) / "assets" / name
     if not target.exists():
-        shipped = ", ".join(f"package:{p.name}" for p in sorted(target.parent.iterdir()) if p.is_dir())
+        folders = [at for at in sorted(target.parent.iterdir()) if at.is_dir()]
+        kinds = {True: "a teacher", False: "an extractor's weights"}
+        shipped = " and ".join(f"package:{at.name} ({kinds[(at / META).is_file()]})" for at in folders)
         raise UserError(f"{path}: the package ships {shipped}")
     return str(target)
 
@@ -156,9 +160,22 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
             f"{path}: holds several students; name one of {', '.join(k[: -len(LATEST) - 1] for k in latest)}"
         )
     if not latest:
-        raise UserError(f"{path}: no model here: no such folder, or neither {META} nor {LATEST} in it")
+        raise UserError(f"{path}: {_no_model(path)}")
     step = storage.read(latest[0]).decode().strip()
     return storage, f"{latest[0][: -len(LATEST)]}{step}/"
+
+
+def _no_model(path: str) -> str:
+    """Why there is no model at a path, with the nearest folder that is there."""
+    folder = Path(package_path(path))
+    if "://" in path or folder.exists():
+        return f"no model here: neither {META} nor {LATEST} in it"
+    missing = next(at for at in [*reversed(folder.parents), folder] if not at.exists())
+    with contextlib.suppress(OSError):
+        beside = sorted(at.name for at in missing.parent.iterdir() if at.is_dir())
+        if near := difflib.get_close_matches(missing.name, beside, n=1):
+            return f"no such folder; did you mean {missing.parent / near[0]}?"
+    return "no such folder" + ("" if folder.is_absolute() else f" below {Path.cwd()}")
 
 
 def write_model(
@@ -179,25 +196,10 @@ def write_model(
         return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
 
     files = {WEIGHTS: encoded(weights)}
-    meta = {**meta, "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(), "versions": software_versions()}
+    meta = {**meta, "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(), **environment()}
     for decay, tensors in (averages or {}).items():
         files[_average_file(f"{decay:g}")] = data = encoded(tensors)
         meta.setdefault("averages", {})[f"{decay:g}"] = hashlib.sha256(data).hexdigest()
     files |= {CONFIG: config.encode(), META: (json.dumps(meta, indent=2) + "\n").encode()}
     storage.write_folder(prefix, files)
     return str(meta["sha256"])
-
-
-def software_versions() -> dict[str, str]:
-    """Versions recorded beside results: what could change a number."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from dsno_cluster import __version__
-
-    versions = {"dsno-cluster": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "ray", "deepspeed", "diffusers", "safetensors", "torch-fidelity"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dsno_cluster.evaluation.history import FIGURES, value_of
-from dsno_cluster.evaluation.table import Figure, known_figures
+from dsno_cluster.evaluation.history import judging_figures, value_of
+from dsno_cluster.evaluation.table import Figure
 from dsno_cluster.report.charts import Chart, Series, averaged, number
 from dsno_cluster.report.run_files import best_row
 
@@ -96,11 +96,9 @@ def heldout_chart(curve: Sequence[dict[str, Any]], times: Sequence[float]) -> Ch
 
 def history_figures(history: dict[str, Any], extractor: str) -> list[Figure]:
     """What to draw of a history: the distance, and what its best is chosen by where that is another figure."""
-    known = {figure.key: figure for figure in known_figures(extractor)}
-    known["trajectory_error"] = Figure("trajectory_error", "mean trajectory error", 4, "lower")
+    known = judging_figures(extractor)
     chosen_by = (history.get("best") or {}).get("metric", "fid")
-    keys = dict.fromkeys(["fid", FIGURES.get(chosen_by, chosen_by)])
-    return [known[key] for key in keys if key in known]
+    return [known[metric] for metric in dict.fromkeys(["fid", chosen_by]) if metric in known]
 
 
 def history_chart(history: dict[str, Any], figure: Figure, level: tuple[str, float] | None) -> Chart | None:

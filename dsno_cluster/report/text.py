@@ -139,6 +139,10 @@ def cost_of(files: RunFiles) -> Facts:
         rows.append(("Trajectories trained on", rate))
     if last.get("memory_gb") is not None:
         rows.append(("Most memory of a process", f"{last['memory_gb']:.2f} GB"))
+    if (took := (metrics or {}).get("seconds")) is not None:
+        rows.append(
+            ("Time to evaluate", _seconds(took) + ", rows of the teacher that were known not counted")
+        )
     student = (metrics or {}).get("student", {})
     if "cost_in_teacher_evaluations" in student:
         rows.append(
@@ -209,22 +213,18 @@ def _plain(value: Any) -> str:
 
 def versions_of(files: RunFiles) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a package a row, a stage a column; and the device and code where they are recorded."""
-    made = files.manifest.environment if files.manifest else {}
-    columns = {
-        "trajectories": made.get("versions"),
-        "training": (files.student or {}).get("versions"),
-        "evaluation": (files.metrics or {}).get("versions"),
+    made_by: dict[str, dict[str, Any]] = {
+        "trajectories": files.manifest.environment if files.manifest else {},
+        "training": files.student or {},
+        "evaluation": files.metrics or {},
     }
-    known = {stage: found for stage, found in columns.items() if found}
+    known = {stage: found["versions"] for stage, found in made_by.items() if found.get("versions")}
     packages = dict.fromkeys(name for found in known.values() for name in found)
     rows = [[name, *(str(found.get(name, "")) for found in known.values())] for name in packages]
-    devices = {"trajectories": made.get("device"), "evaluation": (files.metrics or {}).get("device")}
-    if any(devices.get(stage) for stage in known):
-        rows.insert(0, ["device", *(str(devices.get(stage) or "") for stage in known)])
-    stages = {"gen-trajectories": "trajectories", "train": "training", "eval": "evaluation"}
-    code = {stages.get(run.record()["stage"]): run.record().get("code") or {} for run in files.runs}
-    if any(code.get(stage, {}).get("commit") for stage in known):
-        rows.append(["commit", *(_commit(code.get(stage, {})) for stage in known)])
+    if any(made_by[stage].get("device") for stage in known):
+        rows.insert(0, ["device", *(str(made_by[stage].get("device") or "") for stage in known)])
+    if any(commits := [_commit(made_by[stage].get("code") or {}) for stage in known]):
+        rows.append(["commit", *commits])
     return ["package", *known], rows
 
 

@@ -16,6 +16,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import environment
 from dsno_cluster.storage import Stat, Storage, open_storage
 from dsno_cluster.trajectories.plan import Plan, check_planned, make_plan, open_teacher
 from dsno_cluster.trajectories.shards import (
@@ -89,14 +90,6 @@ def generate(config: Config, actors: int | None = None, ray_address: str | None 
         storage.tidy(plan.folder)
     console.say(f"done: {address}")
     return address
-
-
-def environment() -> dict[str, Any]:
-    """Device model and versions that made the bytes; recorded, not part of the spec."""
-    from dsno_cluster.device import device_name
-    from dsno_cluster.models.weights import software_versions
-
-    return {"device": device_name(), "versions": software_versions()}
 
 
 def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]], where: str) -> None:

@@ -10,7 +10,7 @@ import socket
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsno_cluster.config import Config
+from dsno_cluster.config import Config, files_not_there
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
 from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
@@ -241,9 +241,9 @@ def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
     return dict(zip(map(str, config.trajectories.time_points), errors, strict=True))
 
 
-def report(config: Config, size: Size, found: Found) -> str:
-    """The plan as lines for people."""
-    settings = config.trajectories
+def report(config: Config, plan: Plan | None, found: Found) -> str:
+    """The plan as lines for people; `plan` None: there is no teacher yet, so no folder that is named by it."""
+    settings, size = config.trajectories, plan.size if plan else size_of(config)
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
     few = (
         count_evaluations("ddim", steps, settings.guidance_scale) for steps in config.evaluation.teacher_steps
@@ -256,7 +256,12 @@ def report(config: Config, size: Size, found: Found) -> str:
         f"trajectories  {size.num_samples:,} of {settings.num_points} time points, {settings.dtype}",
         f"shards        {size.num_shards:,} of {settings.samples_per_shard:,} trajectories, "
         f"{bytes_text(size.bytes_per_shard)} each",
-        f"storage       {bytes_text(size.bytes)} below {config.storage.root}/trajectories/",
+        f"storage       {bytes_text(size.bytes)} "
+        + (
+            f"in {config.storage.root}/{plan.folder}"
+            if plan
+            else f"below {config.storage.root}/trajectories/"
+        ),
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
     ]
@@ -266,6 +271,9 @@ def report(config: Config, size: Size, found: Found) -> str:
             f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
             "(evaluation.num_samples, teacher_steps, and the solver above)"
         )
+    if missing := files_not_there(config):
+        told = ", ".join(f"{key} {path}" for key, path in missing.items())
+        lines.append(f"files         not there yet, for later stages: {told}")
     if (measured := found.measured) is None:
         lines.append("time          not measured: --measure times the teacher on this machine's device")
     else:
@@ -284,9 +292,9 @@ def report(config: Config, size: Size, found: Found) -> str:
     return "\n".join(lines)
 
 
-def as_json(config: Config, size: Size, found: Found) -> str:
+def as_json(config: Config, plan: Plan | None, found: Found) -> str:
     """The plan as one JSON object: sizes in bytes, times in seconds and hours."""
-    settings = config.trajectories
+    settings, size = config.trajectories, plan.size if plan else size_of(config)
     content = {
         **asdict(size),
         "evaluations": size.evaluations,
@@ -298,6 +306,8 @@ def as_json(config: Config, size: Size, found: Found) -> str:
         "measured": None if found.measured is None else asdict(found.measured),
         "relative_error": found.error,
         "teacher_problem": found.problem,
+        "folder": f"{config.storage.root}/{plan.folder}" if plan else None,
+        "files_not_there": files_not_there(config),
     }
     return json.dumps(content)
 

@@ -244,8 +244,8 @@ def test_waiting_and_following(disk_user: User) -> None:
     for words, expected in (
         (["logs", run_id, "--rank", "7"], "has logs of ranks 0"),
         (["logs", run_id, "--attempt", "3"], "has had 1 attempt(s)"),
-        (["logs", "nothing"], "no such run"),
-        (["cancel", "nothing"], "no such run"),
+        (["logs", "nothing"], "no submitted run of that name"),
+        (["cancel", "nothing"], "no submitted run of that name"),
     ):
         assert expected in disk_user.dsno(*words, status=2).stderr
     assert "done already" in disk_user.dsno("cancel", run_id).stderr

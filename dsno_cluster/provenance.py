@@ -1,0 +1,64 @@
+"""What made something: the device, the versions of what could change a number, and the code; recorded beside results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dsno_cluster import __version__
+
+
+def environment() -> dict[str, Any]:
+    """Device model, versions and code of this process; not part of any spec."""
+    from dsno_cluster.device import device_name
+
+    return {"device": device_name(), "versions": software_versions(), "code": code_version()}
+
+
+def software_versions() -> dict[str, str]:
+    """Versions recorded beside results: what could change a number."""
+    versions = {"dsno-cluster": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "ray", "deepspeed", "diffusers", "safetensors", "torch-fidelity"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+@cache
+def code_version() -> dict[str, Any]:
+    """The package's version, and the git commit it stands at where it is a checkout; `dirty`: with changes on top.
+
+    Of the copy in a run folder that of the checkout it was made from.
+    """
+    package = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return dict(json.loads((package.parents[1] / "run.json").read_text())["code"])
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                # an installation of another user's is code that we run anyway
+                ["git", "-c", "safe.directory=*", "-C", str(package), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or git is not there
+        return {"version": __version__}
+    return {
+        "version": __version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", ".")),
+    }
