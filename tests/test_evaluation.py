@@ -170,10 +170,14 @@ def test_the_trajectory_error_alone_draws_no_images(demo: tuple[Path, str, str],
         f"storage.root={root}",
         "evaluation.metrics=[trajectory_error]",
         "evaluation.reference=none",
+        "evaluation.num_samples=100",  # of none of them
     ]
     done = dsno(*words, "--launcher", "local")
     assert done.returncode == 0 and "relative error" in done.stdout, done.stderr
-    assert "20/20 samples" in done.stderr, done.stderr  # those of evaluation.trajectory_samples
+    assert "replaces the evaluation of step 4 by 200 samples" in done.stderr, done.stderr
+    # those of evaluation.trajectory_samples
+    assert "to measure: 20 trajectories\n" in done.stderr, done.stderr
+    assert "20/20 samples" in done.stderr, done.stderr
     metrics = json.loads((root / "evaluation/digits/metrics.json").read_text())
     before = json.loads((demo[0] / "evaluation/digits/metrics.json").read_text())
     assert metrics["student"]["trajectory_error"] == before["student"]["trajectory_error"]
@@ -311,6 +315,7 @@ def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> 
         read, weights = readings(config.evaluation), find_all_weights(config.evaluation)
         spec = comparison_spec(config, read, weights, find_real_data(config, storage, read, weights))
         rows = stored_teacher_rows(config, storage, spec)
+        assert all(row["shipped"] for row in rows.values())  # which `eval` tells
         return [rows[row_key(s)]["evaluations"] for s in teacher_sources(config) if row_key(s) in rows]
 
     assert rows_of() == [1, 4, 8, 18, 64]

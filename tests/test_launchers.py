@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import DATA, TINY, dsno
+from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster.cluster.submit import check_room, sbatch_script, stage_task
 from dsno_cluster.cluster.task import StageTask
@@ -39,6 +39,11 @@ def test_auto_is_slurm_where_its_controller_answers(slurm: Path, tmp_path: Path)
     assert script.returncode == 0 and "#SBATCH --nodes=1" in script.stdout, script.stderr
     told = dsno("eval", *TINY, "--dry-run", "--json", cwd=tmp_path, PATH=path)  # there is no student yet
     assert told.returncode == 2 and "#SBATCH --nodes=1" in json.loads(told.stdout)["dry_run"]["eval"]
+    # training that makes its trajectories itself has no stage before it
+    itself = ["training.online=true", "reader.shuffle=none"]
+    online = answer("run", *TINY, *itself, "--dry-run", cwd=tmp_path, PATH=path)
+    assert online.returncode == 0, online.stderr
+    assert re.findall("^# (.*)$", online.stdout, re.M)[0] == "train" and "# gen-traj" not in online.stdout
     large = dsno(*words, "--nodes", "16", cwd=tmp_path, PATH=path)  # the script, and what is wrong with it
     assert large.returncode == 2 and "partition main has 4 node(s)" in large.stderr
     assert "#SBATCH --nodes=16" in large.stdout

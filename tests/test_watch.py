@@ -33,6 +33,7 @@ from training_runs import (
 
 from dsno_cluster import load_student
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.models.weights import package_path
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training.watch import DivergenceWatch
 from dsno_cluster.trajectories.shards import Manifest, commit_manifest, read_manifest, read_shard, write_shard
@@ -209,6 +210,23 @@ def test_online_training_gives_the_weights_of_an_offline_run(tmp_path: Path) -> 
     assert not (out / "trajectories").exists()
     model = f"{STUDENT}/step-000000018/model.safetensors"
     assert (out / model).read_bytes() == (offline / model).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_teacher_on_s3_is_trained_from_online(
+    s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its actors write to a folder of this machine, and know where the teacher is all the same."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    teacher = open_storage("s3://bucket/online-teacher", s3_endpoint)
+    for file in Path(package_path("package:digits-teacher")).iterdir():
+        teacher.write(file.name, file.read_bytes())
+    how = ["training.online=true", "training.online_actors=1", "reader.shuffle=none"]
+    there = ["teacher.path=s3://bucket/online-teacher", f"storage.endpoint_url={s3_endpoint}"]
+    done = dsno(*words(tmp_path, *how, *there), "--launcher", "local")
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(tmp_path)[-1] == 4
 
 
 @pytest.mark.slow

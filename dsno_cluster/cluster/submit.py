@@ -266,6 +266,7 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
         "attempt=${SLURM_RESTART_COUNT:-0}",
         "trap : TERM  # the tasks are told to end; this script waits for them",
+        "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
     ]
     if ray:
         lines += [

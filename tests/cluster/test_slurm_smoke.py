@@ -17,7 +17,8 @@ def test_two_nodes_make_the_same_shards(tiny_data: Path) -> None:
         said = user.dsno("gen-trajectories", *TINY, *user.storage, "--nodes", "2", "--wait")
         run = user.run_of(said.stderr)
         assert user.ends(run)["attempts"] == 1
-        assert "1 other node(s) join" in run.attempt(0).log(0).read_text()
+        log = run.attempt(0).log(0).read_text()
+        assert "1 other node(s) join" in log and "submitit INFO" not in log, log
         (here,) = tiny_data.glob("trajectories/*/manifest.json")
         there = user.manifest()
         assert there["key"] == f"trajectories/{here.parent.name}/manifest.json"

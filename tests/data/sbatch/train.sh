@@ -30,6 +30,7 @@ export NOTE='it'"'"'s quoted'
 export PYTHONSAFEPATH=1 PYTHONPATH=/home/me/scratch/jobs/RUN/code:/home/me${PYTHONPATH:+:$PYTHONPATH}
 attempt=${SLURM_RESTART_COUNT:-0}
 trap : TERM  # the tasks are told to end; this script waits for them
+export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}
 /venv/bin/python -m dsno_cluster.cluster.attempt begin /home/me/scratch/jobs/RUN || exit $?
 
 # command
