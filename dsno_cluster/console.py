@@ -63,20 +63,25 @@ def error(message: str) -> None:
 
 @contextlib.contextmanager
 def progress(
-    title: str, total: int, unit: str, *, done: int = 0, quiet: bool = False
+    title: str, total: int, unit: str, *, done: int = 0, reached: int | None = None, quiet: bool = False
 ) -> Iterator[Callable[..., None]]:
     """Progress of long work; yields `advance(count, **figures)`.
 
     On a terminal a bar; elsewhere a plain line at most every ten seconds. `figures` are shown at the end of
-    the line. `done` is what a former run had done: it does not count in the rate. `quiet` shows nothing, for
-    all ranks but one.
+    the line. `done` is what a former run had done: it does not count in the rate. `reached` (default: `done`) says how far
+    former runs had come where `total` is of this one alone; it is recorded, not shown. `quiet` shows nothing, for all ranks
+    but one.
     """
     if quiet:
         yield lambda count, **figures: None
         return
     shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
     with shown as advance:
-        yield advance if _record_file is None else _recorded(advance, _record_file, title, total, unit, done)
+        if _record_file is None:
+            yield advance
+            return
+        begun = {"title": title, "unit": unit, "start": done, "reached": done if reached is None else reached}
+        yield _recorded(advance, _record_file, begun | {"total": total})
 
 
 def record_progress(file: Path) -> None:
@@ -85,16 +90,15 @@ def record_progress(file: Path) -> None:
     _record_file = file
 
 
-def _recorded(
-    advance: Callable[..., None], file: Path, title: str, total: int, unit: str, start: int
-) -> Callable[..., None]:
+def _recorded(advance: Callable[..., None], file: Path, begun: dict[str, Any]) -> Callable[..., None]:
+    start, total = begun["start"], begun["total"]
     began, written, done = time.time(), 0.0, start
 
     def record(figures: dict[str, Any]) -> None:
         nonlocal written
         written = time.time()
         rate = (done - start) / max(written - began, 1e-9)
-        content = {"title": title, "unit": unit, "start": start, "done": done, "total": total, "rate": rate}
+        content = {**begun, "done": done, "rate": rate}
         aside = file.with_name(f".{file.name}.tmp")
         with contextlib.suppress(OSError):  # a full disk: what matters there is told by those who need it
             aside.write_text(json.dumps({**content, "time": written, "figures": _figures(figures)}))

@@ -38,7 +38,7 @@ def attempts(run: Run, *starts: int | None, stopped: dict[int, str] | None = Non
         attempt = run.attempt(number)
         attempt.folder.mkdir(parents=True)
         if start is not None:
-            attempt.write("progress", title="training", start=start)
+            attempt.write("progress", title="training", start=start, reached=start)
         if stopped and number in stopped:
             attempt.write("stopped", why=stopped[number])
     return fruitless(run.attempts())

@@ -136,7 +136,7 @@ class Attempt:
     def position(self) -> tuple[str, int] | None:
         """Where the attempt's work began, as its progress says: what the former ones had finished."""
         progress = self.read("progress")
-        return (progress["title"], progress["start"]) if progress else None
+        return (progress["title"], progress["reached"]) if progress else None
 
     def log(self, rank: int) -> Path:
         return self.folder / f"task-{rank}.log"

@@ -167,7 +167,7 @@ def evaluate(
         actors=actors,
         ray_address=ray_address,
         title=_title(student_meta),
-        done=(len(of_teacher) - len(missing)) * settings.num_samples,
+        reached=(len(of_teacher) - len(missing)) * settings.num_samples,
     )
     reference = measured.reference
     student |= measured.cost

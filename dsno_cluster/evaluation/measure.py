@@ -59,14 +59,14 @@ def measure(
     actors: int | None = None,
     ray_address: str | None = None,
     title: str = "evaluating",
-    done: int = 0,
+    reached: int = 0,
 ) -> Measured:
     """Have actors measure the sets, and the reference's images where they are not known yet.
 
     `finish` gets each set with what was collected of it, once it is whole and the reference is there. With a `student`'s
     address and sha256 also its trajectory error, where the config asks for it, and its cost; `keep` is where its samples are
     stored.
-    `title` and `done` samples of former runs are for the progress.
+    `title`, and how many samples former runs `reached`, are for the progress.
     """
     settings, storage = config.evaluation, open_storage(config.storage.root, config.storage.endpoint_url)
     reference = finished_reference(storage, real, None) if real.source is None else None
@@ -81,7 +81,7 @@ def measure(
         collected[images.source] = Collected(images.count, size)
     if student is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
-    console.say(_in_words(blocks, by_source, real.source, done))
+    console.say(_in_words(blocks, by_source, real.source))
     # the reference, without which no set is finished; then the dearest, so that no actor is left alone with a long one
     blocks.sort(key=lambda block: (block.source != real.source, -block.source.steps))
     left = {source: sum(b.source == source and b.work == "features" for b in blocks) for source in by_source}
@@ -98,7 +98,7 @@ def measure(
             return remote.remote(there, weights, read, student_there, keep)
 
         idle: list[Any] = []
-        for block, result in _run_blocks(make_actor, blocks, cluster, idle, title, done):
+        for block, result in _run_blocks(make_actor, blocks, cluster, idle, title, reached):
             source = block.source
             if block.work == "trajectory":
                 errors[block] = result
@@ -128,8 +128,8 @@ def measure(
     return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, made_by, pictured)
 
 
-def _in_words(blocks: list[Block], sets: dict[Source, ImagesOf], reference: Source | None, done: int) -> str:
-    """What the progress counts: images of each kind, trajectories, and samples of former runs."""
+def _in_words(blocks: list[Block], sets: dict[Source, ImagesOf], reference: Source | None) -> str:
+    """What the progress counts: images of each kind, and trajectories."""
     parts = []
     if STUDENT in sets:
         parts.append(f"{sets[STUDENT].count:,} samples of the student")
@@ -141,8 +141,7 @@ def _in_words(blocks: list[Block], sets: dict[Source, ImagesOf], reference: Sour
             parts.append(f"{images.count:,} images of {whose}")
     if trajectories := sum(b.stop - b.start for b in blocks if b.work == "trajectory"):
         parts.append(f"{trajectories:,} trajectories")
-    before = f"; the progress counts {done:,} of before too" if done else ""
-    return f"to measure: {', '.join(parts)}{before}"
+    return f"to measure: {', '.join(parts)}"
 
 
 def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:
@@ -155,7 +154,7 @@ def _run_blocks(
     cluster: RayCluster,
     idle: list[Any],
     title: str,
-    done: int,
+    reached: int,
 ) -> Iterator[tuple[Block, Any]]:
     """Pairs of a block and its result, as they come. One actor stays, in `idle`, for what comes after them."""
 
@@ -165,8 +164,8 @@ def _run_blocks(
         else:
             idle.append(actor)
 
-    total = done + sum(b.stop - b.start for b in blocks)
-    with console.progress(title, total, "samples", done=done) as advance:
+    total = sum(b.stop - b.start for b in blocks)
+    with console.progress(title, total, "samples", reached=reached) as advance:
         pool = run_pool(
             make_actor,
             lambda actor, block: actor.run.remote(block),
