@@ -91,7 +91,9 @@ def test_actors_killed_nodes_lost_and_nodes_that_join(ray_cluster: Any, tmp_path
     _, stderr = driver.communicate(timeout=180)
     assert driver.returncode == 0, stderr
     assert "Traceback" not in stderr
-    assert re.search(r"room for 2 actors on \d nodes now", stderr) and "Ray has room for" in stderr, stderr
+    assert re.search(r"room for 2 actor\(s\) on \d node\(s\) now", stderr) and "Ray has room for" in stderr, (
+        stderr
+    )
     wait_for(lambda: not solver_actors())  # none is left behind on a cluster that goes on
 
     made = shards(root)

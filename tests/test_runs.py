@@ -100,9 +100,12 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     assert attempt.failure() is None
     assert [lost["host"] for lost in attempt.node_losses()] == ["node3"]
     assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for want of memory")
-    (run.folder / "batch.log").write_text("old\nsrun: error: node2: task 1: Killed\n")
-    killed, said = lost_nodes(attempt)
+    (run.folder / "batch.log").write_text(
+        "old\nsrun: error: node2: task 1: Killed\nsrun: error: Node failure on node4\n"
+    )
+    killed, said, lost = lost_nodes(attempt)
     assert killed.startswith("task 1 on node2 was killed") and said == "Ray on node3 ended by itself"
+    assert lost == "Slurm lost node4"
     assert why(attempt, 1) == killed
     attempt.write("failure-0", kind="work", rank=0, reason="the bucket is gone")
     assert why(attempt, 1) == "the bucket is gone"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm import may_heal, requeue_job, who_ends
+from dsno_cluster.cluster.slurm import host_names, may_heal, requeue_job, who_ends
 from dsno_cluster.cluster.task import STOPS, attempt_number
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
@@ -163,7 +163,14 @@ def lost_nodes(attempt: Attempt) -> list[str]:
         if task and how == "Killed"
     }
     said = {int(lost["rank"]): str(lost["reason"]) for lost in attempt.node_losses()}
-    return list((told | said).values())
+    failed: dict[str, str] = {}
+    for hosts in re.findall(r"srun: error: Node failure on (\S+)", _said_by_srun(attempt)):
+        try:
+            names = host_names(hosts) if "[" in hosts else [hosts]
+        except (UserError, WorkError):
+            names = [hosts]
+        failed |= {name: f"Slurm lost {name}" for name in names}
+    return [*(told | said).values(), *failed.values()]
 
 
 def _killed_task(attempt: Attempt) -> str | None:
@@ -177,17 +184,17 @@ def _killed_task(attempt: Attempt) -> str | None:
 
 def _ends(attempt: Attempt) -> list[tuple[str, int, str]]:
     """Host, task and a word for each task that did not end well, in the order in which srun told it."""
-    begun = attempt.read("begin") or {}
-    try:
-        said = (
-            (attempt.run.folder / BATCH_LOG)
-            .read_bytes()[begun.get("batch_log_bytes", 0) :]
-            .decode(errors="replace")
-        )
-    except OSError:
-        return []
-    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
+    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", _said_by_srun(attempt))
     return [(host, int(task), how) for host, task, how in ends]
+
+
+def _said_by_srun(attempt: Attempt) -> str:
+    """What the batch log holds of an attempt."""
+    before = (attempt.read("begin") or {}).get("batch_log_bytes", 0)
+    try:
+        return (attempt.run.folder / BATCH_LOG).read_bytes()[before:].decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def main(words: Sequence[str]) -> int:

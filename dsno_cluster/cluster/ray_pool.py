@@ -179,7 +179,7 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
                 "its nodes with more, in a job by cpus_per_task of its profile"
             )
         room = sum(actors_that_fit(node, threads, num_gpus) for node in nodes)
-        console.say(f"Ray cluster {address}: room for {room} actors on {len(nodes)} nodes now")
+        console.say(f"Ray cluster {address}: room for {room} actor(s) on {len(nodes)} node(s) now")
         yield RayCluster(threads, num_gpus, actors)
     finally:
         ray.shutdown()
@@ -284,7 +284,7 @@ def run_pool(
             if time.monotonic() - polled > POLL_SECONDS:
                 before, room, polled = room, capacity(), time.monotonic()
                 if room == before and room != told:  # not each of many nodes that come or go at once
-                    console.say(f"Ray has room for {room} actors now, {told} before")
+                    console.say(f"Ray has room for {room} actor(s) now, {told} before")
                     told = room
             while len(starting) + len(workers) < min(room, len(open_tasks)):
                 worker = _Worker(make_actor())

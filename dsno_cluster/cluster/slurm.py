@@ -195,9 +195,14 @@ def why_told(job: str, save_seconds: int) -> str:
 def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
     """The nodes that a job has now; `otherwise` where Slurm does not say."""
     try:
-        return _ask("scontrol", "show", "hostnames", _fields(job)["NodeList"]).split() or list(otherwise)
+        return host_names(_fields(job)["NodeList"]) or list(otherwise)
     except (KeyError, UserError, WorkError):
         return list(otherwise)
+
+
+def host_names(hosts: str) -> list[str]:
+    """The names that Slurm writes as node[1-3]. Raises WorkError or UserError where it does not say."""
+    return _ask("scontrol", "show", "hostnames", hosts).split()
 
 
 def requeue_job(job: str) -> None:
