@@ -204,14 +204,22 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
         assert images.count == 5 and images.shape == (3, 6, 6), name
         assert torch.equal(images.read(0, 5), pixels) and torch.equal(images.read(3, 5), pixels[3:]), name
     assert len({json.dumps(images.identity) for images in found.values()}) == 4
+    known = {name: images.labels and images.labels(2, 4).tolist() for name, images in found.items()}
+    assert known == {"ours.npz": [2, 3], "adm.npz": None, "small.npz": None, "pictures": None}
     Image.fromarray(rows[0][:4]).save(tmp_path / "pictures/1/9.png")
     with pytest.raises(UserError, match=r"9\.png: is \(3, 4, 6\)"):
         open_images(str(tmp_path / "pictures")).read(0, 6)
     np.savez(tmp_path / "float.npz", images=pixels.float().numpy())
+    np.savez(
+        tmp_path / "words.npz", images=pixels.numpy(), labels=np.array(["a", "b", "c", "d", "e"], object)
+    )
+    np.savez(tmp_path / "few.npz", images=pixels.numpy(), labels=np.arange(4))
     (tmp_path / "none").mkdir()
     (tmp_path / "text.npz").write_text("no zip")
     for name, says in [
         ("float.npz", "uint8"),
+        ("words.npz", "labels cannot be read"),
+        ("few.npz", r"labels is int64 of \(4,\), of 5 images"),
         ("none", "neither sample shards"),
         ("absent", "no such folder"),
         ("absent.npz", "missing"),

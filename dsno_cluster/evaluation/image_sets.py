@@ -145,10 +145,13 @@ def _npz(file: Path) -> ImageSet:
 
 def _npz_labels(file: Path, count: int) -> Tensor | None:
     """The classes (count,) that an .npz of ours has beside its images, or None."""
-    with np.load(file, allow_pickle=False) as arrays:
-        if "labels" not in arrays.files:
-            return None
-        found = arrays["labels"]
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if "labels" not in arrays.files:
+                return None
+            found = arrays["labels"]
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{file}: labels cannot be read: {error}") from None
     if found.shape != (count,) or found.dtype.kind not in "iu":
         raise UserError(
             f"{file}: labels is {found.dtype} of {found.shape}, of {count} images; they are whole numbers"
