@@ -42,6 +42,7 @@ SMALL = [
     "teacher_training.checkpoint_every=3",
 ]
 TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher", "report")
+MAY_TAKE_A_CONFIG = ("verify", "inspect")
 PUBLISHED = DATA / "published"
 
 
@@ -140,7 +141,8 @@ def as_run(command: Command, names: dict[str, str], more: Sequence[str] = ()) ->
         for placeholder, value in names.items():
             word = re.sub(rf"\b{placeholder}\b", lambda _, value=value: value, word)  # type: ignore[misc]
         words.append(re.sub(r"^configs/\S+\.yaml$", "configs/digits.yaml", word))
-    if name in TAKES_A_CONFIG and "--help" not in words:
+    of_config = name in TAKES_A_CONFIG or (name in MAY_TAKE_A_CONFIG and words[-1].endswith(".yaml"))
+    if of_config and "--help" not in words:
         words += more
         own = {word.partition("=")[0] for word in words}
         words += [word for word in SMALL if word.partition("=")[0] not in own]
