@@ -14,9 +14,12 @@ import difflib
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
 from dsno_cluster import __version__
@@ -111,8 +114,8 @@ COMMANDS = {
     "sample": Command(
         models.sample_student,
         "images from a trained student, as a picture, arrays or shards",
-        "CHECKPOINT",
-        "dsno-cluster sample runs/students/digits --num 64 --seed 2 --out grid.png",
+        "STUDENT [key=value ...]",
+        "dsno-cluster sample configs/digits.yaml --num 64 --seed 2 --out grid.png",
         [options.sampling, options.actors, options.endpoint],
     ),
     "verify": Command(
@@ -159,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         try:
-            status = _run([word for word in argv if word != "--debug"])
+            with _sigterm_interrupts():
+                status = _run([word for word in argv if word != "--debug"])
         except SystemExit as done:  # argparse's, after --help
             status = int(done.code or 0)
         sys.stdout.flush()
@@ -191,6 +195,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.error("interrupted; the same command continues")
         return 130
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Within, SIGTERM does what Ctrl-C does; a second one ends the process at once."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except SystemExit as stopped:
+        if stopped.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None  # what Ray makes of it while it starts
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _run(argv: list[str]) -> int:

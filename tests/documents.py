@@ -42,7 +42,7 @@ SMALL = [
     "teacher_training.checkpoint_every=3",
 ]
 TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher", "report")
-MAY_TAKE_A_CONFIG = ("verify", "inspect")
+MAY_TAKE_A_CONFIG = ("verify", "inspect", "sample")
 PUBLISHED = DATA / "published"
 
 
@@ -141,7 +141,9 @@ def as_run(command: Command, names: dict[str, str], more: Sequence[str] = ()) ->
         for placeholder, value in names.items():
             word = re.sub(rf"\b{placeholder}\b", lambda _, value=value: value, word)  # type: ignore[misc]
         words.append(re.sub(r"^configs/\S+\.yaml$", "configs/digits.yaml", word))
-    of_config = name in TAKES_A_CONFIG or (name in MAY_TAKE_A_CONFIG and words[-1].endswith(".yaml"))
+    of_config = name in TAKES_A_CONFIG or (
+        name in MAY_TAKE_A_CONFIG and any(word.endswith(".yaml") for word in words)
+    )
     if of_config and "--help" not in words:
         words += more
         own = {word.partition("=")[0] for word in words}

@@ -14,7 +14,7 @@ import torch
 from teacher_models import one_thread as one_thread  # fixtures
 from teacher_models import relative, saved
 from teacher_models import small_diffusers_unet as small_diffusers_unet
-from tiny import dsno
+from tiny import answer, dsno
 from torch import Tensor
 
 from dsno_cluster import load_teacher, solve
@@ -214,6 +214,12 @@ def test_a_native_schedule_from_the_command_line(unet: Any, tmp_path: Path) -> N
     planned = dsno("plan", *words, "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["evaluations_per_sample"] == 11
+    assert json.loads(planned.stdout)["note"] is None
+    (file,) = Path(path).rglob("scheduler_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": True}))  # diffusers' default
+    for more, told in (([], True), (["trajectories.clip_denoised=true"], False)):
+        noted = answer("plan", *words, *more, cwd=tmp_path)
+        assert ("unless trajectories.clip_denoised=true" in noted.stdout) == told, noted.stdout
     for command in ("plan", "gen-trajectories"):
         refused = dsno(command, *words, "trajectories.steps=2000")
         assert refused.returncode == 2, refused.stderr

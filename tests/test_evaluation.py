@@ -160,6 +160,23 @@ def test_an_evaluation_that_was_killed_goes_on_with_the_rows_that_are_missing(
     assert ours == theirs
 
 
+@pytest.mark.slow
+def test_sigterm_ends_an_evaluation_as_ctrl_c_does(demo: tuple[Path, str, str], tmp_path: Path) -> None:
+    """In a line, without the crash report that Ray's own handler prints."""
+    root = tmp_path / "again"
+    shutil.copytree(demo[0], root)
+    shutil.rmtree(root / "evaluation")
+    words = ["eval", *TINY, "evaluation.num_samples=5000", f"storage.root={root}", "--launcher", "local"]
+    command = [sys.executable, "-m", "dsno_cluster.cli", *words]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert job.stderr is not None
+    assert any("to measure" in line for line in job.stderr)
+    time.sleep(3)  # Ray has started, or starts
+    job.terminate()
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 130 and said == "dsno-cluster: interrupted; the same command continues\n", said
+
+
 def test_the_trajectory_error_alone_draws_no_images(demo: tuple[Path, str, str], tmp_path: Path) -> None:
     """What is left to those who have neither real images nor Inception's weights."""
     root = tmp_path / "again"
@@ -174,7 +191,7 @@ def test_the_trajectory_error_alone_draws_no_images(demo: tuple[Path, str, str],
     ]
     done = dsno(*words, "--launcher", "local")
     assert done.returncode == 0 and "relative error" in done.stdout, done.stderr
-    assert "replaces the evaluation of step 4 by 200 samples" in done.stderr, done.stderr
+    assert "this replaces the evaluation of step 4 by 200 samples" in done.stderr, done.stderr
     # those of evaluation.trajectory_samples
     assert "to measure: 20 trajectories\n" in done.stderr, done.stderr
     assert "20/20 samples" in done.stderr, done.stderr

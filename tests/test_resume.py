@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import dsno, small_disk
+from tiny import TINY, dsno, small_disk
 from training_runs import (
     STUDENT,
     checkpoints,
@@ -90,6 +90,20 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     # a run of that name from elsewhere would leave `latest` at a student of this one
     elsewhere = dsno(*command[3:], "training.loss=l2", f"run.dir={tmp_path / 'elsewhere'}")
     assert elsewhere.returncode == 2 and "loss l1, now it is l2" in elsewhere.stderr, elsewhere.stderr
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_is_changed_on_the_way_is_told(tiny_data: Path, tmp_path: Path) -> None:
+    out = link_data(tiny_data, tmp_path / "out")
+    train(tiny_data, out, "training.steps=2", "training.lr=2e-4")
+    for steps in (4, 6):
+        done = train(tiny_data, out, f"training.steps={steps}", "training.lr=1e-3")
+        said = "training.lr: 0.0002 until step 2, 0.001 from here on" in done.stderr
+        assert said == (steps == 4), done.stderr
+    meta = json.loads((out / STUDENT / "step-000000006/meta.json").read_text())
+    assert meta["changes"] == [{"step": 2, "key": "training.lr", "before": 0.0002, "after": 0.001}]
+    assert dsno("report", *TINY, f"storage.root={out}", "--out", str(out / "x.html")).returncode == 0
+    assert "training.lr was 0.0002 until step 2" in (out / "x.html").read_text()
 
 
 @pytest.mark.slow

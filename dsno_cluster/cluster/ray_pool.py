@@ -74,7 +74,8 @@ def default_actors(threads: int) -> int:
 
 def actor_count(actors: int | None, threads: int) -> str:
     """How many actors there will be, for the line that says what is about to be done."""
-    return f"{actors or 'as many'} actors of {threads} thread(s){'' if actors else ' as there is room for'}"
+    many = f"{actors} actor(s)" if actors else "as many actors"
+    return f"{many} of {threads} thread(s){'' if actors else ' as there is room for'}"
 
 
 def import_ray(own: bool = False) -> Any:

@@ -38,6 +38,10 @@ class Arguments:
             )
         return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
 
+    def names_a_config(self) -> bool:
+        """Whether the first positional word is a config's file, of a command that also takes something else."""
+        return bool(self.words) and self.words[0].endswith((".yaml", ".yml"))
+
     def run_word(self) -> str:
         """The config, or the submitted run, that is named, or the default config. Raises UserError for more than one."""
         if len(self.words) > 1:

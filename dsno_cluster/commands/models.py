@@ -7,10 +7,8 @@ from dsno_cluster.errors import UserError
 
 
 def sample_student(arguments: Arguments) -> None:
-    checkpoint = arguments.only_word(
-        "CHECKPOINT: the folder of a student, such as runs/students/digits, on disk or on S3"
-    )
     options = arguments.options
+    checkpoint, endpoint_url = _student(arguments)
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
     if options.shards is not None and options.out is not None:
@@ -29,7 +27,7 @@ def sample_student(arguments: Arguments) -> None:
     refinement = Refinement(options.refine, options.refine_from, options.teacher) if options.refine else None
     drawing = Drawing(
         checkpoint,
-        options.endpoint_url,
+        endpoint_url,
         precision=options.precision,
         compile=options.compile,
         refinement=refinement,
@@ -60,3 +58,15 @@ def import_model(arguments: Arguments) -> None:
     kind = import_weights(source, options.config, options.out, options.endpoint_url, arguments.command_line)
     use = f"teacher.path={options.out}" if kind == "teacher" else f"dsno-cluster sample {options.out}"
     console.say(f"{kind} written: {options.out}; use it with {use}")
+
+
+def _student(arguments: Arguments) -> tuple[str, str | None]:
+    """Address and S3 endpoint of the student that is named: by its folder, or as the newest of a config."""
+    endpoint_url = arguments.options.endpoint_url
+    if not arguments.names_a_config():
+        what = "STUDENT: its config, or its folder such as runs/students/digits, on disk or on S3"
+        return arguments.only_word(what), endpoint_url
+    from dsno_cluster.models.weights import student_address
+
+    config = arguments.config()
+    return student_address(config), endpoint_url or config.storage.endpoint_url

@@ -118,7 +118,7 @@ def inspect_trajectories(arguments: Arguments) -> None:
 def _data_set(arguments: Arguments) -> tuple[str, str | None]:
     """Address and S3 endpoint of the data set that is named: by itself, or as that of a config."""
     endpoint_url = arguments.options.endpoint_url
-    if not (arguments.words and arguments.words[0].endswith((".yaml", ".yml"))):
+    if not arguments.names_a_config():
         return arguments.only_word(_DATA_SET), endpoint_url
     from dsno_cluster.trajectories.plan import make_plan
 

@@ -21,7 +21,12 @@ from dsno_cluster.evaluation.features import Reading, WeightsFile, check_shape, 
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.measure import ImagesOf, measure
 from dsno_cluster.evaluation.metrics import OF_REFERENCE, Collected, Reference, check_count, fewest, figures
-from dsno_cluster.evaluation.reference import compared_data, find_real_data, warnings_of
+from dsno_cluster.evaluation.reference import (
+    check_reference_is_there,
+    compared_data,
+    find_real_data,
+    warnings_of,
+)
 from dsno_cluster.evaluation.teacher_rows import (
     as_trajectories,
     comparison_spec,
@@ -84,6 +89,7 @@ def check_comparison(config: Config) -> None:
     Published weights are downloaded here, as the nodes of a cluster may have no way out.
     """
     settings = config.evaluation
+    check_reference_is_there(config)
     read, weights = readings(settings), find_all_weights(settings)
     compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
     _check_sampled(config, weights)
@@ -118,6 +124,7 @@ def evaluate(
     samples_spec = _samples_spec(config, student_meta)
     if keep is not None:
         _check_kept(storage, keep, samples_spec)
+    check_reference_is_there(config)
     read, weights = readings(settings), find_all_weights(settings)
     _check_sampled(config, weights)
     real = find_real_data(config, storage, read, weights)
@@ -135,6 +142,8 @@ def evaluate(
     known = f", {shipped} of them where the teacher was made: they came with it" if shipped else ""
     before = f"; {len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows were measured before{known}"
     console.say(f"{what}, {actor_count(actors, settings.threads)}{before if of_teacher else ''}")
+    folder = folder or f"evaluation/{config.name}/"
+    _say_replaced(storage, folder, student_meta.get("step"), settings.num_samples)
     sets = [ImagesOf(source, settings.num_samples, read) for source in missing]
     if read or keep is not None:
         sets.append(ImagesOf(STUDENT, settings.num_samples, read))
@@ -206,8 +215,6 @@ def evaluate(
         "train_seconds": student_meta.get("train_seconds"),
     }
     metrics["pictures"] = pictures.layout(config)
-    folder = folder or f"evaluation/{config.name}/"
-    _say_replaced(storage, folder, metrics)
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     drawn = pictures.pictures(config, measured.pictured, metrics)
     for name, png in drawn.items():
@@ -216,14 +223,15 @@ def evaluate(
     return metrics
 
 
-def _say_replaced(storage: Storage, folder: str, metrics: dict[str, Any]) -> None:
-    """Tell where an evaluation of another student, or otherwise set, is overwritten."""
+def _say_replaced(storage: Storage, folder: str, step: int | None, num_samples: int) -> None:
+    """Tell where an evaluation of another student, or otherwise set, will be overwritten."""
     with contextlib.suppress(MissingObject, ValueError):
         before = json.loads(storage.read(folder + "metrics.json"))
         old = before["checkpoint"].get("step"), before["num_samples"]
-        if old != (metrics["checkpoint"]["step"], metrics["num_samples"]):
+        if old != (step, num_samples):
             console.say(
-                f"replaces the evaluation of step {old[0]} by {old[1]} samples (another name= keeps both)"
+                f"at its end this replaces the evaluation of step {old[0]} by {old[1]} samples; to keep that, copy "
+                f"{storage.url}/{folder} first"
             )
 
 
@@ -245,6 +253,7 @@ def evaluate_images(
     }
     if not read:
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
+    check_reference_is_there(config)
     weights = find_all_weights(settings)
     check_count(settings, read, images.count, address)
     check_shape(weights, images.shape, address)

@@ -191,6 +191,8 @@ def find_weights(
     that nobody vouches for: torch-fidelity unpickles them; WorkError for another sha256 or a failed download.
     """
     _check_known(name)
+    if path is None and name == DIGITS:
+        path = f"package:{DIGITS}"
     if path is None:
         return _downloaded(name, key)
     file = Path(package_path(path))
@@ -286,7 +288,8 @@ def _downloaded(name: str, key: str) -> WeightsFile:
         except (OSError, HTTPException) as error:  # no network, a proxy, a full disk
             reason = getattr(error, "reason", None) or error
             raise WorkError(
-                f"{key}_path: {file.name} cannot be downloaded ({reason}); from a machine that can, put {url} at {file}"
+                f"{key}_path: {file.name} cannot be downloaded ({reason}); from a machine that can, put {url} at {file}; "
+                "evaluation.metrics=[trajectory_error] needs none"
             ) from error
         finally:
             aside.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def pictures(config: Config, pictured: Pictured, metrics: dict[str, Any]) -> dic
     def rows(states: Tensor) -> Tensor:
         return states.reshape(classes, columns, *states.shape[1:])
 
-    names = [f"{i}" for i in range(classes)]
+    names = [f"{i}" if plain["classes"] else "" for i in range(classes)]
     last = rows(theirs[:, -1]), rows(ours[:, -1])
     samples = _samples_picture(*last, names, pictured.teacher_evaluations, metrics)
     # one noise: the first of a class that shows strokes well enough in every data set
@@ -133,9 +133,28 @@ def _samples_picture(
     header, table = table_rows(metrics)
     lines = error_lines(metrics)
     column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
-    sheet = Image.new(
-        "RGB", (left + grid_width + 40 + sum(column_widths) + 10, top + row_count * pair + 12), PAPER
-    )
+    extractor, count = metrics["feature_extractor"]["name"], metrics["num_samples"]
+    notes = [
+        *(
+            [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
+            if figures_of(metrics)
+            else []
+        ),
+        "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
+        "measured: a published-form student answers all its time points at once.",
+        f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",
+    ]
+    if lines:
+        notes += [
+            "",
+            "Relative error of the student against the teacher's trajectory,",
+            "on noise held out from training:",
+            *lines,
+        ]
+    beside = max(sum(column_widths) + 10, *(_width(small, line) + 16 for line in notes))
+    below = top + 27 * (len(table) + 1) + 20 * (len(notes) + 1)
+    size = (left + grid_width + 40 + beside, max(top + row_count * pair + 12, below))
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((16, 12), "Same noise, teacher over student", fill=_INK, font=bold)
     draw.text(
@@ -163,24 +182,6 @@ def _samples_picture(
         y += 27
         if n in (0, len(table) - 1):
             draw.line((x0, y - 5, x0 + sum(column_widths) - 22, y - 5), fill=_MUTED)
-    extractor, count = metrics["feature_extractor"]["name"], metrics["num_samples"]
-    notes = [
-        *(
-            [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
-            if figures_of(metrics)
-            else []
-        ),
-        "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
-        "measured: a published-form student answers all its time points at once.",
-        f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",
-    ]
-    if lines:
-        notes += [
-            "",
-            "Relative error of the student against the teacher's trajectory,",
-            "on noise held out from training:",
-            *lines,
-        ]
     for line in notes:
         y += 20
         draw.text((x0, y), line, fill=_MUTED, font=small)

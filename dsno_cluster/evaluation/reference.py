@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dsno_cluster.config import Config, Evaluation
+from dsno_cluster.config import Config, Evaluation, files_not_there
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.actor import Source
 from dsno_cluster.evaluation.features import Reading, WeightsFile, check_shape, file_sha256, is_published
@@ -109,6 +109,14 @@ def _refuse_facts(settings: Evaluation) -> None:
             raise UserError(
                 f"evaluation.{key}: is of an .npz with mu and sigma; {settings.reference} has images, which tell it themselves"
             )
+
+
+def check_reference_is_there(config: Config) -> None:
+    """Raises UserError where it is not: said before weights are downloaded to measure it with."""
+    settings = config.evaluation
+    if not set(OF_REFERENCE) & set(settings.metrics) or "evaluation.reference" not in files_not_there(config):
+        return
+    reference_images(settings, imported(settings), {}, config.storage.endpoint_url)
 
 
 def reference_images(

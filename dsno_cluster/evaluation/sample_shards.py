@@ -95,7 +95,7 @@ def sample_to_shards(
     commit_manifest(storage, "", Manifest(spec, made, made_by or environment()))
     storage.delete(PROGRESS)
     console.say(
-        f"{num} images in {time.monotonic() - began:.1f} s: {url}; `dsno-cluster eval --samples {url}`"
+        f"{num} images in {time.monotonic() - began:.1f} s: {url}; `dsno-cluster eval CONFIG --samples {url}` measures them"
     )
 
 

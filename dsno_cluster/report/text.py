@@ -63,7 +63,7 @@ def warnings_of(files: RunFiles) -> list[str]:
 
 
 def differences(files: RunFiles, most: int = 6) -> list[str]:
-    """Keys in which the reported config is not the one that the student was trained with."""
+    """Keys that were changed while the student was trained, and those in which the reported config is not the student's."""
     ours = dict(_flat(files.config.model_dump(mode="json", include=set(TRAINED))))
     theirs = dict(_flat({key: files.trained_with[key] for key in TRAINED if key in files.trained_with}))
     found = [
@@ -72,7 +72,12 @@ def differences(files: RunFiles, most: int = 6) -> list[str]:
         if key in theirs and key not in WATCHED and not _same(ours[key], theirs[key])
     ]
     more = [f"{len(found) - most} more keys differ."] if len(found) > most else []
-    return found[:most] + more
+    changed = [
+        f"{change['key']} was {_plain(change['before'])} until step {change['step']:,} of the training, then "
+        f"{_plain(change['after'])}."
+        for change in (files.student or {}).get("changes", [])
+    ]
+    return changed + found[:most] + more
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -89,6 +89,12 @@ class S3Storage:
             raise UserError(f"{found_there}: {problem}")
         return client
 
+    def _asked_amazon(self) -> str:
+        """A hint for those whose bucket is elsewhere and who named no endpoint."""
+        if self.endpoint_url is not None or "amazonaws.com" not in self._client.meta.endpoint_url:
+            return ""
+        return " (Amazon was asked, as no endpoint is named: --endpoint-url, storage.endpoint_url or AWS_ENDPOINT_URL)"
+
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
@@ -131,7 +137,12 @@ class S3Storage:
                     raise PreconditionFailed(
                         f"{where}: exists already or was changed by another writer"
                     ) from None
-                problem, cause = f"{code} (HTTP {status})", error
+                denied = (
+                    " access is denied: are the keys right, and may they use this bucket?"
+                    if status == 403
+                    else ""
+                )
+                problem, cause = f"{code} (HTTP {status}){denied}", error
                 heals = status >= 500 or status == 429 or code in _HEALING_CODES
                 if not heals or status == 501:  # 501: this server will never do it
                     raise StorageError(
@@ -144,7 +155,9 @@ class S3Storage:
             except BotoCoreError as error:
                 raise StorageError(f"{where}: {action} failed: {without_passwords(str(error))}") from error
             if attempt >= attempts:
-                raise StorageError(f"{where}: {action} failed after {attempt} attempts: {problem}") from cause
+                raise StorageError(
+                    f"{where}: {action} failed after {attempt} attempts: {problem}{self._asked_amazon()}"
+                ) from cause
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, self.patience.longest_pause_seconds)
             attempt += 1

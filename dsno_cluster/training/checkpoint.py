@@ -147,6 +147,8 @@ def save(
                 "seconds": record.seconds,
                 "best": record.best,
                 "divergence": record.divergence,
+                "settings": _deciding(config),
+                "changes": record.meta.get("changes", []),
             }
             FolderStorage(aside).write(STATE, json.dumps(state).encode())
             (aside / "begun").unlink()
@@ -222,13 +224,26 @@ def check_finished_alike(config: Config, step: int) -> None:
         trained = read_config_of(address, config.storage.endpoint_url).get("training") or {}
     except UserError:  # not uploaded yet
         return
-    now = config.training.model_dump(mode="json", include=set(DECIDE_WEIGHTS))
-    for key in DECIDE_WEIGHTS:
-        if key in trained and trained[key] != now[key]:
+    for key, value in _deciding(config).items():
+        if key in trained and trained[key] != value:
             raise UserError(
-                f"{address}: finished at step {step} with training.{key} {trained[key]}, now it is {now[key]}; a new run needs "
+                f"{address}: finished at step {step} with training.{key} {trained[key]}, now it is {value}; a new run needs "
                 "another name="
             )
+
+
+def changed_settings(config: Config, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings that decide the weights and are others now than in the checkpoint `state`: step, key, before, after."""
+    before = state.get("settings", {})
+    return [
+        {"step": state["step"], "key": f"training.{key}", "before": before[key], "after": value}
+        for key, value in _deciding(config).items()
+        if key in before and before[key] != value
+    ]
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    return config.training.model_dump(mode="json", include=set(DECIDE_WEIGHTS))
 
 
 def _check_same_run(where: Path | str, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -100,6 +100,12 @@ def train(config: Config) -> str:
                     "with one, such as reader.cache_dir='$TMPDIR/shards', a node fetches each once, if reader.cache_gb holds all"
                 )
         meta = checkpoint.student_meta(student, config, folder, ranks.world_size)
+        changed = checkpoint.changed_settings(config, state)
+        if main:
+            for change in changed:
+                console.say("{key}: {before} until step {step}, {after} from here on".format(**change))
+        if changes := [*state.get("changes", []), *changed]:
+            meta["changes"] = changes
         record = checkpoint.Record(meta, state.get("seconds", 0.0), state.get("best"))
         publisher = Publisher(config) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, len(weights_M))

@@ -58,10 +58,12 @@ def generate(config: Config, actors: int | None = None, ray_address: str | None 
     plan = make_plan(config)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{storage.url}/{plan.folder.rstrip('/')}"
-    console.say(describe_plan(config, plan, actors))
     current = read_manifest(storage, plan.folder)
     named = {shard.key: shard for shard in current[0].shards} if current else {}
     found = {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
+    console.say(describe_plan(config, plan, actors))  # now that the storage has answered
+    if plan.note:
+        console.say(f"note: {plan.note}")
     done = {key: shard for key, shard in named.items() if key in found and found[key].size == shard.size}
     if len(named) >= plan.size.num_shards and len(done) == len(named):
         console.say(f"all {plan.size.num_shards} shards are there already: {address}")

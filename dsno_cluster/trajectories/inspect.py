@@ -71,7 +71,7 @@ def inspect(
 def describe(found: dict[str, Any]) -> str:
     """What `inspect` found, as lines for people."""
     spec, versions = found["spec"], found["environment"].get("versions", {})
-    teacher = {key: value for key, value in spec["teacher"].items() if key != "network"}
+    teacher = {key: value for key, value in spec["teacher"].items() if not isinstance(value, dict)}
     shape = "x".join(map(str, spec["shape"]))
     lines = [
         f"{found['samples']:,} trajectories of {shape} at t = {', '.join(map(str, spec['times']))}, {spec['dtype']}",

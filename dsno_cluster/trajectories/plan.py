@@ -17,6 +17,7 @@ from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, lo
 from dsno_cluster.errors import UserError
 from dsno_cluster.trajectories.shards import MANIFEST, canonical_hash
 
+LARGE_ERROR = 0.1  # relative, of a solver: what a student learns from it is visibly another image
 FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
 
 _HOW = (
@@ -49,11 +50,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """`folder` is the key prefix of the data set below storage.root."""
+    """`folder` is the key prefix of the data set below storage.root; `note` is what the user may not expect, or None."""
 
     spec: dict[str, Any]
     folder: str
     size: Size
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ def make_plan(config: Config) -> Plan:
     teacher = find_teacher(config)
     spec = trajectory_spec(config, teacher)
     size = size_of(config, own_steps(config, teacher))
-    return Plan(spec=spec, folder=f"trajectories/{canonical_hash(spec)}/", size=size)
+    note = None
+    if teacher.clips and not config.trajectories.clip_denoised:
+        note = (
+            "the teacher's scheduler bounds the clean image (clip_sample or thresholding), this config does not: its "
+            "trajectories are other ones unless trajectories.clip_denoised=true"
+        )
+    return Plan(spec=spec, folder=f"trajectories/{canonical_hash(spec)}/", size=size, note=note)
 
 
 def check_reachable(config: Config, folder: str) -> None:
@@ -271,6 +279,8 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
             f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
             "(evaluation.num_samples, teacher_steps, and the solver above)"
         )
+    if plan and plan.note:
+        lines.insert(1, f"note          {plan.note}")
     if missing := files_not_there(config):
         told = ", ".join(f"{key} {path}" for key, path in missing.items())
         lines.append(f"files         not there yet, for later stages: {told}")
@@ -289,6 +299,10 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
             + ", ".join(f"{t} {value:.2g}" for t, value in found.error.items())
             + " (probe samples, against a very fine solution)"
         )
+        if max(found.error.values()) > LARGE_ERROR:
+            lines.append(
+                "              which is much: raise trajectories.steps, or let --tolerance 1e-2 choose"
+            )
     return "\n".join(lines)
 
 
@@ -306,6 +320,7 @@ def as_json(config: Config, plan: Plan | None, found: Found) -> str:
         "measured": None if found.measured is None else asdict(found.measured),
         "relative_error": found.error,
         "teacher_problem": found.problem,
+        "note": plan.note if plan else None,
         "folder": f"{config.storage.root}/{plan.folder}" if plan else None,
         "files_not_there": files_not_there(config),
     }

@@ -207,10 +207,14 @@ def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Mani
     """
     storage = open_storage(address.removesuffix(MANIFEST).rstrip("/") or ".", endpoint_url)
     found = read_manifest(storage, "")
+    if found is None and (there := sum(1 for _ in storage.list("shard-"))):
+        raise UserError(
+            f"{address}: is unfinished: {there} shards and no {MANIFEST}; the command that began it makes the others"
+        )
     if found is None:
         raise UserError(
-            f"{address}: no {MANIFEST} here; data sets lie in folders of their own below STORAGE_ROOT/trajectories/, and an "
-            "unfinished one has none: gen-trajectories finishes it"
+            f"{address}: no {MANIFEST} here; data sets lie in folders of their own below STORAGE_ROOT/trajectories/, as "
+            "gen-trajectories names them"
         )
     return storage, found[0]
 

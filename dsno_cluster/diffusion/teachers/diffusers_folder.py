@@ -38,6 +38,7 @@ PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
 SPACINGS = ("leading", "trailing", "linspace")
 
 # What is read of a scheduler's config, with diffusers' own defaults; each is also an option of load_teacher.
+SCHEDULER_CONFIG = "scheduler_config.json"
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -174,7 +175,11 @@ def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folde
         raise UserError(f"{path}: a diffusers pipeline without unet/config.json is not read here")
     config = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
     shape, num_classes, null = _images_and_classes(config, path, options)
-    scheduler = _scheduler(storage, path, endpoint_url, options)
+    saved = _saved_scheduler(storage, path, endpoint_url)
+    scheduler, clips = (
+        _scheduler(saved, path, options),
+        bool(saved and (saved.get("clip_sample") or saved.get("thresholding"))),
+    )
     levels = noise_levels(scheduler, path)
     files = _weights(storage, prefix, path)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
@@ -189,7 +194,8 @@ def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folde
         "num_classes": num_classes,
         "null_class": null,
     }
-    return Folder(config, scheduler, files, TeacherInfo(identity, shape, num_classes, null, native), levels)
+    info = TeacherInfo(identity, shape, num_classes, null, native, clips=clips)
+    return Folder(config, scheduler, files, info, levels)
 
 
 def _present_name(name: str) -> str:
@@ -235,18 +241,20 @@ def _images_and_classes(
     return (channels, height, width), embeddings - (null is not None), null
 
 
-def _scheduler(
-    storage: Storage, path: str, endpoint_url: str | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The values of SCHEDULER: options first, then the scheduler's config, then diffusers' defaults."""
-    name = "scheduler_config.json"
-    found = _json(storage, f"scheduler/{name}") or _json(storage, name)
+def _saved_scheduler(storage: Storage, path: str, endpoint_url: str | None) -> dict[str, Any] | None:
+    """The scheduler's config as it was saved, or None."""
+    found = _json(storage, f"scheduler/{SCHEDULER_CONFIG}") or _json(storage, SCHEDULER_CONFIG)
     parent, last = split_path(path)
     if found is None and last == "unet":  # the unet folder of a pipeline
-        found = _json(open_storage(parent, endpoint_url), f"scheduler/{name}")
+        found = _json(open_storage(parent, endpoint_url), f"scheduler/{SCHEDULER_CONFIG}")
+    return found
+
+
+def _scheduler(found: dict[str, Any] | None, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The values of SCHEDULER: options first, then the scheduler's config as it was saved, then diffusers' defaults."""
     if found is None and not {"prediction_type", "beta_schedule"} <= options.keys():
         raise UserError(
-            f"{path}: has no {name}, here or in scheduler/; save it there (scheduler.save_pretrained), or give "
+            f"{path}: has no {SCHEDULER_CONFIG}, here or in scheduler/; save it there (scheduler.save_pretrained), or give "
             "'teacher.options={prediction_type: epsilon, beta_schedule: linear}' as the model was trained"
         )
     found = found or {}

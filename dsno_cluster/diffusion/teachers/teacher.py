@@ -25,7 +25,8 @@ NativeGrid = Callable[[int], tuple[float, ...]]
 class TeacherInfo:
     """What is known of a teacher without its network: the fields of `Teacher` by the same names.
 
-    `shape` and `num_classes` are None for a Python factory, which tells them once it is called.
+    `shape` and `num_classes` are None for a Python factory, which tells them once it is called. `clips`: its usual sampler
+    bounds the clean image, which is left to `trajectories.clip_denoised` here.
     """
 
     identity: dict[str, Any]
@@ -34,6 +35,7 @@ class TeacherInfo:
     null_class: int | None = None
     native: NativeGrid | None = None
     num_steps: int | None = None
+    clips: bool = False
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
         """See `Teacher.native_grid`."""
