@@ -269,7 +269,8 @@ def test_a_notice_to_leave_is_requeued_and_finishes_by_submitit(tiny_data: Path,
     os.environ["MASTER_PORT"] = str(free_ports(1)[0])
     job = executor.submit(task_in(run, stage_task("train", config)))
     controller = psutil.Process(int(job.job_id))
-    wait_for(lambda: (out / STUDENT / "metrics.jsonl").exists(), pause=0.1)
+    # before the first step there would be nothing to save
+    wait_for(lambda: (out / STUDENT / "metrics.jsonl").is_file() and len(metrics(out)) >= 2, pause=0.1)
     for rank in controller.children():  # as Slurm and the local executor do: to every task
         rank.send_signal(LocalJobEnvironment._usr_sig())
     job.results()
