@@ -138,10 +138,7 @@ def evaluate(
         if read
         else f"{settings.trajectory_samples} trajectories of {path} against the teacher's"
     )
-    shipped = sum("shipped" in stored[row_key(s)] for s in of_teacher if row_key(s) in stored)
-    known = f", {shipped} of them where the teacher was made: they came with it" if shipped else ""
-    before = f"; {len(of_teacher) - len(missing)} of the teacher's {len(of_teacher)} rows were measured before{known}"
-    console.say(f"{what}, {actor_count(actors, settings.threads)}{before if of_teacher else ''}")
+    console.say(f"{what}, {actor_count(actors, settings.threads)}{_known_rows(of_teacher, stored)}")
     folder = folder or f"evaluation/{config.name}/"
     _say_replaced(storage, folder, student_meta.get("step"), settings.num_samples)
     sets = [ImagesOf(source, settings.num_samples, read) for source in missing]
@@ -221,6 +218,16 @@ def evaluate(
         storage.write(folder + name, png)
     console.say(f"written: {storage.url}/{folder}{{{', '.join(['metrics.json', *drawn])}}}")
     return metrics
+
+
+def _known_rows(of_teacher: list[Source], stored: dict[str, Any]) -> str:
+    """How many of the teacher's rows need not be measured, for the line that says what will be done."""
+    if not of_teacher:
+        return ""
+    known = [stored[row_key(source)] for source in of_teacher if row_key(source) in stored]
+    shipped = sum("shipped" in row for row in known)
+    came = f", {shipped} of them where the teacher was made: they came with it" if shipped else ""
+    return f"; {len(known)} of the teacher's {len(of_teacher)} rows were measured before{came}"
 
 
 def _say_replaced(storage: Storage, folder: str, step: int | None, num_samples: int) -> None:
