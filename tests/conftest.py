@@ -12,9 +12,8 @@ from tiny import TINY, dsno
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a script in the background has it, and hands on to all below it
+# a script in the background ignores it, and hands that on to all below it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # links to the run folders of tests are no business of the user's
 _state = tempfile.TemporaryDirectory(prefix="dsno-state-")  # removed when the tests end

@@ -102,6 +102,7 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for want of memory")
     (run.folder / "batch.log").write_text(
         "old\nsrun: error: node2: task 1: Killed\nsrun: error: Node failure on node4\n"
+        "srun: error: Node failure on node2\n"  # which is told of already
     )
     killed, said, lost = lost_nodes(attempt)
     assert killed.startswith("task 1 on node2 was killed") and said == "Ray on node3 ended by itself"

@@ -24,6 +24,7 @@ from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 T = TypeVar("T")
 
 KILLED = 128
+WAS_KILLED = "was killed, perhaps for want of memory (mem_gb)"
 OUTAGE_SECONDS = 900.0  # a controller may restart while a job wants to be requeued
 REFUSED_SECONDS = 60.0  # or refuse for a moment, as while a job is completing
 PAUSE_SECONDS = 10.0
@@ -137,7 +138,7 @@ def why(attempt: Attempt, status: int | None) -> str:
         return STOPS[str(stopped["why"])]
     killed = _killed_task(attempt) if status is not None else None
     if killed is not None:
-        return f"{killed} was killed, perhaps for want of memory (mem_gb); see {attempt.folder}"
+        return f"{killed} {WAS_KILLED}; see {attempt.folder}"
     if failure is not None:
         return str(failure["reason"])
     if status is None:
@@ -156,21 +157,26 @@ def lost_nodes(attempt: Attempt) -> list[str]:
     """Why a Ray stage goes on without each of its other nodes that is gone: what the node said, or what srun told."""
     if not attempt.run.is_ray_stage:
         return []
-    killed = "was killed, perhaps for want of memory (mem_gb)"
-    told = {
-        task: f"task {task} on {host} {killed}"
-        for host, task, how in _ends(attempt)
+    said = _said_by_srun(attempt)
+    reasons = {
+        host: f"task {task} on {host} {WAS_KILLED}"
+        for host, task, how in _ends(said)
         if task and how == "Killed"
     }
-    said = {int(lost["rank"]): str(lost["reason"]) for lost in attempt.node_losses()}
-    failed: dict[str, str] = {}
-    for hosts in re.findall(r"srun: error: Node failure on (\S+)", _said_by_srun(attempt)):
+    reasons |= {_short(lost["host"]): str(lost["reason"]) for lost in attempt.node_losses()}
+    for hosts in re.findall(r"srun: error: Node failure on (\S+)", said):
         try:
             names = host_names(hosts) if "[" in hosts else [hosts]
         except (UserError, WorkError):
             names = [hosts]
-        failed |= {name: f"Slurm lost {name}" for name in names}
-    return [*(told | said).values(), *failed.values()]
+        for name in names:  # a node may be lost after its task
+            reasons.setdefault(name, f"Slurm lost {name}")
+    return list(reasons.values())
+
+
+def _short(host: str) -> str:
+    """A host's name as Slurm has it, without a domain."""
+    return host.partition(".")[0]
 
 
 def _killed_task(attempt: Attempt) -> str | None:
@@ -178,13 +184,14 @@ def _killed_task(attempt: Attempt) -> str | None:
 
     Of a training the first that ended, as srun then ends the others; of a Ray stage its driver, task 0.
     """
-    ends = [end for end in _ends(attempt) if end[1] == 0 or not attempt.run.is_ray_stage]
+    ends = _ends(_said_by_srun(attempt))
+    ends = [end for end in ends if end[1] == 0] if attempt.run.is_ray_stage else ends
     return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
 
 
-def _ends(attempt: Attempt) -> list[tuple[str, int, str]]:
+def _ends(said: str) -> list[tuple[str, int, str]]:
     """Host, task and a word for each task that did not end well, in the order in which srun told it."""
-    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", _said_by_srun(attempt))
+    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
     return [(host, int(task), how) for host, task, how in ends]
 
 

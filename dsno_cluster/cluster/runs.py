@@ -33,6 +33,7 @@ from dsno_cluster.config import (
     Profile,
     dump_config,
     dump_profile,
+    is_config_file,
     load_config,
     load_resolved_profile,
     with_absolute_paths,
@@ -244,7 +245,7 @@ def matching_runs(word: str) -> list[Run]:
 
 def config_file_of_run(word: str) -> str:
     """The YAML file that a config's path, or the id or folder of a submitted run, stands for. Errors as `find_run`."""
-    if word.endswith((".yaml", ".yml")):
+    if is_config_file(word):
         return word
     try:
         return str(find_run(word).folder / "config.yaml")

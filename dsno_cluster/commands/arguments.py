@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,18 @@ class Arguments:
             )
         return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
 
-    def names_a_config(self) -> bool:
-        """Whether the first positional word is a config's file, of a command that also takes something else."""
-        return bool(self.words) and self.words[0].endswith((".yaml", ".yml"))
+    def address(self, what: str, of_config: Callable[[Config], str]) -> tuple[str, str | None]:
+        """Address and S3 endpoint of what is named, by itself or by the config that it belongs to.
+
+        Raises UserError that asks for `what`, and as `of_config`, which gives the address of a config's.
+        """
+        from dsno_cluster.config import is_config_file
+
+        endpoint_url = self.options.endpoint_url
+        if not (self.words and is_config_file(self.words[0])):
+            return self.only_word(what), endpoint_url
+        config = self.config()
+        return of_config(config), endpoint_url or config.storage.endpoint_url
 
     def run_word(self) -> str:
         """The config, or the submitted run, that is named, or the default config. Raises UserError for more than one."""

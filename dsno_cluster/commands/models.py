@@ -7,8 +7,11 @@ from dsno_cluster.errors import UserError
 
 
 def sample_student(arguments: Arguments) -> None:
+    from dsno_cluster.models.weights import student_address
+
     options = arguments.options
-    checkpoint, endpoint_url = _student(arguments)
+    what = "STUDENT: its config, or its folder such as runs/students/digits, on disk or on S3"
+    checkpoint, endpoint_url = arguments.address(what, student_address)
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
     if options.shards is not None and options.out is not None:
@@ -58,15 +61,3 @@ def import_model(arguments: Arguments) -> None:
     kind = import_weights(source, options.config, options.out, options.endpoint_url, arguments.command_line)
     use = f"teacher.path={options.out}" if kind == "teacher" else f"dsno-cluster sample {options.out}"
     console.say(f"{kind} written: {options.out}; use it with {use}")
-
-
-def _student(arguments: Arguments) -> tuple[str, str | None]:
-    """Address and S3 endpoint of the student that is named: by its folder, or as the newest of a config."""
-    endpoint_url = arguments.options.endpoint_url
-    if not arguments.names_a_config():
-        what = "STUDENT: its config, or its folder such as runs/students/digits, on disk or on S3"
-        return arguments.only_word(what), endpoint_url
-    from dsno_cluster.models.weights import student_address
-
-    config = arguments.config()
-    return student_address(config), endpoint_url or config.storage.endpoint_url

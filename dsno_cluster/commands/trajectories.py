@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
 from dsno_cluster.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    from dsno_cluster.config import Config
 
 PROBES = 32  # samples that a plan measures on
 _DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.json"
@@ -82,7 +86,7 @@ def plan_trajectories(arguments: Arguments) -> None:
 
 
 def verify_trajectories(arguments: Arguments) -> None:
-    address, endpoint_url = _data_set(arguments)
+    address, endpoint_url = arguments.address(_DATA_SET, _data_set)
     from dsno_cluster.trajectories.verify import verify
 
     report = verify(address, endpoint_url)
@@ -98,7 +102,7 @@ def verify_trajectories(arguments: Arguments) -> None:
 
 def inspect_trajectories(arguments: Arguments) -> None:
     options = arguments.options
-    address, endpoint_url = _data_set(arguments)
+    address, endpoint_url = arguments.address(_DATA_SET, _data_set)
     if options.out is not None and not options.out.endswith(".png"):
         raise UserError(f"--out {options.out}: must end in .png")
     from dsno_cluster.trajectories.inspect import describe, inspect, rows
@@ -115,13 +119,8 @@ def inspect_trajectories(arguments: Arguments) -> None:
         print(f"picture: {options.out}")
 
 
-def _data_set(arguments: Arguments) -> tuple[str, str | None]:
-    """Address and S3 endpoint of the data set that is named: by itself, or as that of a config."""
-    endpoint_url = arguments.options.endpoint_url
-    if not arguments.names_a_config():
-        return arguments.only_word(_DATA_SET), endpoint_url
+def _data_set(config: Config) -> str:
+    """Where the data set of a config lies."""
     from dsno_cluster.trajectories.plan import make_plan
 
-    config = arguments.config()
-    folder = make_plan(config).folder
-    return f"{config.storage.root.rstrip('/')}/{folder}", endpoint_url or config.storage.endpoint_url
+    return f"{config.storage.root.rstrip('/')}/{make_plan(config).folder}"

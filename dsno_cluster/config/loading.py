@@ -70,6 +70,11 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def is_config_file(word: str) -> bool:
+    """Whether a word of a command line is a config's path, and not a run or an address."""
+    return word.endswith((".yaml", ".yml"))
+
+
 def files_not_there(config: Config) -> dict[str, str]:
     """Files and folders that training and evaluation read, by key, and that are not on this machine."""
     evaluation = {key: getattr(config.evaluation, key) for key in EVALUATION_FILES}

@@ -89,11 +89,16 @@ def check_comparison(config: Config) -> None:
     Published weights are downloaded here, as the nodes of a cluster may have no way out.
     """
     settings = config.evaluation
-    check_reference_is_there(config)
-    read, weights = readings(settings), find_all_weights(settings)
+    read, weights = readings(settings), _find_weights(config)
     compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
     _check_sampled(config, weights)
     compared_data(config, compared, weights)
+
+
+def _find_weights(config: Config) -> dict[str, WeightsFile]:
+    """The weights of the config's metrics; a reference that is not there is told before any are downloaded for it."""
+    check_reference_is_there(config)
+    return find_all_weights(config.evaluation)
 
 
 def _check_sampled(config: Config, weights: dict[str, WeightsFile]) -> None:
@@ -124,8 +129,7 @@ def evaluate(
     samples_spec = _samples_spec(config, student_meta)
     if keep is not None:
         _check_kept(storage, keep, samples_spec)
-    check_reference_is_there(config)
-    read, weights = readings(settings), find_all_weights(settings)
+    read, weights = readings(settings), _find_weights(config)
     _check_sampled(config, weights)
     real = find_real_data(config, storage, read, weights)
     spec = comparison_spec(config, read, weights, real)
@@ -260,8 +264,7 @@ def evaluate_images(
     }
     if not read:
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
-    check_reference_is_there(config)
-    weights = find_all_weights(settings)
+    weights = _find_weights(config)
     check_count(settings, read, images.count, address)
     check_shape(weights, images.shape, address)
     real = find_real_data(config, storage, read, weights)

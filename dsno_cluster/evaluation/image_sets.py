@@ -79,16 +79,10 @@ def _named(name: str) -> ImageSet:
     split = load_digits()[NAMED.index(name)]
     images = to_uint8(split.images)
 
-    def read(start: int, stop: int) -> Tensor:
-        return images[start:stop]
-
-    def labels(start: int, stop: int) -> Tensor:
-        return split.labels[start:stop]
-
     def identify() -> dict[str, Any]:
         return {"kind": name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
 
-    return ImageSet(name, len(images), _shape(images[0]), identify, read, labels)
+    return ImageSet(name, len(images), _shape(images[0]), identify, _parts(images), _parts(split.labels))
 
 
 def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
@@ -114,10 +108,9 @@ def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
 
     if not shards:
         raise UserError(f"{address}: its manifest names no shard")
-    read, labels = functools.partial(part, "images"), functools.partial(part, "labels")
-    first = tensors_of(0)
-    known = labels if "labels" in first else None
-    return ImageSet(address, manifest.num_samples, _shape(first["images"][0]), identify, read, known)
+    read, first = functools.partial(part, "images"), tensors_of(0)
+    labels = functools.partial(part, "labels") if "labels" in first else None
+    return ImageSet(address, manifest.num_samples, _shape(first["images"][0]), identify, read, labels)
 
 
 def _npz(file: Path) -> ImageSet:
@@ -133,14 +126,13 @@ def _npz(file: Path) -> ImageSet:
     def identify() -> dict[str, Any]:
         return {"kind": "npz", "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
-    classes = _npz_labels(file, len(images)) if not in_rows else None
+    classes = None if in_rows else _npz_labels(file, len(images))
+    labels = None if classes is None else _parts(classes)
+    return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identify, read, labels)
 
-    def labels(start: int, stop: int) -> Tensor:
-        assert classes is not None
-        return classes[start:stop]
 
-    known = labels if classes is not None else None
-    return ImageSet(str(file), len(images), _shape(read(0, 1)[0]), identify, read, known)
+def _parts(rows: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: rows[start:stop]
 
 
 def _npz_labels(file: Path, count: int) -> Tensor | None:

@@ -112,7 +112,7 @@ def _refuse_facts(settings: Evaluation) -> None:
 
 
 def check_reference_is_there(config: Config) -> None:
-    """Raises UserError where it is not: said before weights are downloaded to measure it with."""
+    """Raises UserError where the metrics need a reference and it is not on this machine; looks at nothing else."""
     settings = config.evaluation
     if not set(OF_REFERENCE) & set(settings.metrics) or "evaluation.reference" not in files_not_there(config):
         return
