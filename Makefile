@@ -55,10 +55,11 @@ eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits
 docs: $(READY)  ## write docs/configuration.md from the models of the configuration
 	$(BIN)/python docs/make_configuration.py
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY)  ## every benchmark; each prints the figure that it is for
 	@failed=; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || failed="$$failed $$file"; done; \

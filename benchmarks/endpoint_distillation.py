@@ -16,7 +16,7 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.evaluation.evaluate import evaluate
-from dsno_cluster.models.weights import read_meta
+from dsno_cluster.model_folder import read_meta
 from dsno_cluster.training.loop import train
 from dsno_cluster.trajectories.generate import generate
 

@@ -33,8 +33,8 @@ from dsno_cluster.diffusion.schedule import loss_weights, time_points
 from dsno_cluster.evaluation.features import DIGITS, find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
-from dsno_cluster.models.dsno import DSNO
 from dsno_cluster.storage import open_storage
+from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.loop import find_trajectories, new_student, points_of_step
 from dsno_cluster.training.losses import make_distance, weighted
 from dsno_cluster.training.optim import ema_decay_at, learning_rate

@@ -29,9 +29,9 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import compute_device, device_name
 from dsno_cluster.diffusion.schedule import logsnr, time_points
-from dsno_cluster.models.dsno import DSNO, Form
-from dsno_cluster.models.importers import from_published_torch
-from dsno_cluster.models.unet import UNet
+from dsno_cluster.networks.unet import UNet
+from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.students.published_students import from_published_torch
 
 CASES = (
     "published", "float32", "float32 recompute", "float32 compiled", "bfloat16", "bfloat16 compiled", "series", "T=1 U-Net"

@@ -23,7 +23,7 @@ from dsno_cluster import console, count_evaluations, load_teacher, solve
 from dsno_cluster.diffusion.accuracy import relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import angle, logsnr, refine
-from dsno_cluster.diffusion.teachers import Teacher
+from dsno_cluster.teachers import Teacher
 
 TIMES = (0.5625, 0.25, 0.0625, 0.0)
 METHODS = {  # solver, grid, colour

@@ -35,7 +35,7 @@ from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import device_name
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights, time_points
-from dsno_cluster.models.dsno import DSNO, Form
+from dsno_cluster.students.dsno import DSNO, Form
 from dsno_cluster.training.engine import EMA, join_ranks, make_engine
 from dsno_cluster.training.loop import new_student
 from dsno_cluster.training.losses import l1, weighted

@@ -14,12 +14,12 @@ __all__ = ["__version__", "count_evaluations", "load_student", "load_teacher", "
 
 if TYPE_CHECKING:
     from dsno_cluster.diffusion.solvers import count_evaluations, solve
-    from dsno_cluster.diffusion.teachers import load_teacher
-    from dsno_cluster.models.dsno import load_student
+    from dsno_cluster.students.dsno import load_student
+    from dsno_cluster.teachers import load_teacher
 
 _HOMES = {
-    "load_student": "dsno_cluster.models.dsno",
-    "load_teacher": "dsno_cluster.diffusion.teachers",
+    "load_student": "dsno_cluster.students.dsno",
+    "load_teacher": "dsno_cluster.teachers",
     "count_evaluations": "dsno_cluster.diffusion.solvers",
     "solve": "dsno_cluster.diffusion.solvers",
 }

@@ -21,7 +21,7 @@ from tiny import DATA, TINY, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.models.importers import import_weights
+from dsno_cluster.teachers.importing import import_weights
 
 SLOW = [*TINY, "trajectories.steps=160", "trajectories.num_samples=384"]  # 24 shards of about half a second
 

@@ -22,8 +22,8 @@ from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import logsnr
 from dsno_cluster.diffusion.solvers import guided
-from dsno_cluster.diffusion.teachers import Teacher, teacher_info
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers import Teacher, teacher_info
 from dsno_cluster.trajectories.generate import solve_batch
 from dsno_cluster.trajectories.plan import make_plan, open_teacher
 

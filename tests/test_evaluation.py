@@ -290,7 +290,7 @@ def test_teacher_training_can_be_interrupted(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr
 
     cut = f"""
-import dsno_cluster.training.teacher as module
+import dsno_cluster.training.train_teacher as module
 real = module.velocity_loss
 def failing(*args):
     if args[-1] == 5:

@@ -33,7 +33,7 @@ from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
 from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
 from dsno_cluster.images import to_uint8
-from dsno_cluster.models.weights import package_path
+from dsno_cluster.model_folder import package_path
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.shards import Manifest, commit_manifest, write_shard
 

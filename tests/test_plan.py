@@ -71,7 +71,7 @@ def test_the_cheapest_solver_within_a_tolerance_is_named_and_works(tmp_path: Pat
     import torch
 
     from dsno_cluster.diffusion.noise import sample_noise
-    from dsno_cluster.diffusion.teachers import gaussian_trajectory
+    from dsno_cluster.teachers import gaussian_trajectory
 
     folder = next((tmp_path / "trajectories").iterdir())
     states = torch.from_numpy(safetensors.numpy.load_file(folder / "shard-000001.safetensors")["states"])

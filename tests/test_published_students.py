@@ -21,8 +21,8 @@ from tiny import DATA, dsno
 from dsno_cluster import load_student
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers import import_weights
-from dsno_cluster.models.temporal import TemporalConv, fourier_basis
+from dsno_cluster.networks.temporal import TemporalConv, fourier_basis
+from dsno_cluster.teachers.importing import import_weights
 
 PUBLISHED = DATA / "published"
 CHECKPOINT = "solver-model_1000.pt"

@@ -19,10 +19,10 @@ from torch import Tensor
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import Network
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-from dsno_cluster.diffusion.teachers import teacher_info
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers import import_weights
-from dsno_cluster.models.unet import UNet
+from dsno_cluster.networks.unet import UNet
+from dsno_cluster.teachers import teacher_info
+from dsno_cluster.teachers.importing import import_weights
 
 FLAX = ["teacher_flax_x", "teacher_flax_both"]
 

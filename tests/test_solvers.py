@@ -13,8 +13,8 @@ from dsno_cluster.diffusion.accuracy import cheapest, reference_states, relative
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import fine_end, make_grid, refine, time_points
 from dsno_cluster.diffusion.solvers import count_evaluations, interpolation_weights
-from dsno_cluster.diffusion.teachers import Teacher, gaussian_teacher, gaussian_trajectory
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers import Teacher, gaussian_teacher, gaussian_trajectory
 
 MEAN, STD = 0.3, 0.4
 TIMES = (0.5625, 0.25, 0.0625)

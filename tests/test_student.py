@@ -16,10 +16,10 @@ from torch import Tensor
 from dsno_cluster import load_student, load_teacher, solve
 from dsno_cluster.config import Network, load_config
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, time_points
-from dsno_cluster.models.dsno import DSNO, Form
-from dsno_cluster.models.importers import import_weights
-from dsno_cluster.models.temporal import TemporalConv, cosine_series, fourier_basis
-from dsno_cluster.models.unet import UNet
+from dsno_cluster.networks.temporal import TemporalConv, cosine_series, fourier_basis
+from dsno_cluster.networks.unet import UNet
+from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.teachers.importing import import_weights
 from dsno_cluster.training.loop import new_student
 from dsno_cluster.training.optim import drawn_points
 
@@ -74,7 +74,7 @@ def test_a_sample_is_the_end_of_the_trajectory(form: Form) -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_student_is_written_and_read(form: Form, tmp_path: Path) -> None:
-    from dsno_cluster.models.weights import write_model
+    from dsno_cluster.model_folder import write_model
     from dsno_cluster.storage import open_storage
 
     student, (noise, labels) = student_of(form), question()

@@ -21,15 +21,15 @@ from dsno_cluster.config import load_config, with_absolute_paths
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.diffusion.solvers import guided
-from dsno_cluster.diffusion.teachers import (
+from dsno_cluster.errors import UserError
+from dsno_cluster.networks.unet import UNet
+from dsno_cluster.provenance import software_versions
+from dsno_cluster.teachers import (
     check_fits,
     mixture_teacher,
     teacher_info,
     warm_start_weights,
 )
-from dsno_cluster.errors import UserError
-from dsno_cluster.models.unet import UNet
-from dsno_cluster.provenance import software_versions
 
 # ---- Python factories --------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ def test_the_version_of_diffusers_is_on_record(unet: Any) -> None:
 def test_identity_needs_no_torch() -> None:
     code = """
 import sys
-from dsno_cluster.diffusion.teachers import teacher_info
+from dsno_cluster.teachers import teacher_info
 ours = teacher_info("package:digits-teacher")
 closed = teacher_info("closed-form:gaussian", mean=0.1, std=0.5, shape=[1, 4, 4])
 assert (ours.shape, ours.num_classes, ours.null_class) == ((1, 8, 8), 10, 10), ours

@@ -7,11 +7,10 @@ from dsno_cluster.errors import UserError
 
 
 def sample_student(arguments: Arguments) -> None:
-    from dsno_cluster.models.weights import student_address
 
     options = arguments.options
     what = "STUDENT: its config, or its folder such as runs/students/digits, on disk or on S3"
-    checkpoint, endpoint_url = arguments.address(what, student_address)
+    checkpoint, endpoint_url = arguments.address(what, lambda config: config.student_address)
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed {options.seed}: must lie in 0..{2**31 - 1}")
     if options.shards is not None and options.out is not None:
@@ -55,7 +54,7 @@ def sample_student(arguments: Arguments) -> None:
 def import_model(arguments: Arguments) -> None:
     source = arguments.only_word("SRC: a published checkpoint")
     from dsno_cluster import console
-    from dsno_cluster.models.importers import import_weights
+    from dsno_cluster.teachers.importing import import_weights
 
     options = arguments.options
     kind = import_weights(source, options.config, options.out, options.endpoint_url, arguments.command_line)

@@ -63,7 +63,7 @@ def train_teacher(arguments: Arguments) -> None:
         )
         return
     from dsno_cluster import console
-    from dsno_cluster.training import teacher
+    from dsno_cluster.training import train_teacher as training
 
-    address = teacher.train_teacher(config, arguments.command_line)
+    address = training.train_teacher(config, arguments.command_line)
     console.say(f"done: {address}; use it with teacher.path={address}")

@@ -22,7 +22,7 @@ from dsno_cluster.config.profile import Profile
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, TimeGrid, Trajectories
 from dsno_cluster.config.validation import validate
-from dsno_cluster.config.yaml_text import parse_yaml
+from dsno_cluster.yaml_text import parse_yaml
 
 __all__ = [
     "Config",

@@ -46,6 +46,16 @@ class Config(Strict):
             return Path(self.run.dir)
         return Path("runs") / self.name if "://" in self.storage.root else Path(self.storage.root)
 
+    @property
+    def student_prefix(self) -> str:
+        """Where its students lie below the root of its storage."""
+        return f"students/{self.name}/"
+
+    @property
+    def student_address(self) -> str:
+        """Folder or S3 address of its students, for `load_student` and the like."""
+        return f"{self.storage.root.rstrip('/')}/{self.student_prefix.rstrip('/')}"
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         points = self.trajectories.num_points

@@ -12,8 +12,8 @@ import yaml
 from dsno_cluster.config.experiment import Config
 from dsno_cluster.config.profile import Profile
 from dsno_cluster.config.validation import nearest, validate
-from dsno_cluster.config.yaml_text import parse_yaml
 from dsno_cluster.errors import UserError
+from dsno_cluster.yaml_text import parse_yaml
 
 EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference")
 

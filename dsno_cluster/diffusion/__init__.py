@@ -1,1 +1,1 @@
-"""Diffusion mathematics: noise schedule, ODE solvers, teachers."""
+"""The mathematics of diffusion: schedules, time grids, solvers, noise. Pure functions."""

@@ -22,9 +22,9 @@ from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
 from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
 from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
-from dsno_cluster.models.dsno import load_student
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import open_storage
+from dsno_cluster.students.dsno import load_student
 from dsno_cluster.trajectories.generate import solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.shards import Shard, write_shard

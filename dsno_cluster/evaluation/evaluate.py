@@ -36,10 +36,10 @@ from dsno_cluster.evaluation.teacher_rows import (
     stored_teacher_rows,
     teacher_sources,
 )
-from dsno_cluster.models.dsno import KIND as STUDENT_KIND
-from dsno_cluster.models.weights import model_address, read_meta, student_address
+from dsno_cluster.model_folder import model_address, read_meta
 from dsno_cluster.provenance import code_version, software_versions
 from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.students.dsno import KIND as STUDENT_KIND
 from dsno_cluster.trajectories.plan import find_teacher
 from dsno_cluster.trajectories.shards import Manifest, canonical_hash, commit_manifest, read_manifest
 
@@ -54,7 +54,7 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
     """
     endpoint = config.storage.endpoint_url
     try:
-        path = model_address(student_path or student_address(config), endpoint)
+        path = model_address(student_path or config.student_address, endpoint)
         meta = read_meta(path, endpoint, config.evaluation.ema_decay)
     except UserError as error:
         how = (

@@ -26,7 +26,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.table import INCEPTION
-from dsno_cluster.models.weights import package_path
+from dsno_cluster.model_folder import package_path
 
 DIGITS, VGG = "digits-features", "vgg16"
 DIGITS_SHAPE = (1, 8, 8)

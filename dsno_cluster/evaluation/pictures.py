@@ -15,10 +15,10 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import count_evaluations, solve
-from dsno_cluster.diffusion.teachers import Teacher
 from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
-from dsno_cluster.models.dsno import DSNO
+from dsno_cluster.students.dsno import DSNO
+from dsno_cluster.teachers import Teacher
 from dsno_cluster.trajectories.plan import grid_name, own_steps
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsno_cluster.diffusion.solvers import solve
-from dsno_cluster.diffusion.teachers import Teacher
-from dsno_cluster.models.dsno import DSNO
+from dsno_cluster.students.dsno import DSNO
+from dsno_cluster.teachers import Teacher
 
 
 def refinement_grid(time: float, steps: int) -> list[float]:

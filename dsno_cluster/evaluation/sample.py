@@ -14,13 +14,13 @@ from torch import Tensor
 from dsno_cluster import console
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.diffusion.teachers import check_fits, load_teacher
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.images import grid_png, to_uint8
-from dsno_cluster.models.dsno import DSNO, load_student
-from dsno_cluster.models.weights import read_config_of, read_meta
+from dsno_cluster.model_folder import read_config_of, read_meta
 from dsno_cluster.storage import write_file
+from dsno_cluster.students.dsno import DSNO, load_student
+from dsno_cluster.teachers import check_fits, load_teacher
 
 
 @dataclass(frozen=True)

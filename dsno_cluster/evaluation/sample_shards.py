@@ -17,7 +17,7 @@ from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
-from dsno_cluster.models.weights import model_address, read_meta
+from dsno_cluster.model_folder import model_address, read_meta
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import (

@@ -12,7 +12,7 @@ from dsno_cluster.diffusion.solvers import count_evaluations
 from dsno_cluster.evaluation.actor import Source
 from dsno_cluster.evaluation.features import Reading, WeightsFile
 from dsno_cluster.evaluation.reference import RealData
-from dsno_cluster.models.weights import package_path
+from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.storage import MissingObject, Storage
 from dsno_cluster.trajectories.plan import find_teacher, grid_name, own_steps, teacher_path

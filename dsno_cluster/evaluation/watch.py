@@ -15,7 +15,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.evaluate import evaluate
 from dsno_cluster.evaluation.history import best_of, history_key, read_history
-from dsno_cluster.models.weights import META, read_meta, step_name, student_prefix
+from dsno_cluster.model_folder import META, read_meta, step_name
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.shards import canonical_hash
 
@@ -29,7 +29,7 @@ def watch(config: Config, actors: int | None = None, ray_address: str | None = N
     Ends with the training: call it again to go on, what is in the history is not measured again. Errors as `evaluate`.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    where = f"{storage.url}/{student_prefix(config)}"
+    where = f"{storage.url}/{config.student_prefix}"
     console.say(
         f"evaluating each checkpoint below {where} up to step {config.training.steps}; the best by "
         f"{config.evaluation.judged_by} is kept track of"
@@ -66,7 +66,7 @@ def checkpoints(
 
     `known` has those of before by step and etag, so that only new ones are read; it is added to.
     """
-    prefix = student_prefix(config)
+    prefix = config.student_prefix
     names = sorted(
         (match[1], stat.etag)
         for stat in storage.list(prefix)
@@ -117,7 +117,7 @@ def _noted(
         return history
     storage.write(history_key(config), (json.dumps(history, indent=2) + "\n").encode())
     if best is not None:
-        storage.write(f"{student_prefix(config)}best-{metric}", (step_name(best["step"]) + "\n").encode())
+        storage.write(f"{config.student_prefix}best-{metric}", (step_name(best["step"]) + "\n").encode())
     return history
 
 

@@ -13,7 +13,7 @@ from dsno_cluster.cluster.runs import Run, all_runs
 from dsno_cluster.config import Config, with_absolute_paths
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import history_key
-from dsno_cluster.models.weights import read_config_of, read_meta, student_address, student_prefix
+from dsno_cluster.model_folder import read_config_of, read_meta
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest
@@ -53,7 +53,7 @@ def read_run_files(config: Config) -> RunFiles:
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     folder = f"evaluation/{config.name}/"
-    curve_file = config.run_dir / student_prefix(config) / "metrics.jsonl"
+    curve_file = config.run_dir / config.student_prefix / "metrics.jsonl"
     places = {
         "metrics": f"{storage.url}/{folder}metrics.json",
         "history": f"{storage.url}/{history_key(config)}",
@@ -72,7 +72,7 @@ def read_run_files(config: Config) -> RunFiles:
             f"{config.name}: nothing to report yet, neither {places['curve']} nor {places['metrics']} is there; "
             "`dsno-cluster train` and `dsno-cluster eval` make them"
         )
-    address = student_address(config)
+    address = config.student_address
     student = _unless_missing(lambda: read_meta(address, config.storage.endpoint_url))
     trained_with = _unless_missing(lambda: read_config_of(address, config.storage.endpoint_url))
     manifest = _find_manifest(config, storage, student)

@@ -27,6 +27,7 @@ __all__ = [
     "absolute_address",
     "endpoint_problem",
     "open_storage",
+    "read_file",
     "split_address",
     "split_path",
     "sync",
@@ -56,6 +57,15 @@ def split_path(path: str) -> tuple[str, str]:
     """The folder or S3 prefix that holds `path`, for `open_storage`, and the last name in it."""
     parent, slash, name = path.rstrip("/").rpartition("/")
     return (parent or (slash or ".")), name
+
+
+def read_file(path: str, endpoint_url: str | None) -> bytes:
+    """The bytes at a path or S3 address. Raises UserError where there is no such file."""
+    parent, name = split_path(path)
+    try:
+        return open_storage(parent, endpoint_url).read(name)
+    except MissingObject:
+        raise UserError(f"{path}: no such file") from None
 
 
 def write_file(path: str, data: bytes, endpoint_url: str | None = None) -> None:

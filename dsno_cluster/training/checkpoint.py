@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.models.weights import read_config_of, read_meta, step_name, student_address, student_prefix
+from dsno_cluster.model_folder import read_config_of, read_meta, step_name
 from dsno_cluster.storage import FolderStorage, sync
+from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.engine import EMA, Ranks, ema_kind
 from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.state import (
@@ -63,7 +63,7 @@ class Record:
 
 
 def resume_dir(config: Config) -> Path:
-    return config.run_dir / student_prefix(config) / "resume"
+    return config.run_dir / config.student_prefix / "resume"
 
 
 @contextlib.contextmanager
@@ -208,7 +208,7 @@ def check_published(config: Config, trajectories: str) -> None:
 
     `latest` would go on naming one of theirs until this run has come further, and the two would be mixed.
     """
-    address = student_address(config)
+    address = config.student_address
     try:
         published = read_meta(address, config.storage.endpoint_url)
     except UserError:  # there is none
@@ -219,7 +219,7 @@ def check_published(config: Config, trajectories: str) -> None:
 
 def check_finished_alike(config: Config, step: int) -> None:
     """Raises UserError where the run of that name finished at `step` with other settings than the config has now."""
-    address = student_address(config)
+    address = config.student_address
     try:
         trained = read_config_of(address, config.storage.endpoint_url).get("training") or {}
     except UserError:  # not uploaded yet

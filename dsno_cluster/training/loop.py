@@ -18,20 +18,20 @@ from torch import Tensor
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
-from dsno_cluster.diffusion.teachers import diffusers_model, warm_start_weights
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
-from dsno_cluster.models.dsno import DSNO, Form
-from dsno_cluster.models.weights import step_name, student_prefix
+from dsno_cluster.model_folder import step_name
 from dsno_cluster.storage import open_storage
+from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.teachers import diffusers_model, warm_start_weights
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.engine import EMA, Ranks, join_ranks, make_engine
 from dsno_cluster.training.losses import make_distance, weighted
+from dsno_cluster.training.monitor import DivergenceWatch, HeldOut, Metrics, describe_batch, finite, memory_gb
 from dsno_cluster.training.online import Producer, StagedShards, planned_manifest
 from dsno_cluster.training.optim import drawn_points, learning_rate
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.state import fragments_of, loss_scaler_state
-from dsno_cluster.training.watch import DivergenceWatch, HeldOut, Metrics, describe_batch, finite, memory_gb
 from dsno_cluster.trajectories.plan import make_plan, teacher_path
 from dsno_cluster.trajectories.reader import Batch, ShardReader, open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import Manifest
@@ -46,7 +46,7 @@ def train(config: Config) -> str:
     """
     settings = config.training
     shared = open_storage(config.storage.root, config.storage.endpoint_url)
-    address = f"{shared.url}/{student_prefix(config).rstrip('/')}"
+    address = f"{shared.url}/{config.student_prefix.rstrip('/')}"
     folder, manifest = find_trajectories(config)
     with contextlib.ExitStack() as resources:
         resources.enter_context(_failures_in_a_line(config))

@@ -26,7 +26,6 @@ from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, dump_config, validate, with_absolute_paths
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.models.weights import student_prefix
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
@@ -39,7 +38,7 @@ IN_FLIGHT = 2  # shards that an actor works on: one is solved while another is w
 
 
 def staging_root(config: Config) -> Path:
-    return config.run_dir / student_prefix(config) / "staging"
+    return config.run_dir / config.student_prefix / "staging"
 
 
 def planned_manifest(plan: Plan) -> Manifest:

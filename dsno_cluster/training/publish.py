@@ -20,7 +20,7 @@ from torch import Tensor
 from dsno_cluster import console
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.errors import WorkError
-from dsno_cluster.models.weights import BEST, LATEST, META, step_name, student_prefix, write_model
+from dsno_cluster.model_folder import BEST, LATEST, META, step_name, write_model
 from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
@@ -31,7 +31,7 @@ class Publisher:
     """Writes students where others find them; used by rank 0 alone. `finish` waits for what is still to upload."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.prefix = config, student_prefix(config)
+        self.config, self.prefix = config, config.student_prefix
         # impatient: an upload that fails is tried again and again all the same
         patience = Patience(attempts=3, longest_pause_seconds=2.0)
         self.shared = open_storage(config.storage.root, config.storage.endpoint_url, patience)

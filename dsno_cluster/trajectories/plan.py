@@ -13,8 +13,8 @@ from typing import Any
 from dsno_cluster.config import Config, files_not_there
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
-from dsno_cluster.diffusion.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
 from dsno_cluster.trajectories.shards import MANIFEST, canonical_hash
 
 LARGE_ERROR = 0.1  # relative, of a solver: what a student learns from it is visibly another image

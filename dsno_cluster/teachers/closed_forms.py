@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers.teacher import Shape, Teacher, check_options, plain
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.teacher import Shape, Teacher, check_options, plain
 
 if TYPE_CHECKING:
     from torch import Tensor

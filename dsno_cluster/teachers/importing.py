@@ -8,11 +8,11 @@ import yaml
 
 from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers.flax_teachers import read_published_teacher
-from dsno_cluster.models.importers.published import recognise
-from dsno_cluster.models.importers.torch_students import read_published_student
-from dsno_cluster.models.weights import write_model
-from dsno_cluster.storage import MissingObject, PreconditionFailed, open_storage, split_path
+from dsno_cluster.model_folder import write_model
+from dsno_cluster.storage import PreconditionFailed, open_storage, read_file, split_path
+from dsno_cluster.students.published_format import recognise
+from dsno_cluster.students.published_students import read_published_student
+from dsno_cluster.teachers.flax_teachers import read_published_teacher
 
 
 def import_weights(
@@ -24,13 +24,13 @@ def import_weights(
     Raises UserError for a file of another kind, a switch that is not implemented, tensors that are missing, surplus or
     misshapen, by name, and where `out_dir` is a folder of something else.
     """
-    data, text = read_object(src, endpoint_url), read_object(published_yaml, endpoint_url)
+    data, text = read_file(src, endpoint_url), read_file(published_yaml, endpoint_url)
     student = recognise(data[:4]) == "torch"
     read = read_published_student if student else read_published_teacher
     published = read(data, src, text, published_yaml)
     meta = {
         "model": published.model,
-        "made_by": command or "dsno_cluster.models.importers.import_weights",
+        "made_by": command or "dsno_cluster.teachers.importing.import_weights",
         "imported": {
             "file": src.rstrip("/").rpartition("/")[2],
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -44,12 +44,3 @@ def import_weights(
     except PreconditionFailed as error:
         raise UserError(f"--out {out_dir}: {error}; name a new folder") from None
     return "student" if student else "teacher"
-
-
-def read_object(path: str, endpoint_url: str | None) -> bytes:
-    """The bytes at a path or S3 address. Raises UserError where there is no such file."""
-    parent, name = split_path(path)
-    try:
-        return open_storage(parent, endpoint_url).read(name)
-    except MissingObject:
-        raise UserError(f"{path}: no such file") from None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dsno_cluster.models.unet import Attention, ResidualBlock
+from dsno_cluster.networks.unet import Attention, ResidualBlock
 
 # Results that are dear to compute: kept by `cheap`, which computes only what lies between them again.
 _DEAR = [

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.temporal import FourierBasis, TemporalConv
+from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Network

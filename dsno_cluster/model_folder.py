@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsno_cluster.config import Config
 
 WEIGHTS, CONFIG, META = "model.safetensors", "config.yaml", "meta.json"
 LATEST, BEST = "latest", "best"  # text files that name a step folder beside them
@@ -34,16 +34,6 @@ class ModelFolder:
 
     weights: dict[str, Tensor]
     meta: dict[str, Any]
-
-
-def student_prefix(config: Config) -> str:
-    """Where an experiment's students lie below its storage's root."""
-    return f"students/{config.name}/"
-
-
-def student_address(config: Config) -> str:
-    """Folder or S3 address of an experiment's students, for `load_student` and the like."""
-    return f"{config.storage.root.rstrip('/')}/{student_prefix(config).rstrip('/')}"
 
 
 def step_name(step: int) -> str:
@@ -109,8 +99,6 @@ def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]
 
     Raises UserError where there is no model.
     """
-    from dsno_cluster.config import parse_yaml
-
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     try:
         config = parse_yaml(storage.read(prefix + CONFIG).decode(), f"{storage.url}/{prefix}{CONFIG}")

@@ -9,14 +9,18 @@ answers is what it learned to answer, and no division by an alpha that it has ne
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers.teacher import (
+from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
+from dsno_cluster.diffusion.predictions import clean_images, with_last_layer_of_x0
+from dsno_cluster.errors import UserError
+from dsno_cluster.networks.diffusers_backbone import unet2d_model
+from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
+from dsno_cluster.teachers.teacher import (
     PRECISIONS,
     NativeGrid,
     Shape,
@@ -25,12 +29,8 @@ from dsno_cluster.diffusion.teachers.teacher import (
     check_options,
     check_schedule,
 )
-from dsno_cluster.errors import UserError
-from dsno_cluster.models.predictions import clean_images, with_last_layer_of_x0
-from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -111,15 +111,6 @@ def warm_start_weights(path: str, endpoint_url: str | None, options: dict[str, A
     return with_last_layer_of_x0(weights, "unet.conv_out.", prediction, folder.info.shape[0])
 
 
-def unet2d_model(config: dict[str, Any], where: str) -> Any:
-    """A diffusers UNet2DModel of that config, at initialisation. Raises UserError where diffusers is missing."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        raise UserError(f"{where}: reading it needs diffusers: pip install diffusers") from None
-    return UNet2DModel.from_config(config)
-
-
 def _network(folder: Folder, path: str) -> Any:
     """The UNet2DModel with its weights. Raises UserError where the files are not of this network."""
     import safetensors.torch
@@ -140,30 +131,6 @@ def _network(folder: Folder, path: str) -> Any:
         raise UserError(f"{path}: does not fit its config.json: {'; '.join(wrong[:4])}")
     unet.load_state_dict(weights)
     return unet
-
-
-@functools.lru_cache(maxsize=16)
-def _ascending(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The levels as a tensor, made once: every evaluation of the network asks for it."""
-    import torch
-
-    with torch.inference_mode(False):
-        return torch.tensor(levels[::-1], dtype=torch.float64, device=device)
-
-
-def timesteps_at(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
-    """The timesteps, real numbers, of log-SNRs of any shape, among the model's descending `levels`; float64.
-
-    Interpolated linearly in log-SNR; outside the levels, the nearest.
-    """
-    import torch
-
-    ascending = _ascending(levels, logsnr.device)
-    last = len(ascending) - 1
-    level = logsnr.double().clamp(levels[-1], levels[0]).contiguous()
-    upper = torch.searchsorted(ascending, level).clamp(1, last)
-    part = (level - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
-    return last - (upper - 1 + part)
 
 
 def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folder:
@@ -270,41 +237,6 @@ def _scheduler(found: dict[str, Any] | None, path: str, options: dict[str, Any])
     if type(values["num_train_timesteps"]) is not int or values["num_train_timesteps"] < 2:
         raise UserError(f"{path}: num_train_timesteps {values['num_train_timesteps']!r} must be 2 or more")
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def noise_levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
-    """log(abar_n / (1 - abar_n)), strictly descending, (num_train_timesteps,).
-
-    Betas and abar in float32 as diffusers has them (the model was trained on those: 1 - abar_0 is off by 2e-4
-    of itself); squaredcos_cap_v2 is that of Nichol & Dhariwal 2021, eq. 17.
-    """
-    import torch
-
-    count, kind = scheduler["num_train_timesteps"], scheduler["beta_schedule"]
-    start, end = scheduler["beta_start"], scheduler["beta_end"]
-
-    def cosine(fraction: float) -> float:
-        return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    if scheduler["trained_betas"] is not None:
-        betas = torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
-    elif kind == "linear":
-        betas = torch.linspace(start, end, count, dtype=torch.float32)
-    elif kind == "scaled_linear":
-        betas = torch.linspace(math.sqrt(start), math.sqrt(end), count, dtype=torch.float32) ** 2
-    elif kind == "squaredcos_cap_v2":
-        steps = [min(1 - cosine((n + 1) / count) / cosine(n / count), 0.999) for n in range(count)]
-        betas = torch.tensor(steps, dtype=torch.float32)
-    else:
-        known = "linear, scaled_linear, squaredcos_cap_v2, or trained_betas"
-        raise UserError(f"{path}: beta_schedule {kind!r} is not one of: {known}")
-    if betas.shape != (count,) or not bool(((betas > 0) & (betas < 1)).all()):
-        raise UserError(f"{path}: {len(betas)} betas, {count} expected, each above 0 and below 1")
-    signal = torch.cumprod(1.0 - betas, dim=0).double()
-    levels = (signal / (1.0 - signal)).log()
-    if not bool(levels.isfinite().all() and (levels.diff() < 0).all()):
-        raise UserError(f"{path}: its betas do not make noise levels that grow strictly")
-    return tuple(levels.tolist())
 
 
 def _weights(storage: Storage, prefix: str, path: str) -> dict[str, bytes]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, validate
+from dsno_cluster.diffusion.predictions import PREDICTIONS, out_channels
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers.flax_file import read_flax
-from dsno_cluster.models.importers.published import (
+from dsno_cluster.students.published_format import (
     RESIDUAL,
     PublishedModel,
     published_parts,
@@ -15,12 +15,13 @@ from dsno_cluster.models.importers.published import (
     recognise,
     say_wrong,
 )
-from dsno_cluster.models.predictions import PREDICTIONS, denoiser_meta, out_channels
+from dsno_cluster.teachers.flax_file import read_flax
+from dsno_cluster.teachers.identity import denoiser_meta
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsno_cluster.models.unet import UNet
+    from dsno_cluster.networks.unet import UNet
 
 
 def read_published_teacher(data: bytes, where: str, config: bytes, config_path: str) -> PublishedModel:
@@ -31,7 +32,7 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
 
     Raises UserError as `import_weights` does.
     """
-    from dsno_cluster.models.unet import UNet
+    from dsno_cluster.networks.unet import UNet
 
     if (kind := recognise(data[:4])) != "flax":
         what = {
@@ -161,7 +162,7 @@ def _from_flax(params: dict[str, Tensor], unet: UNet, where: str) -> dict[str, T
     """Flax's tensors under our names and layouts. UserError names what is missing, surplus or misshapen."""
     import torch
 
-    from dsno_cluster.models.unet import Attention
+    from dsno_cluster.networks.unet import Attention
 
     wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     left, wrong, ours = dict(params), [], {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers.published import (
+from dsno_cluster.students.published_format import (
     RESIDUAL,
     PublishedModel,
     published_parts,
@@ -21,7 +21,7 @@ from dsno_cluster.models.importers.published import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsno_cluster.models.unet import UNet
+    from dsno_cluster.networks.unet import UNet
 
 
 def read_published_student(data: bytes, where: str, config: bytes, config_path: str) -> PublishedModel:
@@ -34,8 +34,8 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
     """
     import torch
 
-    from dsno_cluster.models.dsno import DSNO, Form
-    from dsno_cluster.models.unet import UNet
+    from dsno_cluster.networks.unet import UNet
+    from dsno_cluster.students.dsno import DSNO, Form
 
     settings = published_settings(config, config_path)
     theirs = _read_torch_zip(data, where)

@@ -12,7 +12,7 @@ from dsno_cluster.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsno_cluster.models.unet import UNet
+    from dsno_cluster.networks.unet import UNet
 
 
 # The values of the published YAML's `model` that this network implements; other values are refused by name.

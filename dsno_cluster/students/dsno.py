@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, time_points
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.recompute import recompute_in_backward
-from dsno_cluster.models.temporal import cosine_series, fourier_basis
-from dsno_cluster.models.unet import UNet
-from dsno_cluster.models.weights import read_model
+from dsno_cluster.model_folder import read_model
+from dsno_cluster.networks.recompute import recompute_in_backward
+from dsno_cluster.networks.temporal import cosine_series, fourier_basis
+from dsno_cluster.networks.unet import UNet
 
 KIND = "dsno"
 FINEST = 16  # most points between two of its own that a published-form student is asked for
@@ -76,7 +76,7 @@ class DSNO(nn.Module):
         if diffusers is None:
             self.backbone: nn.Module = UNet(network, modes, out_channels, init)
         else:
-            from dsno_cluster.models.diffusers_backbone import DiffusersBackbone
+            from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
 
             self.backbone = DiffusersBackbone(**diffusers, modes=modes, out_channels=out_channels, init=init)
 

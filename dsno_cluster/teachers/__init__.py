@@ -14,18 +14,18 @@
 records: everything about the teacher that can change a byte. Importing this module does not import torch.
 """
 
-from dsno_cluster.diffusion.teachers.closed_forms import (
+from dsno_cluster.teachers.closed_forms import (
     gaussian_teacher,
     gaussian_trajectory,
     mixture_teacher,
 )
-from dsno_cluster.diffusion.teachers.loading import (
+from dsno_cluster.teachers.loading import (
     diffusers_model,
     load_teacher,
     teacher_info,
     warm_start_weights,
 )
-from dsno_cluster.diffusion.teachers.teacher import Teacher, TeacherInfo, check_fits
+from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_fits
 
 __all__ = [
     "Teacher",

@@ -6,14 +6,14 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers.closed_forms import closed_form_teacher
-from dsno_cluster.diffusion.teachers.factories import factory_identity, find_factory, teacher_from_factory
-from dsno_cluster.diffusion.teachers.teacher import PRECISIONS, Teacher, TeacherInfo, check_options
-from dsno_cluster.diffusion.teachers.unets import identity_of, load_unet_teacher, read_published, unet_info
+from dsno_cluster.diffusion.predictions import with_last_layer_of_x0
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.predictions import with_last_layer_of_x0
-from dsno_cluster.models.weights import CONFIG, LATEST, META, read_meta, read_model
+from dsno_cluster.model_folder import CONFIG, LATEST, META, read_meta, read_model
 from dsno_cluster.storage import open_storage, split_path
+from dsno_cluster.teachers.closed_forms import closed_form_teacher
+from dsno_cluster.teachers.factories import factory_identity, find_factory, teacher_from_factory
+from dsno_cluster.teachers.teacher import PRECISIONS, Teacher, TeacherInfo, check_options
+from dsno_cluster.teachers.unets import identity_of, load_unet_teacher, read_published, unet_info
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def load_teacher(
             else teacher_from_factory(path, options)
         )
     if kind == "diffusers":
-        from dsno_cluster.diffusion.teachers import diffusers_folder
+        from dsno_cluster.teachers import diffusers_folder
 
         return diffusers_folder.load(path, endpoint_url, precision, options)
     if kind == "published":
@@ -68,7 +68,7 @@ def teacher_info(path: str, endpoint_url: str | None = None, **options: Any) -> 
         _, source = find_factory(path)
         return TeacherInfo(factory_identity(path, source, options), None, None)
     if kind == "diffusers":
-        from dsno_cluster.diffusion.teachers import diffusers_folder
+        from dsno_cluster.teachers import diffusers_folder
 
         return diffusers_folder.info(path, endpoint_url, options)
     if kind == "published":
@@ -87,7 +87,7 @@ def warm_start_weights(path: str, endpoint_url: str | None = None, **options: An
     """
     kind = _kind(str(path), endpoint_url)
     if kind == "diffusers":
-        from dsno_cluster.diffusion.teachers import diffusers_folder
+        from dsno_cluster.teachers import diffusers_folder
 
         return diffusers_folder.warm_start_weights(path, endpoint_url, options)
     if kind == "ours":

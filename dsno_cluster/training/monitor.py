@@ -20,9 +20,9 @@ from dsno_cluster.diffusion.accuracy import relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.images import grid_png
-from dsno_cluster.models.dsno import DSNO
-from dsno_cluster.models.weights import step_name, student_prefix
+from dsno_cluster.model_folder import step_name
 from dsno_cluster.storage import FolderStorage
+from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.engine import Ranks
 from dsno_cluster.trajectories.generate import solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
@@ -34,7 +34,7 @@ SETTLED = 50  # steps that a time point was seen in, before its running mean tel
 
 
 def metrics_file(config: Config) -> Path:
-    return config.run_dir / student_prefix(config) / "metrics.jsonl"
+    return config.run_dir / config.student_prefix / "metrics.jsonl"
 
 
 def trim_metrics(config: Config, step: int) -> None:

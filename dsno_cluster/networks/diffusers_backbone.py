@@ -12,14 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsno_cluster.diffusion.teachers.diffusers_folder import noise_levels, timesteps_at, unet2d_model
+from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.temporal import FourierBasis, TemporalConv
+from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
 
 PAIRED = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
     *("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
 )
+
+
+def unet2d_model(config: dict[str, Any], where: str) -> Any:
+    """A diffusers UNet2DModel of that config, at initialisation. Raises UserError where diffusers is missing."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise UserError(f"{where}: reading it needs diffusers: pip install diffusers") from None
+    return UNet2DModel.from_config(config)
 
 
 class DiffusersBackbone(nn.Module):

@@ -1,17 +1,14 @@
-"""What a denoising U-Net predicts, how that gives clean images, and what `meta.json` says of it."""
+"""What a denoising U-Net predicts and how that gives clean images."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from dsno_cluster.config import Network
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 PREDICTIONS = ("x", "eps", "v", "both")
-KIND = "denoiser"  # in `meta.json`
 
 
 def out_channels(prediction: str, channels: int) -> int:
@@ -45,13 +42,3 @@ def with_last_layer_of_x0(
         return others
     sign = -1 if prediction == "v" else 1
     return others | {name: sign * tensor[:channels] for name, tensor in last.items()}
-
-
-def denoiser_meta(network: Network, prediction: str = "v") -> dict[str, Any]:
-    """What `meta.json` says under `model` of a U-Net teacher; `prediction` is x, eps, v or both."""
-    return {
-        "kind": KIND,
-        "network": network.model_dump(mode="json"),
-        "prediction": prediction,
-        "schedule": "cosine",
-    }

@@ -6,18 +6,20 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, validate
-from dsno_cluster.diffusion.teachers.teacher import (
+from dsno_cluster.diffusion.predictions import PREDICTIONS, clean_images, out_channels
+from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import CONFIG, META
+from dsno_cluster.storage import open_storage, read_file, split_path
+from dsno_cluster.students.published_format import recognise
+from dsno_cluster.teachers.flax_teachers import read_published_teacher
+from dsno_cluster.teachers.identity import KIND
+from dsno_cluster.teachers.teacher import (
     Teacher,
     TeacherInfo,
     check_options,
     check_schedule,
     is_distilled,
 )
-from dsno_cluster.errors import UserError
-from dsno_cluster.models.importers import read_object, read_published_teacher, recognise
-from dsno_cluster.models.predictions import KIND, PREDICTIONS, clean_images, out_channels
-from dsno_cluster.models.weights import CONFIG, META
-from dsno_cluster.storage import open_storage, split_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +76,7 @@ def read_published(
     if not is_file:
         config = config or f"{path.rstrip('/')}/{CONFIG}"
         path = f"{path.rstrip('/')}/{_only_checkpoint(path, endpoint_url)}"
-    data, text = read_object(path, endpoint_url), read_object(str(config), endpoint_url)
+    data, text = read_file(path, endpoint_url), read_file(str(config), endpoint_url)
     teacher = read_published_teacher(data, path, text, str(config))
     return {**teacher.model, "sha256": hashlib.sha256(data).hexdigest()}, teacher.weights
 
@@ -99,7 +101,7 @@ def load_unet_teacher(
     import torch
 
     from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-    from dsno_cluster.models.unet import UNet
+    from dsno_cluster.networks.unet import UNet
 
     info = unet_info(path, identity, schedule)
     network = validate(Network, identity["network"], f"{path}: its network")

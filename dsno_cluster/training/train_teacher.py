@@ -14,10 +14,10 @@ from dsno_cluster.config import Config, dump_config
 from dsno_cluster.data import Split, load_digits
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
-from dsno_cluster.models.predictions import denoiser_meta
-from dsno_cluster.models.unet import UNet
-from dsno_cluster.models.weights import write_model
+from dsno_cluster.model_folder import write_model
+from dsno_cluster.networks.unet import UNet
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
+from dsno_cluster.teachers.identity import denoiser_meta
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 
 

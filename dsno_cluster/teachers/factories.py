@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.teachers.teacher import Teacher, plain
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.teacher import Teacher, plain
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,1 +1,0 @@
-"""Networks: the U-Net, its temporal convolutions, and the student made of both."""
