@@ -72,7 +72,7 @@ def _what(arguments: Arguments, config: Config) -> str:
     """What is evaluated, in words. Raises UserError where it is not there."""
     options, settings = arguments.options, config.evaluation
     if options.watch:
-        from dsno_cluster.trajectories.plan import find_teacher
+        from dsno_cluster.teachers import find_teacher
 
         find_teacher(config)
         return f"each checkpoint of {config.name} with {settings.num_samples} samples"

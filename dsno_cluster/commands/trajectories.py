@@ -34,12 +34,13 @@ def gen_trajectories(arguments: Arguments) -> None:
     if arguments.options.dry_run:
         print(f"would make {describe_plan(config, plan, actors)}")
         return
-    generate(config, actors, arguments.options.ray_address)
+    generate(config, actors, arguments.options.ray_address, plan)
 
 
 def plan_trajectories(arguments: Arguments) -> None:
     from dsno_cluster import console
     from dsno_cluster.config import load_profile
+    from dsno_cluster.teachers import NoTeacher
     from dsno_cluster.trajectories import plan
 
     config, options = arguments.config(), arguments.options
@@ -54,7 +55,7 @@ def plan_trajectories(arguments: Arguments) -> None:
         from dsno_cluster.device import compute_device
 
         planned = plan.make_plan(config)
-        teacher = plan.open_teacher(config).to(compute_device())
+        teacher = planned.teacher.load().to(compute_device())
         profile = load_profile("gen-trajectories", {"nodes": options.nodes})
         a_node = {"CPU": profile.cpus_per_task, "GPU": profile.gpus_per_node}
         fit = actors_that_fit(a_node, config.trajectories.threads, min(1, profile.gpus_per_node))
@@ -63,19 +64,18 @@ def plan_trajectories(arguments: Arguments) -> None:
             console.say(
                 "jobs/gen-trajectories.yaml asks for GPUs and there is none here: the time is that of this CPU"
             )
+        error = None
         if options.tolerance:
-            config, error = plan.choose_solver(config, teacher, options.tolerance, probes)
-            planned = plan.make_plan(config)
-            found = plan.Found(plan.measure_cost(config, teacher, devices), error)
-        else:
-            cost, error = plan.measure_cost(config, teacher, devices), None
-            if plan.own_steps(config, teacher) is None:
-                error = plan.measure_errors(config, teacher, probes)
-            found = plan.Found(cost, error)
+            config, error = plan.choose_solver(config, planned, teacher, options.tolerance, probes)
+            planned = plan.make_plan(config, planned.teacher.solved_as(config))
+        cost = plan.measure_cost(planned, teacher, devices)
+        if error is None and planned.teacher.own_steps is None:
+            error = plan.measure_errors(planned, teacher, probes)
+        found = plan.Found(cost, error)
     else:
         try:
             planned = plan.make_plan(config)
-        except (plan.NoTeacher, WorkError) as reason:  # one that does not fit is refused
+        except (NoTeacher, WorkError) as reason:  # one that does not fit is refused
             found = plan.Found(problem=str(reason))
     show = plan.as_json if options.json else plan.report
     print(show(config, planned, found))
@@ -109,12 +109,12 @@ def inspect_trajectories(arguments: Arguments) -> None:
 
     found = inspect(address, options.shards, options.out, endpoint_url)
     if options.json:
-        print(json.dumps(found))
+        print(found.model_dump_json())
         return
     from dsno_cluster import console
 
     print(describe(found))
-    console.table(f"states of {found['samples_read']:,} trajectories", *rows(found))
+    console.table(f"states of {found.samples_read:,} trajectories", *rows(found))
     if options.out is not None:
         print(f"picture: {options.out}")
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+StrictNumber = int | float  # kept as it was written: 1 and 1.0 are different bytes of JSON
 
 
 def _sha256_start(digits: str) -> str:
@@ -28,3 +36,25 @@ class Strict(BaseModel):
     """Frozen; refuses unknown keys, values of another type and numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def later(default: Any, **field: Any) -> Any:
+    """A field that was added to a `Named` model after values of it were written: `Field` with a default."""
+    return Field(default, json_schema_extra={"later": True}, **field)
+
+
+class Named(Strict):
+    """A model whose canonical hash names what users made, such as a data set.
+
+    Its dump must not change with a new version. A field that is added later (`later`) is left out of it as long as it has
+    its default, which must mean what earlier versions did.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("later") and getattr(self, name) == field.default:
+                content.pop(name, None)
+        return content

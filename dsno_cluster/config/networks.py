@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, PositiveInt, Strict
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Strict
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
 
 
-class Network(Strict):
+class Network(Named):
     """The images, and our U-Net: the student's, and that of a teacher made here or imported."""
 
     image_size: PositiveInt = Field(description="height and width of the images, pixels")
@@ -101,7 +101,7 @@ def too_many_modes(operator: str, modes: int, points: int) -> str | None:
     return f"modes {modes} is above {most} = {formula} for M={points} time points" if modes > most else None
 
 
-class StudentConfig(Strict):
+class StudentConfig(Named):
     backbone: Literal["unet", "diffusers"] = Field(
         "unet", description="unet: ours, as `network` says; diffusers: the teacher's own UNet2DModel"
     )

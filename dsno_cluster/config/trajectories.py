@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import FolderPath, PositiveInt, Strict
+from dsno_cluster.diffusion.schedule import time_points
+from dsno_cluster.diffusion.solvers import Method, grid_points
 
 
 class TimeGrid(Strict):
@@ -47,10 +49,13 @@ class Trajectories(Strict):
     def time_points(self) -> tuple[float, ...]:
         """The times of the stored states, descending, (M,)."""
         if isinstance(self.times, TimeGrid):
-            from dsno_cluster.diffusion.schedule import time_points
-
             return time_points(self.times.spacing, self.times.points)
         return self.times
+
+    @property
+    def method(self) -> Method:
+        """How the ODE is solved; its grid may be `auto`, which the teacher decides."""
+        return Method(self.solver, self.steps, self.grid, self.guidance_scale, self.clip_denoised)
 
     @property
     def num_points(self) -> int:
@@ -66,9 +71,7 @@ class Trajectories(Strict):
             t = self.times
             if not t or t[-1] != 0.0 or t[0] >= 1.0 or any(a <= b for a, b in itertools.pairwise(t)):
                 raise ValueError("times must descend strictly from below 1 to exactly 0")
-        from dsno_cluster.diffusion.solvers import grid_points
-
-        grid_points(self.time_points, self.solver, self.steps, self.grid)  # says where steps are too few
+        grid_points(self.time_points, self.solver, self.steps, self.grid)  # says if steps are too few
         return self
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dsno_cluster.diffusion.solvers import TeacherLike, count_evaluations, solve
+from dsno_cluster.diffusion.solvers import Method, TeacherLike, solve_with
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,25 +19,15 @@ STEPS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 52, 56, 60, 64, 72, 80, 96, 112, 128
 
 @dataclass(frozen=True)
 class Choice:
-    """A solver, its grid and steps, and its relative error at each time point."""
+    """A method and its relative error at each time point."""
 
-    solver: str
-    grid: str
-    steps: int
+    method: Method
     errors: tuple[float, ...]
 
 
-def reference_states(
-    teacher: TeacherLike,
-    noise: Tensor,
-    times: Sequence[float],
-    labels: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    clip_denoised: bool = False,
-) -> Tensor:
-    """States at `times` solved so finely that what is left is far below any error measured against them."""
-    steps = max(REFERENCE_STEPS, len(times))
-    return solve(teacher, noise, times, "abm3", steps, labels, guidance_scale, clip_denoised, "uniform")
+def reference_method(method: Method, times: Sequence[float]) -> Method:
+    """`method` made so fine that what is left is far below any error measured against its states."""
+    return replace(method, solver="abm3", steps=max(REFERENCE_STEPS, len(times)), grid="uniform")
 
 
 def relative_errors(states_NMCHW: Tensor, reference_NMCHW: Tensor) -> tuple[float, ...]:
@@ -47,30 +37,31 @@ def relative_errors(states_NMCHW: Tensor, reference_NMCHW: Tensor) -> tuple[floa
 
 
 def cheapest(
+    method: Method,
     teacher: TeacherLike,
     noise: Tensor,
     times: Sequence[float],
     tolerance: float,
     labels: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    clip_denoised: bool = False,
     tried: Callable[[Choice], None] = lambda choice: None,
 ) -> Choice:
     """The choice of fewest evaluations whose error on these samples is within `tolerance` at every time point.
 
-    Errors do not fall steadily with the steps (see `schedule.fine_end`), so each number of steps is tried, from
-    the cheapest on. Raises UserError where none is good enough.
+    Guidance and clipping are those of `method`; solver, steps and grid are chosen. Errors do not fall steadily with the
+    steps (see `schedule.fine_end`), so each number of steps is tried, from the cheapest on. Raises UserError if none is
+    good enough.
     """
-    reference = reference_states(teacher, noise, times, labels, guidance_scale, clip_denoised)
+    reference = solve_with(reference_method(method, times), teacher, noise, times, labels)
     best: Choice | None = None
     for steps in STEPS:
         for solver, grid in CANDIDATES:
+            candidate = replace(method, solver=solver, steps=steps, grid=grid)
             try:
-                count_evaluations(solver, steps, times=times, grid=grid)
+                candidate.evaluations(times)
             except ValueError:  # fewer steps than time points
                 continue
-            states = solve(teacher, noise, times, solver, steps, labels, guidance_scale, clip_denoised, grid)
-            choice = Choice(solver, grid, steps, relative_errors(states, reference))
+            states = solve_with(candidate, teacher, noise, times, labels)
+            choice = Choice(candidate, relative_errors(states, reference))
             tried(choice)
             if max(choice.errors) <= tolerance:
                 return choice
@@ -78,6 +69,6 @@ def cheapest(
                 best = choice
     assert best is not None
     raise UserError(
-        f"--tolerance {tolerance:g}: not reached within {STEPS[-1]} evaluations; the best was {best.solver} "
-        f"with {best.steps}, off by {max(best.errors):.2g}"
+        f"--tolerance {tolerance:g}: not reached within {STEPS[-1]} evaluations; the best was {best.method.solver} "
+        f"with {best.method.steps}, off by {max(best.errors):.2g}"
     )

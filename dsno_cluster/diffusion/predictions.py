@@ -30,15 +30,3 @@ def clean_images(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigm
         return (x - sigma * output) / alpha
     direct, eps = output.chunk(2, dim=1)
     return sigma**2 * direct + alpha * (x - sigma * eps)
-
-
-def with_last_layer_of_x0(
-    weights: dict[str, Tensor], last_layer: str, prediction: str, channels: int
-) -> dict[str, Tensor]:
-    """The weights with the last layer, named `last_layer`, turned to give x0 at t=1; without it for eps."""
-    last = {name: tensor for name, tensor in weights.items() if name.startswith(last_layer)}
-    others = {name: tensor for name, tensor in weights.items() if name not in last}
-    if prediction == "eps":
-        return others
-    sign = -1 if prediction == "v" else 1
-    return others | {name: sign * tensor[:channels] for name, tensor in last.items()}

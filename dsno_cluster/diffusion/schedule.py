@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOGSNR_MAX = 20.0
 LOGSNR_MIN = -20.0
+TIME_TOLERANCE = 1e-7
 
 # logsnr -> time goes through an angle theta(t) = _SLOPE t + _OFFSET with alpha = cos theta, sigma = sin theta.
 _OFFSET = math.atan(math.exp(-LOGSNR_MAX / 2))
@@ -136,6 +137,16 @@ def check_times(times: Sequence[float]) -> None:
     ok = len(times) > 0 and times[-1] >= 0.0 and times[0] < 1.0
     if not ok or any(a <= b for a, b in itertools.pairwise(times)):
         raise ValueError(f"times {list(times)} must descend strictly, from below 1 to 0 or more")
+
+
+def same_time(a: float, b: float) -> bool:
+    """Whether two times are one except for rounding: formulas of one grid differ in the last bit, float32 in the eighth digit."""
+    return abs(a - b) <= TIME_TOLERANCE
+
+
+def same_times(a: Sequence[float], b: Sequence[float]) -> bool:
+    """`same_time` for each pair."""
+    return len(a) == len(b) and all(map(same_time, a, b))
 
 
 def loss_weights(name: str, times: Sequence[float]) -> Tensor:

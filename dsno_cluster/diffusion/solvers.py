@@ -10,19 +10,50 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dsno_cluster.diffusion.schedule import alpha_sigma, angle, check_times, make_grid
+from dsno_cluster.diffusion.schedule import alpha_sigma, angle, check_times, make_grid, same_time
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Denoiser = Callable[[Tensor, float], Tensor]  # (x_NCHW, t) -> predicted clean x0, the shape of x
-    States = Iterator[tuple[float, Tensor]]  # (t, state) at every point of a grid but its first
+    States = Iterator[tuple[float, Tensor]]  # (t, state) at every point of a grid except its first
 
 
 class TeacherLike(Protocol):
     def __call__(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the sampling ODE is solved.
+
+    `steps` is the number of intervals from t=1 to t=0. `grid` is `uniform`, `fine-end`, `auto` (the teacher's own steps if
+    it has any, else what suits the solver) or the times themselves, descending. `guidance_scale` other than 1 is
+    classifier-free guidance. `clip_denoised` clamps every prediction of x0 to [-1, 1]. With `clean_end` the state at t=0 is
+    the last prediction of x0 itself, as samplers of published teachers and of diffusers end: they take sigma(0) as 0.
+    """
+
+    solver: str = "ddim"
+    steps: int = 512
+    grid: str | tuple[float, ...] = "auto"
+    guidance_scale: float = 1.0
+    clip_denoised: bool = False
+    clean_end: bool = False
+
+    def on(self, own_steps: tuple[float, ...] | None) -> Method:
+        """This method with its grid decided: `own_steps` of the teacher, if `auto` and it has some."""
+        if self.grid != "auto":
+            return self
+        if own_steps is None:
+            return replace(self, grid=usual_grid(self.solver))
+        return replace(self, grid=own_steps, clean_end=True)
+
+    def evaluations(self, times: Sequence[float] = (0.0,)) -> int:
+        """Network evaluations (NFE) of one sample solved to the last of `times`; see `count_evaluations`."""
+        return count_evaluations(self.solver, self.steps, self.guidance_scale, times, self.grid)
 
 
 def solve(
@@ -43,7 +74,7 @@ def solve(
     same arguments. `clip_denoised` clamps every prediction of x0 to [-1, 1].
 
     `grid` names how the intervals lie; all grids pass exactly through every time point, nothing is
-    interpolated. auto: the teacher's own steps where it has some (then `steps` follows from them, the noise is
+    interpolated. auto: the teacher's own steps if it has some (then `steps` follows from them, the noise is
     the state at the first of them, and the state at t=0 is the last prediction of x0), else `fine-end` for
     abm3 and `uniform` for the other solvers. A sequence of descending times is taken as it is.
 
@@ -51,30 +82,43 @@ def solve(
     few steps or more than the teacher has of its own, a solver other than ddim on the own steps of a distilled
     teacher, or guidance of a teacher that has no null class.
     """
+    named = grid if isinstance(grid, str) else tuple(float(t) for t in grid)
+    return solve_with(
+        Method(solver, steps, named, guidance_scale, clip_denoised), teacher, noise, times, labels
+    )
+
+
+def solve_with(
+    method: Method, teacher: TeacherLike, noise: Tensor, times: Sequence[float], labels: Tensor | None = None
+) -> Tensor:
+    """`solve` by a `Method`: the states at `times`, (N, M, C, H, W)."""
     import torch
 
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is not one of: {', '.join(SOLVERS)}")
-    native = native_grid(teacher, steps) if grid == "auto" else None
-    if native is not None and solver != "ddim" and getattr(teacher, "distilled", False):
-        raise ValueError(f"solver {solver!r}: each own step of a distilled teacher is one step of 'ddim'")
-    points = grid_points(times, solver, steps, native or grid)
-    denoise = guided(teacher, labels, guidance_scale)
-    if clip_denoised:
+    if method.solver not in SOLVERS:
+        raise ValueError(f"solver {method.solver!r} is not one of: {', '.join(SOLVERS)}")
+    own_steps = native_grid(teacher, method.steps) if method.grid == "auto" else None
+    if own_steps is not None and method.solver != "ddim" and getattr(teacher, "distilled", False):
+        raise ValueError(
+            f"solver {method.solver!r}: each own step of a distilled teacher is one step of 'ddim'"
+        )
+    method = method.on(own_steps)
+    points = grid_points(times, method.solver, method.steps, method.grid)
+    denoise = guided(teacher, labels, method.guidance_scale)
+    if method.clip_denoised:
         unclipped = denoise
         denoise = lambda x, t: unclipped(x, t).clamp(-1.0, 1.0)  # noqa: E731
-    wanted, states = {float(t) for t in times}, []
+    states: list[Tensor] = []
     with torch.no_grad():
-        for t, state in SOLVERS[solver](denoise, noise, points, native is not None):
-            if t in wanted:
+        for t, state in SOLVERS[method.solver](denoise, noise, points, method.clean_end):
+            if same_time(t, times[len(states)]):
                 states.append(state)
-            if t <= times[-1]:
+            if len(states) == len(times):
                 break
     return torch.stack(states, dim=1)
 
 
 def native_grid(teacher: Any, steps: int) -> tuple[float, ...] | None:
-    """The teacher's own steps, where it has some: see `Teacher.native_grid`."""
+    """The teacher's own steps, if it has some: see `Teacher.native_grid`."""
     own = getattr(teacher, "native_grid", None)
     return None if own is None else own(steps)
 
@@ -82,7 +126,7 @@ def native_grid(teacher: Any, steps: int) -> tuple[float, ...] | None:
 def grid_points(
     times: Sequence[float], solver: str, steps: int, grid: str | Sequence[float] = "auto"
 ) -> list[float]:
-    """The points that `solve` goes through, from the first, descending. `grid` as there, but for native steps,
+    """The points that `solve` goes through, from the first, descending. `grid` as there, except for native steps,
     which are given as a sequence. Raises ValueError as `solve`.
     """
     if grid == "auto":
@@ -96,8 +140,8 @@ def grid_points(
     if any(a <= b for a, b in itertools.pairwise(points)):
         raise ValueError("a grid must descend strictly")
     for t in times:
-        if float(t) not in points[1:]:
-            near = min(points[1:], key=lambda p: abs(p - t))
+        near = min(points[1:], key=lambda p: abs(p - t))
+        if not same_time(near, t):
             raise ValueError(
                 f"time {t} is not on the grid of {len(points) - 1} steps; the nearest there is {near}"
             )
@@ -118,11 +162,11 @@ def count_evaluations(
 ) -> int:
     """Network evaluations (NFE) that `solve` uses for one sample; guidance needs two at a time.
 
-    `times` matter where they end before 0, since the intervals after the last one are not solved. For a
+    `times` matter if they end before 0, since the intervals after the last one are not solved. For a
     teacher with steps of its own pass those as `grid`.
     """
     points = grid_points(times, solver, steps, grid)
-    intervals = points.index(float(times[-1]))
+    intervals = next(i for i, point in enumerate(points) if same_time(point, float(times[-1])))
     to_the_end = intervals == len(points) - 1
     if solver == "heun":
         per_solve = 2 * intervals - to_the_end
@@ -150,8 +194,7 @@ def guided(teacher: TeacherLike, labels: Tensor | None, scale: float) -> Denoise
     return denoise
 
 
-# A solver yields (t, state) at every point of the grid but its first. `clean_end`: the state at t=0 is the last
-# prediction of x0 itself, as samplers of published teachers and of diffusers end, where sigma(0) is taken as 0.
+# A solver yields (t, state) at every point of the grid except its first. `clean_end` is that of `Method`.
 
 
 def ddim(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:

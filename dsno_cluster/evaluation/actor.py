@@ -15,7 +15,7 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.diffusion.solvers import solve
+from dsno_cluster.diffusion.solvers import Method, solve_with
 from dsno_cluster.evaluation.features import Extractor, Reading, WeightsFile, load_extractor
 from dsno_cluster.evaluation.image_sets import ImageSet, open_images
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
@@ -25,9 +25,9 @@ from dsno_cluster.images import to_uint8
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
-from dsno_cluster.trajectories.generate import solve_batch
-from dsno_cluster.trajectories.plan import open_teacher
+from dsno_cluster.teachers import find_teacher
 from dsno_cluster.trajectories.shards import Shard, write_shard
+from dsno_cluster.trajectories.spec import solve_samples, spec_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class EvaluationActor:
                 compile=settings.compile,
             )
             self.student = loaded.to(self.device)
-            self.teacher = open_teacher(config).to(self.device)
+            found = find_teacher(config)
+            self.teacher, self.spec = found.load().to(self.device), spec_of(config, found)
         layers: dict[str, list[str]] = {}
         for reading in (reading for of_source in read.values() for reading in of_source.values()):
             layers.setdefault(reading.extractor, []).append(reading.layer)
@@ -123,9 +124,10 @@ class EvaluationActor:
             states = self.student.sample(noise, labels)
         else:
             settings = self.config.trajectories
-            args = (noise, block.source.times, block.source.solver, block.source.steps, labels)
-            rest = (settings.guidance_scale, settings.clip_denoised, block.source.grid)
-            states = solve(self.teacher, *args, *rest)[:, -1]
+            source = block.source
+            guidance, clip = settings.guidance_scale, settings.clip_denoised
+            method = Method(source.solver, source.steps, source.grid, guidance, clip)
+            states = solve_with(method, self.teacher, noise, source.times, labels)[:, -1]
         return to_uint8(states).cpu(), None if labels is None else labels.cpu()
 
     def _measure(
@@ -160,7 +162,7 @@ class EvaluationActor:
     def _trajectory_error(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Sums over held-out samples of squared differences and squares, each (M,) float64."""
         indices = range(block.start, block.stop)
-        target, _ = solve_batch(self.config, self.teacher, self.config.evaluation.seed, indices)
+        target, _ = solve_samples(self.spec, self.teacher, self.config.evaluation.seed, indices)
         noise, labels = self._inputs(indices)
         difference = self.student.trajectory(noise, labels, self.config.trajectories.time_points) - target
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
@@ -174,7 +176,7 @@ class EvaluationActor:
         return self.extracting.submit(lambda: self.drawing.submit(self._pictured).result()).result()
 
     def _pictured(self) -> Pictured:
-        return solve_pictured(self.config, self.student, self.teacher)
+        return solve_pictured(self.config, self.spec, self.student, self.teacher)
 
     def measure_cost(self, pairs: int = 5) -> dict[str, float]:
         """What one student sample costs in teacher evaluations: the median ratio of `pairs` run in turn.

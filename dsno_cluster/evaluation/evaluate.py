@@ -14,6 +14,7 @@ from typing import Any
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count
 from dsno_cluster.config import Config
+from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.actor import STUDENT, Source
@@ -27,6 +28,7 @@ from dsno_cluster.evaluation.reference import (
     find_real_data,
     warnings_of,
 )
+from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.teacher_rows import (
     as_trajectories,
     comparison_spec,
@@ -38,10 +40,11 @@ from dsno_cluster.evaluation.teacher_rows import (
 )
 from dsno_cluster.model_folder import model_address, read_meta
 from dsno_cluster.provenance import code_version, software_versions
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.students.dsno import KIND as STUDENT_KIND
-from dsno_cluster.trajectories.plan import find_teacher
-from dsno_cluster.trajectories.shards import Manifest, canonical_hash, commit_manifest, read_manifest
+from dsno_cluster.teachers import find_teacher
+from dsno_cluster.trajectories.shards import commit_manifest, make_manifest, read_manifest
 
 HELD_OUT = Source("images", address="held-out")
 
@@ -69,7 +72,7 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
         raise UserError(
             f"network: not that of the student at {path}; pass the config that it was trained with"
         )
-    if meta["model"]["times"] != list(config.trajectories.time_points):
+    if not same_times(meta["model"]["times"], config.trajectories.time_points):
         raise UserError(
             f"trajectories.times: the student at {path} answers {meta['model']['times']}, "
             f"the config asks for {list(config.trajectories.time_points)}"
@@ -186,7 +189,7 @@ def evaluate(
         student["trajectory_error"] = dict(zip(times, measured.trajectory_error, strict=True))
     assert measured.environment is not None and measured.pictured is not None  # there is a student
     if keep is not None:
-        manifest = Manifest(samples_spec, tuple(measured.shards), measured.environment)
+        manifest = make_manifest(samples_spec, measured.shards, measured.environment)
         commit_manifest(storage, keep, manifest)
     made_by = as_trajectories(config)  # asks for the teacher, perhaps of S3: once
     metrics = {
@@ -204,7 +207,7 @@ def evaluate(
             "ema_decay": student_meta.get("ema_decay"),
             "sha256": student_meta["sha256"],
         },
-        "teacher": find_teacher(config).identity,
+        "teacher": find_teacher(config).info.identity.model_dump(mode="json"),
         "precision": settings.precision,
         "real_held_out": held_out,
         "teacher_rows": [
@@ -326,22 +329,22 @@ def _title(student_meta: dict[str, Any]) -> str:
     return f"evaluating step {student_meta.get('step')}" + (f", average {decay:g}" if decay else "")
 
 
-def _samples_spec(config: Config, student_meta: dict[str, Any]) -> dict[str, Any]:
+def _samples_spec(config: Config, student_meta: dict[str, Any]) -> SampleSpec:
     settings = config.evaluation
-    return {
-        "student": student_meta["sha256"],
-        "seed": settings.seed,
-        "samples_per_shard": settings.batch_size,
-        "threads": settings.threads,
-        "precision": settings.precision,
-        "compile": settings.compile,
-    }
+    return SampleSpec(
+        student=student_meta["sha256"],
+        seed=settings.seed,
+        samples_per_shard=settings.batch_size,
+        threads=settings.threads,
+        precision=settings.precision,
+        compile=settings.compile,
+    )
 
 
-def _check_kept(storage: Storage, folder: str, spec: dict[str, Any]) -> None:
+def _check_kept(storage: Storage, folder: str, spec: SampleSpec) -> None:
     """UserError where samples are kept already that were made another way."""
     kept = read_manifest(storage, folder)
-    if kept is not None and kept[0].spec != spec:
+    if kept is not None and sample_spec(kept[0]) != spec:
         raise UserError(
             f"{storage.url}/{folder}: holds samples of another evaluation.batch_size, threads, precision or compile; "
             "go back to those, or delete that folder"

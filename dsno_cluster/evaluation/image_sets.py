@@ -26,8 +26,9 @@ from torch import Tensor
 
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import file_sha256
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import absolute_address, open_storage
-from dsno_cluster.trajectories.shards import Manifest, canonical_hash, read_manifest, read_shard
+from dsno_cluster.trajectories.shards import Manifest, read_manifest, read_shard
 
 NAMED = ("data", "held-out")
 ARRAYS = ("images", "arr_0")  # of an .npz: ours, and ADM's

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
-from dsno_cluster.diffusion.solvers import count_evaluations, solve
+from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import Teacher
-from dsno_cluster.trajectories.plan import grid_name, own_steps
+from dsno_cluster.trajectories.spec import TrajectorySpec
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)
 _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
@@ -59,7 +59,7 @@ class Pictured:
     teacher_evaluations: int  # that an image of theirs cost
 
 
-def solve_pictured(config: Config, student: DSNO, teacher: Teacher) -> Pictured:
+def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher: Teacher) -> Pictured:
     """Teacher's and student's states of the noises that are pictured, computed where the two are."""
     plain, device = layout(config), next(student.parameters()).device
     classes, columns = plain["rows"], plain["columns"]
@@ -67,14 +67,9 @@ def solve_pictured(config: Config, student: DSNO, teacher: Teacher) -> Pictured:
     labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
     if labels is not None:
         labels = labels.to(device)
-    settings = config.trajectories
-    times, guidance = settings.time_points, settings.guidance_scale
-    args = (times, settings.solver, settings.steps, labels, guidance, settings.clip_denoised, settings.grid)
-    theirs = solve(teacher, noise, *args)
-    ours = student.trajectory(noise, labels, times)
-    grid = own_steps(config, teacher) or grid_name(config)
-    evaluations = count_evaluations(settings.solver, settings.steps, guidance, times, grid)
-    return Pictured(noise.cpu(), theirs.cpu(), ours.cpu(), evaluations)
+    theirs = solve_with(spec.method, teacher, noise, spec.times, labels)
+    ours = student.trajectory(noise, labels, spec.times)
+    return Pictured(noise.cpu(), theirs.cpu(), ours.cpu(), spec.method.evaluations(spec.times))
 
 
 def pictures(config: Config, pictured: Pictured, metrics: dict[str, Any]) -> dict[str, bytes]:

@@ -30,8 +30,8 @@ from dsno_cluster.evaluation.metrics import (
     check_width,
 )
 from dsno_cluster.evaluation.table import INCEPTION
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
-from dsno_cluster.trajectories.shards import canonical_hash
 
 ENOUGH = 10_000  # images; a FID of fewer is far above that of 50 000 and is not published
 

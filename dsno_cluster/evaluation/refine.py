@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsno_cluster.diffusion.solvers import solve
+from dsno_cluster.diffusion.solvers import Method, solve_with
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import Teacher
 
@@ -30,5 +30,6 @@ def refine(
     time that the student cannot answer.
     """
     state = student.trajectory(noise, labels, [time])[:, 0]
-    grid = refinement_grid(time, steps)
-    return solve(teacher, state, [0.0], "ddim", steps, labels, guidance_scale, clip_denoised, grid)[:, 0]
+    grid = tuple(refinement_grid(time, steps))
+    method = Method("ddim", steps, grid, guidance_scale, clip_denoised)
+    return solve_with(method, teacher, state, [0.0], labels)[:, 0]

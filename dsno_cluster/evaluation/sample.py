@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Drawing:
     checkpoint: str
     endpoint_url: str | None = None
     sha256: str | None = None
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     refinement: Refinement | None = None
     label: int | None = None
@@ -142,8 +142,8 @@ def _refined(
     if path is None:
         raise UserError(f"--refine: {checkpoint} names no teacher; name one with --teacher PATH")
     options = {} if refinement.teacher else teacher_config.get("options") or {}
-    teacher = load_teacher(path, endpoint_url, **options).to(device)
-    check_fits(student.network, teacher, path)
+    teacher = load_teacher(path, endpoint_url, options=options).to(device)
+    check_fits(student.network, teacher.info, path)
     start = refinement.time
     if start is None:
         between = [t for t in student.times if t > 0.0]

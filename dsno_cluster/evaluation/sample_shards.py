@@ -6,16 +6,20 @@ A shard is a function of checkpoint, seed and number, so an interrupted run goes
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.config.base import Named, PositiveInt, Seed, later
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.sample import Drawing, draw_images, open_drawing
+from dsno_cluster.evaluation.sample import Drawing, Refinement, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import model_address, read_meta
 from dsno_cluster.provenance import environment
@@ -26,20 +30,51 @@ from dsno_cluster.trajectories.generate import (
     collect_shards,
 )
 from dsno_cluster.trajectories.shards import (
+    MADE_SHARDS,
     MANIFEST,
-    PROGRESS,
+    MadeShards,
     Manifest,
-    Progress,
     Shard,
     commit_manifest,
+    make_manifest,
     put_shard,
+    read_made_shards,
     read_manifest,
-    read_progress,
     shard_key,
-    write_progress,
+    write_made_shards,
 )
 
 THREADS = 1  # of an actor
+
+
+class SampleSpec(Named):
+    """Everything that can change a byte of a set of samples; `student` is the sha256 of its weights."""
+
+    student: str
+    seed: Seed
+    samples_per_shard: PositiveInt
+    threads: PositiveInt
+    precision: Literal["float32", "bfloat16"]
+    compile: bool
+    refinement: Refinement | None = later(None)
+    label: int | None = later(None)
+
+
+def sample_spec(manifest: Manifest) -> SampleSpec | None:
+    """The spec of a data set of samples; None if it holds something else."""
+    return _read_spec(manifest.spec)
+
+
+def noted_spec(made: MadeShards) -> SampleSpec | None:
+    """The spec of an unfinished set of samples; None if it holds something else."""
+    return _read_spec((made.environment or {}).get("spec"))
+
+
+def _read_spec(content: object) -> SampleSpec | None:
+    try:
+        return SampleSpec.model_validate_json(json.dumps(content))
+    except ValidationError:
+        return None
 
 
 def sample_to_shards(
@@ -71,16 +106,16 @@ def sample_to_shards(
             f"--seed {seed}: the student at {address} was trained on the noise of that seed, so figures of these images would "
             "not be those of a sampler; take another"
         )
-    spec = {
-        "student": meta["sha256"],
-        "seed": seed,
-        "samples_per_shard": batch_size,
-        "threads": THREADS,
-        "precision": drawing.precision,
-        "compile": drawing.compile,
-        "refinement": None if drawing.refinement is None else asdict(drawing.refinement),
-        "label": drawing.label,
-    }
+    spec = SampleSpec(
+        student=meta["sha256"],
+        seed=seed,
+        samples_per_shard=batch_size,
+        threads=THREADS,
+        precision=drawing.precision,
+        compile=drawing.compile,
+        refinement=drawing.refinement,
+        label=drawing.label,
+    )
     lines, made_by = _there_already(storage, spec)
     shards = num // batch_size
     todo = [index for index in range(shards) if shard_key(index) not in lines]
@@ -92,8 +127,8 @@ def sample_to_shards(
     if todo:
         made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, actors, ray_address)
     made = tuple(lines[shard_key(index)][0] for index in range(shards))
-    commit_manifest(storage, "", Manifest(spec, made, made_by or environment()))
-    storage.delete(PROGRESS)
+    commit_manifest(storage, "", make_manifest(spec, made, made_by or environment()))
+    storage.delete(MADE_SHARDS)
     console.say(
         f"{num} images in {time.monotonic() - began:.1f} s: {url}; `dsno-cluster eval CONFIG --samples {url}` measures them"
     )
@@ -103,7 +138,7 @@ def _draw(
     storage: Storage,
     drawing: Drawing,
     url: str,
-    spec: dict[str, Any],
+    spec: SampleSpec,
     todo: list[int],
     lines: dict[str, tuple[Shard, str]],
     made_by: dict[str, Any] | None,
@@ -125,14 +160,15 @@ def _draw(
 
     def note() -> None:
         if present:
-            write_progress(storage, "", Progress(lines, {"spec": spec} | present[0]))
+            by_whom = {"spec": spec.model_dump(mode="json")} | present[0]
+            write_made_shards(storage, "", MadeShards(environment=by_whom, shards=tuple(lines.values())))
 
-    size, here = spec["samples_per_shard"], os.getcwd()
+    size, here = spec.samples_per_shard, os.getcwd()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
             pool = run_pool(
-                lambda: remote.remote(drawing, url, spec["seed"], size, here),
+                lambda: remote.remote(drawing, url, spec.seed, size, here),
                 lambda actor, index: actor.make_shard.remote(index),
                 todo,
                 cluster.capacity,
@@ -145,18 +181,18 @@ def _draw(
 
 
 def _there_already(
-    storage: Storage, spec: dict[str, Any]
+    storage: Storage, spec: SampleSpec
 ) -> tuple[dict[str, tuple[Shard, str]], dict[str, Any] | None]:
     """The shards of this spec that are there, and what made them, if any are. Raises UserError where those of another are."""
-    manifest, progress = read_manifest(storage, ""), read_progress(storage, "")
+    manifest, progress = read_manifest(storage, ""), read_made_shards(storage, "")
     found = {stat.key: stat for stat in storage.list("shard-")}
-    theirs = manifest[0].spec if manifest else (progress.environment or {}).get("spec")
+    theirs = sample_spec(manifest[0]) if manifest else noted_spec(progress)
     if theirs != spec and (found or manifest):
         raise UserError(
             f"{storage.url}: holds other samples ({MANIFEST if manifest else 'shards'} of another student, --seed, --label or "
             "--batch-size); name an empty folder"
         )
-    noted = dict(progress.shards) if theirs == spec else {}
+    noted = progress.by_key if theirs == spec else {}
     if manifest:
         noted |= {s.key: (s, found[s.key].etag) for s in manifest[0].shards if s.key in found}
     kept = {

@@ -14,9 +14,9 @@ from dsno_cluster.evaluation.features import Reading, WeightsFile
 from dsno_cluster.evaluation.reference import RealData
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
-from dsno_cluster.trajectories.plan import find_teacher, grid_name, own_steps, teacher_path
-from dsno_cluster.trajectories.shards import canonical_hash
+from dsno_cluster.teachers import find_teacher
 
 SHIPPED_ROWS = "evaluation.json"
 
@@ -26,7 +26,7 @@ def teacher_sources(config: Config) -> list[Source]:
 
     A distilled teacher knows the levels of its own steps alone, so of it only those costs that leave some of them out.
     """
-    teacher, made_by = find_teacher(config), as_trajectories(config)
+    teacher, made_by = find_teacher(config).info, as_trajectories(config)
     costs = config.evaluation.teacher_steps
     if teacher.distilled and teacher.num_steps is not None:
         costs = tuple(steps for steps in costs if teacher.num_steps % steps == 0)
@@ -38,14 +38,15 @@ def teacher_sources(config: Config) -> list[Source]:
 def as_trajectories(config: Config) -> Source:
     """The row of the solver that made the trajectories."""
     settings = config.trajectories
-    grid = grid_name(config) if own_steps(config, find_teacher(config)) is None else "auto"
+    grid = find_teacher(config).method.grid
+    grid = grid if isinstance(grid, str) else "auto"
     return Source("teacher", settings.solver, settings.steps, settings.time_points, grid)
 
 
 def evaluations_of(source: Source, config: Config) -> int:
     """Network evaluations of a teacher's row for one image."""
     guidance = config.trajectories.guidance_scale
-    native = own_steps(config, find_teacher(config)) if source.grid == "auto" else None
+    native = find_teacher(config).own_steps if source.grid == "auto" else None
     return count_evaluations(source.solver, source.steps, guidance, source.times, native or source.grid)
 
 
@@ -74,7 +75,7 @@ def comparison_spec(
         "images": real.images.identity if real.images else None,
     }
     return {
-        "teacher": find_teacher(config).identity,
+        "teacher": find_teacher(config).info.identity.model_dump(mode="json"),
         **({} if precision == "float32" else {"precision": precision}),
         **chosen,
         **({"other_extractors": others} if others else {}),
@@ -94,7 +95,7 @@ def comparison_spec(
 def stored_teacher_rows(config: Config, storage: Storage, spec: dict[str, Any]) -> dict[str, Any]:
     """Rows measured before with an equal spec: in storage, or shipped with the teacher."""
     found: dict[str, Any] = {}
-    shipped = Path(package_path(teacher_path(config))) / SHIPPED_ROWS
+    shipped = Path(package_path(str(config.teacher.path))) / SHIPPED_ROWS
     if shipped.is_file():
         content = json.loads(shipped.read_text())
         if content["spec"] == spec:

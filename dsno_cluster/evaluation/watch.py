@@ -16,8 +16,8 @@ from dsno_cluster.config import Config
 from dsno_cluster.evaluation.evaluate import evaluate
 from dsno_cluster.evaluation.history import best_of, history_key, read_history
 from dsno_cluster.model_folder import META, read_meta, step_name
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.trajectories.shards import canonical_hash
 
 POLL_SECONDS = 20.0
 SAY_SECONDS = 600.0

@@ -16,7 +16,7 @@ from dsno_cluster.evaluation.history import history_key
 from dsno_cluster.model_folder import read_config_of, read_meta
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
-from dsno_cluster.trajectories.shards import Manifest, read_manifest
+from dsno_cluster.trajectories.shards import Manifest, read_manifest, trajectory_spec
 
 METRICS_KEYS = ("student", "teacher_rows", "feature_extractor")
 PICTURES = ("teacher.png", "student.png", "strips.png")
@@ -76,7 +76,6 @@ def read_run_files(config: Config) -> RunFiles:
     student = _unless_missing(lambda: read_meta(address, config.storage.endpoint_url))
     trained_with = _unless_missing(lambda: read_config_of(address, config.storage.endpoint_url))
     manifest = _find_manifest(config, storage, student)
-    grid = manifest.spec.get("grid") if manifest else None
     return RunFiles(
         config=config,
         metrics=metrics,
@@ -85,7 +84,7 @@ def read_run_files(config: Config) -> RunFiles:
         student=student,
         trained_with=trained_with or {},
         manifest=manifest,
-        size=size_of(config, tuple(grid) if isinstance(grid, list) else None),
+        size=size_of(config, trajectory_spec(manifest, places["metrics"]).method if manifest else None),
         pictures={name: uri for name in PICTURES if (uri := _picture(storage, folder + name))},
         runs=_runs_of(config),
         places=places,

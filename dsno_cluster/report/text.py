@@ -12,7 +12,6 @@ from dsno_cluster import __version__, console
 from dsno_cluster.errors import without_passwords
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
-from dsno_cluster.trajectories.shards import canonical_hash
 
 # what a student's own config must agree in with the config that is reported
 TRAINED = ("seed", "data", "network", "teacher", "trajectories", "student", "training")
@@ -174,7 +173,7 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
         spec = files.manifest.spec
         groups.append(
             (
-                f"Spec of the trajectories, {canonical_hash(spec)}",
+                f"Spec of the trajectories, {files.manifest.spec_hash}",
                 [(key, without_passwords(_plain(value))) for key, value in spec.items()],
             )
         )

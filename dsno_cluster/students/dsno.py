@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_cluster.config import Network, too_many_modes, validate
-from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, time_points
+from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, same_time, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import read_model
 from dsno_cluster.networks.recompute import recompute_in_backward
@@ -264,7 +264,7 @@ class DSNO(nn.Module):
 
 def _nearest(time: float, times: Sequence[float]) -> float:
     """The one of `times` that `time` is but for rounding, else `time` itself."""
-    return next((t for t in times if abs(t - time) < 1e-6), time)
+    return next((t for t in times if same_time(t, time)), time)
 
 
 # What depends on times alone is computed once for each set of them, device and dtype: never as inference tensors, which

@@ -10,8 +10,6 @@ from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dsno_cluster.networks.unet import UNet
 
 
@@ -29,14 +27,6 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "logsnr_min": (-20,),
     "logsnr_max": (20,),
 }
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """`model` is what our `meta.json` says under `model`; weights carry our names, float32."""
-
-    model: dict[str, Any]
-    weights: dict[str, Tensor]
 
 
 def recognise(head: bytes) -> str:

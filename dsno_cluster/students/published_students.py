@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.errors import UserError
 from dsno_cluster.students.published_format import (
     RESIDUAL,
-    PublishedModel,
     published_parts,
     published_settings,
     say_wrong,
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from dsno_cluster.networks.unet import UNet
 
 
-def read_published_student(data: bytes, where: str, config: bytes, config_path: str) -> PublishedModel:
+@dataclass(frozen=True)
+class PublishedStudent:
+    """`model` is what our `meta.json` says under `model`; weights carry our names, float32."""
+
+    model: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def read_published_student(data: bytes, where: str, config: bytes, config_path: str) -> PublishedStudent:
     """A published DSNO checkpoint (`solver-model_*.pt`), its `ema`, as a student of ours.
 
     Sizes that the tensors tell must agree with the published YAML; heads, time points and the resolutions of
@@ -53,7 +61,7 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
         student = DSNO(network, form, times)
     assert isinstance(student.backbone, UNet)
     weights = from_published_torch(theirs, student.backbone, f"{where} with {config_path}")
-    return PublishedModel(
+    return PublishedStudent(
         student.describe(), {f"backbone.{name}": tensor for name, tensor in weights.items()}
     )
 

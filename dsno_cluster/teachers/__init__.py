@@ -1,17 +1,16 @@
 """Teachers: pretrained denoisers behind one interface, `teacher(x, t, labels) -> x0`.
 
-`load_teacher(path, **options)` is the door. What `path` is decides the kind:
+`load_teacher(path, options={...})` is the door. A module here is a family of checkpoints, which recognises its own:
 
-    a folder or URL of ours      model.safetensors, config.yaml, meta.json; package:NAME for one that ships
-    a diffusers folder           a UNet2DModel, alone or in a pipeline folder (`diffusers_folder.py`)
-    a flax msgpack file          a published progressive-distillation teacher, with `config=PUBLISHED.yaml`;
-                                 or the folder of such a file and its config.yaml (`models/importers/`)
-    package.module:function      a Python factory, called with the options
-    closed-form:gaussian         options mean, std, shape
-    closed-form:mixture          options means, stds, shape, weights, classes, null_class
+    own.py               a folder or URL of ours: model.safetensors, config.yaml, meta.json; package:NAME for one that ships
+    diffusers_folder.py  a UNet2DModel, alone or in a pipeline folder
+    published.py         progressive distillation's flax file, with option `config`, or the folder of it and its config.yaml
+    factories.py         package.module:function, called with the options
+    closed_forms.py      closed-form:gaussian, options mean, std, shape
+                         closed-form:mixture, options means, stds, shape, weights, classes, null_class
 
-`teacher_info` is what can be known without building the network; its `identity` is what a trajectory spec
-records: everything about the teacher that can change a byte. Importing this module does not import torch.
+`loading.py` has the list of them; `of_config.py` finds the teacher that a config names. A teacher's `identity` is what a
+trajectory spec records: everything about it that can change a byte. Importing this package does not import torch.
 """
 
 from dsno_cluster.teachers.closed_forms import (
@@ -19,23 +18,23 @@ from dsno_cluster.teachers.closed_forms import (
     gaussian_trajectory,
     mixture_teacher,
 )
-from dsno_cluster.teachers.loading import (
-    diffusers_model,
-    load_teacher,
-    teacher_info,
-    warm_start_weights,
-)
-from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_fits
+from dsno_cluster.teachers.loading import load_teacher, open_teacher, read_identity, teacher_info
+from dsno_cluster.teachers.of_config import ConfiguredTeacher, NoTeacher, find_teacher
+from dsno_cluster.teachers.teacher import DiffusersModel, Teacher, TeacherInfo, check_fits
 
 __all__ = [
+    "ConfiguredTeacher",
+    "DiffusersModel",
+    "NoTeacher",
     "Teacher",
     "TeacherInfo",
     "check_fits",
-    "diffusers_model",
+    "find_teacher",
     "gaussian_teacher",
     "gaussian_trajectory",
     "load_teacher",
     "mixture_teacher",
+    "open_teacher",
+    "read_identity",
     "teacher_info",
-    "warm_start_weights",
 ]

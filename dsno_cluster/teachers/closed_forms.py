@@ -5,21 +5,59 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.teachers.teacher import Shape, Teacher, check_options, plain
+from dsno_cluster.teachers.identity import GaussianIdentity, MixtureIdentity, TeacherIdentity
+from dsno_cluster.teachers.teacher import (
+    Options,
+    Shape,
+    Source,
+    Teacher,
+    TeacherInfo,
+    check_options,
+    only_float32,
+    plain,
+)
+from dsno_cluster.teachers.warm_start import no_unet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PREFIX = "closed-form:"
 
-def closed_form_teacher(path: str, options: dict[str, Any]) -> Teacher:
-    """The teacher of `closed-form:NAME`. Raises UserError for another name and for options that do not fit."""
+
+class ClosedForm:
+    """`closed-form:gaussian` and `closed-form:mixture`; options are the arguments of the function of that name."""
+
+    kind: ClassVar[str] = "closed-form"
+    identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (GaussianIdentity, MixtureIdentity)
+
+    def __init__(self, source: Source, options: Options) -> None:
+        """Raises UserError for another name and for options that do not fit."""
+        self.path = source.path
+        self.teacher = _closed_form(source.path, options)
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return source.path.startswith(PREFIX)
+
+    def info(self) -> TeacherInfo:
+        return self.teacher.info
+
+    def load(self, precision: str) -> Teacher:
+        only_float32(precision, self.path, self.kind)
+        return self.teacher
+
+    def warm_start(self) -> dict[str, Tensor]:
+        raise no_unet(self.path, self.kind)
+
+
+def _closed_form(path: str, options: Options) -> Teacher:
     doors: dict[str, Callable[..., Teacher]] = {"gaussian": gaussian_teacher, "mixture": mixture_teacher}
-    name = path.removeprefix("closed-form:")
+    name = path.removeprefix(PREFIX)
     if name not in doors:
-        raise UserError(f"{path}: is not one of: {', '.join(f'closed-form:{x}' for x in doors)}")
+        raise UserError(f"{path}: is not one of: {', '.join(f'{PREFIX}{x}' for x in doors)}")
     signature = inspect.signature(doors[name])
     check_options(options, list(signature.parameters), path)
     missing = [
@@ -48,8 +86,8 @@ def gaussian_teacher(mean: float, std: float, shape: Shape) -> Teacher:
         alpha, sigma = _scales(t_N, x)
         return (alpha * std**2 * x + sigma**2 * mean) / (alpha**2 * std**2 + sigma**2)
 
-    identity = {"kind": "gaussian", "mean": mean, "std": std, "shape": list(shape)}
-    return Teacher(denoise, shape, 0, None, identity)
+    identity = GaussianIdentity(mean=mean, std=std, shape=shape)
+    return Teacher(TeacherInfo(identity, shape, 0), denoise)
 
 
 def gaussian_trajectory(noise: Tensor, t: float, mean: float, std: float) -> Tensor:
@@ -118,16 +156,16 @@ def mixture_teacher(
         x_share = (r_NK * alpha * variance_K / total_NK).sum(-1, keepdim=True)
         return (x_share * x_NP + (r_NK * sigma**2 / total_NK) @ means_KP).reshape(x.shape).to(x.dtype)
 
-    identity = {
-        "kind": "mixture",
-        "means": plain(means),
-        "stds": spread,
-        "shape": list(shape),
-        "weights": shares,
-        "classes": None if classes is None else members,
-        "null_class": null_class,
-    }
-    return Teacher(denoise, shape, num_classes, num_classes if null_class else None, identity)
+    identity = MixtureIdentity(
+        means=plain(list(means)),
+        stds=spread,
+        shape=shape,
+        weights=shares,
+        classes=None if classes is None else members,
+        null_class=null_class,
+    )
+    null = num_classes if null_class else None
+    return Teacher(TeacherInfo(identity, shape, num_classes, null), denoise)
 
 
 def _flat_mean(mean: Any, shape: Shape) -> list[float]:

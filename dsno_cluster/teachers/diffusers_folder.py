@@ -9,26 +9,31 @@ answers is what it learned to answer, and no division by an alpha that it has ne
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
-from dsno_cluster.diffusion.predictions import clean_images, with_last_layer_of_x0
+from dsno_cluster.diffusion.predictions import clean_images
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_backbone import unet2d_model
-from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
+from dsno_cluster.storage import split_path
+from dsno_cluster.teachers.identity import DiffusersIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
-    PRECISIONS,
+    DiffusersModel,
     NativeGrid,
+    Options,
     Shape,
+    Source,
     Teacher,
     TeacherInfo,
     check_options,
     check_schedule,
 )
+from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,49 +71,61 @@ class Folder:
     info: TeacherInfo
     levels: tuple[float, ...]
 
-
-def info(path: str, endpoint_url: str | None, options: dict[str, Any]) -> TeacherInfo:
-    """What is known of the model without building it (its weights are read for their sha256)."""
-    return _read(path, endpoint_url, options).info
-
-
-def load(path: str, endpoint_url: str | None, precision: str, options: dict[str, Any]) -> Teacher:
-    """The model as a teacher, on CPU. Raises UserError for a folder or an option that does not fit."""
-    import torch
-
-    from dsno_cluster.diffusion.schedule import logsnr
-
-    assert precision in PRECISIONS
-    folder = _read(path, endpoint_url, options)
-    known = folder.info
-    assert known.shape is not None and known.num_classes is not None
-    unet = _network(folder, path)
-    dtype = getattr(torch, precision)
-    unet.eval().requires_grad_(False)
-    for parameter in unet.parameters():  # not unet.to(dtype), which warns of models that this is not
-        parameter.data = parameter.data.to(dtype)
-    prediction = PREDICTIONS[folder.scheduler["prediction_type"]]
-
-    def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
-        level_N = logsnr(t_N).clamp(folder.levels[-1], folder.levels[0])
-        timestep_N = timesteps_at(folder.levels, level_N).float()
-        output = unet(x.to(dtype), timestep_N, labels, return_dict=False)[0].to(x.dtype)
-        alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
-        scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
-        return clean_images(prediction, output, x, *scales)
-
-    return Teacher(
-        denoise, known.shape, known.num_classes, known.null_class, known.identity, unet, known.native
-    )
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: x, eps or v."""
+        return PREDICTIONS[self.scheduler["prediction_type"]]
 
 
-def warm_start_weights(path: str, endpoint_url: str | None, options: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's weights under the names of a student's backbone, as `teachers.warm_start_weights` says."""
-    folder = _read(path, endpoint_url, options)
-    assert folder.info.shape is not None
-    weights = {f"unet.{name}": tensor for name, tensor in _network(folder, path).state_dict().items()}
-    prediction = PREDICTIONS[folder.scheduler["prediction_type"]]
-    return with_last_layer_of_x0(weights, "unet.conv_out.", prediction, folder.info.shape[0])
+class DiffusersFolder:
+    """A folder of `save_pretrained`: a UNet2DModel and its scheduler, alone or in a pipeline."""
+
+    kind: ClassVar[str] = "diffusers"
+    identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (DiffusersIdentity,)
+
+    def __init__(self, source: Source, options: Options) -> None:
+        check_options(options, OPTIONS, source.path)
+        self.source, self.options = source, options
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return any(source.has(key) for key in ("config.json", "unet/config.json", "model_index.json"))
+
+    @functools.cached_property
+    def _folder(self) -> Folder:
+        return _read(self.source, self.options)
+
+    def info(self) -> TeacherInfo:
+        return self._folder.info
+
+    def load(self, precision: str) -> Teacher:
+        import torch
+
+        from dsno_cluster.diffusion.schedule import logsnr
+
+        folder, dtype = self._folder, getattr(torch, precision)
+        unet, prediction, levels = _network(folder, self.source.path), folder.prediction, folder.levels
+        unet.eval().requires_grad_(False)
+        for parameter in unet.parameters():  # not unet.to(dtype), which warns of models that this is not
+            parameter.data = parameter.data.to(dtype)
+
+        def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
+            level_N = logsnr(t_N).clamp(levels[-1], levels[0])
+            timestep_N = timesteps_at(levels, level_N).float()
+            output = unet(x.to(dtype), timestep_N, labels, return_dict=False)[0].to(x.dtype)
+            alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
+            scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
+            return clean_images(prediction, output, x, *scales)
+
+        return Teacher(folder.info, denoise, unet)
+
+    def warm_start(self) -> dict[str, Tensor]:
+        """The weights under the names of a `DiffusersBackbone`."""
+        folder = self._folder
+        assert folder.info.shape is not None
+        network = _network(folder, self.source.path)
+        weights = {f"unet.{name}": tensor for name, tensor in network.state_dict().items()}
+        return with_last_layer_of_x0(weights, "unet.conv_out.", folder.prediction, folder.info.shape[0])
 
 
 def _network(folder: Folder, path: str) -> Any:
@@ -133,35 +150,37 @@ def _network(folder: Folder, path: str) -> Any:
     return unet
 
 
-def _read(path: str, endpoint_url: str | None, options: dict[str, Any]) -> Folder:
-    check_options(options, OPTIONS, path)
-    storage = open_storage(path, endpoint_url)
-    prefix = "" if storage.stat("config.json") is not None else "unet/"
-    config = _json(storage, f"{prefix}config.json")
+def _read(source: Source, options: Options) -> Folder:
+    path = source.path
+    prefix = "" if source.has("config.json") else "unet/"
+    config = _json(source, f"{prefix}config.json")
     if config is None:
         raise UserError(f"{path}: a diffusers pipeline without unet/config.json is not read here")
     config = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
     shape, num_classes, null = _images_and_classes(config, path, options)
-    saved = _saved_scheduler(storage, path, endpoint_url)
-    scheduler, clips = (
-        _scheduler(saved, path, options),
-        bool(saved and (saved.get("clip_sample") or saved.get("thresholding"))),
-    )
+    saved = _saved_scheduler(source)
+    scheduler = _scheduler(saved, path, options)
     levels = noise_levels(scheduler, path)
-    files = _weights(storage, prefix, path)
+    files = _weights(source, prefix)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     schedule = check_schedule(options.get("schedule", "continuous"), path)
-    native = _native(scheduler, levels) if schedule == "native" else None
-    identity = {
-        "kind": "diffusers",
-        "sha256": digests[WEIGHTS] if len(digests) == 1 and WEIGHTS in digests else digests,
-        "config": config,
-        "scheduler": scheduler,
-        "shape": list(shape),
-        "num_classes": num_classes,
-        "null_class": null,
-    }
-    info = TeacherInfo(identity, shape, num_classes, null, native, clips=clips)
+    identity = DiffusersIdentity(
+        sha256=digests[WEIGHTS] if len(digests) == 1 and WEIGHTS in digests else digests,
+        config=config,
+        scheduler=scheduler,
+        shape=shape,
+        num_classes=num_classes,
+        null_class=null,
+    )
+    info = TeacherInfo(
+        identity,
+        shape,
+        num_classes,
+        null,
+        native=_native(scheduler, levels) if schedule == "native" else None,
+        clips=bool(saved and (saved.get("clip_sample") or saved.get("thresholding"))),
+        backbone=DiffusersModel(config, scheduler),
+    )
     return Folder(config, scheduler, files, info, levels)
 
 
@@ -171,22 +190,21 @@ def _present_name(name: str) -> str:
     return name
 
 
-def _json(storage: Storage, key: str) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
-    try:
-        content = json.loads(storage.read(key))
-    except MissingObject:
+def _json(source: Source, key: str) -> dict[str, Any] | None:
+    """A JSON object, or None if there is no such file."""
+    data = source.read(key)
+    if data is None:
         return None
+    try:
+        content = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{storage.url}/{key}: not JSON: {error}") from None
+        raise UserError(f"{source.storage.url}/{key}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{storage.url}/{key}: holds {type(content).__name__}, not an object")
+        raise UserError(f"{source.storage.url}/{key}: holds {type(content).__name__}, not an object")
     return content
 
 
-def _images_and_classes(
-    config: dict[str, Any], path: str, options: dict[str, Any]
-) -> tuple[Shape, int, int | None]:
+def _images_and_classes(config: dict[str, Any], path: str, options: Options) -> tuple[Shape, int, int | None]:
     """Shape, number of classes without the null class, and the null class."""
     expected = {"_class_name": "UNet2DModel", "time_embedding_type": "positional", "class_embed_type": None}
     for key, right in expected.items():
@@ -208,16 +226,16 @@ def _images_and_classes(
     return (channels, height, width), embeddings - (null is not None), null
 
 
-def _saved_scheduler(storage: Storage, path: str, endpoint_url: str | None) -> dict[str, Any] | None:
+def _saved_scheduler(source: Source) -> dict[str, Any] | None:
     """The scheduler's config as it was saved, or None."""
-    found = _json(storage, f"scheduler/{SCHEDULER_CONFIG}") or _json(storage, SCHEDULER_CONFIG)
-    parent, last = split_path(path)
+    found = _json(source, f"scheduler/{SCHEDULER_CONFIG}") or _json(source, SCHEDULER_CONFIG)
+    parent, last = split_path(source.path)
     if found is None and last == "unet":  # the unet folder of a pipeline
-        found = _json(open_storage(parent, endpoint_url), f"scheduler/{SCHEDULER_CONFIG}")
+        found = _json(Source(parent, source.endpoint_url), f"scheduler/{SCHEDULER_CONFIG}")
     return found
 
 
-def _scheduler(found: dict[str, Any] | None, path: str, options: dict[str, Any]) -> dict[str, Any]:
+def _scheduler(found: dict[str, Any] | None, path: str, options: Options) -> dict[str, Any]:
     """The values of SCHEDULER: options first, then the scheduler's config as it was saved, then diffusers' defaults."""
     if found is None and not {"prediction_type", "beta_schedule"} <= options.keys():
         raise UserError(
@@ -239,23 +257,26 @@ def _scheduler(found: dict[str, Any] | None, path: str, options: dict[str, Any])
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _weights(storage: Storage, prefix: str, path: str) -> dict[str, bytes]:
+def _weights(source: Source, prefix: str) -> dict[str, bytes]:
     """The safetensors files, one or several with an index. UserError for pickles and missing parts."""
-    index = _json(storage, f"{prefix}{WEIGHTS}.index.json")
+    path, index = source.path, _json(source, f"{prefix}{WEIGHTS}.index.json")
     names = [WEIGHTS]
     if index is not None:
         names = sorted({str(name) for name in index.get("weight_map", {}).values()})
         if not names or any("/" in name or not name.endswith(".safetensors") for name in names):
             raise UserError(f"{path}: {WEIGHTS}.index.json names files that are not safetensors beside it")
-    try:
-        return {name: storage.read(prefix + name) for name in names}
-    except MissingObject as error:
-        pickles = [s.key for s in storage.list(prefix) if s.key.endswith((".bin", ".pt", ".ckpt"))]
-        if pickles:
-            raise UserError(
-                f"{path}: {pickles[0]} is a pickle, which may run code when read; save the model as safetensors"
-            ) from None
-        raise UserError(f"{path}: no weights: {error}") from None
+    files = {}
+    for name in names:
+        data = source.read(prefix + name)
+        if data is None:
+            pickles = [s.key for s in source.storage.list(prefix) if s.key.endswith((".bin", ".pt", ".ckpt"))]
+            if pickles:
+                raise UserError(
+                    f"{path}: {pickles[0]} is a pickle, which may run code when read; save the model as safetensors"
+                )
+            raise UserError(f"{path}: no weights: {source.storage.url}/{prefix}{name}: no such file")
+        files[name] = data
+    return files
 
 
 def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:

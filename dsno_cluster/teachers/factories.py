@@ -1,25 +1,73 @@
-"""Teachers that a user's Python function makes."""
+"""Teachers that a user's Python function makes: `package.module:function`, called with the options."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import ValidationError
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.teachers.teacher import Teacher, plain
+from dsno_cluster.teachers.identity import FactoryIdentity, TeacherIdentity
+from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, only_float32, plain
+from dsno_cluster.teachers.warm_start import no_unet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def find_factory(path: str) -> tuple[str, str]:
+class Factory:
+    """What the function returns answers (x, t, labels) with x0.
+
+    It has the attributes shape (C, H, W) and num_classes, and may have null_class, native_grid(steps), and
+    network, if it is not itself a torch module.
+    """
+
+    kind: ClassVar[str] = "factory"
+    identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (FactoryIdentity,)
+
+    def __init__(self, source: Source, options: Options) -> None:
+        self.path, self.options = source.path, options
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        name = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+        return re.fullmatch(name, source.path) is not None and not os.path.exists(source.path)
+
+    def info(self) -> TeacherInfo:
+        return self._info
+
+    @functools.cached_property
+    def _info(self) -> TeacherInfo:
+        _, source = _find_module(self.path)
+        try:
+            options = plain(dict(self.options))
+            identity = FactoryIdentity(name=self.path, source_sha256=source, options=options)
+        except ValidationError:
+            raise UserError(
+                f"{self.path}: its options name a data set, so they are plain text, numbers, lists and mappings: {options}"
+            ) from None
+        return TeacherInfo(identity, None, None)
+
+    def load(self, precision: str) -> Teacher:
+        only_float32(precision, self.path, self.kind)
+        return _made(self.path, self._info, self.options)
+
+    def warm_start(self) -> dict[str, Tensor]:
+        raise no_unet(self.path, self.kind)
+
+
+def _find_module(path: str) -> tuple[str, str]:
     """Module name and the sha256 of its source; the working directory is searched last. Imports only parents."""
     module, _, _ = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -34,16 +82,11 @@ def find_factory(path: str) -> tuple[str, str]:
     return module, hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def teacher_from_factory(path: str, options: dict[str, Any]) -> Teacher:
-    """Call `package.module:function` with the options. The result answers (x, t, labels) with x0.
-
-    It has the attributes shape (C, H, W) and num_classes, and may have null_class, native_grid(steps), and
-    network, where it is not itself a torch module.
-    """
+def _made(path: str, info: TeacherInfo, options: Options) -> Teacher:
+    """Call the function; `info` is completed by what its result says of itself."""
     from torch import nn
 
-    module, source = find_factory(path)
-    name = path.partition(":")[2]
+    module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
@@ -68,20 +111,12 @@ def teacher_from_factory(path: str, options: dict[str, Any]) -> Teacher:
             raise UserError(f"{path}: answered shape {tuple(x0.shape)} for images {tuple(x.shape)}")
         return x0.to(x.dtype)
 
-    network = made if isinstance(made, nn.Module) else getattr(made, "network", None)
-    identity = factory_identity(path, source, options)
-    null = getattr(made, "null_class", None)
-    return Teacher(
-        denoise,
-        (numbers[0], numbers[1], numbers[2]),
-        classes,
-        null,
-        identity,
-        network,
-        getattr(made, "native_grid", None),
+    known = replace(
+        info,
+        shape=(numbers[0], numbers[1], numbers[2]),
+        num_classes=classes,
+        null_class=getattr(made, "null_class", None),
+        native=getattr(made, "native_grid", None),
     )
-
-
-def factory_identity(path: str, source_sha256: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What a spec records of the teacher that a function makes."""
-    return {"kind": "factory", "name": path, "source_sha256": source_sha256, "options": plain(options)}
+    network = made if isinstance(made, nn.Module) else getattr(made, "network", None)
+    return Teacher(known, denoise, network)

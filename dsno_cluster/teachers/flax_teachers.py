@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from dsno_cluster.config import Network, validate
 from dsno_cluster.diffusion.predictions import PREDICTIONS, out_channels
 from dsno_cluster.errors import UserError
 from dsno_cluster.students.published_format import (
     RESIDUAL,
-    PublishedModel,
     published_parts,
     published_settings,
     recognise,
     say_wrong,
 )
 from dsno_cluster.teachers.flax_file import read_flax
-from dsno_cluster.teachers.identity import denoiser_meta
+from dsno_cluster.teachers.identity import Prediction, UNetDescription
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from dsno_cluster.networks.unet import UNet
 
 
-def read_published_teacher(data: bytes, where: str, config: bytes, config_path: str) -> PublishedModel:
+@dataclass(frozen=True)
+class PublishedTeacher:
+    """What the network is, and its weights under our names, float32."""
+
+    description: UNetDescription
+    weights: dict[str, Tensor]
+
+
+def read_published_teacher(data: bytes, where: str, config: bytes, config_path: str) -> PublishedTeacher:
     """A progressive-distillation teacher (Salimans & Ho 2022), its `ema_params`, as a network of ours.
 
     What the tensors tell is inferred from them and must agree with the published YAML. An output layer of
@@ -50,11 +58,11 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
     with torch.device("meta"):
         unet = UNet(network, out_channels=out_channels(prediction, network.channels))
     weights = _from_flax(params, unet, where)
-    model = denoiser_meta(network, prediction)
     steps = steps or settings["data"].get("num_steps")
     if steps is not None and (type(steps) is not int or steps < 1):
         raise UserError(f"{config_path}: data.num_steps {steps!r} is not a positive whole number")
-    return PublishedModel(model if steps is None else {**model, "num_steps": steps}, weights)
+    description = UNetDescription(network=network, prediction=prediction, num_steps=steps)
+    return PublishedTeacher(description, weights)
 
 
 def _network(params: dict[str, Tensor], settings: dict[str, Any], where: str, path: str) -> Network:
@@ -143,7 +151,7 @@ def _heads(
 
 def _prediction(
     params: dict[str, Tensor], network: Network, settings: dict[str, Any], where: str, path: str
-) -> str:
+) -> Prediction:
     if "conv_out/bias" not in params:
         raise UserError(f"{where}: has no tensor conv_out/bias")
     last, said = int(params["conv_out/bias"].numel()), settings["model"].get("mean_type")
@@ -155,7 +163,7 @@ def _prediction(
         raise UserError(
             f"{path}: model.mean_type {said!r} does not fit {last} output channels: x, eps or v do"
         )
-    return str(said)
+    return cast(Prediction, said)
 
 
 def _from_flax(params: dict[str, Tensor], unet: UNet, where: str) -> dict[str, Tensor]:

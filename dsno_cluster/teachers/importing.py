@@ -22,14 +22,17 @@ def import_weights(
 
     `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Returns what it was, "student" or "teacher".
     Raises UserError for a file of another kind, a switch that is not implemented, tensors that are missing, surplus or
-    misshapen, by name, and where `out_dir` is a folder of something else.
+    misshapen, by name, and if `out_dir` is a folder of something else.
     """
     data, text = read_file(src, endpoint_url), read_file(published_yaml, endpoint_url)
-    student = recognise(data[:4]) == "torch"
-    read = read_published_student if student else read_published_teacher
-    published = read(data, src, text, published_yaml)
+    if is_student := recognise(data[:4]) == "torch":
+        student = read_published_student(data, src, text, published_yaml)
+        model, weights = student.model, student.weights
+    else:
+        teacher = read_published_teacher(data, src, text, published_yaml)
+        model, weights = teacher.description.model_dump(mode="json"), teacher.weights
     meta = {
-        "model": published.model,
+        "model": model,
         "made_by": command or "dsno_cluster.teachers.importing.import_weights",
         "imported": {
             "file": src.rstrip("/").rpartition("/")[2],
@@ -37,10 +40,10 @@ def import_weights(
             "config": parse_yaml(text.decode(), published_yaml),
         },
     }
-    config = yaml.safe_dump({"network": published.model["network"]}, sort_keys=False)
+    config = yaml.safe_dump({"network": model["network"]}, sort_keys=False)
     parent, name = split_path(out_dir)
     try:
-        write_model(open_storage(parent, endpoint_url), f"{name}/", published.weights, config, meta)
+        write_model(open_storage(parent, endpoint_url), f"{name}/", weights, config, meta)
     except PreconditionFailed as error:
         raise UserError(f"--out {out_dir}: {error}; name a new folder") from None
-    return "student" if student else "teacher"
+    return "student" if is_student else "teacher"

@@ -1,80 +1,60 @@
-"""A teacher as the rest of the package sees it, and what is known of one without its network."""
+"""A teacher as the rest of the package sees it, what is known of one without its network, and what a family of them is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import JsonValue
 
 from dsno_cluster.config import Network
 from dsno_cluster.errors import UserError
+from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
+from dsno_cluster.teachers.identity import TeacherIdentity
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+Options = Mapping[str, Any]
+Shape = tuple[int, int, int]
+NativeGrid = Callable[[int], tuple[float, ...]]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 # A model whose meta says that it has at most so many steps was distilled to them, and knows no other levels.
 MOST_DISTILLED_STEPS = 128
-Shape = tuple[int, int, int]
-NativeGrid = Callable[[int], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class DiffusersModel:
+    """A diffusers network that a student can take as its backbone: its config, and the scheduler of its noise levels."""
+
+    config: dict[str, JsonValue]
+    scheduler: dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What is known of a teacher without its network: the fields of `Teacher` by the same names.
+    """What is known of a teacher without its network.
 
-    `shape` and `num_classes` are None for a Python factory, which tells them once it is called. `clips`: its usual sampler
-    bounds the clean image, which is left to `trajectories.clip_denoised` here.
+    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; `null_class` is the label that
+    means none, if there is one. `native` gives the times of the teacher's own steps; `num_steps` is set if it has that one
+    number of them, whatever number is asked for. `clips`: its usual sampler bounds the clean image, which is left to
+    `trajectories.clip_denoised` here. `backbone`: what a student can be built on. `former_identities` are those by which
+    earlier versions named it: data sets that they made are found by them.
     """
 
-    identity: dict[str, Any]
+    identity: TeacherIdentity
     shape: Shape | None
     num_classes: int | None
     null_class: int | None = None
     native: NativeGrid | None = None
     num_steps: int | None = None
     clips: bool = False
-
-    def native_grid(self, steps: int) -> tuple[float, ...] | None:
-        """See `Teacher.native_grid`."""
-        return None if self.native is None else self.native(steps)
-
-    @property
-    def distilled(self) -> bool:
-        """See `Teacher.distilled`."""
-        return is_distilled(self.num_steps)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A denoiser. `shape` is (C, H, W); `null_class` is the label that means none, where there is one.
-
-    `num_steps` is set where its native grid has that one number of steps, whatever number is asked for.
-    """
-
-    denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    shape: Shape
-    num_classes: int
-    null_class: int | None
-    identity: dict[str, Any]
-    network: nn.Module | None = None
-    native: NativeGrid | None = field(default=None, repr=False)
-    num_steps: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        import torch
-
-        cpu = torch.device("cpu")
-        return next((p.device for p in self.network.parameters()), cpu) if self.network else cpu
-
-    def to(self, device: torch.device) -> Teacher:
-        """This teacher with its network moved to `device`."""
-        if self.network is not None:
-            self.network.to(device)
-        return self
+    backbone: DiffusersModel | None = None
+    former_identities: tuple[TeacherIdentity, ...] = ()
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
         """The cosine times of the teacher's own solver steps, descending to 0; None: any grid will do.
@@ -89,12 +69,65 @@ class Teacher:
         """Whether each step of the native grid is one DDIM step of the network, and no other solver's."""
         return is_distilled(self.num_steps)
 
+
+@dataclass(frozen=True)
+class Teacher:
+    """A denoiser: `denoise(x, t_N, labels)` gives x0. `network` is what moves to a GPU, if there is one."""
+
+    info: TeacherInfo
+    denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    network: nn.Module | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W)."""
+        assert self.info.shape is not None  # known of every teacher that is loaded
+        return self.info.shape
+
+    @property
+    def num_classes(self) -> int:
+        assert self.info.num_classes is not None
+        return self.info.num_classes
+
+    @property
+    def null_class(self) -> int | None:
+        return self.info.null_class
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        return self.info.identity
+
+    @property
+    def num_steps(self) -> int | None:
+        return self.info.num_steps
+
+    @property
+    def distilled(self) -> bool:
+        return self.info.distilled
+
+    def native_grid(self, steps: int) -> tuple[float, ...] | None:
+        """See `TeacherInfo.native_grid`."""
+        return self.info.native_grid(steps)
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        cpu = torch.device("cpu")
+        return next((p.device for p in self.network.parameters()), cpu) if self.network else cpu
+
+    def to(self, device: torch.device) -> Teacher:
+        """This teacher with its network moved to `device`."""
+        if self.network is not None:
+            self.network.to(device)
+        return self
+
     def __call__(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Noisy images (N, C, H, W) at time t (a float, a 0-d tensor or (N,)) -> clean images x0, unclipped.
 
         `t` is the cosine time: 0 is data, 1 pure noise. `labels` are int64 (N,) in 0..num_classes-1, or
         `null_class`. Without labels a teacher with a null class answers unconditionally. Raises ValueError
-        where labels are missing or not wanted.
+        if labels are missing or not wanted.
         """
         import torch
 
@@ -109,12 +142,78 @@ class Teacher:
             return self.denoise(x, t_N, labels)
 
 
+class Source:
+    """Where a teacher is: its path as it was given and, if that is a folder or an address, its files, each read once."""
+
+    def __init__(self, path: str, endpoint_url: str | None) -> None:
+        self.path, self.endpoint_url = path, endpoint_url
+        self._read: dict[str, bytes | None] = {}
+
+    @functools.cached_property
+    def storage(self) -> Storage:
+        """The folder or S3 prefix at the path. Raises UserError as `open_storage`."""
+        return open_storage(self.path, self.endpoint_url)
+
+    @functools.cached_property
+    def is_file(self) -> bool:
+        """Whether the path is that of a file, not of a folder."""
+        parent, name = split_path(self.path)
+        return name not in ("", ".", "..") and open_storage(parent, self.endpoint_url).stat(name) is not None
+
+    def has(self, key: str) -> bool:
+        """Whether the folder has a file of that key."""
+        return self._read.get(key) is not None or self.storage.stat(key) is not None
+
+    def read(self, key: str) -> bytes | None:
+        """A file of the folder, or None if it has none of that key."""
+        if key not in self._read:
+            try:
+                self._read[key] = self.storage.read(key)
+            except MissingObject:
+                self._read[key] = None
+        return self._read[key]
+
+
+class TeacherFamily(Protocol):
+    """Teachers of one kind of checkpoint. An instance is one of them, at a source and with its options.
+
+    What an instance has read it keeps, so that files are read and hashed once, whatever is asked for.
+    """
+
+    kind: ClassVar[str]  # for people: "diffusers", "factory"
+    identities: ClassVar[tuple[type[TeacherIdentity], ...]]
+
+    def __init__(self, source: Source, options: Options) -> None:
+        """Raises UserError for options that the family does not take."""
+        ...
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        """Whether this family reads what is at the source: by its content, if it is a file or a folder."""
+        ...
+
+    def info(self) -> TeacherInfo:
+        """What is known without building the network. Raises UserError for what cannot be a teacher."""
+        ...
+
+    def load(self, precision: str) -> Teacher:
+        """The teacher, on CPU. Raises UserError for a precision that it cannot have and for weights that do not fit."""
+        ...
+
+    def warm_start(self) -> dict[str, Tensor]:
+        """The weights by a student's names, its last layer turned to give x0 at t=1; see `warm_start.py`.
+
+        Raises UserError if no student can begin with them.
+        """
+        ...
+
+
 def is_distilled(num_steps: int | None) -> bool:
     """Whether a model whose meta says `num_steps` knows no other levels than those steps."""
     return num_steps is not None and num_steps <= MOST_DISTILLED_STEPS
 
 
-def check_fits(network: Network, teacher: TeacherInfo | Teacher, path: str) -> None:
+def check_fits(network: Network, teacher: TeacherInfo, path: str) -> None:
     """Raises UserError unless a teacher's images and classes, as far as they are known, are the network's."""
     if teacher.shape is None:
         return
@@ -134,7 +233,7 @@ def check_fits(network: Network, teacher: TeacherInfo | Teacher, path: str) -> N
             )
 
 
-def check_options(options: dict[str, Any], allowed: Sequence[str], path: str) -> None:
+def check_options(options: Options, allowed: Sequence[str], path: str) -> None:
     """Raises UserError for an option that is not among `allowed`."""
     for name in options:
         if name not in allowed:
@@ -144,10 +243,16 @@ def check_options(options: dict[str, Any], allowed: Sequence[str], path: str) ->
 
 
 def check_schedule(schedule: Any, path: str) -> str:
-    """The teacher option `schedule`. Raises UserError where it is none of the two."""
+    """The teacher option `schedule`. Raises UserError if it is neither of the two."""
     if schedule not in ("native", "continuous"):
         raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
     return str(schedule)
+
+
+def only_float32(precision: str, path: str, kind: str) -> None:
+    """Raises UserError for another precision, which only networks that are read from files can have."""
+    if precision != "float32":
+        raise UserError(f"{path}: precision {precision} is for networks read from files, not a {kind}")
 
 
 def plain(value: Any) -> Any:

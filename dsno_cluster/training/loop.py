@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.model_folder import step_name
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO, Form
-from dsno_cluster.teachers import diffusers_model, warm_start_weights
+from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.engine import EMA, Ranks, join_ranks, make_engine
 from dsno_cluster.training.losses import make_distance, weighted
@@ -32,7 +32,7 @@ from dsno_cluster.training.optim import drawn_points, learning_rate
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.state import fragments_of, loss_scaler_state
-from dsno_cluster.trajectories.plan import make_plan, teacher_path
+from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import Batch, ShardReader, open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import Manifest
 
@@ -357,14 +357,14 @@ def new_student(config: Config) -> DSNO:
 
     Raises UserError where the teacher's shapes are not the config's, or it is no network that a student can start from.
     """
-    settings, endpoint = config.student, config.storage.endpoint_url
+    settings, teacher = config.student, find_teacher(config)
     form = Form(settings.modes, settings.operator, settings.prediction, settings.points)
-    path, options = teacher_path(config), config.teacher.options
-    diffusers = diffusers_model(path, endpoint, **options) if settings.backbone == "diffusers" else None
+    backbone = teacher.backbone()
     times, init = config.trajectories.time_points, settings.temporal_init
+    diffusers = None if backbone is None else asdict(backbone)
     student = DSNO(config.network, form, times, diffusers=diffusers, init=init)
     if settings.warm_start:
-        student.warm_start(warm_start_weights(path, endpoint, **options))
+        student.warm_start(teacher.warm_start())
     return student
 
 

@@ -21,13 +21,14 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.images import grid_png
 from dsno_cluster.model_folder import step_name
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.students.dsno import DSNO
+from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.engine import Ranks
-from dsno_cluster.trajectories.generate import solve_batch
-from dsno_cluster.trajectories.plan import open_teacher
 from dsno_cluster.trajectories.reader import Batch
-from dsno_cluster.trajectories.shards import Manifest, canonical_hash
+from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
+from dsno_cluster.trajectories.spec import solve_samples
 
 NAMED = 8  # samples and shards of a bad batch
 SETTLED = 50  # steps that a time point was seen in, before its running mean tells what is normal
@@ -132,11 +133,11 @@ def heldout_states(config: Config, manifest: Manifest, device: torch.device) -> 
     if folder.stat(name) is not None:
         return safetensors.torch.load(folder.read(name))["states"].to(device)
     console.say(f"solving {count} held-out trajectories with the teacher")
-    teacher = open_teacher(config).to(device)
+    teacher, spec = find_teacher(config).load().to(device), trajectory_spec(manifest, "the data set")
     parts = []
     for start in range(0, count, config.trajectories.batch_size):
         indices = range(start, min(start + config.trajectories.batch_size, count))
-        parts.append(solve_batch(config, teacher, seed, indices)[0].float())
+        parts.append(solve_samples(spec, teacher, seed, indices)[0].float())
     states = torch.cat(parts)
     folder.write(name, safetensors.torch.save({"states": states.cpu().contiguous()}))
     return states

@@ -30,7 +30,14 @@ from dsno_cluster.storage import FolderStorage
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard
-from dsno_cluster.trajectories.shards import Manifest, Shard, shard_key, shard_tensors, vouches_for_itself
+from dsno_cluster.trajectories.shards import (
+    Manifest,
+    Shard,
+    make_manifest,
+    shard_key,
+    shard_tensors,
+    vouches_for_itself,
+)
 
 FAILED = "failed"  # a file of the staging folder with the reason why no more shards will come
 POLL_SECONDS = 0.05
@@ -43,11 +50,12 @@ def staging_root(config: Config) -> Path:
 
 def planned_manifest(plan: Plan) -> Manifest:
     """The shards of a plan that are still to be made, as far as they are known before."""
-    per_shard = plan.size.num_samples // plan.size.num_shards
-    starts = range(0, plan.size.num_samples, per_shard)
-    return Manifest(
-        plan.spec, tuple(Shard(shard_key(s // per_shard), s, s + per_shard, 0, "") for s in starts), {}
-    )
+    size = plan.spec.samples_per_shard
+    shards = [
+        Shard(key=shard_key(index), start=index * size, stop=(index + 1) * size, size=0, sha256="")
+        for index in range(plan.size.num_shards)
+    ]
+    return make_manifest(plan.spec, shards, {})
 
 
 class StagedShards(ShardReader):
@@ -55,7 +63,7 @@ class StagedShards(ShardReader):
 
     def __init__(self, config: Config, folder: str, manifest: Manifest, producer: Producer | None) -> None:
         super().__init__(FolderStorage(staging_root(config)), folder, manifest, config.reader)
-        self.expected, self.producer = shard_tensors(manifest.spec, self.per_shard), producer
+        self.expected, self.producer = shard_tensors(self.spec), producer
         self.stopped = threading.Event()
 
     def _open(self, number: int) -> Arrays:
@@ -161,7 +169,11 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
             while not keeps_all and part.stop > drop_trained() + settings.online_staged_shards:
                 time.sleep(POLL_SECONDS)
             for _ in run_pool(
-                lambda: idle.pop() if idle else remote.remote(actors_config, plan),
+                lambda: (
+                    idle.pop()
+                    if idle
+                    else remote.remote(plan.spec, actors_config.teacher, there, plan.folder)
+                ),
                 lambda actor, position: actor.make_shard.remote(position % num_shards),
                 [p for p in part if staged.stat(key(p)) is None],
                 cluster.capacity,
@@ -174,7 +186,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
 
 def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], per_shard: int) -> None:
     """Delete what a former run left but for whole shards of the `wanted` keys, given with their indices."""
-    expected = shard_tensors(plan.spec, per_shard)
+    expected = shard_tensors(plan.spec)
     for key in [stat.key for stat in staged.list(plan.folder)]:
         index = wanted.get(key)
         if index is None or not vouches_for_itself(staged.read(key), index * per_shard, expected):

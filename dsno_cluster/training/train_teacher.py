@@ -17,7 +17,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import write_model
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
-from dsno_cluster.teachers.identity import denoiser_meta
+from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 
 
@@ -88,7 +88,7 @@ def train_teacher(config: Config, command: str) -> str:
                 resume.write(resume_key, state)
 
     meta = {
-        "model": denoiser_meta(network),
+        "model": UNetDescription(network=network).model_dump(mode="json"),
         "made_by": command,
         "seed": config.seed,
         "settings": settings.model_dump(mode="json"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import socket
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,25 +15,28 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, with_absolute_paths
+from dsno_cluster.config import Config, StorageConfig, TeacherConfig, with_absolute_paths
+from dsno_cluster.diffusion.noise import noise_checksum
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import Stat, Storage, open_storage
-from dsno_cluster.trajectories.plan import Plan, check_planned, make_plan, open_teacher
+from dsno_cluster.teachers import Teacher, load_teacher
+from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.shards import (
-    PROGRESS,
-    Manifest,
-    Progress,
+    MADE_SHARDS,
+    MadeShards,
     Shard,
     commit_manifest,
+    make_manifest,
     put_shard,
+    read_made_shards,
     read_manifest,
-    read_progress,
     shard_key,
     shard_tensors,
     vouches_for_itself,
-    write_progress,
+    write_made_shards,
 )
+from dsno_cluster.trajectories.spec import TrajectorySpec, solve_shard
 
 NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
 
@@ -48,14 +52,16 @@ def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
     )
 
 
-def generate(config: Config, actors: int | None = None, ray_address: str | None = None) -> str:
-    """Make every shard that is missing, then commit the manifest; returns the address of the data set.
+def generate(
+    config: Config, actors: int | None = None, ray_address: str | None = None, plan: Plan | None = None
+) -> str:
+    """Make every shard of the config's `plan` that is missing, then commit the manifest; returns the data set's address.
 
     By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
     Raises UserError for a teacher that does not fit the config and for devices or library versions that must not
     be mixed, WorkError where shards cannot be made.
     """
-    plan = make_plan(config)
+    plan = plan or make_plan(config)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{storage.url}/{plan.folder.rstrip('/')}"
     current = read_manifest(storage, plan.folder)
@@ -68,26 +74,26 @@ def generate(config: Config, actors: int | None = None, ray_address: str | None 
     if len(named) >= plan.size.num_shards and len(done) == len(named):
         console.say(f"all {plan.size.num_shards} shards are there already: {address}")
         return address
-    progress = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
-    done |= {key: shard for key, (shard, _) in progress.shards.items()}
+    made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
+    done |= {key: shard for key, (shard, _) in made.by_key.items()}
     num_shards = max(plan.size.num_shards, len(named))  # what a manifest names is made again where it is gone
     todo = [index for index in range(num_shards) if shard_key(index) not in done]
     if done:
         console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
     made_by = [current[0].environment] if current else []
-    made_by += [progress.environment] if progress.environment and progress.shards else []
+    made_by += [made.environment] if made.environment and made.shards else []
     bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
     if todo:
         try:
-            progress = _make_shards(config, plan, storage, todo, bad, progress, made_by, actors, ray_address)
+            made = _make_shards(config, plan, storage, todo, bad, made, made_by, actors, ray_address)
         except KeyboardInterrupt:
             console.say("interrupted: finished shards are kept, the same command makes the others")
             raise
-        done |= {key: shard for key, (shard, _) in progress.shards.items()}
+        done |= {key: shard for key, (shard, _) in made.by_key.items()}
     shards = tuple(done[shard_key(index)] for index in range(num_shards))
-    here = progress.environment or (made_by[0] if made_by else environment())
-    commit_manifest(storage, plan.folder, Manifest(plan.spec, shards, here))
-    storage.delete(plan.folder + PROGRESS)
+    here = made.environment or (made_by[0] if made_by else environment())
+    commit_manifest(storage, plan.folder, make_manifest(plan.spec, shards, here))
+    storage.delete(plan.folder + MADE_SHARDS)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
         storage.tidy(plan.folder)
     console.say(f"done: {address}")
@@ -118,35 +124,35 @@ def check_alike(environment: dict[str, Any], first: dict[str, Any]) -> None:
             )
 
 
-def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> Progress:
+def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShards:
     """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
 
     Nothing survives without the note of what made it: that is written before the first shard, so they are not a run's.
     """
-    noted = read_progress(storage, plan.folder)
+    noted = read_made_shards(storage, plan.folder)
     if noted.environment is None:
         return noted
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
-    per_shard = plan.size.num_samples // plan.size.num_shards
-    expected = shard_tensors(plan.spec, per_shard)
+    per_shard, expected = plan.spec.samples_per_shard, shard_tensors(plan.spec)
     kept = {
-        key: line
-        for key, line in noted.shards.items()
-        if key in wanted and key in found and found[key].etag == line[1] and found[key].size == line[0].size
+        key: (shard, etag)
+        for key, (shard, etag) in noted.by_key.items()
+        if key in wanted and key in found and found[key].etag == etag and found[key].size == shard.size
     }
 
     def hashed(key: str) -> tuple[Shard, str] | None:
         data, start = storage.read(plan.folder + key), wanted[key] * per_shard
         if not vouches_for_itself(data, start, expected):
             return None
-        shard = Shard(key, start, start + per_shard, len(data), hashlib.sha256(data).hexdigest())
+        sha256 = hashlib.sha256(data).hexdigest()
+        shard = Shard(key=key, start=start, stop=start + per_shard, size=len(data), sha256=sha256)
         return shard, found[key].etag
 
     unknown = [key for key in found if key in wanted and key not in kept]
     with ThreadPoolExecutor(4) as threads:
         read = zip(unknown, threads.map(hashed, unknown), strict=True)
         kept |= {key: line for key, line in read if line is not None}
-    return Progress(kept, noted.environment)
+    return MadeShards(environment=noted.environment, shards=tuple(kept.values()))
 
 
 def _make_shards(
@@ -155,18 +161,18 @@ def _make_shards(
     storage: Storage,
     todo: list[int],
     bad: dict[int, str],
-    before: Progress,
+    before: MadeShards,
     made_by: Sequence[dict[str, Any]],
     actors: int | None,
     ray_address: str | None,
-) -> Progress:
+) -> MadeShards:
     """Make the shards `todo`; `bad` has the etags of those that are there but wrong, which are replaced.
 
     The environment of what is returned also says how many `seconds` this took, with those of the runs in `made_by`.
     """
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
-    lines = dict(before.shards)
+    lines = before.by_key
     present: list[dict[str, Any]] = []
 
     def welcome(environment: dict[str, Any]) -> None:
@@ -179,12 +185,13 @@ def _make_shards(
     spent = made_by[-1].get("seconds", 0.0) if made_by else 0.0
     started = time.monotonic()
 
-    def made() -> Progress:
-        return Progress(lines, present[0] | {"seconds": round(spent + time.monotonic() - started, 1)})
+    def made() -> MadeShards:
+        seconds = round(spent + time.monotonic() - started, 1)
+        return MadeShards(environment=present[0] | {"seconds": seconds}, shards=tuple(lines.values()))
 
     def note() -> None:
         if present:
-            write_progress(storage, plan.folder, made())
+            write_made_shards(storage, plan.folder, made())
 
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded the next is being solved
@@ -203,7 +210,7 @@ def _make_shards(
                 advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
 
             pool = run_pool(
-                lambda: remote.remote(there, plan),
+                lambda: remote.remote(plan.spec, there.teacher, there.storage, plan.folder),
                 lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
                 todo,
                 cluster.capacity,
@@ -238,25 +245,28 @@ def collect_shards(
 
 
 class SolveActor:
-    """A Ray actor that holds the teacher and makes the shards of `plan`.
+    """A Ray actor that holds a teacher and makes shards of `spec` below `folder` of a storage.
 
-    Raises UserError where the teacher that it loads is not the one that was planned with.
+    Raises UserError if the teacher that it loads is not the spec's.
     """
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(
+        self, spec: TrajectorySpec, teacher: TeacherConfig, storage: StorageConfig, folder: str
+    ) -> None:
         import torch
 
         from dsno_cluster.device import compute_device
 
-        threads = config.trajectories.threads  # bits depend on it: part of the spec
-        torch.set_num_threads(threads)
+        torch.set_num_threads(spec.threads)  # bits depend on it
         # the number of threads is a property of the calling thread too, so all solving is done in this one
-        self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
-        self.config, self.folder = config, plan.folder
-        teacher = open_teacher(config)
-        check_planned(config, plan, teacher)
-        self.teacher = teacher.to(compute_device())
-        self.storage = open_storage(config.storage.root, config.storage.endpoint_url)
+        self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
+        self.spec, self.folder = spec, folder
+        loaded = load_teacher(
+            str(teacher.path), storage.endpoint_url, precision=teacher.precision, options=teacher.options
+        )
+        check_teacher(spec, loaded, str(teacher.path))
+        self.teacher = loaded.to(compute_device())
+        self.storage = open_storage(storage.root, storage.endpoint_url)
 
     def environment(self) -> dict[str, Any]:
         return environment()
@@ -266,49 +276,24 @@ class SolveActor:
 
         `replace` is the etag of a bad one that is there. Raises WorkError as `put_shard`.
         """
-        start = index * self.config.trajectories.samples_per_shard
-        tensors = self.compute.submit(self._solve, index).result()
+        tensors = self.compute.submit(solve_shard, self.spec, self.teacher, index).result()
+        start = index * self.spec.samples_per_shard
         return put_shard(self.storage, self.folder, index, start, tensors, replace)
 
-    def _solve(self, index: int) -> dict[str, Any]:
-        import torch
 
-        settings = self.config.trajectories
-        start = index * settings.samples_per_shard
-        states, labels = [], []
-        stop = start + settings.samples_per_shard
-        for first in range(start, stop, settings.batch_size):
-            indices = range(first, min(first + settings.batch_size, stop))
-            batch = solve_batch(self.config, self.teacher, self.config.seed, indices)
-            states.append(batch[0].to("cpu", getattr(torch, settings.dtype)))
-            labels.append(batch[1])
-        states_MNCHW = torch.cat(states).transpose(0, 1)
-        if not bool(states_MNCHW.isfinite().all()):
-            raise WorkError(f"shard {index}: the teacher gave states that are not finite in {settings.dtype}")
-        tensors = {"states": states_MNCHW}
-        if self.config.network.num_classes:
-            tensors["labels"] = torch.cat(labels)
-        return tensors
-
-
-def solve_batch(config: Config, teacher: Any, seed: int, indices: range) -> tuple[Any, Any]:
-    """States (N, M, C, H, W), on the teacher's device, and labels (N,) or None, of the given samples of `seed`."""
-    from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-    from dsno_cluster.diffusion.solvers import solve
-
-    settings = config.trajectories
-    noise = sample_noise(seed, indices, teacher.shape)
-    labels = sample_labels(seed, indices, teacher.num_classes) if teacher.num_classes else None
-    device = teacher.device
-    states = solve(
-        teacher,
-        noise.to(device),
-        settings.time_points,
-        settings.solver,
-        settings.steps,
-        None if labels is None else labels.to(device),
-        settings.guidance_scale,
-        settings.clip_denoised,
-        settings.grid,
-    )
-    return states, labels
+def check_teacher(spec: TrajectorySpec, teacher: Teacher, path: str) -> None:
+    """Raises UserError unless `teacher`, as this process loaded it, is the one that the spec was made with."""
+    info = teacher.info
+    own_steps = None if isinstance(spec.grid, str) else teacher.native_grid(spec.steps)
+    same = {
+        "teacher": spec.teacher in (info.identity, *info.former_identities),
+        "grid": own_steps is None or own_steps == spec.grid,
+        "shape": teacher.shape == spec.shape,
+        "labels": teacher.num_classes == spec.labels.num_classes,
+        "noise": noise_checksum(spec.seed, spec.shape) == spec.noise.first_sample_sha256,
+    }
+    if differing := [key for key, is_same in same.items() if not is_same]:
+        raise UserError(
+            f"{path}: the teacher changed, or differs on this node ({socket.gethostname()}), since the run "
+            f"began (other than planned: {', '.join(differing)}); make it the same everywhere and start again"
+        )

@@ -5,30 +5,56 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsno_cluster import console
-from dsno_cluster.errors import UserError
+from dsno_cluster.records import Record
 from dsno_cluster.storage import write_file
-from dsno_cluster.trajectories.shards import Manifest, Shard, open_data_set, read_shard
+from dsno_cluster.trajectories.shards import Shard, open_data_set, read_shard, trajectory_spec
+from dsno_cluster.trajectories.spec import TrajectorySpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICTURED = 8
 
 
+class StatesAtTime(Record):
+    """Statistics of the states at one time point, over the samples read."""
+
+    time: float
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+class Inspection(Record):
+    """What `inspect` found: `samples` in `shards` of `bytes` in all; `classes` counts labels among the `samples_read`."""
+
+    address: str
+    samples: int
+    shards: int
+    bytes: int
+    spec: TrajectorySpec
+    environment: dict[str, Any]
+    samples_read: int
+    by_time: tuple[StatesAtTime, ...]
+    classes: list[int] | None
+
+
 def inspect(
     address: str, num_shards: int, picture: str | None, endpoint_url: str | None = None
-) -> dict[str, Any]:
+) -> Inspection:
     """Read `num_shards` shards, evenly spread over the data set at a folder, S3 address or manifest, and describe them.
 
-    `by_time` gives mean, standard deviation, smallest and largest value of the states at each time point, over
-    the samples read. `picture` is the .png to write: a row a trajectory, from noise to image. Raises UserError
-    where there is no manifest and WorkError for a shard whose bytes are not those of the manifest.
+    `picture` is the .png to write: a row a trajectory, from noise to image. Raises UserError
+    if there is no manifest and WorkError for a shard whose bytes are not those of the manifest.
     """
     storage, manifest = open_data_set(address, endpoint_url)
-    if "times" not in manifest.spec:
-        raise UserError(f"{address}: holds samples, not trajectories")
+    spec = trajectory_spec(manifest, address)
     chosen = _spread(manifest.shards, num_shards)
     moments: list[np.ndarray] = []
     classes: np.ndarray | None = None
@@ -37,64 +63,60 @@ def inspect(
         console.progress("inspecting", len(chosen), "shards") as advance,
     ):
         # reduced where it is read: no more shards are in memory than there are threads
-        for sums, counts in threads.map(
-            lambda shard: _reduce(manifest, read_shard(storage, "", shard)), chosen
-        ):
+        for sums, counts in threads.map(lambda shard: _reduce(spec, read_shard(storage, "", shard)), chosen):
             moments.append(sums)
             if counts is not None:
                 classes = counts if classes is None else classes + counts
             advance(1)
     if picture is not None:
-        _draw(manifest, read_shard(storage, "", chosen[0]), picture, endpoint_url)
+        _draw(spec, read_shard(storage, "", chosen[0]), picture, endpoint_url)
     samples_read = sum(shard.stop - shard.start for shard in chosen)
-    numbers = samples_read * int(np.prod(manifest.spec["shape"]))
+    numbers = samples_read * int(np.prod(spec.shape))
     parts = np.stack(moments)
     mean = parts[:, 0].sum(0) / numbers
     # states are of order one, so the plain sum of squares in float64 loses nothing that is shown
     std = np.sqrt(np.maximum(parts[:, 1].sum(0) / numbers - mean**2, 0.0))
-    by_time = zip(manifest.spec["times"], mean, std, parts[:, 2].min(0), parts[:, 3].max(0), strict=True)
-    return {
-        "address": address,
-        "samples": manifest.num_samples,
-        "shards": len(manifest.shards),
-        "bytes": sum(shard.size for shard in manifest.shards),
-        "spec": manifest.spec,
-        "environment": manifest.environment,
-        "samples_read": samples_read,
-        "by_time": [
-            dict(zip(("time", "mean", "std", "min", "max"), map(float, row), strict=True)) for row in by_time
-        ],
-        "classes": None if classes is None else classes.tolist(),
-    }
+    by_time = zip(spec.times, mean, std, parts[:, 2].min(0), parts[:, 3].max(0), strict=True)
+    return Inspection(
+        address=address,
+        samples=manifest.num_samples,
+        shards=len(manifest.shards),
+        bytes=sum(shard.size for shard in manifest.shards),
+        spec=spec,
+        environment=manifest.environment,
+        samples_read=samples_read,
+        by_time=tuple(
+            StatesAtTime(time=t, mean=float(m), std=float(s), min=float(low), max=float(high))
+            for t, m, s, low, high in by_time
+        ),
+        classes=None if classes is None else classes.tolist(),
+    )
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(found: Inspection) -> str:
     """What `inspect` found, as lines for people."""
-    spec, versions = found["spec"], found["environment"].get("versions", {})
-    teacher = {key: value for key, value in spec["teacher"].items() if not isinstance(value, dict)}
-    shape = "x".join(map(str, spec["shape"]))
+    spec, versions = found.spec, found.environment.get("versions", {})
+    identity = spec.teacher.model_dump(mode="json")
+    teacher = {key: value for key, value in identity.items() if not isinstance(value, dict)}
+    shape = "x".join(map(str, spec.shape))
     lines = [
-        f"{found['samples']:,} trajectories of {shape} at t = {', '.join(map(str, spec['times']))}, {spec['dtype']}",
-        f"{found['shards']:,} shards, {found['bytes']:,} bytes, made on {found['environment'].get('device')} "
+        f"{found.samples:,} trajectories of {shape} at t = {', '.join(map(str, spec.times))}, {spec.dtype}",
+        f"{found.shards:,} shards, {found.bytes:,} bytes, made on {found.environment.get('device')} "
         f"with torch {versions.get('torch')}",
-        f"solver {spec['solver']}, {spec['steps']} steps, guidance {spec['guidance_scale']}, seed {spec['seed']}",
+        f"solver {spec.solver}, {spec.steps} steps, guidance {spec.guidance_scale}, seed {spec.seed}",
         f"teacher {json.dumps(teacher)}",
     ]
-    if found["classes"] is not None:
-        counts = found["classes"]
+    if found.classes is not None:
+        counts = found.classes
         lines.append(f"{len(counts)} classes, {min(counts)} to {max(counts)} samples each among those read")
     return "\n".join(lines)
 
 
-def rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table by time point."""
-    header = ["t", "mean", "std", "min", "max"]
-    return header, [
-        [
-            f"{line['time']:.4g}",
-            *(f"{line[key]:+.4f}" if key != "std" else f"{line[key]:.4f}" for key in header[1:]),
-        ]
-        for line in found["by_time"]
+    return ["t", "mean", "std", "min", "max"], [
+        [f"{at.time:.4g}", f"{at.mean:+.4f}", f"{at.std:.4f}", f"{at.min:+.4f}", f"{at.max:+.4f}"]
+        for at in found.by_time
     ]
 
 
@@ -103,26 +125,26 @@ def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
     return [shards[i] for i in sorted(set(picks.tolist()))]
 
 
-def _reduce(manifest: Manifest, tensors: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Of a shard's states: sum, sum of squares, smallest and largest by time, (4, M) float64; and its class counts."""
+def _reduce(spec: TrajectorySpec, tensors: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Sum, sum of squares, smallest and largest of a shard's states by time, (4, M) float64; and its class counts."""
     sums = []
     for states_NCHW in tensors["states"]:  # one time point at a time, as float64 takes four times the memory
         values = states_NCHW.double().numpy()
         sums.append([values.sum(), np.square(values).sum(), values.min(), values.max()])
     counts = None
     if "labels" in tensors:
-        counts = np.bincount(tensors["labels"].numpy(), minlength=manifest.spec["labels"]["num_classes"])
+        counts = np.bincount(tensors["labels"].numpy(), minlength=spec.labels.num_classes)
     return np.array(sums).T, counts
 
 
-def _draw(manifest: Manifest, tensors: dict[str, Any], path: str, endpoint_url: str | None) -> None:
+def _draw(spec: TrajectorySpec, tensors: dict[str, Tensor], path: str, endpoint_url: str | None) -> None:
     import torch
 
     from dsno_cluster.diffusion.noise import sample_noise
     from dsno_cluster.images import grid_png
 
     states_NMCHW = tensors["states"][:, :PICTURED].transpose(0, 1).float()
-    noise_NCHW = sample_noise(manifest.spec["seed"], range(len(states_NMCHW)), tuple(manifest.spec["shape"]))
+    noise_NCHW = sample_noise(spec.seed, range(len(states_NMCHW)), spec.shape)
     columns = torch.cat([noise_NCHW[:, None], states_NMCHW], dim=1)
     data = grid_png(columns.flatten(0, 1), columns.shape[1])
     write_file(path, data, endpoint_url)

@@ -6,28 +6,22 @@ The arithmetic needs neither the teacher nor torch.
 from __future__ import annotations
 
 import json
-import socket
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
+from dsno_cluster import console
 from dsno_cluster.config import Config, files_not_there
-from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
-from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
+from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
-from dsno_cluster.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
-from dsno_cluster.trajectories.shards import MANIFEST, canonical_hash
+from dsno_cluster.storage import open_storage
+from dsno_cluster.teachers import ConfiguredTeacher, Teacher, find_teacher
+from dsno_cluster.trajectories.shards import MADE_SHARDS, MANIFEST
+from dsno_cluster.trajectories.spec import TrajectorySpec, former_specs, spec_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGE_ERROR = 0.1  # relative, of a solver: what a student learns from it is visibly another image
-FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
-
-_HOW = (
-    "point teacher.path at a folder of ours (as `dsno-cluster train-teacher` and `import-weights` write it), a diffusers "
-    "folder, a published checkpoint, or package.module:function"
-)
-
-
-class NoTeacher(UserError):
-    """The config names no teacher, or one that is not there."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """`folder` is the key prefix of the data set below storage.root; `note` is what the user may not expect, or None."""
+    """`note` is what the user may not expect, or None."""
 
-    spec: dict[str, Any]
-    folder: str
+    spec: TrajectorySpec
+    teacher: ConfiguredTeacher
     size: Size
     note: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """The key prefix of the data set below storage.root."""
+        return self.spec.folder
 
 
 @dataclass(frozen=True)
@@ -78,47 +77,48 @@ class Found:
     problem: str | None = None
 
 
-def size_of(config: Config, native: tuple[float, ...] | None = None) -> Size:
-    """The arithmetic of a config; `native` are the teacher's own steps where it is solved on them."""
+def size_of(config: Config, method: Method | None = None) -> Size:
+    """The arithmetic of a config; `method` is how its teacher is solved, once that is known."""
     settings, network = config.trajectories, config.network
     numbers = settings.num_points * network.channels * network.image_size**2
     size = {"float16": 2, "float32": 4}[settings.dtype]
     return Size(
         num_samples=settings.num_samples,
         num_shards=settings.num_samples // settings.samples_per_shard,
-        evaluations_per_sample=count_evaluations(
-            settings.solver,
-            settings.steps,
-            settings.guidance_scale,
-            settings.time_points,
-            native or settings.grid,
-        ),
+        evaluations_per_sample=(method or settings.method).evaluations(settings.time_points),
         bytes_per_shard=settings.samples_per_shard * (numbers * size + (8 if network.num_classes else 0)),
     )
 
 
-def make_plan(config: Config) -> Plan:
-    """The plan of a config. Raises UserError where it names no teacher or one that is not there."""
-    teacher = find_teacher(config)
-    spec = trajectory_spec(config, teacher)
-    size = size_of(config, own_steps(config, teacher))
+def make_plan(config: Config, teacher: ConfiguredTeacher | None = None) -> Plan:
+    """The plan of a config; its `teacher` is found if it is not given. Raises UserError as `find_teacher`."""
+    teacher = teacher or find_teacher(config)
     note = None
-    if teacher.clips and not config.trajectories.clip_denoised:
+    if teacher.info.clips and not config.trajectories.clip_denoised:
         note = (
             "the teacher's scheduler bounds the clean image (clip_sample or thresholding), this config does not: its "
             "trajectories are other ones unless trajectories.clip_denoised=true"
         )
-    return Plan(spec=spec, folder=f"trajectories/{canonical_hash(spec)}/", size=size, note=note)
+    return Plan(_spec(config, teacher), teacher, size_of(config, teacher.method), note)
+
+
+def _spec(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
+    """The spec of the config's data set: the one by which an earlier version began it, if one did."""
+    spec = spec_of(config, teacher)
+    if former := former_specs(spec, teacher):
+        storage = open_storage(config.storage.root, config.storage.endpoint_url)
+        for one in (spec, *former):
+            if any(storage.stat(one.folder + file) is not None for file in (MANIFEST, MADE_SHARDS)):
+                return one
+    return spec
 
 
 def check_reachable(config: Config, folder: str) -> None:
-    """Raises WorkError, or UserError, where the storage of the data set in `folder` cannot be read from here."""
-    from dsno_cluster.storage import open_storage
-
+    """Raises WorkError, or UserError, if the storage of the data set in `folder` cannot be read from here."""
     open_storage(config.storage.root, config.storage.endpoint_url).stat(folder + MANIFEST)
 
 
-def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
+def measure_cost(plan: Plan, teacher: Teacher, devices: int) -> Cost:
     """Time the teacher on its device, at the config's batch size and threads, for about two seconds.
 
     `devices` of them (GPUs, or actors of `trajectories.threads` CPU threads) then share the work.
@@ -130,12 +130,11 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
 
     from dsno_cluster.device import device_name
 
-    settings = config.trajectories
-    device = teacher.device
-    noise, labels = _probes(config, teacher, settings.batch_size)
+    spec, device = plan.spec, teacher.device
+    noise, labels = _probes(spec, teacher, spec.batch_size)
     seconds: list[float] = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(spec.threads)
     try:
         for _ in range(100):
             began = time.perf_counter()
@@ -147,95 +146,81 @@ def measure_cost(config: Config, teacher: Teacher, devices: int) -> Cost:
                 break
     finally:
         torch.set_num_threads(threads)
-    each = statistics.median(seconds[1:]) / settings.batch_size
-    hours = each * size_of(config, own_steps(config, teacher)).evaluations / 3600
+    each = statistics.median(seconds[1:]) / spec.batch_size
+    hours = each * plan.size.evaluations / 3600
     return Cost(device_name(), each, hours, devices, hours / devices)
 
 
-def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, float]:
+def measure_errors(plan: Plan, teacher: Teacher, probes: int) -> dict[str, float]:
     """Relative error of the config's solver at each time point on `probes` samples, against a very fine solution.
 
     Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
     """
-    from dsno_cluster import console
-    from dsno_cluster.diffusion.accuracy import reference_states, relative_errors
-    from dsno_cluster.diffusion.solvers import solve
+    from dsno_cluster.diffusion.accuracy import reference_method, relative_errors
+    from dsno_cluster.diffusion.solvers import solve_with
 
-    _refuse_own_steps(config, teacher)
-    settings = config.trajectories
-    guidance, times = settings.guidance_scale, settings.time_points
-    noise, labels = _probes(config, teacher, probes)
-    calls = _reference_calls(config) + count_evaluations(
-        settings.solver, settings.steps, guidance, times, grid_name(config)
-    )
+    _refuse_own_steps(plan)
+    spec = plan.spec
+    method, times = spec.method, spec.times
+    finest = reference_method(method, times)
+    noise, labels = _probes(spec, teacher, probes)
+    calls = finest.evaluations(times) + method.evaluations(times)
     console.say(
         f"measuring the solver's error on {probes} samples (--probes): {calls:,} evaluations of them all, about "
         f"{_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
     )
-    rest = (labels, settings.guidance_scale, settings.clip_denoised)
-    reference = reference_states(teacher, noise, settings.time_points, *rest)
-    states = solve(
-        teacher, noise, settings.time_points, settings.solver, settings.steps, *rest, settings.grid
-    )
-    return _by_time(config, relative_errors(states, reference))
+    reference = solve_with(finest, teacher, noise, times, labels)
+    states = solve_with(method, teacher, noise, times, labels)
+    return _by_time(spec, relative_errors(states, reference))
 
 
 def choose_solver(
-    config: Config, teacher: Teacher, tolerance: float, probes: int
+    config: Config, plan: Plan, teacher: Teacher, tolerance: float, probes: int
 ) -> tuple[Config, dict[str, float]]:
     """The config with the cheapest solver, grid and steps within `tolerance` at every time point, and its errors.
 
-    Measured on `probes` samples. Raises UserError where none is good enough, or the teacher has steps of its own.
+    Measured on `probes` samples. Raises UserError if none is good enough, or the teacher has steps of its own.
     """
-    from dsno_cluster import console
-    from dsno_cluster.diffusion.accuracy import Choice, cheapest
+    from dsno_cluster.diffusion.accuracy import Choice, cheapest, reference_method
 
-    _refuse_own_steps(config, teacher)
-    settings = config.trajectories
-    noise, labels = _probes(config, teacher, probes)
+    _refuse_own_steps(plan)
+    spec = plan.spec
+    noise, labels = _probes(spec, teacher, probes)
 
     def tell(choice: Choice) -> None:
-        console.say(f"{choice.solver}, {choice.steps} steps: off by {max(choice.errors):.2g}")
+        console.say(f"{choice.method.solver}, {choice.method.steps} steps: off by {max(choice.errors):.2g}")
 
-    calls = _reference_calls(config)
+    calls = reference_method(spec.method, spec.times).evaluations(spec.times)
     console.say(
         f"looking for the cheapest solver within {tolerance:g}, on {probes} samples (--probes): first a very fine solution, "
         f"{calls:,} evaluations of them all, about {_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
     )
-    rest = (labels, settings.guidance_scale, settings.clip_denoised)
-    found = cheapest(teacher, noise, settings.time_points, tolerance, *rest, tried=tell)
-    chosen = settings.model_copy(update={"solver": found.solver, "grid": found.grid, "steps": found.steps})
-    return config.model_copy(update={"trajectories": chosen}), _by_time(config, found.errors)
+    found = cheapest(spec.method, teacher, noise, spec.times, tolerance, labels, tried=tell)
+    method = found.method
+    chosen = {"solver": method.solver, "grid": method.grid, "steps": method.steps}
+    settings = config.trajectories.model_copy(update=chosen)
+    return config.model_copy(update={"trajectories": settings}), _by_time(spec, found.errors)
 
 
-def _refuse_own_steps(config: Config, teacher: Teacher) -> None:
-    if own_steps(config, teacher) is not None:
+def _refuse_own_steps(plan: Plan) -> None:
+    teacher = plan.teacher
+    if teacher.own_steps is not None:
         raise UserError(
-            f"the teacher at {config.teacher.path} has {config.trajectories.steps} steps of its own, so there is no finer "
+            f"the teacher at {teacher.path} has {plan.spec.steps} steps of its own, so there is no finer "
             "solution to measure an error against; leave --tolerance out, or set teacher.options={schedule: continuous}"
         )
 
 
-def _probes(config: Config, teacher: Teacher, count: int) -> tuple[Any, Any]:
+def _probes(spec: TrajectorySpec, teacher: Teacher, count: int) -> tuple[Tensor, Tensor | None]:
     from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 
-    labels = None
-    if teacher.num_classes:
-        labels = sample_labels(config.seed, range(count), teacher.num_classes).to(teacher.device)
-    return sample_noise(config.seed, range(count), teacher.shape).to(teacher.device), labels
+    labels, classes = None, spec.labels.num_classes
+    if classes:
+        labels = sample_labels(spec.seed, range(count), classes).to(teacher.device)
+    return sample_noise(spec.seed, range(count), spec.shape).to(teacher.device), labels
 
 
-def _reference_calls(config: Config) -> int:
-    """Evaluations of the very fine solution that errors are measured against."""
-    from dsno_cluster.diffusion.accuracy import REFERENCE_STEPS
-
-    settings = config.trajectories
-    return count_evaluations(
-        "abm3", REFERENCE_STEPS, settings.guidance_scale, settings.time_points, "uniform"
-    )
-
-
-def _call_seconds(teacher: Teacher, noise: Any, labels: Any) -> float:
+def _call_seconds(teacher: Teacher, noise: Tensor, labels: Tensor | None) -> float:
     """How long the teacher takes for these samples together."""
     import time
 
@@ -245,18 +230,17 @@ def _call_seconds(teacher: Teacher, noise: Any, labels: Any) -> float:
     return time.perf_counter() - began
 
 
-def _by_time(config: Config, errors: tuple[float, ...]) -> dict[str, float]:
-    return dict(zip(map(str, config.trajectories.time_points), errors, strict=True))
+def _by_time(spec: TrajectorySpec, errors: tuple[float, ...]) -> dict[str, float]:
+    return dict(zip(map(str, spec.times), errors, strict=True))
 
 
 def report(config: Config, plan: Plan | None, found: Found) -> str:
     """The plan as lines for people; `plan` None: there is no teacher yet, so no folder that is named by it."""
     settings, size = config.trajectories, plan.size if plan else size_of(config)
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
-    few = (
-        count_evaluations("ddim", steps, settings.guidance_scale) for steps in config.evaluation.teacher_steps
-    )
-    rows = sum(few) + size.evaluations_per_sample
+    ddim = replace(settings.method, solver="ddim", grid="uniform")
+    few = sum(replace(ddim, steps=steps).evaluations() for steps in config.evaluation.teacher_steps)
+    rows = few + size.evaluations_per_sample
     lines = [
         f"teacher       {config.teacher.path}: fits"
         if found.problem is None
@@ -340,114 +324,3 @@ def _hours(hours: float) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:,.1f} h"
-
-
-def teacher_path(config: Config) -> str:
-    """The config's teacher; UserError that says how to get one where it names none."""
-    if config.teacher.path is None:
-        raise NoTeacher(f"teacher.path: none is set; {_HOW}")
-    return config.teacher.path
-
-
-def find_teacher(config: Config) -> TeacherInfo:
-    """What is known of the config's teacher without its network.
-
-    Raises UserError that says how to get one where it is not there, and for one whose images, classes or own
-    steps are not those of the config, or whose own steps are for another solver.
-    """
-    path, settings = teacher_path(config), config.trajectories
-    try:
-        info = teacher_info(path, config.storage.endpoint_url, **config.teacher.options)
-    except UserError as error:
-        raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
-    check_fits(config.network, info, path)
-    try:
-        native = own_steps(config, info)
-    except ValueError as error:
-        raise UserError(f"trajectories.steps: {error}") from None
-    if info.distilled and settings.grid != "auto":
-        raise UserError(
-            f"trajectories.grid: {settings.grid}, but the distilled teacher at {path} knows the levels of its own steps alone; "
-            "set trajectories.grid=auto"
-        )
-    if native is not None:
-        if info.distilled and settings.solver != "ddim":
-            raise UserError(
-                f"trajectories.solver: {settings.solver}, but each of the {info.num_steps} steps of the distilled teacher "
-                f"at {path} is one DDIM step; set trajectories.solver=ddim"
-            )
-        if info.num_steps not in (None, settings.steps):
-            raise UserError(
-                f"trajectories.steps: {settings.steps}, the teacher at {path} has {info.num_steps} steps of its own"
-            )
-        try:
-            grid_points(settings.time_points, settings.solver, settings.steps, native)
-        except ValueError as error:
-            raise UserError(f"trajectories.times: {error}, which are the own steps of the teacher") from None
-    return info
-
-
-def own_steps(config: Config, teacher: TeacherInfo | Teacher) -> tuple[float, ...] | None:
-    """The teacher's own steps where the config leaves the grid to it and it has some."""
-    settings = config.trajectories
-    return teacher.native_grid(settings.steps) if settings.grid == "auto" else None
-
-
-def open_teacher(config: Config) -> Teacher:
-    """The config's teacher, on CPU. Raises UserError where it does not fit the config."""
-    path = teacher_path(config)
-    endpoint, teacher = config.storage.endpoint_url, config.teacher
-    loaded = load_teacher(path, endpoint, precision=teacher.precision, **teacher.options)
-    # a factory's images, classes and steps are known only now
-    check_fits(config.network, loaded, path)
-    if loaded.identity["kind"] == "factory" and own_steps(config, loaded) is not None:
-        raise UserError(
-            f"trajectories.grid: auto, but the teacher at {path} has a native_grid, which no plan can know before it is "
-            "made; set trajectories.grid to uniform or fine-end"
-        )
-    return loaded
-
-
-def check_planned(config: Config, plan: Plan, teacher: Teacher) -> None:
-    """Raises UserError unless `teacher`, as this process loaded it, gives the spec that the plan was made with."""
-    spec = trajectory_spec(config, teacher)
-    differing = [key for key in spec if spec[key] != plan.spec.get(key)]
-    if differing:
-        raise UserError(
-            f"{teacher_path(config)}: the teacher changed, or differs on this node ({socket.gethostname()}), since the run "
-            f"began (other than planned: {', '.join(differing)}); make it the same everywhere and start again"
-        )
-
-
-def grid_name(config: Config) -> str:
-    """The config's grid for a teacher without steps of its own."""
-    settings = config.trajectories
-    return usual_grid(settings.solver) if settings.grid == "auto" else settings.grid
-
-
-def trajectory_spec(config: Config, teacher: TeacherInfo | Teacher) -> dict[str, Any]:
-    """Everything that can change a byte of a shard. Its hash names the folder, so two specs never mix."""
-    settings, network = config.trajectories, config.network
-    native = own_steps(config, teacher)
-    named = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
-    shape = network.image_shape
-    return {
-        "format_version": FORMAT_VERSION,
-        "teacher": teacher.identity,
-        "solver": settings.solver,
-        "steps": settings.steps,
-        "grid": named[grid_name(config)] if native is None else list(native),
-        "times": list(settings.time_points),
-        "schedule": "cosine",
-        "clip_denoised": settings.clip_denoised,
-        "guidance_scale": settings.guidance_scale,
-        "labels": {"rule": "uniform", "num_classes": network.num_classes},
-        "seed": config.seed,
-        "shape": list(shape),
-        "dtype": settings.dtype,
-        "inference_precision": config.teacher.precision,
-        "samples_per_shard": settings.samples_per_shard,
-        "batch_size": settings.batch_size,
-        "threads": settings.threads,
-        "noise": {"generator": GENERATOR, "first_sample_sha256": noise_checksum(config.seed, shape)},
-    }

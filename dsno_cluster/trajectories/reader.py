@@ -38,6 +38,7 @@ from dsno_cluster.trajectories.shards import (
     read_header,
     read_manifest,
     read_shard_bytes,
+    trajectory_spec,
 )
 
 Arrays = dict[str, np.ndarray]
@@ -71,14 +72,14 @@ def open_trajectories(storage: Storage, folder: str, num_samples: int) -> Manife
             f"{storage.url}/{folder}: has {manifest.num_samples} trajectories, trajectories.num_samples is {num_samples}; "
             "run `dsno-cluster gen-trajectories` to add the others"
         )
-    spec = manifest.spec
-    if noise_checksum(spec["seed"], tuple(spec["shape"])) != spec["noise"]["first_sample_sha256"]:
+    spec = trajectory_spec(manifest, f"{storage.url}/{folder}")
+    if noise_checksum(spec.seed, spec.shape) != spec.noise.first_sample_sha256:
         raise UserError(
-            f"{storage.url}/{folder}: this machine's numpy gives other noise for the same seed ({spec['noise']['generator']}); "
+            f"{storage.url}/{folder}: this machine's numpy gives other noise for the same seed ({spec.noise.generator}); "
             "use the numpy version of the manifest's environment"
         )
     shards = tuple(shard for shard in manifest.shards if shard.start < num_samples)
-    return Manifest(spec, shards, manifest.environment)
+    return manifest.model_copy(update={"shards": shards, "num_samples": shards[-1].stop})
 
 
 def epoch_order(
@@ -157,18 +158,19 @@ class ShardReader:
         points: Sequence[int] | None = None,
     ) -> None:
         self.storage, self.folder, self.manifest, self.settings = storage, folder, manifest, settings
+        self.spec = trajectory_spec(manifest, f"{storage.url}/{folder}")
         self.points = None if points is None else list(points)
-        count = len(manifest.spec["times"])
+        count = len(self.spec.times)
         if self.points is not None and not (self.points and all(0 <= point < count for point in self.points)):
             raise ValueError(f"points {self.points}: must be positions 0 to {count - 1} in the spec's times")
-        self.per_shard = manifest.shards[0].stop - manifest.shards[0].start
+        self.per_shard = manifest.per_shard
         self.opened: OrderedDict[int, Arrays] = OrderedDict()
         self.checked: set[int] = set()
 
     def batch(self, indices: np.ndarray) -> Batch:
-        spec = self.manifest.spec
+        spec = self.spec
         states, labels = self.samples(indices)
-        noise = sample_noise(spec["seed"], map(int, indices), tuple(spec["shape"]))
+        noise = sample_noise(spec.seed, map(int, indices), spec.shape)
         return Batch(indices, noise, states.float(), labels)
 
     def samples(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:

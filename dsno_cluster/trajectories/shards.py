@@ -12,25 +12,34 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import JsonValue
+
+from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.records import Record, canonical_hash, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
+from dsno_cluster.trajectories.spec import TrajectorySpec, read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
+MADE_SHARDS = "progress.json"
 SCHEMA_VERSION = 1
 CHECKSUM = "tensors_sha256"
 
 
-@dataclass(frozen=True)
-class Shard:
+class _Version(Record):
+    """What every manifest says, of whatever version."""
+
+    schema_version: int
+
+
+class Shard(Record):
     """One line of a manifest: samples [start, stop) in `size` bytes of the given sha256."""
 
     key: str
@@ -40,23 +49,42 @@ class Shard:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """`spec` is everything that can change a byte; `environment` is what made the bytes."""
+class Manifest(Record):
+    """What a data set holds: its spec as plain values, whose hash names it, its shards, and what made them.
 
-    spec: dict[str, Any]
-    shards: tuple[Shard, ...]
+    The spec is that of trajectories (`trajectory_spec`) or of samples (`evaluation/sample_shards.py`).
+    """
+
+    schema_version: Literal[1] = 1
+    spec_hash: str
+    spec: dict[str, JsonValue]
+    num_samples: int
     environment: dict[str, Any]
+    shards: tuple[Shard, ...]
 
     @property
-    def num_samples(self) -> int:
-        return self.shards[-1].stop if self.shards else 0
+    def per_shard(self) -> int:
+        """Samples of a shard."""
+        return self.shards[0].stop - self.shards[0].start
 
 
-def canonical_hash(spec: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits that name a spec; equal for equal values, whatever their order."""
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def make_manifest(spec: Named, shards: Sequence[Shard], environment: dict[str, Any]) -> Manifest:
+    """The manifest of `shards`, one after the other from sample 0."""
+    content = spec.model_dump(mode="json")
+    return Manifest(
+        spec_hash=canonical_hash(content),
+        spec=content,
+        num_samples=shards[-1].stop if shards else 0,
+        environment=environment,
+        shards=tuple(shards),
+    )
+
+
+def trajectory_spec(manifest: Manifest, where: str) -> TrajectorySpec:
+    """The spec of a data set of trajectories. Raises UserError for one of samples, and as `read_spec`."""
+    if "times" not in manifest.spec:
+        raise UserError(f"{where}: holds samples, not trajectories")
+    return read_spec(manifest.spec, where)
 
 
 def shard_key(index: int) -> str:
@@ -100,10 +128,11 @@ def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def shard_tensors(spec: dict[str, Any], per_shard: int) -> dict[str, tuple[str, list[int]]]:
+def shard_tensors(spec: TrajectorySpec) -> dict[str, tuple[str, list[int]]]:
     """Names, dtypes and shapes of the tensors of a trajectory shard."""
-    tensors = {"states": (spec["dtype"], [len(spec["times"]), per_shard, *spec["shape"]])}
-    return tensors | ({"labels": ("int64", [per_shard])} if spec["labels"]["num_classes"] else {})
+    count = spec.samples_per_shard
+    tensors = {"states": (spec.dtype, [len(spec.times), count, *spec.shape])}
+    return tensors | ({"labels": ("int64", [count])} if spec.labels.num_classes else {})
 
 
 def vouches_for_itself(data: bytes, start: int, expected: dict[str, tuple[str, list[int]]]) -> bool:
@@ -141,7 +170,8 @@ def write_shard(
     count = next(
         t.shape[1] if name == "states" else t.shape[0] for name, t in tensors.items() if name != "labels"
     )
-    return Shard(shard_key(index), start, start + count, len(data), hashlib.sha256(data).hexdigest())
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Shard(key=shard_key(index), start=start, stop=start + count, size=len(data), sha256=sha256)
 
 
 def put_shard(
@@ -184,20 +214,17 @@ def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
     found = storage.stat(folder + MANIFEST)
     if found is None:
         return None
-    where = f"{storage.url}/{folder}{MANIFEST}"
-    try:
-        raw = json.loads(storage.read(folder + MANIFEST))
-        version = raw["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{where}: schema version {version}; this dsno-cluster reads version {SCHEMA_VERSION}"
-            )
-        manifest = Manifest(raw["spec"], tuple(Shard(**shard) for shard in raw["shards"]), raw["environment"])
-        if raw["spec_hash"] != canonical_hash(raw["spec"]) or raw["num_samples"] != manifest.num_samples:
-            raise WorkError(f"{where}: its spec or count was changed after it was written")
-        return manifest, found.etag
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not a manifest ({type(error).__name__}: {error})") from None
+    where, data = f"{storage.url}/{folder}{MANIFEST}", storage.read(folder + MANIFEST)
+    version = read_record(_Version, data, where).schema_version
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{where}: schema version {version}; this dsno-cluster reads version {SCHEMA_VERSION}"
+        )
+    manifest = read_record(Manifest, data, where)
+    held = manifest.shards[-1].stop if manifest.shards else 0
+    if manifest.spec_hash != canonical_hash(manifest.spec) or manifest.num_samples != held:
+        raise WorkError(f"{where}: its spec or count was changed after it was written")
+    return manifest, found.etag
 
 
 def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Manifest]:
@@ -225,15 +252,7 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
     Safe against a second run of the same spec at the same time: the put is conditional, and who comes late
     looks again. Raises WorkError where what is there contradicts what was made.
     """
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "spec_hash": canonical_hash(manifest.spec),
-        "spec": manifest.spec,
-        "num_samples": manifest.num_samples,
-        "environment": manifest.environment,
-        "shards": [asdict(shard) for shard in manifest.shards],
-    }
-    data = (json.dumps(content, indent=1) + "\n").encode()
+    data = record_bytes(manifest)
     for _ in range(10):
         current = read_manifest(storage, folder)
         if current is not None:
@@ -257,30 +276,28 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
     raise WorkError(f"{storage.url}/{folder}{MANIFEST}: kept changing under ten attempts to replace it")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What an unfinished run has made: its shards by key, each with the etag of its object, and what made them."""
+class MadeShards(Record):
+    """The notes of an unfinished run: the shards that it has made, each with the etag of its object, and what made them."""
 
-    shards: dict[str, tuple[Shard, str]]
-    environment: dict[str, Any] | None
+    environment: dict[str, Any] | None = None
+    shards: tuple[tuple[Shard, str], ...] = ()
+
+    @property
+    def by_key(self) -> dict[str, tuple[Shard, str]]:
+        return {shard.key: (shard, etag) for shard, etag in self.shards}
 
 
-def read_progress(storage: Storage, folder: str) -> Progress:
+def read_made_shards(storage: Storage, folder: str) -> MadeShards:
     """The notes of an interrupted run, or empty ones. They only save work, so unreadable ones count as none."""
     try:
-        raw = json.loads(storage.read(folder + PROGRESS))
-        shards = {line["key"]: (Shard(**line), etag) for line, etag in raw["shards"]}
-        return Progress(shards, raw["environment"])
-    except (MissingObject, ValueError, KeyError, TypeError):
-        return Progress({}, None)
+        return read_record(MadeShards, storage.read(folder + MADE_SHARDS), folder + MADE_SHARDS)
+    except (MissingObject, UserError):
+        return MadeShards()
 
 
-def write_progress(storage: Storage, folder: str, progress: Progress) -> None:
+def write_made_shards(storage: Storage, folder: str, made: MadeShards) -> None:
     """Note what is made so far, so that a restart needs not read it all again. Not a promise: no manifest."""
-    lines = [[asdict(shard), etag] for shard, etag in progress.shards.values()]
-    storage.write(
-        folder + PROGRESS, json.dumps({"environment": progress.environment, "shards": lines}).encode()
-    )
+    storage.write(folder + MADE_SHARDS, made.model_dump_json().encode())
 
 
 def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[Shard, str | None]]:

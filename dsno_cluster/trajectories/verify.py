@@ -10,7 +10,6 @@ from dsno_cluster import console
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
     Manifest,
-    canonical_hash,
     find_bad_shards,
     manifest_problems,
     open_data_set,
@@ -41,7 +40,7 @@ def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
 
 def _wrong_name(url: str, manifest: Manifest) -> list[str]:
     name = os.path.basename(url if "://" in url else os.path.abspath(url))
-    spec_hash = canonical_hash(manifest.spec)
+    spec_hash = manifest.spec_hash
     if not re.fullmatch("[0-9a-f]{16}", name) or name == spec_hash:
         return []
     return [f"{MANIFEST} is that of {spec_hash}, the folder is named {name}"]

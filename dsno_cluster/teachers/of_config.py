@@ -1,0 +1,122 @@
+"""The teacher that a config names, found once: what is known of it, and its network when that is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dsno_cluster.config import Config
+from dsno_cluster.diffusion.solvers import Method, grid_points
+from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.loading import open_teacher
+from dsno_cluster.teachers.teacher import DiffusersModel, Teacher, TeacherFamily, TeacherInfo, check_fits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HOW = (
+    "point teacher.path at a folder of ours (as `dsno-cluster train-teacher` and `import-weights` write it), a diffusers "
+    "folder, a published checkpoint, or package.module:function"
+)
+
+
+class NoTeacher(UserError):
+    """The config names no teacher, or one that does not exist."""
+
+
+@dataclass(frozen=True)
+class ConfiguredTeacher:
+    """A config's teacher. Whoever finds it hands it on, so that its files are read once in a process.
+
+    `method` is how the config solves its ODE, its grid decided: the teacher's own steps if the config leaves the grid to it
+    and it has some.
+    """
+
+    config: Config
+    path: str
+    opened: TeacherFamily
+    info: TeacherInfo
+    method: Method
+
+    @property
+    def own_steps(self) -> tuple[float, ...] | None:
+        """The times of the teacher's own steps if it is solved on those."""
+        return None if isinstance(self.method.grid, str) else self.method.grid
+
+    def solved_as(self, config: Config) -> ConfiguredTeacher:
+        """This teacher solved as another config says that names it too. Raises UserError as `find_teacher`."""
+        return replace(self, config=config, method=_method(config, self.path, self.info))
+
+    def load(self) -> Teacher:
+        """The teacher, on CPU. Raises UserError if it does not fit the config."""
+        loaded = self.opened.load(self.config.teacher.precision)
+        # a factory's images, classes and steps are known only now
+        check_fits(self.config.network, loaded.info, self.path)
+        native = loaded.native_grid(self.method.steps) if self.config.trajectories.grid == "auto" else None
+        if native != self.own_steps:
+            raise UserError(
+                f"trajectories.grid: auto, but the teacher at {self.path} has a native_grid, which no plan can know before "
+                "it is made; set trajectories.grid to uniform or fine-end"
+            )
+        return loaded
+
+    def warm_start(self) -> dict[str, Tensor]:
+        """The weights that a student begins with. Raises UserError if none can."""
+        return self.opened.warm_start()
+
+    def backbone(self) -> DiffusersModel | None:
+        """What `student.backbone` names besides our own U-Net. Raises UserError if this teacher has no such network."""
+        if self.config.student.backbone == "unet":
+            return None
+        if self.info.backbone is None:
+            raise UserError(
+                f"student.backbone diffusers: the teacher at {self.path} is of kind {self.opened.kind}; take backbone=unet"
+            )
+        return self.info.backbone
+
+
+def find_teacher(config: Config) -> ConfiguredTeacher:
+    """The config's teacher, without its network.
+
+    Raises NoTeacher, which says how to get one, if there is none, and UserError for one whose images, classes or own
+    steps are not those of the config, or whose own steps are for another solver.
+    """
+    path = config.teacher.path
+    if path is None:
+        raise NoTeacher(f"teacher.path: none is set; {_HOW}")
+    try:
+        opened = open_teacher(path, config.storage.endpoint_url, config.teacher.options)
+        info = opened.info()
+    except UserError as error:
+        raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
+    check_fits(config.network, info, path)
+    return ConfiguredTeacher(config, path, opened, info, _method(config, path, info))
+
+
+def _method(config: Config, path: str, info: TeacherInfo) -> Method:
+    """How the config solves this teacher's ODE. Raises UserError if its own steps are not the config's."""
+    settings = config.trajectories
+    try:
+        native = info.native_grid(settings.steps) if settings.grid == "auto" else None
+    except ValueError as error:
+        raise UserError(f"trajectories.steps: {error}") from None
+    if info.distilled and settings.grid != "auto":
+        raise UserError(
+            f"trajectories.grid: {settings.grid}, but the distilled teacher at {path} knows only the levels of its own "
+            "steps; set trajectories.grid=auto"
+        )
+    if native is not None:
+        if info.distilled and settings.solver != "ddim":
+            raise UserError(
+                f"trajectories.solver: {settings.solver}, but each of the {info.num_steps} steps of the distilled teacher "
+                f"at {path} is one DDIM step; set trajectories.solver=ddim"
+            )
+        if info.num_steps not in (None, settings.steps):
+            raise UserError(
+                f"trajectories.steps: {settings.steps}, the teacher at {path} has {info.num_steps} steps of its own"
+            )
+        try:
+            grid_points(settings.time_points, settings.solver, settings.steps, native)
+        except ValueError as error:
+            raise UserError(f"trajectories.times: {error}, which are the own steps of the teacher") from None
+    return settings.method.on(native)

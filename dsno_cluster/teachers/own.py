@@ -1,0 +1,78 @@
+"""Teachers of ours: model folders as `train-teacher` and `import-weights` write them, and those that ship."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dsno_cluster.config import validate
+from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import LATEST, META, ModelFolder, read_meta, read_model
+from dsno_cluster.teachers.identity import DENOISER, TeacherIdentity, UNetDescription, UNetIdentity
+from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
+from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
+from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREDICTIONS, SCHEDULE = ("x", "eps", "v", "both"), "cosine"
+
+
+class OwnFolder:
+    """A model folder of ours, on disk or on S3, or `package:NAME`."""
+
+    kind: ClassVar[str] = "ours"
+    identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (UNetIdentity,)
+
+    def __init__(self, source: Source, options: Options) -> None:
+        check_options(options, ("schedule",), source.path)
+        self.path, self.endpoint_url, self.schedule = (
+            source.path,
+            source.endpoint_url,
+            options.get("schedule"),
+        )
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return source.path.startswith("package:") or source.has(META) or source.has(LATEST)
+
+    def info(self) -> TeacherInfo:
+        return self._info
+
+    def load(self, precision: str) -> Teacher:
+        return unet_teacher(self._info, self._description, self._folder.weights, precision)
+
+    def warm_start(self) -> dict[str, Tensor]:
+        description = self._description
+        return with_last_layer_of_x0(
+            self._folder.weights, "conv_out.", description.prediction, description.network.channels
+        )
+
+    @functools.cached_property
+    def _info(self) -> TeacherInfo:
+        return unet_info(self.path, self._description, self._meta["sha256"], self.schedule)
+
+    @functools.cached_property
+    def _description(self) -> UNetDescription:
+        return _described(self.path, self._meta["model"])
+
+    @functools.cached_property
+    def _meta(self) -> dict[str, Any]:
+        return read_meta(self.path, self.endpoint_url)
+
+    @functools.cached_property
+    def _folder(self) -> ModelFolder:
+        return read_model(self.path, self.endpoint_url, sha256=self._meta["sha256"])
+
+
+def _described(path: str, model: dict[str, Any]) -> UNetDescription:
+    """What `meta.json` says under `model`. Raises UserError if that is no teacher's, or one of a later version."""
+    if model["kind"] != DENOISER:
+        raise UserError(f"{path}: holds a {model['kind']!r} model, not a teacher")
+    if model.get("prediction") not in PREDICTIONS or model.get("schedule") != SCHEDULE:
+        raise UserError(
+            f"{path}: predicts {model.get('prediction')!r} on schedule {model.get('schedule')!r}; "
+            f"this version reads {', '.join(PREDICTIONS)} on {SCHEDULE!r}"
+        )
+    return validate(UNetDescription, model, f"{path}: its model")

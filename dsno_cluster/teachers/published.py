@@ -1,0 +1,78 @@
+"""Teachers of progressive distillation (Salimans & Ho 2022) as they were published: a flax file and its YAML."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import TYPE_CHECKING, ClassVar
+
+from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import CONFIG, META
+from dsno_cluster.storage import open_storage, read_file
+from dsno_cluster.students.published_format import recognise
+from dsno_cluster.teachers.flax_teachers import read_published_teacher
+from dsno_cluster.teachers.identity import TeacherIdentity, UNetDescription, UNetIdentity
+from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
+from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
+from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PublishedFile:
+    """A file, with option `config` for its YAML, or the folder of such a file and its config.yaml."""
+
+    kind: ClassVar[str] = "published"
+    identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (UNetIdentity,)
+
+    def __init__(self, source: Source, options: Options) -> None:
+        check_options(options, ("config", "schedule"), source.path)
+        self.source, self.options = source, options
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return source.is_file or source.has(CONFIG)
+
+    def info(self) -> TeacherInfo:
+        description, _, sha256 = self._read
+        return unet_info(self.source.path, description, sha256, self.options.get("schedule"))
+
+    def load(self, precision: str) -> Teacher:
+        description, weights, _ = self._read
+        return unet_teacher(self.info(), description, weights, precision)
+
+    def warm_start(self) -> dict[str, Tensor]:
+        description, weights, _ = self._read
+        return with_last_layer_of_x0(
+            weights, "conv_out.", description.prediction, description.network.channels
+        )
+
+    @functools.cached_property
+    def _read(self) -> tuple[UNetDescription, dict[str, Tensor], str]:
+        """What the network is, its weights, and the sha256 of the file."""
+        path, endpoint_url = self.source.path, self.source.endpoint_url
+        config = self.options.get("config")
+        if self.source.is_file and config is None:
+            raise UserError(
+                f"{path}: is a file; give the published YAML of this checkpoint as option config="
+            )
+        if not self.source.is_file:
+            config = config or f"{path.rstrip('/')}/{CONFIG}"
+            path = f"{path.rstrip('/')}/{_only_checkpoint(path, endpoint_url)}"
+        data, text = read_file(path, endpoint_url), read_file(str(config), endpoint_url)
+        teacher = read_published_teacher(data, path, text, str(config))
+        return teacher.description, teacher.weights, hashlib.sha256(data).hexdigest()
+
+
+def _only_checkpoint(path: str, endpoint_url: str | None) -> str:
+    """The one file of a folder that is a flax msgpack checkpoint by its content."""
+    storage = open_storage(path, endpoint_url)
+    keys = [s.key for s in storage.list("") if "/" not in s.key]
+    found = [key for key in keys if recognise(storage.read(key, 0, 4)) == "flax"]
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: holds {len(found) or 'no'} flax checkpoints beside its {CONFIG}, one is needed"
+            + (f": {', '.join(found)}" if found else f" (or a model's {META}); it holds {', '.join(keys)}")
+        )
+    return found[0]

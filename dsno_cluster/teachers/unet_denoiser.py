@@ -1,0 +1,66 @@
+"""A U-Net of ours as a denoiser: what is known of it, and the teacher that it makes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dsno_cluster.diffusion.predictions import clean_images, out_channels
+from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.identity import UNetDescription, UNetIdentity
+from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_schedule, is_distilled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def unet_info(path: str, description: UNetDescription, sha256: str, schedule: Any) -> TeacherInfo:
+    """What is known of a U-Net teacher. `schedule` None: its own steps if it was distilled to few.
+
+    Raises UserError for an unknown schedule, and for native if the teacher names no steps of its own.
+    """
+    network, steps = description.network, description.num_steps
+    if network.missing_sizes:
+        raise UserError(f"{path}: its network has no {', '.join(network.missing_sizes)}")
+    schedule = check_schedule(schedule or ("native" if is_distilled(steps) else "continuous"), path)
+    if schedule == "native" and steps is None:
+        raise UserError(f"{path}: schedule native: its meta names no num_steps of its own; leave it out")
+    former = UNetIdentity(**dict(description), sha256=sha256)
+    identity = former.model_copy(update={"network": network.model_copy(update={"dropout": 0.0})})
+    own_steps = None if schedule == "continuous" or steps is None else uniform_grid(steps)
+    return TeacherInfo(
+        identity,
+        network.image_shape,
+        network.num_classes,
+        network.num_classes if network.null_class else None,
+        native=None if own_steps is None else lambda _: own_steps,
+        num_steps=None if own_steps is None else steps,
+        former_identities=() if former == identity else (former,),
+    )
+
+
+def uniform_grid(steps: int) -> tuple[float, ...]:
+    """`steps` equal intervals from t=1 to t=0."""
+    return tuple((steps - i) / steps for i in range(steps + 1))
+
+
+def unet_teacher(
+    info: TeacherInfo, description: UNetDescription, weights: dict[str, Tensor], precision: str
+) -> Teacher:
+    """The teacher of these weights, on CPU, its layers in `precision`."""
+    import torch
+
+    from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
+    from dsno_cluster.networks.unet import UNet
+
+    network, prediction, dtype = description.network, description.prediction, getattr(torch, precision)
+    unet = UNet(network, out_channels=out_channels(prediction, network.channels))
+    unet.load_state_dict(weights)
+    unet.to(memory_format=torch.channels_last)
+    unet.eval().requires_grad_(False).to(dtype)
+
+    def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
+        alpha, sigma = (s.to(x.dtype)[:, None, None, None] for s in alpha_sigma(t_N))
+        output = unet(x.to(dtype), logsnr(t_N).float()[:, None], labels)[:, 0].to(x.dtype)
+        return clean_images(prediction, output, x, alpha, sigma)
+
+    return Teacher(info, denoise, unet)

@@ -1,0 +1,179 @@
+"""The spec of a data set: everything that can change a byte of its shards, and the solving that follows from it.
+
+A spec's hash names the folder of its data set, so two specs never mix. Actors compute from a spec and its teacher only
+(`solve_shard`), so what names a data set is what makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+
+from dsno_cluster.config import Config
+from dsno_cluster.config.base import Named, PositiveInt, Seed
+from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
+from dsno_cluster.diffusion.solvers import Method
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.records import canonical_hash
+from dsno_cluster.teachers import ConfiguredTeacher, Teacher, read_identity
+from dsno_cluster.teachers.identity import TeacherIdentity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
+# what the spec calls the grids of `Method`
+GRIDS = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
+
+
+class LabelRule(Named):
+    """How the label of a sample follows from (seed, index): uniform over `num_classes`; 0: no labels."""
+
+    rule: Literal["uniform"] = "uniform"
+    num_classes: int
+
+
+class NoiseRule(Named):
+    """How the noise of a sample follows from (seed, index), and the sha256 of sample 0's, for those who make it again."""
+
+    generator: str
+    first_sample_sha256: str
+
+
+class TrajectorySpec(Named):
+    """A data set of trajectories.
+
+    `times` (M,) descend to 0. `grid` is a name of `GRIDS`, or the times of the teacher's own steps, on which the state at
+    t=0 is the last prediction of x0. `shape` is (C, H, W), `dtype` the states' in storage, `inference_precision` the
+    teacher's. `threads` are CPU threads of an actor, on which bits depend.
+    """
+
+    format_version: int
+    teacher: SerializeAsAny[TeacherIdentity]
+    solver: str
+    steps: PositiveInt
+    grid: str | tuple[float, ...]
+    times: tuple[float, ...]
+    schedule: Literal["cosine"] = "cosine"
+    clip_denoised: bool
+    guidance_scale: float
+    labels: LabelRule
+    seed: Seed
+    shape: tuple[int, int, int]
+    dtype: Literal["float16", "float32"]
+    inference_precision: Literal["float32", "bfloat16", "float16"]
+    samples_per_shard: PositiveInt
+    batch_size: PositiveInt
+    threads: PositiveInt
+    noise: NoiseRule = Field(description="see noise.py")
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _by_its_family(cls, value: object) -> object:
+        return read_identity(value) if isinstance(value, dict) else value
+
+    @property
+    def method(self) -> Method:
+        """How its ODE is solved."""
+        own_steps = not isinstance(self.grid, str)
+        named = {text: name for name, text in GRIDS.items()}
+        grid = named[self.grid] if isinstance(self.grid, str) else self.grid
+        return Method(
+            self.solver, self.steps, grid, self.guidance_scale, self.clip_denoised, clean_end=own_steps
+        )
+
+    @property
+    def hash(self) -> str:
+        """What names the data set: the canonical hash of its dump."""
+        return canonical_hash(self.model_dump(mode="json"))
+
+    @property
+    def folder(self) -> str:
+        """The key prefix of the data set below a storage's root."""
+        return f"trajectories/{self.hash}/"
+
+
+def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
+    """The spec of a config's data set."""
+    settings, network, method = config.trajectories, config.network, teacher.method
+    shape = network.image_shape
+    return TrajectorySpec(
+        format_version=FORMAT_VERSION,
+        teacher=teacher.info.identity,
+        solver=method.solver,
+        steps=method.steps,
+        grid=GRIDS[method.grid] if isinstance(method.grid, str) else method.grid,
+        times=settings.time_points,
+        clip_denoised=method.clip_denoised,
+        guidance_scale=method.guidance_scale,
+        labels=LabelRule(num_classes=network.num_classes),
+        seed=config.seed,
+        shape=shape,
+        dtype=settings.dtype,
+        inference_precision=config.teacher.precision,
+        samples_per_shard=settings.samples_per_shard,
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+        noise=NoiseRule(generator=GENERATOR, first_sample_sha256=noise_checksum(config.seed, shape)),
+    )
+
+
+def former_specs(spec: TrajectorySpec, teacher: ConfiguredTeacher) -> tuple[TrajectorySpec, ...]:
+    """The specs by which earlier versions named the same data set."""
+    return tuple(spec.model_copy(update={"teacher": identity}) for identity in teacher.info.former_identities)
+
+
+def read_spec(content: object, where: str) -> TrajectorySpec:
+    """The spec that a file holds as plain values. Raises UserError, naming `where`, if this version cannot read it."""
+    try:
+        return TrajectorySpec.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"{where}: a spec that this version does not read: {f'{key}: ' if key else ''}{message}"
+        ) from None
+
+
+def differences(spec: TrajectorySpec, other: TrajectorySpec) -> list[str]:
+    """The keys in which two specs differ."""
+    return [key for key in type(spec).model_fields if getattr(spec, key) != getattr(other, key)]
+
+
+def solve_samples(
+    spec: TrajectorySpec, teacher: Teacher, seed: int, indices: range
+) -> tuple[Tensor, Tensor | None]:
+    """States (N, M, C, H, W) float32, on the teacher's device, and labels (N,) or None, of the samples `indices` of `seed`."""
+    from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+    from dsno_cluster.diffusion.solvers import solve_with
+
+    noise = sample_noise(seed, indices, spec.shape).to(teacher.device)
+    labels = sample_labels(seed, indices, spec.labels.num_classes) if spec.labels.num_classes else None
+    there = None if labels is None else labels.to(teacher.device)
+    return solve_with(spec.method, teacher, noise, spec.times, there), labels
+
+
+def solve_shard(spec: TrajectorySpec, teacher: Teacher, index: int) -> dict[str, Tensor]:
+    """The tensors of shard `index`: `states` (M, N, C, H, W) in the spec's dtype and, if there are classes, `labels` (N,).
+
+    On CPU. Solved in the calling thread, which must have the spec's number of threads: bits depend on it. Raises WorkError
+    for states that are not finite.
+    """
+    import torch
+
+    states, labels = [], []
+    start = index * spec.samples_per_shard
+    stop = start + spec.samples_per_shard
+    for first in range(start, stop, spec.batch_size):
+        part = solve_samples(spec, teacher, spec.seed, range(first, min(first + spec.batch_size, stop)))
+        states.append(part[0].to("cpu", getattr(torch, spec.dtype)))
+        labels.append(part[1])
+    states_MNCHW = torch.cat(states).transpose(0, 1)
+    if not bool(states_MNCHW.isfinite().all()):
+        raise WorkError(f"shard {index}: the teacher gave states that are not finite in {spec.dtype}")
+    tensors = {"states": states_MNCHW}
+    known = [part for part in labels if part is not None]
+    return tensors | ({"labels": torch.cat(known)} if known else {})
