@@ -23,9 +23,9 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import logsnr
 from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.errors import UserError
-from dsno_cluster.teachers import Teacher, teacher_info
-from dsno_cluster.trajectories.generate import solve_batch
-from dsno_cluster.trajectories.plan import make_plan, open_teacher
+from dsno_cluster.teachers import Teacher, find_teacher, teacher_info
+from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.trajectories.spec import solve_samples, spec_of
 
 
 def along(teacher: Teacher, noise: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
@@ -59,11 +59,11 @@ def test_images_of_diffusers_ddim(unet: Any, prediction: str, betas: str, tmp_pa
     noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(4)
     expected = diffusers_images(unet, scheduler, noise, 20, labels)
-    teacher = load_teacher(path, schedule="native")
+    teacher = load_teacher(path, options={"schedule": "native"})
     grid = teacher.native_grid(20)
     assert grid is not None and len(grid) == 21 and grid[-1] == 0.0
     assert relative(solve(teacher, noise, [0.0], "ddim", 20, labels)[:, 0], expected) < 1e-4
-    assert teacher.native_grid(20) == teacher_info(path, schedule="native").native_grid(20)
+    assert teacher.native_grid(20) == teacher_info(path, options={"schedule": "native"}).native_grid(20)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -75,7 +75,7 @@ def test_ends_of_the_native_grid(unet: Any, offset: int, one: bool, spacing: str
     path, scheduler = saved(unet, tmp_path, prediction_type="v_prediction", **rest)
     noise, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 4])
     expected = diffusers_images(unet, scheduler, noise, 10, labels)
-    teacher = load_teacher(path, schedule="native")
+    teacher = load_teacher(path, options={"schedule": "native"})
     states = along(teacher, noise, 10, labels)
     assert relative(states[:, -1 if one else -2], expected) < 1e-4
 
@@ -113,7 +113,7 @@ def test_a_uniform_grid_ends_near_the_native_one(unet: Any, tmp_path: Path) -> N
     """The clamped ends do no harm: fine solutions on the model's own grid and on the uniform one agree."""
     path, _ = saved(unet, tmp_path, prediction_type="v_prediction")
     noise, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
-    native = load_teacher(path, schedule="native")
+    native = load_teacher(path, options={"schedule": "native"})
     fine = along(native, noise, 200, labels)[:, -1]
     uniform = solve(load_teacher(path), noise, [0.0], "ddim", 200, labels)[:, 0]
     assert relative(uniform, fine) < 0.03
@@ -122,7 +122,7 @@ def test_a_uniform_grid_ends_near_the_native_one(unet: Any, tmp_path: Path) -> N
 def test_classes_and_null_class_of_diffusers(unet: Any, tmp_path: Path) -> None:
     path, _ = saved(unet, tmp_path)
     x, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 3])
-    plain, with_null = load_teacher(path), load_teacher(path, null_class=4)
+    plain, with_null = load_teacher(path), load_teacher(path, options={"null_class": 4})
     assert (plain.num_classes, plain.null_class) == (5, None)
     assert (with_null.num_classes, with_null.null_class) == (4, 4)
     nulls = torch.full((3,), 4)
@@ -132,7 +132,7 @@ def test_classes_and_null_class_of_diffusers(unet: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="null class"):
         guided(plain, labels, 2.0)
     with pytest.raises(UserError, match="must be the last of them, 4"):
-        load_teacher(path, null_class=0)
+        load_teacher(path, options={"null_class": 0})
 
 
 def test_places_and_forms_of_diffusers_folders(unet: Any, tmp_path: Path) -> None:
@@ -144,12 +144,12 @@ def test_places_and_forms_of_diffusers_folders(unet: Any, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"has no scheduler_config\.json"):
         load_teacher(str(tmp_path / "alone"))
     options = {"prediction_type": "v_prediction", "beta_schedule": "linear"}
-    assert torch.equal(load_teacher(str(tmp_path / "alone"), **options)(x, 0.4, labels), expected)
+    assert torch.equal(load_teacher(str(tmp_path / "alone"), options=options)(x, 0.4, labels), expected)
     scheduler.save_pretrained(tmp_path / "alone")
     assert torch.equal(load_teacher(str(tmp_path / "alone"))(x, 0.4, labels), expected)
     unet.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert torch.equal(load_teacher(str(tmp_path / "sharded"), **options)(x, 0.4, labels), expected)
+    assert torch.equal(load_teacher(str(tmp_path / "sharded"), options=options)(x, 0.4, labels), expected)
 
 
 def test_attention_under_the_names_of_old_diffusers(unet: Any, tmp_path: Path) -> None:
@@ -196,11 +196,12 @@ def test_evaluations_on_the_native_grid_are_counted(
     config = load_config(
         "configs/digits.yaml", experiment(path, *null, native, f"trajectories.guidance_scale={guidance}")
     )
-    teacher = open_teacher(config)
+    found = find_teacher(config)
+    teacher = found.load()
     calls: list[Any] = []
     assert teacher.network is not None
     hook = teacher.network.register_forward_pre_hook(lambda *_: calls.append(1))
-    solve_batch(config, teacher, 0, range(2))
+    solve_samples(spec_of(config, found), teacher, 0, range(2))
     hook.remove()
     assert len(calls) == (10 if one else 11) * int(guidance)
     assert make_plan(config).size.evaluations_per_sample == len(calls)
@@ -236,7 +237,7 @@ def test_guided_trajectories_of_a_diffusers_model(unet: Any, tmp_path: Path) -> 
     made = dsno("gen-trajectories", *words, f"storage.root={root}", "--launcher", "local", "--actors", "1")
     assert made.returncode == 0, made.stderr
     shard = safetensors.torch.load_file(next(root.glob("trajectories/*/shard-000001.safetensors")))
-    teacher = load_teacher(path, null_class=4)
+    teacher = load_teacher(path, options={"null_class": 4})
     noise, labels = sample_noise(0, range(2, 4), (3, 8, 8)), sample_labels(0, range(2, 4), 4)
     solver = load_config("configs/digits.yaml").trajectories.solver
     guided_states = solve(teacher, noise, [0.0], solver, 10, labels, guidance_scale=3.0)
@@ -255,7 +256,7 @@ def test_diffusers_folders_that_are_refused(unet: Any, tmp_path: Path) -> None:
         file = copy / "unet" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
         with pytest.raises(UserError, match=match):
-            load_teacher(str(copy), **options)
+            load_teacher(str(copy), options=options)
 
     refused("unknown teacher option steps", steps=3)
     refused("schedule 'mine'", schedule="mine")

@@ -37,7 +37,7 @@ from tiny import answer, dsno
 from dsno_cluster import cli
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.shards import read_manifest, read_shard
+from dsno_cluster.trajectories.shards import read_manifest, read_shard, trajectory_spec
 
 DOCS = ROOT / "docs"
 
@@ -277,7 +277,8 @@ def test_a_reader_can_be_written_from_the_format_alone(
     ours = read_shard(storage, "", last)
     assert np.array_equal(found["states"], ours["states"].numpy())
     assert np.array_equal(found["labels"], ours["labels"].numpy())
-    noise = sample_noise(read[0].spec["seed"], range(last.start, last.stop), tuple(read[0].spec["shape"]))
+    spec = trajectory_spec(read[0], "the data set")
+    noise = sample_noise(spec.seed, range(last.start, last.stop), spec.shape)
     assert np.array_equal(found["noise"], noise.numpy())
 
     copy = workplace / "damaged"

@@ -31,11 +31,12 @@ from dsno_cluster.evaluation import features
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
+from dsno_cluster.evaluation.sample_shards import SampleSpec
 from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.storage import open_storage
-from dsno_cluster.trajectories.shards import Manifest, commit_manifest, write_shard
+from dsno_cluster.trajectories.shards import commit_manifest, make_manifest, write_shard
 
 DIGITS_WEIGHTS = Path(package_path("package:digits-features")) / features.WEIGHT_FILE
 EVERY = "evaluation.metrics=[fid, kid, inception_score, precision_recall]"
@@ -99,7 +100,10 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
         write_shard(drawn, "", i, i * 99, {"images": samples[i * 99 :][:99], "labels": labels[i * 99 :][:99]})
         for i in range(3)
     ]
-    commit_manifest(drawn, "", Manifest({"samples_per_shard": 99}, tuple(shards), {}))
+    spec = SampleSpec(
+        student="0" * 64, seed=1, samples_per_shard=99, threads=1, precision="float32", compile=False
+    )
+    commit_manifest(drawn, "", make_manifest(spec, shards, {}))
     measured = []
     for actors, size, name in ((2, 37, "samples.npz"), (1, 64, "drawn")):
         done = dsno(

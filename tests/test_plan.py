@@ -163,15 +163,16 @@ def test_inspect_tells_what_is_there(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+    from data_sets import a_spec
 
     from dsno_cluster.storage import open_storage
     from dsno_cluster.trajectories import inspect as module
-    from dsno_cluster.trajectories.shards import Manifest, Shard, commit_manifest, write_shard
+    from dsno_cluster.trajectories.shards import Shard, commit_manifest, make_manifest, write_shard
 
     storage, alive, most = open_storage(str(tmp_path)), 0, 0
     states = torch.zeros(2, 4, 1, 2, 2)
     shards = tuple(write_shard(storage, "", index, 4 * index, {"states": states}) for index in range(40))
-    commit_manifest(storage, "", Manifest({"times": [0.5, 0.0], "shape": [1, 2, 2]}, shards, {}))
+    commit_manifest(storage, "", make_manifest(a_spec((1, 2, 2), (0.5, 0.0), per_shard=4), shards, {}))
     read, lock = module.read_shard, threading.Lock()
 
     def gone() -> None:
@@ -192,7 +193,7 @@ def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.
         return tensors
 
     monkeypatch.setattr(module, "read_shard", counted)
-    assert module.inspect(str(tmp_path), 40, None)["samples_read"] == 160
+    assert module.inspect(str(tmp_path), 40, None).samples_read == 160
     assert 1 <= most <= 8
 
 

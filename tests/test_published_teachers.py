@@ -33,7 +33,7 @@ def test_outputs_of_published_teachers(name: str, door: str, tmp_path: Path) -> 
     folder = PUBLISHED / name
     expected = safetensors.torch.load_file(folder / "expected.safetensors")
     if door == "file":
-        teacher = load_teacher(str(folder / "teacher"), config=str(folder / "config.yaml"))
+        teacher = load_teacher(str(folder / "teacher"), options={"config": str(folder / "config.yaml")})
     elif door == "folder":
         teacher = load_teacher(str(folder))
     else:
@@ -60,7 +60,7 @@ def test_own_steps_of_a_distilled_teacher_are_ddim_steps() -> None:
         assert solve(teacher, noise, [0.5], solver, 2, labels, grid="uniform").isfinite().all()  # as asked
     states = solve(teacher, noise, [0.5, 0.0], "ddim", 16, labels)
     assert torch.equal(solve(teacher, noise, [0.5, 0.0], "ddim", 4, labels), states)  # its own 16, always
-    plain = load_teacher(str(PUBLISHED / "teacher_flax_x"), schedule="continuous")
+    plain = load_teacher(str(PUBLISHED / "teacher_flax_x"), options={"schedule": "continuous"})
     assert solve(plain, noise, [0.5], "abm3", 4, labels).isfinite().all()
 
 
@@ -72,7 +72,7 @@ def test_other_parametrisations_of_published_teachers(mean_type: str, tmp_path: 
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["model"]["mean_type"] = mean_type
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    teacher = load_teacher(str(folder / "teacher"), config=str(tmp_path / "config.yaml"))
+    teacher = load_teacher(str(folder / "teacher"), options={"config": str(tmp_path / "config.yaml")})
     for i, t in enumerate(expected["times"]):
         alpha, sigma = (
             torch.sigmoid(expected["logsnr"][i]).sqrt(),
@@ -268,7 +268,7 @@ def small_checkpoint(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any], Ca
         (tmp_path / "ckpt").write_bytes(data)
         (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
         with pytest.raises(UserError) as caught:
-            load_teacher(str(tmp_path / "ckpt"), config=str(tmp_path / "p.yaml"))
+            load_teacher(str(tmp_path / "ckpt"), options={"config": str(tmp_path / "p.yaml")})
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -355,5 +355,7 @@ def test_bfloat16_checkpoint(tmp_path: Path, small_checkpoint: Any) -> None:
         (tmp_path / name).write_bytes(msgpack.packb({"ema_params": packed(tree, dtype)}))
     (tmp_path / "p").write_text(yaml.safe_dump(settings))
     x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
-    a, b = (load_teacher(str(tmp_path / n), config=str(tmp_path / "p"))(x, 0.5, labels) for n in "ab")
+    a, b = (
+        load_teacher(str(tmp_path / n), options={"config": str(tmp_path / "p")})(x, 0.5, labels) for n in "ab"
+    )
     assert 0 < relative(b, a) < 0.1

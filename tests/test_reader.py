@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_sets import a_spec
 
 from dsno_cluster.config import Reader
-from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum, sample_noise
+from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import FolderStorage, Stat
 from dsno_cluster.trajectories.reader import ShardReader, cached_shard, epoch_order, read_batches
-from dsno_cluster.trajectories.shards import Manifest, Shard, write_shard
+from dsno_cluster.trajectories.shards import Manifest, Shard, make_manifest, write_shard
 
 SHAPE, TIMES = (1, 4, 4), (0.5, 0.25, 0.0)
 
@@ -57,9 +58,8 @@ def make_data(
         states = values[:, :, None, None, None].expand(-1, -1, *SHAPE).to(dtype)
         tensors = {"states": states} | ({"labels": samples % 7} if labels else {})
         lines.append(write_shard(storage, "d/", index, index * per_shard, tensors))
-    noise = {"generator": GENERATOR, "first_sample_sha256": noise_checksum(4, SHAPE)}
-    spec = {"seed": 4, "shape": list(SHAPE), "times": list(TIMES), "noise": noise}
-    return Manifest(spec, tuple(lines), {})
+    spec = a_spec(SHAPE, TIMES, per_shard=per_shard, classes=7 if labels else 0)
+    return make_manifest(spec, lines, {})
 
 
 def batches(manifest: Manifest, storage: Any, **options: Any) -> Iterator[Any]:
@@ -255,8 +255,8 @@ def test_processes_share_a_cache_and_one_that_is_killed_leaves_it_whole(tmp_path
 
 
 def test_the_order_depends_on_seed_and_epoch(tmp_path: Path) -> None:
-    shards = tuple(Shard(f"{i}", i * 4, i * 4 + 4, 1, "") for i in range(6))
-    manifest = Manifest({}, shards, {})
+    shards = [Shard(key=f"{i}", start=i * 4, stop=i * 4 + 4, size=1, sha256="") for i in range(6)]
+    manifest = make_manifest(a_spec(per_shard=4), shards, {})
     orders = [tuple(epoch_order(manifest, seed, epoch, 2)) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == 3
     first_window = {i // 4 for i in orders[0][:8]}

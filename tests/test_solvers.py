@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from dsno_cluster import load_teacher, solve
-from dsno_cluster.diffusion.accuracy import cheapest, reference_states, relative_errors
+from dsno_cluster.diffusion.accuracy import cheapest, reference_method, relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import fine_end, make_grid, refine, time_points
-from dsno_cluster.diffusion.solvers import count_evaluations, interpolation_weights
+from dsno_cluster.diffusion.solvers import Method, count_evaluations, interpolation_weights, solve_with
 from dsno_cluster.errors import UserError
-from dsno_cluster.teachers import Teacher, gaussian_teacher, gaussian_trajectory
+from dsno_cluster.teachers import Teacher, TeacherInfo, gaussian_teacher, gaussian_trajectory
+from dsno_cluster.teachers.identity import GaussianIdentity
 
 MEAN, STD = 0.3, 0.4
 TIMES = (0.5625, 0.25, 0.0625)
@@ -60,7 +61,8 @@ def test_evaluations_are_counted(solver: str) -> None:
         calls += 1
         return exact.denoise(x, t, labels)
 
-    teacher = Teacher(counting, (1, 2, 2), 0, None, {})
+    info = TeacherInfo(GaussianIdentity(mean=0.0, std=1.0, shape=(1, 2, 2)), (1, 2, 2), 0)
+    teacher = Teacher(info, counting)
     for times in ([0.5, 0.0], [0.6, 0.3]):
         for grid in ("uniform", "fine-end", [1.0, 0.8, 0.6, 0.5, 0.3, 0.1, 0.0]):
             calls = 0
@@ -133,7 +135,7 @@ def test_as_accurate_as_ddim_of_512_steps_with_64_evaluations() -> None:
     times = (0.5625, 0.25, 0.0625, 0.0)
     teacher, samples = load_teacher("package:digits-teacher"), range(8)
     noise, labels = sample_noise(11, samples, (1, 8, 8)), sample_labels(11, samples, 10)
-    exact = reference_states(teacher, noise, times, labels)
+    exact = solve_with(reference_method(Method(), times), teacher, noise, times, labels)
     # another method at another resolution agrees far better than what is measured here
     other = solve(teacher, noise, times, "heun", 500, labels)
     assert max(relative_errors(other, exact)) < 3e-4
@@ -147,13 +149,13 @@ def test_the_cheapest_solver_within_a_tolerance() -> None:
     teacher = gaussian_teacher(MEAN, STD, (1, 4, 4))
     noise = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     tried = []
-    found = cheapest(teacher, noise, (0.5, 0.0), 1e-3, tried=tried.append)
+    found = cheapest(Method(), teacher, noise, (0.5, 0.0), 1e-3, tried=tried.append)
     exact = torch.stack([gaussian_trajectory(noise, t, MEAN, STD) for t in (0.5, 0.0)], dim=1)
-    states = solve(teacher, noise, (0.5, 0.0), found.solver, found.steps, grid=found.grid)
+    states = solve_with(found.method, teacher, noise, (0.5, 0.0))
     assert max(relative_errors(states, exact)) < 1.05e-3
-    assert all(max(choice.errors) > 1e-3 for choice in tried[:-1]) and found.steps < 64
+    assert all(max(choice.errors) > 1e-3 for choice in tried[:-1]) and found.method.steps < 64
     with pytest.raises(UserError, match="not reached within 256 evaluations"):
-        cheapest(teacher, noise, (0.5, 0.0), 1e-12)
+        cheapest(Method(), teacher, noise, (0.5, 0.0), 1e-12)
 
 
 def test_bad_requests_are_refused() -> None:

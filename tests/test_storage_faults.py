@@ -91,7 +91,7 @@ def test_what_does_not_heal_names_bucket_key_and_attempts(
 def test_a_flipped_byte_is_never_accepted(proxy: FaultyS3, request: pytest.FixtureRequest) -> None:
     storage = through(proxy, request)
     storage.write("shard", DATA)
-    shard = Shard("shard", 0, 1, len(DATA), hashlib.sha256(DATA).hexdigest())
+    shard = Shard(key="shard", start=0, stop=1, size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
     proxy.fault = lambda method, path, number: "flip" if method == "GET" else ""
     with pytest.raises(WorkError, match="shard"):  # by the server's checksum, or by the manifest's
         read_shard(storage, "", shard)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -201,7 +200,7 @@ def test_a_student_begins_as_a_teacher_of_x0(kind: str, tmp_path: Path) -> None:
     """At time t the student is the teacher's denoiser at t on the same input, for every t at once."""
     if kind == "published":
         path = str(PUBLISHED / "teacher_flax_x")
-        more = [f"network={json.dumps(load_teacher(path).identity['network'])}"]
+        more = [f"network={load_teacher(path).identity.network.model_dump_json()}"]
     else:
         path = diffusers_folder(tmp_path, "sample")
         more = ["student.backbone=diffusers", *DIFFUSERS_NETWORK]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import subprocess
@@ -27,9 +28,10 @@ from dsno_cluster.provenance import software_versions
 from dsno_cluster.teachers import (
     check_fits,
     mixture_teacher,
+    open_teacher,
     teacher_info,
-    warm_start_weights,
 )
+from dsno_cluster.teachers.identity import FactoryIdentity
 
 # ---- Python factories --------------------------------------------------------------------------------------
 
@@ -57,15 +59,18 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_models/__init__.py").write_text("")
     (tmp_path / "my_models/shrink.py").write_text(FACTORY)
     path, x = "my_models.shrink:build", torch.ones(2, 1, 4, 4)
-    identity = teacher_info(path, factor=0.5).identity
-    teacher = load_teacher(path, factor=0.5)
+    half = {"factor": 0.5}
+    identity = teacher_info(path, options=half).identity
+    teacher = load_teacher(path, options=half)
     assert torch.equal(teacher(x, 0.3), 0.5 * x) and teacher.shape == (1, 4, 4)
-    assert teacher.identity == identity and identity["options"] == {"factor": 0.5}
-    conditional = load_teacher(path, factor=0.5, classes=3)
+    assert teacher.identity == identity and identity == FactoryIdentity(
+        name=path, source_sha256=hashlib.sha256(FACTORY.encode()).hexdigest(), options=half
+    )
+    conditional = load_teacher(path, options={"factor": 0.5, "classes": 3})
     assert torch.equal(conditional(x, 0.3), 3 + 0.5 * x)  # the null class where no label is given
     assert solve(teacher, torch.randn(2, 1, 4, 4), [0.0], "ddim", 4).shape == (2, 1, 1, 4, 4)
     (tmp_path / "my_models/shrink.py").write_text(FACTORY + "\n# changed\n")
-    assert teacher_info(path, factor=0.5).identity["source_sha256"] != identity["source_sha256"]
+    assert teacher_info(path, options=half).identity != identity
     for wrong, options, message in (
         ("my_models.shrink:build", {"size": 1}, "does not take the teacher options"),
         ("my_models.shrink:nothing", {}, "has no function nothing"),
@@ -74,7 +79,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere.at.all:build", {}, "cannot be imported"),
     ):
         with pytest.raises(UserError, match=message):
-            load_teacher(wrong, **options)
+            load_teacher(wrong, options=options)
 
 
 # ---- closed forms ------------------------------------------------------------------------------------------
@@ -95,7 +100,7 @@ def mixture_cdf(x: Tensor, t: float) -> Tensor:
 
 def test_mixture_is_the_posterior_mean() -> None:
     """Against quadrature of E[x0 | x] over a fine grid of x0."""
-    teacher = load_teacher("closed-form:mixture", **MIXTURE, shape=[1, 1, 1])
+    teacher = load_teacher("closed-form:mixture", options={**MIXTURE, "shape": [1, 1, 1]})
     x0 = torch.linspace(-4, 4, 200_001, dtype=torch.float64)
     density = sum(
         w / s * torch.exp(-0.5 * ((x0 - m) / s) ** 2)
@@ -123,7 +128,9 @@ def test_trajectories_of_the_mixture_keep_their_quantile() -> None:
 def test_guidance_of_a_mixture_with_classes() -> None:
     shape = (1, 2, 2)
     both = {"means": [-0.5, [[[0.5, 0.5], [1.0, 0.5]]]], "stds": [0.2, 0.3], "weights": [0.4, 0.6]}
-    teacher = load_teacher("closed-form:mixture", **both, shape=shape, classes=[0, 1], null_class=True)
+    teacher = load_teacher(
+        "closed-form:mixture", options={**both, "shape": shape, "classes": [0, 1], "null_class": True}
+    )
     assert (teacher.num_classes, teacher.null_class) == (2, 2)
     alone = [mixture_teacher([both["means"][k]], both["stds"][k], shape) for k in (0, 1)]
     x, labels = torch.randn(4, *shape), torch.tensor([0, 1, 1, 0])
@@ -152,7 +159,7 @@ def test_closed_forms_that_are_refused() -> None:
         ("closed-form:mixture", {"means": [[0, 1]], "stds": 1, "shape": [1, 2, 2]}, "expected 1 or 4"),
     ):
         with pytest.raises(UserError, match=message):
-            load_teacher(path, **options)
+            load_teacher(path, options=options)
 
 
 # ---- all of them -------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def test_config_reaches_the_teacher() -> None:
         "teacher.precision=float32",
     ]
     config = load_config("configs/digits.yaml", overrides)
-    teacher = load_teacher(str(config.teacher.path), **config.teacher.options)
+    teacher = load_teacher(str(config.teacher.path), options=config.teacher.options)
     assert teacher.shape == (1, 2, 2)
     with pytest.raises(UserError, match=r"network.image_size: the config says 8, .* has 2"):
         check_fits(config.network, teacher, "here")
@@ -204,10 +211,10 @@ def test_a_relative_published_config_is_found_from_anywhere(
         str(Path(__file__).parents[1] / "configs/digits.yaml"),
         ["teacher.path=teacher", "teacher.options={config: config.yaml, schedule: continuous}"],
     )
-    identity = teacher_info("teacher", **config.teacher.options).identity
+    identity = teacher_info("teacher", options=config.teacher.options).identity
     there = with_absolute_paths(config).teacher
     monkeypatch.chdir(tmp_path)
-    assert teacher_info(str(there.path), **there.options).identity == identity
+    assert teacher_info(str(there.path), options=there.options).identity == identity
     factory = config.model_copy(
         update={"teacher": config.teacher.model_copy(update={"path": "my.module:function"})}
     )
@@ -232,7 +239,7 @@ def test_identity_needs_no_torch() -> None:
 import sys
 from dsno_cluster.teachers import teacher_info
 ours = teacher_info("package:digits-teacher")
-closed = teacher_info("closed-form:gaussian", mean=0.1, std=0.5, shape=[1, 4, 4])
+closed = teacher_info("closed-form:gaussian", options={"mean": 0.1, "std": 0.5, "shape": [1, 4, 4]})
 assert (ours.shape, ours.num_classes, ours.null_class) == ((1, 8, 8), 10, 10), ours
 assert (closed.shape, closed.num_classes, closed.null_class) == ((1, 4, 4), 0, None), closed
 assert "torch" not in sys.modules
@@ -245,14 +252,15 @@ def test_warm_start_takes_what_predicts_the_state() -> None:
     teacher = load_teacher("package:digits-teacher")
     network = load_config("configs/digits.yaml").network
     student = UNet(network)
-    student.load_state_dict(warm_start_weights("package:digits-teacher"))
+    student.load_state_dict(open_teacher("package:digits-teacher").warm_start())
     x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     with torch.no_grad():
         assert (
             relative(student(x, logsnr(torch.ones(1, 1)).float(), labels)[:, 0], teacher(x, 1.0, labels))
             < 1e-3
         )
-    both = warm_start_weights(str(PUBLISHED / "teacher_flax_both"))
+    both = open_teacher(str(PUBLISHED / "teacher_flax_both")).warm_start()
     assert both["conv_out.weight"].shape[0] == 3
     with pytest.raises(UserError, match=r"student.warm_start=false"):
-        warm_start_weights("closed-form:gaussian", mean=0.0, std=1.0, shape=[1, 2, 2])
+        gaussian = {"mean": 0.0, "std": 1.0, "shape": [1, 2, 2]}
+        open_teacher("closed-form:gaussian", options=gaussian).warm_start()

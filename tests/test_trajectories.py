@@ -15,22 +15,23 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from data_sets import a_spec
 from tiny import TINY, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.reader import ShardReader, epoch_order, open_trajectories, read_batches
 from dsno_cluster.trajectories.shards import (
-    Manifest,
-    Progress,
+    MadeShards,
     Shard,
-    canonical_hash,
     commit_manifest,
+    make_manifest,
     read_manifest,
-    write_progress,
+    write_made_shards,
     write_shard,
 )
 
@@ -169,7 +170,7 @@ def test_a_shard_that_no_note_names_must_vouch_for_itself(tiny_data: Path, tmp_p
         environment["device"] = "Another Device 9000"
     if note != "missing":
         storage = open_storage(str(root))
-        write_progress(storage, f"trajectories/{folder.name}/", Progress({}, environment))
+        write_made_shards(storage, f"trajectories/{folder.name}/", MadeShards(environment=environment))
     flipped, misplaced = folder / "shard-000002.safetensors", folder / "shard-000004.safetensors"
     data = bytearray(flipped.read_bytes())
     data[-5] ^= 1
@@ -275,15 +276,19 @@ def test_verify_compares_a_folder_named_by_a_hash_with_the_spec(tiny_data: Path,
 
 def test_commit_is_conditional_and_never_shrinks(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    shards = tuple(Shard(f"shard-{i:06d}.safetensors", i * 4, i * 4 + 4, 10, f"{i}") for i in range(3))
-    commit_manifest(storage, "d/", Manifest({"a": 1}, shards[:2], {}))
-    commit_manifest(storage, "d/", Manifest({"a": 1}, shards, {}))
-    commit_manifest(storage, "d/", Manifest({"a": 1}, shards[:1], {}))  # a late, smaller run
+    spec = a_spec(per_shard=4)
+    shards = tuple(
+        Shard(key=f"shard-{i:06d}.safetensors", start=i * 4, stop=i * 4 + 4, size=10, sha256=f"{i}")
+        for i in range(3)
+    )
+    commit_manifest(storage, "d/", make_manifest(spec, shards[:2], {}))
+    commit_manifest(storage, "d/", make_manifest(spec, shards, {}))
+    commit_manifest(storage, "d/", make_manifest(spec, shards[:1], {}))  # a late, smaller run
     found = read_manifest(storage, "d/")
     assert found is not None and found[0].shards == shards
-    other = Shard(shards[0].key, 0, 4, 10, "another")
+    other = shards[0].model_copy(update={"sha256": "another"})
     with pytest.raises(WorkError, match="other bytes for shard-000000"):
-        commit_manifest(storage, "d/", Manifest({"a": 1}, (other, *shards[1:]), {}))
+        commit_manifest(storage, "d/", make_manifest(spec, [other, *shards[1:]], {}))
 
 
 def test_reader_gives_every_sample_once_in_one_order_for_any_world_size(tiny_data: Path) -> None:

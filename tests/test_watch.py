@@ -36,7 +36,7 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.storage import open_storage
 from dsno_cluster.training.monitor import DivergenceWatch
-from dsno_cluster.trajectories.shards import Manifest, commit_manifest, read_manifest, read_shard, write_shard
+from dsno_cluster.trajectories.shards import commit_manifest, read_manifest, read_shard, write_shard
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def with_bad_sample(tiny_data: Path, out: Path, sample: int) -> None:
         if shard.start <= sample < shard.stop:
             tensors["states"][2, sample - shard.start, 0, 0, 0] = torch.nan
         lines.append(write_shard(storage, folder, index, shard.start, tensors))
-    commit_manifest(storage, folder, Manifest(manifest.spec, tuple(lines), manifest.environment))
+    commit_manifest(storage, folder, manifest.model_copy(update={"shards": tuple(lines)}))
 
 
 @pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=pytest.mark.slow)])

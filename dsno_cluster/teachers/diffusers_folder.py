@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
 from dsno_cluster.diffusion.predictions import clean_images
 from dsno_cluster.errors import UserError
-from dsno_cluster.networks.diffusers_backbone import unet2d_model
 from dsno_cluster.storage import split_path
 from dsno_cluster.teachers.identity import DiffusersIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
@@ -131,6 +130,8 @@ class DiffusersFolder:
 def _network(folder: Folder, path: str) -> Any:
     """The UNet2DModel with its weights. Raises UserError where the files are not of this network."""
     import safetensors.torch
+
+    from dsno_cluster.networks.diffusers_backbone import unet2d_model
 
     unet = unet2d_model(folder.config, path)
     weights = {
