@@ -10,6 +10,7 @@ import yaml
 
 from dsno_cluster import __version__, console
 from dsno_cluster.errors import without_passwords
+from dsno_cluster.files import shown_path
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
 from dsno_cluster.trajectories.shards import canonical_hash
@@ -114,7 +115,7 @@ def cost_of(files: RunFiles) -> Facts:
         (
             "Trajectories",
             f"{count:,}"
-            + ("" if manifest else " planned; none are finished at " + files.config.storage.root),
+            + ("" if manifest else " planned; none are finished at " + shown_path(files.config.storage.root)),
         ),
         (
             "Evaluations of the teacher",

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsno_cluster.errors import StorageError
+from dsno_cluster.files import shown_path
 from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
 
 
@@ -21,7 +22,7 @@ class FolderStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
-        self.url = str(root)
+        self.url = shown_path(root)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         try:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, dump_config, validate, with_absolute_paths
+from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.trajectories.generate import SolveActor
@@ -90,7 +90,7 @@ class Producer:
 
     def __init__(self, config: Config, start: int) -> None:
         FolderStorage(staging_root(config)).delete(FAILED)
-        work = {"config": dump_config(with_absolute_paths(config)), "start": start}
+        work = {"config": dump_config(config), "start": start}
         # a session of its own: Ctrl-C reaches training alone, which first saves
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True

@@ -14,8 +14,9 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, with_absolute_paths
+from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import Stat, Storage, open_storage
 from dsno_cluster.trajectories.plan import Plan, check_planned, make_plan, open_teacher
@@ -42,7 +43,7 @@ def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
     settings, size = config.trajectories, plan.size
     return (
         f"{size.num_samples} trajectories of {settings.num_points} time points in {size.num_shards} shards "
-        f"({size.bytes / 1e6:.1f} MB) below {config.storage.root}/{plan.folder}: "
+        f"({size.bytes / 1e6:.1f} MB) below {shown_path(config.storage.root)}/{plan.folder}: "
         f"{settings.solver}, {size.evaluations_per_sample} network evaluations each, "
         f"{actor_count(actors, settings.threads)}"
     )
@@ -189,7 +190,6 @@ def _make_shards(
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded the next is being solved
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        there = with_absolute_paths(config)
         began, finished = time.monotonic(), 0
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
@@ -203,7 +203,7 @@ def _make_shards(
                 advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
 
             pool = run_pool(
-                lambda: remote.remote(there, plan),
+                lambda: remote.remote(config, plan),
                 lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
                 todo,
                 cluster.capacity,

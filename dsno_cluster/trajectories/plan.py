@@ -14,6 +14,7 @@ from dsno_cluster.config import Config, files_not_there
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
 from dsno_cluster.teachers import Teacher, TeacherInfo, check_fits, load_teacher, teacher_info
 from dsno_cluster.trajectories.shards import MANIFEST, canonical_hash
 
@@ -266,9 +267,9 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         f"{bytes_text(size.bytes_per_shard)} each",
         f"storage       {bytes_text(size.bytes)} "
         + (
-            f"in {config.storage.root}/{plan.folder}"
+            f"in {shown_path(config.storage.root)}/{plan.folder}"
             if plan
-            else f"below {config.storage.root}/trajectories/"
+            else f"below {shown_path(config.storage.root)}/trajectories/"
         ),
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
