@@ -188,7 +188,7 @@ def write_model(
         return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
 
     files = {WEIGHTS: encoded(weights)}
-    meta = {**meta, "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(), **environment()}
+    meta = {**meta, "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(), **environment().content()}
     for decay, tensors in (averages or {}).items():
         files[_average_file(f"{decay:g}")] = data = encoded(tensors)
         meta.setdefault("averages", {})[f"{decay:g}"] = hashlib.sha256(data).hexdigest()

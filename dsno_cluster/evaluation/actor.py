@@ -167,7 +167,7 @@ class EvaluationActor:
         return sums[0], sums[1]
 
     def environment(self) -> dict[str, Any]:
-        return environment()
+        return environment().content()
 
     def pictured(self) -> Pictured:
         """States of the same noises for the pictures, after what either thread still does."""

@@ -92,7 +92,7 @@ def sample_to_shards(
     if todo:
         made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, actors, ray_address)
     made = tuple(lines[shard_key(index)][0] for index in range(shards))
-    commit_manifest(storage, "", Manifest(spec, made, made_by or environment()))
+    commit_manifest(storage, "", Manifest(spec, made, made_by or environment().content()))
     storage.delete(PROGRESS)
     console.say(
         f"{num} images in {time.monotonic() - began:.1f} s: {url}; `dsno-cluster eval CONFIG --samples {url}` measures them"
@@ -183,7 +183,7 @@ class SampleActor:
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
 
     def environment(self) -> dict[str, Any]:
-        return environment()
+        return environment().content()
 
     def make_shard(self, index: int) -> tuple[Shard, str]:
         """Draw and write a shard; its line for the manifest and its object's etag. Raises WorkError as `put_shard`."""

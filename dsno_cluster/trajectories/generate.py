@@ -86,7 +86,7 @@ def generate(config: Config, actors: int | None = None, ray_address: str | None 
             raise
         done |= {key: shard for key, (shard, _) in progress.shards.items()}
     shards = tuple(done[shard_key(index)] for index in range(num_shards))
-    here = progress.environment or (made_by[0] if made_by else environment())
+    here = progress.environment or (made_by[0] if made_by else environment().content())
     commit_manifest(storage, plan.folder, Manifest(plan.spec, shards, here))
     storage.delete(plan.folder + PROGRESS)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
@@ -259,7 +259,7 @@ class SolveActor:
         self.storage = open_storage(config.storage.root, config.storage.endpoint_url)
 
     def environment(self) -> dict[str, Any]:
-        return environment()
+        return environment().content()
 
     def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
         """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.
