@@ -28,7 +28,7 @@ class FolderStorage:
         try:
             with (self.root / key).open("rb") as file:
                 file.seek(start)
-                return file.read() if end is None else file.read(end - start)
+                return file.read() if end is None else file.read(max(0, end - start))
         except (FileNotFoundError, NotADirectoryError):
             raise MissingObject(f"{self.root / key}: no such file") from None
         except OSError as error:
