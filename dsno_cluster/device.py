@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,26 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return _cpu_model() or platform.machine()
+
+
+def gpu_versions() -> dict[str, str]:
+    """Versions of `cuda`, `cudnn` and the `driver` that this process computes with; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    found = {
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "driver": _driver_version(),
+    }
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _driver_version() -> str | None:
+    """That of the kernel's module, as Linux has it."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
 
 
 def _cpu_model() -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.yaml_text import parse_yaml
@@ -69,13 +70,16 @@ def read_model(
     meta = _read_meta(storage, prefix, ema)
     if sha256 not in (None, meta["sha256"]):
         raise WorkError(
-            f"{path}: its weights have sha256 {meta['sha256'][:8]} now, not {sha256[:8]}: they were replaced meanwhile"
+            f"{shown_path(path)}: its weights have sha256 {meta['sha256'][:8]} now, not {sha256[:8]}: they were replaced "
+            "meanwhile"
         )
     name = _weights_file(meta)
     data = storage.read(prefix + name)
     found = hashlib.sha256(data).hexdigest()
     if found != meta["sha256"]:
-        raise WorkError(f"{path}: {prefix}{name} has sha256 {found}, its {META} says {meta['sha256']}")
+        raise WorkError(
+            f"{shown_path(path)}: {prefix}{name} has sha256 {found}, its {META} says {meta['sha256']}"
+        )
     return ModelFolder(safetensors.torch.load(data), meta)
 
 
@@ -145,10 +149,10 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
         latest = [s.key for s in storage.list("students/") if s.key.endswith("/" + LATEST)]
     if len(latest) > 1:
         raise UserError(
-            f"{path}: holds several students; name one of {', '.join(k[: -len(LATEST) - 1] for k in latest)}"
+            f"{shown_path(path)}: holds several students; name one of {', '.join(k[: -len(LATEST) - 1] for k in latest)}"
         )
     if not latest:
-        raise UserError(f"{path}: {_no_model(path)}")
+        raise UserError(f"{shown_path(path)}: {_no_model(path)}")
     step = storage.read(latest[0]).decode().strip()
     return storage, f"{latest[0][: -len(LATEST)]}{step}/"
 
@@ -162,8 +166,8 @@ def _no_model(path: str) -> str:
     with contextlib.suppress(OSError):
         beside = sorted(at.name for at in missing.parent.iterdir() if at.is_dir())
         if near := difflib.get_close_matches(missing.name, beside, n=1):
-            return f"no such folder; did you mean {missing.parent / near[0]}?"
-    return "no such folder" + ("" if folder.is_absolute() else f" below {Path.cwd()}")
+            return f"no such folder; did you mean {shown_path(missing.parent / near[0])}?"
+    return "no such folder" + ("" if Path(shown_path(folder)).is_absolute() else f" below {Path.cwd()}")
 
 
 def write_model(
@@ -184,7 +188,11 @@ def write_model(
         return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
 
     files = {WEIGHTS: encoded(weights)}
-    meta = {**meta, "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(), **environment()}
+    meta = {
+        **meta,
+        "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(),
+        **environment().model_dump(mode="json"),
+    }
     for decay, tensors in (averages or {}).items():
         files[_average_file(f"{decay:g}")] = data = encoded(tensors)
         meta.setdefault("averages", {})[f"{decay:g}"] = hashlib.sha256(data).hexdigest()

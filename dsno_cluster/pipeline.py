@@ -7,6 +7,7 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
+from dsno_cluster.files import shown_path
 
 PURPOSES = {
     "gen-trajectories": "the teacher solves its ODE, many evaluations an image",
@@ -26,7 +27,7 @@ def describe(config: Config) -> str:
     made = ", made while training" if config.training.online else ""
     return (
         f"{config.trajectories.num_samples} trajectories of the teacher{made}, {config.training.steps} training steps, "
-        f"{config.evaluation.num_samples} evaluated samples; results below {config.storage.root}"
+        f"{config.evaluation.num_samples} evaluated samples; results below {shown_path(config.storage.root)}"
     )
 
 

@@ -12,17 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from dsno_cluster import __version__
+from dsno_cluster.records import SparseRecord
 
 
-def environment() -> dict[str, Any]:
-    """Device model, versions and code of this process; not part of any spec."""
-    from dsno_cluster.device import device_name
+class Code(SparseRecord):
+    """The package's version, and the git commit if it is a checkout; `dirty`: with changes on top."""
 
-    return {"device": device_name(), "versions": software_versions(), "code": code_version()}
+    version: str
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+class Environment(SparseRecord):
+    """What made a file: device model, versions and code; not part of any spec.
+
+    `versions` are by name: of packages, and with a GPU of `cuda`, `cudnn` and `driver` (not in older files).
+    """
+
+    device: str
+    versions: dict[str, str]
+    code: Code | None = None
+    seconds: float | None = None  # that the work took
+
+
+NOWHERE = Environment(device="none", versions={})  # of what is planned and not made yet
+
+
+def environment() -> Environment:
+    """That of this process."""
+    from dsno_cluster.device import device_name, gpu_versions
+
+    versions = software_versions() | gpu_versions()
+    return Environment(device=device_name(), versions=versions, code=Code.model_validate(code_version()))
 
 
 def software_versions() -> dict[str, str]:
-    """Versions recorded beside results: what could change a number."""
+    """Versions of packages recorded beside results: what could change a number."""
     versions = {"dsno-cluster": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "ray", "deepspeed", "diffusers", "safetensors", "torch-fidelity"):
         try:

@@ -13,7 +13,14 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from dsno_cluster.errors import UserError, WorkError
 
@@ -22,6 +29,14 @@ class Record(BaseModel):
     """Frozen; ignores unknown keys. Floats may be NaN or infinite, as Python's JSON writes them."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+
+class SparseRecord(Record):
+    """A record whose dump leaves out what is not known: values that are None."""
+
+    @model_serializer(mode="wrap")
+    def _without_unknowns(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        return {key: value for key, value in dump(self).items() if value is not None}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

@@ -26,6 +26,69 @@ def test_shipped_configs_load_and_survive_a_round_trip(name: str, tmp_path: Path
     assert validate(Config, yaml.safe_load(dump_config(config)), "again") == config
 
 
+PATHS = (
+    "storage.root",
+    "run.dir",
+    "reader.cache_dir",
+    "teacher.path",
+    "evaluation.reference",
+    "evaluation.weights_path",
+    "evaluation.precision_recall_weights_path",
+    "training.lpips_weights",
+)
+
+
+def _loaded(key: str, value: str) -> str:
+    extractor = "evaluation.precision_recall_extractor=vgg16"
+    config = load_config(DIGITS, [extractor, f"{key}={value}"])
+    group, name = key.split(".")
+    return str(getattr(getattr(config, group), name))
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_every_path_is_expanded_and_absolute(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    assert _loaded(key, "sub/it") == str(tmp_path / "sub/it")
+    assert _loaded(key, "~/it") == "/home/me/it"
+    if key == "reader.cache_dir":  # its variables are those of the node that uses it
+        assert _loaded(key, "$NODE/it") == "$NODE/it"
+        return
+    assert _loaded(key, "$SCRATCH/it") == _loaded(key, "${SCRATCH}/it") == "/scratch/me/it"
+    with pytest.raises(UserError) as caught:
+        _loaded(key, "$NO_SUCH/it")
+    says = f"{DIGITS}: {key}: $NO_SUCH/it names a variable that is not set here: $NO_SUCH"
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize(
+    ("key", "address"),
+    [
+        ("storage.root", "s3://bucket/$x"),
+        ("teacher.path", "s3://bucket/teacher"),
+        ("teacher.path", "package:digits-teacher"),
+        ("teacher.path", "my.module:function"),
+        ("teacher.path", "closed-form:mixture"),
+        ("evaluation.weights_path", "package:digits-features"),
+        ("evaluation.reference", "s3://bucket/samples"),
+        ("evaluation.reference", "data"),
+        ("evaluation.reference", "held-out"),
+    ],
+)
+def test_what_is_no_path_stays_as_it_is(key: str, address: str) -> None:
+    assert _loaded(key, address) == address
+
+
+def test_defaults_are_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    left_out = load_config(DIGITS, ["storage={}"])
+    assert left_out.storage.root == str(left_out.run_dir) == str(tmp_path / "runs")
+    assert load_config(DIGITS, ["storage.root=s3://bucket/x"]).run_dir == tmp_path / "runs/digits"
+
+
 def test_paper_settings() -> None:
     cifar, imagenet = load_config("configs/cifar10.yaml"), load_config("configs/imagenet64.yaml")
     assert (cifar.network.width, imagenet.network.width) == (256, 192)

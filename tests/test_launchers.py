@@ -183,8 +183,9 @@ def test_the_ray_stages_take_one_task_a_node() -> None:
 def test_a_task_is_text_and_finds_its_paths_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config("configs/digits.yaml", ["storage.root=here"])
     monkeypatch.chdir(tmp_path)
+    config = load_config("configs/digits.yaml", ["storage.root=here"])
+    monkeypatch.chdir("/")
     task = pickle.loads(pickle.dumps(stage_task("train", config)))  # noqa: S301 - our own
     assert isinstance(task, StageTask) and isinstance(task.config_yaml, str)
     assert f"root: {tmp_path}/here" in task.config_yaml

@@ -35,6 +35,7 @@ from dsno_cluster.evaluation.sample_shards import SampleSpec
 from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import package_path
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.shards import commit_manifest, make_manifest, write_shard
 
@@ -103,7 +104,7 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
     spec = SampleSpec(
         student="0" * 64, seed=1, samples_per_shard=99, threads=1, precision="float32", compile=False
     )
-    commit_manifest(drawn, "", make_manifest(spec, shards, {}))
+    commit_manifest(drawn, "", make_manifest(spec, shards, NOWHERE))
     measured = []
     for actors, size, name in ((2, 37, "samples.npz"), (1, 64, "drawn")):
         done = dsno(

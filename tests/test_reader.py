@@ -20,6 +20,7 @@ from data_sets import a_spec
 from dsno_cluster.config import Reader
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage, Stat
 from dsno_cluster.trajectories.reader import ShardReader, cached_shard, epoch_order, read_batches
 from dsno_cluster.trajectories.shards import Manifest, Shard, make_manifest, write_shard
@@ -59,7 +60,7 @@ def make_data(
         tensors = {"states": states} | ({"labels": samples % 7} if labels else {})
         lines.append(write_shard(storage, "d/", index, index * per_shard, tensors))
     spec = a_spec(SHAPE, TIMES, per_shard=per_shard, classes=7 if labels else 0)
-    return make_manifest(spec, lines, {})
+    return make_manifest(spec, lines, NOWHERE)
 
 
 def batches(manifest: Manifest, storage: Any, **options: Any) -> Iterator[Any]:
@@ -256,7 +257,7 @@ def test_processes_share_a_cache_and_one_that_is_killed_leaves_it_whole(tmp_path
 
 def test_the_order_depends_on_seed_and_epoch(tmp_path: Path) -> None:
     shards = [Shard(key=f"{i}", start=i * 4, stop=i * 4 + 4, size=1, sha256="") for i in range(6)]
-    manifest = make_manifest(a_spec(per_shard=4), shards, {})
+    manifest = make_manifest(a_spec(per_shard=4), shards, NOWHERE)
     orders = [tuple(epoch_order(manifest, seed, epoch, 2)) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == 3
     first_window = {i // 4 for i in orders[0][:8]}

@@ -18,6 +18,7 @@ from dsno_cluster.config import Config, Network, load_config
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.errors import UserError
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import find_teacher, load_teacher
 from dsno_cluster.trajectories.plan import make_plan
@@ -102,7 +103,7 @@ def test_hashes_are_those_of_the_first_version(family: str) -> None:
     specs = spec_and_former(config)
     assert specs[-1].hash == golden
     for spec in specs:  # as its manifest has it
-        content = json.loads(json.dumps(make_manifest(spec, [], {}).spec))
+        content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
         assert read_spec(content, "here") == spec and read_spec(content, "here").hash == spec.hash
 
 

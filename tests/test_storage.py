@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 import s3_server
 from s3_server import KEYS
+from teacher_models import PUBLISHED
 from tiny import TINY, answer, dsno
 
 from dsno_cluster.errors import UserError, WorkError
@@ -25,6 +27,7 @@ from dsno_cluster.storage import (
     open_storage,
     write_file,
 )
+from dsno_cluster.teachers import teacher_info
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +71,47 @@ def test_reads_back_what_was_written(storage: Storage) -> None:
     storage.delete("a/b.bin")
     with pytest.raises(MissingObject, match=r"a/b\.bin"):
         storage.read("a/b.bin")
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "found"),
+    [
+        (7, 12, b"789"),
+        (10, 12, b""),
+        (10, None, b""),
+        (25, 30, b""),
+        (25, None, b""),
+        (4, 4, b""),
+        (6, 4, b""),
+    ],
+)
+def test_a_range_beyond_the_end_holds_what_there_is(
+    storage: Storage, start: int, end: int | None, found: bytes
+) -> None:
+    storage.write("x", b"0123456789")
+    assert storage.read("x", start, end) == found
+    storage.write("empty", b"")
+    assert storage.read("empty", start, end) == storage.read("empty") == b""
+    with pytest.raises(MissingObject):
+        storage.read("nothing", start, end)
+
+
+def test_folder_markers_are_no_objects(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The AWS console makes an empty object `folder/` for a folder that is made there."""
+    for key, value in KEYS.items():
+        monkeypatch.setenv(key, value)
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    weights = PUBLISHED / "teacher_flax_x"
+    for name in ("teacher", "config.yaml"):
+        client.upload_file(str(weights / name), "bucket", f"marked/{name}")
+    for marker in ("marked/", "marked/later/"):
+        client.put_object(Bucket="bucket", Key=marker, Body=b"")
+    listed = client.list_objects_v2(Bucket="bucket", Prefix="marked/")["Contents"]
+    assert "marked/later/" in [item["Key"] for item in listed]
+    storage = open_storage("s3://bucket/marked", s3_endpoint)
+    assert [stat.key for stat in storage.list("")] == ["config.yaml", "teacher"]
+    found = teacher_info("s3://bucket/marked", s3_endpoint)
+    assert found.identity == teacher_info(str(weights)).identity
 
 
 def test_lists_a_prefix_in_key_order(storage: Storage) -> None:
@@ -283,8 +327,6 @@ def test_shards_on_s3_are_those_of_a_folder(s3_endpoint: str, tiny_data: Path, t
 
 
 def _read(url: str, endpoint: str) -> bytes:
-    import boto3
-
     bucket, _, key = url.removeprefix("s3://").partition("/")
     client = boto3.client(
         "s3",

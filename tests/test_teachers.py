@@ -18,7 +18,7 @@ from teacher_models import small_diffusers_unet as small_diffusers_unet
 from torch import Tensor
 
 from dsno_cluster import load_teacher, solve
-from dsno_cluster.config import load_config, with_absolute_paths
+from dsno_cluster.config import load_config
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.diffusion.solvers import guided
@@ -207,19 +207,16 @@ def test_a_relative_published_config_is_found_from_anywhere(
     """An actor may start in another folder than the one that the options were written in."""
     shutil.copytree(PUBLISHED / "teacher_flax_x", tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    config = load_config(
-        str(Path(__file__).parents[1] / "configs/digits.yaml"),
-        ["teacher.path=teacher", "teacher.options={config: config.yaml, schedule: continuous}"],
-    )
-    identity = teacher_info("teacher", options=config.teacher.options).identity
-    there = with_absolute_paths(config).teacher
+    options = {"config": "config.yaml", "schedule": "continuous"}
+    identity = teacher_info("teacher", options=options).identity
+    words = [f"teacher.options={options}", "storage.root=s3://bucket/x"]
+    digits = str(Path(__file__).parents[1] / "configs/digits.yaml")
+    teacher = load_config(digits, ["teacher.path=teacher", *words]).teacher
     monkeypatch.chdir(tmp_path)
-    assert teacher_info(str(there.path), options=there.options).identity == identity
-    factory = config.model_copy(
-        update={"teacher": config.teacher.model_copy(update={"path": "my.module:function"})}
-    )
-    monkeypatch.chdir(tmp_path / "here")
-    assert with_absolute_paths(factory).teacher == factory.teacher  # its options are part of the spec
+    assert teacher_info(str(teacher.path), options=teacher.options).identity == identity
+    for other in ("my.module:function", "closed-form:gaussian"):  # whose options are part of the spec
+        found = load_config(digits, [f"teacher.path={other}", *words]).teacher
+        assert (found.path, found.options) == (other, options)
 
 
 def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:

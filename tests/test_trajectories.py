@@ -22,6 +22,7 @@ from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.reader import ShardReader, epoch_order, open_trajectories, read_batches
@@ -281,14 +282,14 @@ def test_commit_is_conditional_and_never_shrinks(tmp_path: Path) -> None:
         Shard(key=f"shard-{i:06d}.safetensors", start=i * 4, stop=i * 4 + 4, size=10, sha256=f"{i}")
         for i in range(3)
     )
-    commit_manifest(storage, "d/", make_manifest(spec, shards[:2], {}))
-    commit_manifest(storage, "d/", make_manifest(spec, shards, {}))
-    commit_manifest(storage, "d/", make_manifest(spec, shards[:1], {}))  # a late, smaller run
+    commit_manifest(storage, "d/", make_manifest(spec, shards[:2], NOWHERE))
+    commit_manifest(storage, "d/", make_manifest(spec, shards, NOWHERE))
+    commit_manifest(storage, "d/", make_manifest(spec, shards[:1], NOWHERE))  # a late, smaller run
     found = read_manifest(storage, "d/")
     assert found is not None and found[0].shards == shards
     other = shards[0].model_copy(update={"sha256": "another"})
     with pytest.raises(WorkError, match="other bytes for shard-000000"):
-        commit_manifest(storage, "d/", make_manifest(spec, [other, *shards[1:]], {}))
+        commit_manifest(storage, "d/", make_manifest(spec, [other, *shards[1:]], NOWHERE))
 
 
 def test_reader_gives_every_sample_once_in_one_order_for_any_world_size(tiny_data: Path) -> None:

@@ -36,7 +36,6 @@ from dsno_cluster.config import (
     is_config_file,
     load_config,
     load_resolved_profile,
-    with_absolute_paths,
 )
 from dsno_cluster.errors import LOST_RANK, UserError
 from dsno_cluster.provenance import code_version
@@ -173,7 +172,7 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
     run.note(
         name=config.name,
         stage=stage,
-        root=with_absolute_paths(config).storage.root,
+        root=config.storage.root,
         submitted=time.time(),
         command=command_line,
         cwd=os.getcwd(),
@@ -258,15 +257,14 @@ def config_file_of_run(word: str) -> str:
 def config_of_run(word: str, overrides: Sequence[str] = ()) -> Config:
     """The experiment of a config's path, or of the id or folder of a submitted run, with `overrides`.
 
-    A run's relative paths are those of the folder that it was submitted from, and are made absolute. Raises UserError
+    A run's relative paths are those of the folder that it was submitted from. Raises UserError
     for a word that is neither and as `load_config`.
     """
     file = config_file_of_run(word)
-    config = load_config(file, overrides)
     if file == word:
-        return config
+        return load_config(file, overrides)
     submitted_from = Run(Path(file).parent).record().get("cwd", "")
-    return with_absolute_paths(config, Path(submitted_from))
+    return load_config(file, overrides, Path(submitted_from))
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

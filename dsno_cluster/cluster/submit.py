@@ -25,7 +25,7 @@ from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run
 from dsno_cluster.cluster.slurm import check_profile, cluster_name, controller_silence, refusal
 from dsno_cluster.cluster.task import StageTask
-from dsno_cluster.config import Config, Profile, dump_config, with_absolute_paths
+from dsno_cluster.config import Config, Profile, dump_config
 from dsno_cluster.errors import UserError, WorkError
 
 MOST_REQUEUES = 1000
@@ -161,8 +161,8 @@ def submit_locally(task: StageTask, config: Config, profile: Profile, command_li
 
 
 def stage_task(stage: str, config: Config, **options: Any) -> StageTask:
-    """The task of a stage with its options (`StageTask`), the config's folders made absolute."""
-    return StageTask(stage, dump_config(with_absolute_paths(config)), "", **options)
+    """The task of a stage with its options (`StageTask`)."""
+    return StageTask(stage, dump_config(config), "", **options)
 
 
 def task_in(run: Run, task: StageTask) -> StageTask:
@@ -192,7 +192,7 @@ def refuse_second(config: Config, task: StageTask) -> None:
     wanted = {
         "stage": task.stage,
         "name": config.name,
-        "root": with_absolute_paths(config).storage.root,
+        "root": config.storage.root,
         "launcher": "slurm",
         "subject": task.subject,
     }

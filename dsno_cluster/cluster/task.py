@@ -23,6 +23,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.config import Config, Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
+from dsno_cluster.files import shown_path
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 STOPS = {
@@ -135,7 +136,7 @@ class StageTask:
             evaluate_images(config, self.samples, self.actors, ray_address)
         else:
             evaluate(config, self.student, self.actors, ray_address)
-        return f"{config.storage.root}/evaluation/{config.name}"
+        return f"{shown_path(config.storage.root)}/evaluation/{config.name}"
 
 
 def attempt_number() -> int:

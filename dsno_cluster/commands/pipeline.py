@@ -14,6 +14,7 @@ from dsno_cluster.commands.launching import (
     say_submitted,
     scripts_anyway,
 )
+from dsno_cluster.files import shown_path
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Config
@@ -73,4 +74,4 @@ def run_demo(arguments: Arguments) -> None:
         print(f"would make {describe(config)}")
         return
     show_metrics(run_here(config))
-    print(f"\nlook at {config.storage.root}/evaluation/{config.name}/samples.png")
+    print(f"\nlook at {shown_path(config.storage.root)}/evaluation/{config.name}/samples.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
+from dsno_cluster.files import shown_path
 
 
 def train_student(arguments: Arguments) -> None:
@@ -37,7 +38,7 @@ def train_student(arguments: Arguments) -> None:
             return
         print(
             f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
-            f"{config.storage.root}/{folder} in {tasks} process(es) on this machine"
+            f"{shown_path(config.storage.root)}/{folder} in {tasks} process(es) on this machine"
         )
         return
     if tasks == 1:

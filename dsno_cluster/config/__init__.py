@@ -14,7 +14,6 @@ from dsno_cluster.config.loading import (
     load_config,
     load_profile,
     load_resolved_profile,
-    with_absolute_paths,
 )
 from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
 from dsno_cluster.config.places import RunConfig, StorageConfig
@@ -50,5 +49,4 @@ __all__ = [
     "parse_yaml",
     "too_many_modes",
     "validate",
-    "with_absolute_paths",
 ]

@@ -1,8 +1,7 @@
-"""What the models of the config share: strictness, and the types of their numbers and paths."""
+"""What the models of the config share: strictness, and the types of their numbers."""
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Annotated, Any
 
@@ -17,7 +16,6 @@ from pydantic import (
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 StrictNumber = int | float  # kept as it was written: 1 and 1.0 are different bytes of JSON

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, PositiveInt, Seed, Sha256Start, Strict
+from dsno_cluster.config.paths import LocalPath, ReferencePath
 
 MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error"]
 
@@ -31,7 +32,7 @@ class Evaluation(Strict):
     feature_extractor: str = Field(
         "inception-v3-compat", description="one of torch-fidelity's, or digits-features"
     )
-    weights_path: str | None = Field(
+    weights_path: LocalPath | None = Field(
         None,
         description="weights of the extractor; package:NAME for one that ships; default: the published ones, downloaded once",
     )
@@ -42,7 +43,9 @@ class Evaluation(Strict):
         None,
         description="another extractor for precision_recall; torch-fidelity's own default is vgg16, ADM's is Inception",
     )
-    precision_recall_weights_path: str | None = Field(None, description="as weights_path, for that extractor")
+    precision_recall_weights_path: LocalPath | None = Field(
+        None, description="as weights_path, for that extractor"
+    )
     precision_recall_weights_sha256: Sha256Start | None = Field(
         None, description="as weights_sha256, for that extractor"
     )
@@ -51,7 +54,7 @@ class Evaluation(Strict):
     inception_splits: PositiveInt = Field(10, description="parts that the Inception Score is averaged over")
     neighborhood: PositiveInt = Field(3, description="nearest neighbours of precision and recall")
     metric_seed: Seed = Field(2020, description="of KID's subsets and the Inception Score's parts")
-    reference: str = Field(
+    reference: ReferencePath = Field(
         description="the real data: 'data' for data.name, an .npz with mu and sigma (EDM, ADM, pytorch-fid), or images: "
         "a folder, sample shards, an .npz batch"
     )

@@ -28,7 +28,7 @@ class Config(Strict):
         description="names the student and its folders; the config's file stem where it is left out"
     )
     seed: Seed = Field(0, description="of the trajectories' noise and labels, and of training")
-    storage: StorageConfig = StorageConfig()
+    storage: StorageConfig = Field(default_factory=StorageConfig)
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     network: Network

@@ -10,17 +10,21 @@ from typing import Any
 import yaml
 
 from dsno_cluster.config.experiment import Config
+from dsno_cluster.config.paths import NAMED_IMAGES
+from dsno_cluster.config.places import RunConfig
 from dsno_cluster.config.profile import Profile
 from dsno_cluster.config.validation import nearest, validate
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
 from dsno_cluster.yaml_text import parse_yaml
 
 EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference")
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path()) -> Config:
     """Read an experiment. `overrides` are `dotted.key=value`, the value read as YAML.
 
+    Its paths are absolute (`config.paths`): relative ones are those of `folder`, by default the working directory.
     Raises UserError, in one line, for a file that is missing or not YAML and for anything in it that is
     unknown, of the wrong type or impossible together.
     """
@@ -30,7 +34,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         key, _, text = override.partition("=")
         _set(data, key, parse_yaml(text, override), override)
     data.setdefault("name", Path(path).stem)
-    return validate(Config, data, str(path))
+    config = validate(Config, data, str(path), folder)
+    if config.run.dir is None and "://" in config.storage.root:  # the default lies in the working directory
+        run = RunConfig(dir=str((folder / config.run_dir).absolute()))
+        config = config.model_copy(update={"run": run})
+    return config
 
 
 def load_profile(stage: str, changes: dict[str, Any], *, on_slurm: bool = True) -> Profile:
@@ -76,58 +84,17 @@ def is_config_file(word: str) -> bool:
 
 
 def files_not_there(config: Config) -> dict[str, str]:
-    """Files and folders that training and evaluation read, by key, and that are not on this machine."""
+    """Files and folders that training and evaluation read, by key as they are shown, that are not on this machine."""
     evaluation = {key: getattr(config.evaluation, key) for key in EVALUATION_FILES}
     if set(config.evaluation.metrics) == {"trajectory_error"}:  # which compares with the teacher alone
         evaluation = {}
-    named = {f"evaluation.{key}": path for key, path in evaluation.items() if path != "data"}
+    named = {f"evaluation.{key}": path for key, path in evaluation.items() if path not in NAMED_IMAGES}
     named["training.lpips_weights"] = config.training.lpips_weights
     return {
-        key: path
+        key: shown_path(path)
         for key, path in named.items()
         if path is not None and not path.startswith(("package:", "s3://")) and not Path(path).exists()
     }
-
-
-def with_absolute_paths(config: Config, folder: Path = Path()) -> Config:
-    """The same experiment, for a process that may start in another folder or on another node.
-
-    Its relative paths are those of `folder`, by default the working directory.
-    """
-
-    def absolute(path: str) -> str:
-        there = (folder / path).absolute()
-        return str(there) if "://" not in path and there.exists() else path
-
-    storage, run, teacher = config.storage, config.run, config.teacher
-    options = dict(teacher.options)
-    if "://" not in storage.root:
-        storage = storage.model_copy(update={"root": str((folder / storage.root).absolute())})
-    run = run.model_copy(update={"dir": str((folder / config.run_dir).absolute())})
-    if teacher.path is not None:
-        # the YAML of a published teacher; the options of a Python factory are its own, and part of the spec
-        if isinstance(options.get("config"), str) and (
-            "://" in teacher.path or (folder / teacher.path).exists()
-        ):
-            options["config"] = absolute(str(options["config"]))
-        teacher = teacher.model_copy(update={"path": absolute(teacher.path), "options": options})
-    named = {
-        key: value
-        for key in EVALUATION_FILES
-        if (value := getattr(config.evaluation, key)) not in (None, "data")
-    }
-    evaluation = config.evaluation.model_copy(update={key: absolute(path) for key, path in named.items()})
-    training = config.training
-    if training.lpips_weights is not None:
-        training = training.model_copy(update={"lpips_weights": absolute(training.lpips_weights)})
-    parts = {
-        "storage": storage,
-        "run": run,
-        "teacher": teacher,
-        "training": training,
-        "evaluation": evaluation,
-    }
-    return config.model_copy(update=parts)
 
 
 def find_file(path: str, folder: str) -> Path:

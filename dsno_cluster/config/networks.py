@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Strict
+from dsno_cluster.config.paths import TeacherPath, is_file_path, resolved
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
 
@@ -81,7 +82,7 @@ PlainValue = bool | int | float | str | None
 
 
 class TeacherConfig(Strict):
-    path: str | None = Field(
+    path: TeacherPath | None = Field(
         None,
         description="folder or URL of a teacher, package:NAME for one that ships, package.module:function, or "
         "closed-form:gaussian|mixture",
@@ -93,6 +94,15 @@ class TeacherConfig(Strict):
         default_factory=dict,
         description="what load_teacher takes for this kind of teacher, e.g. {schedule: native, null_class: 10}",
     )
+
+    @field_validator("options")
+    @classmethod
+    def _published_config(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """`config`, the YAML of a published teacher, is a path; the options of a factory are its own, and part of the spec."""
+        path, config = info.data.get("path"), options.get("config")
+        if path is None or not is_file_path(path) or not isinstance(config, str):
+            return options
+        return {**options, "config": resolved(config, info)}
 
 
 def too_many_modes(operator: str, modes: int, points: int) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Sha256Start, Strict
+from dsno_cluster.config.paths import LocalPath
 
 
 class Training(Strict):
@@ -39,7 +40,9 @@ class Training(Strict):
         description="weights of the time points; snr: alpha/sigma within 1..10^4 (published), nearly all of it at t=0; "
         "sqrt: its root; flat: 1",
     )
-    lpips_weights: str | None = Field(None, description="torchvision's VGG-16 state dict, for loss=lpips")
+    lpips_weights: LocalPath | None = Field(
+        None, description="torchvision's VGG-16 state dict, for loss=lpips"
+    )
     lpips_sha256: Sha256Start | None = Field(
         None, description="sha256 that the file of lpips_weights must have, or its first 8 digits or more"
     )

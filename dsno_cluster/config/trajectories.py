@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import FolderPath, PositiveInt, Strict
+from dsno_cluster.config.base import PositiveInt, Strict
+from dsno_cluster.config.paths import NodePath
 from dsno_cluster.diffusion.schedule import time_points
 from dsno_cluster.diffusion.solvers import Method, grid_points
 
@@ -84,7 +85,7 @@ class Reader(Strict):
     )
     window_shards: PositiveInt = Field(8, description="shards that samples are shuffled among")
     prefetch_batches: PositiveInt = Field(2, description="batches read ahead in the background")
-    cache_dir: FolderPath | None = Field(
+    cache_dir: NodePath | None = Field(
         None,
         description="local folder that keeps shards of S3; processes share it. $VARIABLES are those of the node: "
         "$TMPDIR/shards",

@@ -8,22 +8,27 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from dsno_cluster.config.base import Strict
+from dsno_cluster.config.paths import FOLDER
 from dsno_cluster.config.trajectories import TimeGrid
 from dsno_cluster.errors import UserError
 
 Model = TypeVar("Model", bound=Strict)
 
 
-def validate(model: type[Model], data: Any, where: str) -> Model:
-    """`data` (plain YAML values) as `model`; UserError with one line for the first mistake."""
+def validate(model: type[Model], data: Any, where: str, folder: Path = Path()) -> Model:
+    """`data` (plain YAML values) as `model`; UserError with one line for the first mistake.
+
+    Relative paths become those of `folder`, by default the working directory.
+    """
     try:
         # JSON mode is strict about types, yet takes lists for tuples and whole numbers for floats
-        return model.model_validate_json(json.dumps(data))
+        return model.model_validate_json(json.dumps(data), context={FOLDER: folder})
     except ValidationError as error:
         raise UserError(f"{where}: {_one_line(error, model)}") from None
     except TypeError as error:

@@ -22,7 +22,7 @@ from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
 from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
 from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
-from dsno_cluster.provenance import environment
+from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import find_teacher
@@ -168,7 +168,7 @@ class EvaluationActor:
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
         return sums[0], sums[1]
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Environment:
         return environment()
 
     def pictured(self) -> Pictured:

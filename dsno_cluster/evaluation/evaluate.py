@@ -214,7 +214,7 @@ def evaluate(
             {**stored[row_key(source)], "as_trajectories": source == made_by} for source in of_teacher
         ],
         "student": student,
-        "device": measured.environment["device"],
+        "device": measured.environment.device,
         "seconds": round(time.monotonic() - began, 1),
         "train_seconds": student_meta.get("train_seconds"),
     }

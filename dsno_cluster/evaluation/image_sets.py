@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import file_sha256
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, read_shard
 
-NAMED = ("data", "held-out")
 ARRAYS = ("images", "arr_0")  # of an .npz: ours, and ADM's
 READERS = 4  # pictures decoded at a time
 
@@ -57,7 +57,7 @@ class ImageSet:
 
 def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
     """The image set at an address. Raises UserError, naming the address, where there is none."""
-    if address in NAMED:
+    if address in NAMED_IMAGES:
         return _named(address)
     address = absolute_address(address)  # that of the image set is one for any process
     if address.endswith(".npz"):
@@ -77,7 +77,7 @@ def _named(name: str) -> ImageSet:
     from dsno_cluster.data import load_digits
     from dsno_cluster.images import to_uint8
 
-    split = load_digits()[NAMED.index(name)]
+    split = load_digits()[NAMED_IMAGES.index(name)]
     images = to_uint8(split.images)
 
     def identify() -> dict[str, Any]:

@@ -10,12 +10,13 @@ import numpy as np
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import RayCluster, given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, with_absolute_paths
+from dsno_cluster.config import Config
 from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
 from dsno_cluster.evaluation.features import BATCH, Reading, WeightsFile
 from dsno_cluster.evaluation.metrics import Collected, Reference
 from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.reference import RealData, finished_reference
+from dsno_cluster.provenance import Environment
 from dsno_cluster.storage import absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Shard
 
@@ -43,7 +44,7 @@ class Measured:
     trajectory_error: list[float]
     shards: list[Shard]
     cost: dict[str, float]
-    environment: dict[str, Any] | None
+    environment: Environment | None
     pictured: Pictured | None
 
 
@@ -89,13 +90,13 @@ def measure(
     errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
     shards: dict[int, Shard] = {}
     read = {images.source: images.read for images in by_source.values()}
-    there, student_there = with_absolute_paths(config), student and (absolute_address(student[0]), student[1])
+    student_there = student and (absolute_address(student[0]), student[1])
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one block's features are extracted the next is drawn or read
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
 
         def make_actor() -> Any:
-            return remote.remote(there, weights, read, student_there, keep)
+            return remote.remote(config, weights, read, student_there, keep)
 
         idle: list[Any] = []
         for block, result in _run_blocks(make_actor, blocks, cluster, idle, title, reached):

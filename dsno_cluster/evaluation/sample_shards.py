@@ -22,7 +22,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, Refinement, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import model_address, read_meta
-from dsno_cluster.provenance import environment
+from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import (
     check_alike,
@@ -67,7 +67,7 @@ def sample_spec(manifest: Manifest) -> SampleSpec | None:
 
 def noted_spec(made: MadeShards) -> SampleSpec | None:
     """The spec of an unfinished set of samples; None if it holds something else."""
-    return _read_spec((made.environment or {}).get("spec"))
+    return _read_spec(made.spec)
 
 
 def _read_spec(content: object) -> SampleSpec | None:
@@ -141,17 +141,17 @@ def _draw(
     spec: SampleSpec,
     todo: list[int],
     lines: dict[str, tuple[Shard, str]],
-    made_by: dict[str, Any] | None,
+    made_by: Environment | None,
     actors: int | None,
     ray_address: str | None,
-) -> dict[str, Any]:
+) -> Environment:
     """Draw the shards `todo`, adding to `lines`, which is noted in the storage now and then; returns what made them.
 
     `made_by` is what made those that are there. Raises UserError where actors are on a device that differs.
     """
-    present: list[dict[str, Any]] = []
+    present: list[Environment] = []
 
-    def welcome(environment: dict[str, Any]) -> None:
+    def welcome(environment: Environment) -> None:
         check_same_environment(environment, [made_by] if made_by else [], storage.url)
         if not present:
             present.append(environment)
@@ -160,8 +160,10 @@ def _draw(
 
     def note() -> None:
         if present:
-            by_whom = {"spec": spec.model_dump(mode="json")} | present[0]
-            write_made_shards(storage, "", MadeShards(environment=by_whom, shards=tuple(lines.values())))
+            made = MadeShards(
+                environment=present[0], spec=spec.model_dump(mode="json"), shards=tuple(lines.values())
+            )
+            write_made_shards(storage, "", made)
 
     size, here = spec.samples_per_shard, os.getcwd()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
@@ -182,7 +184,7 @@ def _draw(
 
 def _there_already(
     storage: Storage, spec: SampleSpec
-) -> tuple[dict[str, tuple[Shard, str]], dict[str, Any] | None]:
+) -> tuple[dict[str, tuple[Shard, str]], Environment | None]:
     """The shards of this spec that are there, and what made them, if any are. Raises UserError where those of another are."""
     manifest, progress = read_manifest(storage, ""), read_made_shards(storage, "")
     found = {stat.key: stat for stat in storage.list("shard-")}
@@ -201,7 +203,7 @@ def _there_already(
         if key in found and found[key].etag == etag and found[key].size == shard.size
     }
     made_by = manifest[0].environment if manifest else progress.environment
-    return kept, {part: made_by[part] for part in made_by if part != "spec"} if kept and made_by else None
+    return kept, made_by if kept else None
 
 
 class SampleActor:
@@ -218,7 +220,7 @@ class SampleActor:
         self.opened = open_drawing(drawing)
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Environment:
         return environment()
 
     def make_shard(self, index: int) -> tuple[Shard, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsno_cluster.cluster.runs import Run, all_runs
-from dsno_cluster.config import Config, with_absolute_paths
+from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import history_key
 from dsno_cluster.model_folder import read_config_of, read_meta
@@ -162,7 +162,7 @@ def _picture(storage: Storage, key: str) -> str | None:
 
 def _runs_of(config: Config) -> list[Run]:
     """The newest submitted run of each stage of this experiment, in the order of their submission."""
-    name, root = config.name, with_absolute_paths(config).storage.root
+    name, root = config.name, config.storage.root
     newest: dict[str, Run] = {}
     for run in all_runs():
         record = run.record()

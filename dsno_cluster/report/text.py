@@ -10,6 +10,7 @@ import yaml
 
 from dsno_cluster import __version__, console
 from dsno_cluster.errors import without_passwords
+from dsno_cluster.files import shown_path
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
 
@@ -113,7 +114,7 @@ def cost_of(files: RunFiles) -> Facts:
         (
             "Trajectories",
             f"{count:,}"
-            + ("" if manifest else " planned; none are finished at " + files.config.storage.root),
+            + ("" if manifest else " planned; none are finished at " + shown_path(files.config.storage.root)),
         ),
         (
             "Evaluations of the teacher",
@@ -123,7 +124,7 @@ def cost_of(files: RunFiles) -> Facts:
     if manifest:
         held = sum(shard.size for shard in manifest.shards)
         rows.append(("Their size", f"{bytes_text(held)} ({held:,} bytes) in {len(manifest.shards):,} shards"))
-        rows.append(("Time to make them", _seconds(manifest.environment.get("seconds"))))
+        rows.append(("Time to make them", _seconds(manifest.environment.seconds)))
     last = files.curve[-1] if files.curve else {}
     seconds = last.get(
         "seconds", (files.student or {}).get("train_seconds", (metrics or {}).get("train_seconds"))
@@ -218,7 +219,7 @@ def _plain(value: Any) -> str:
 def versions_of(files: RunFiles) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a package a row, a stage a column; and the device and code where they are recorded."""
     made_by: dict[str, dict[str, Any]] = {
-        "trajectories": files.manifest.environment if files.manifest else {},
+        "trajectories": files.manifest.environment.model_dump(mode="json") if files.manifest else {},
         "training": files.student or {},
         "evaluation": files.metrics or {},
     }

@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 
-def absolute_address(address: str) -> str:
-    """The same folder or S3 address, for a process that may have been started in another folder."""
+def absolute_address(address: str, folder: Path = Path()) -> str:
+    """The same folder or S3 address, for a process that may have been started in another folder than `folder`."""
     if "://" in address or address.startswith("package:"):
         return address
-    return str(Path(address).expanduser().absolute())
+    return str((folder / Path(address).expanduser()).absolute())
 
 
 def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsno_cluster.errors import StorageError
+from dsno_cluster.files import shown_path
 from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
 
 
@@ -21,13 +22,13 @@ class FolderStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
-        self.url = str(root)
+        self.url = shown_path(root)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         try:
             with (self.root / key).open("rb") as file:
                 file.seek(start)
-                return file.read() if end is None else file.read(end - start)
+                return file.read() if end is None else file.read(max(0, end - start))
         except (FileNotFoundError, NotADirectoryError):
             raise MissingObject(f"{self.root / key}: no such file") from None
         except OSError as error:

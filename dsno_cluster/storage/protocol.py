@@ -33,7 +33,10 @@ class Storage(Protocol):
     url: str
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of an object, or all of it. Raises MissingObject."""
+        """Bytes [start, end) of an object, or all of it. Raises MissingObject.
+
+        Of a range that reaches beyond the end, the bytes that exist: none if it begins there or is empty.
+        """
         ...
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
@@ -52,7 +55,7 @@ class Storage(Protocol):
     def stat(self, key: str) -> Stat | None: ...
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """Objects whose key starts with `prefix`, in key order."""
+        """Objects whose key starts with `prefix`, in key order; folders and S3's markers of them are none."""
         ...
 
     def delete(self, key: str) -> None: ...

@@ -169,18 +169,27 @@ class S3Storage:
         def get(attempt: int) -> bytes:
             from botocore.exceptions import IncompleteReadError
 
-            answer = self._client.get_object(
-                Bucket=self.bucket, Key=self._name(key), ChecksumMode="ENABLED", **span
-            )
+            try:
+                answer = self._client.get_object(
+                    Bucket=self.bucket, Key=self._name(key), ChecksumMode="ENABLED", **span
+                )
+            except self._client.exceptions.ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
+                    return b""  # the range begins at the end or after it
+                raise
             data = bytes(answer["Body"].read())
             expected = answer["ContentLength"]
             if len(data) != expected:
                 raise IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
             return data
 
-        if end is not None and end <= start:
+        if end is not None and end <= start:  # which no header can ask for
+            self._try("head", key, self._head(key))
             return b""
         return self._try("get", key, get)
+
+    def _head(self, key: str) -> Callable[[int], Any]:
+        return lambda attempt: self._client.head_object(Bucket=self.bucket, Key=self._name(key))
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
@@ -254,11 +263,8 @@ class S3Storage:
             self.write(prefix + key, data)
 
     def stat(self, key: str) -> Stat | None:
-        def head(attempt: int) -> Any:
-            return self._client.head_object(Bucket=self.bucket, Key=self._name(key))
-
         try:
-            answer = self._try("head", key, head)
+            answer = self._try("head", key, self._head(key))
         except MissingObject:
             self._check_bucket()
             return None
@@ -294,7 +300,8 @@ class S3Storage:
             page = self._try("list", prefix, next_page)
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")
-                yield Stat(key, item["Size"], item["ETag"])
+                if not item["Key"].endswith("/"):  # the marker of a folder, as consoles make them
+                    yield Stat(key, item["Size"], item["ETag"])
             if not page.get("IsTruncated"):
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, same_time, time_points
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import read_model
 from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.networks.temporal import cosine_series, fourier_basis
@@ -309,7 +310,7 @@ def load_student(
     folder = read_model(str(path), endpoint_url, ema, sha256)
     model = folder.meta["model"]
     if model["kind"] != KIND:
-        raise UserError(f"{path}: holds a {model['kind']!r} model, not a student")
+        raise UserError(f"{shown_path(path)}: holds a {model['kind']!r} model, not a student")
     network = validate(Network, model["network"], f"{path}/meta.json")
     form = Form(**{name: model[name] for name in Form.__dataclass_fields__ if name in model})
     student = DSNO(network, form, model["times"], diffusers=model.get("diffusers"))

@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, dump_config, validate, with_absolute_paths
+from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
@@ -55,7 +56,7 @@ def planned_manifest(plan: Plan) -> Manifest:
         Shard(key=shard_key(index), start=index * size, stop=(index + 1) * size, size=0, sha256="")
         for index in range(plan.size.num_shards)
     ]
-    return make_manifest(plan.spec, shards, {})
+    return make_manifest(plan.spec, shards, NOWHERE)
 
 
 class StagedShards(ShardReader):
@@ -98,7 +99,7 @@ class Producer:
 
     def __init__(self, config: Config, start: int) -> None:
         FolderStorage(staging_root(config)).delete(FAILED)
-        work = {"config": dump_config(with_absolute_paths(config)), "start": start}
+        work = {"config": dump_config(config), "start": start}
         # a session of its own: Ctrl-C reaches training alone, which first saves
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True

@@ -15,10 +15,11 @@ from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config, StorageConfig, TeacherConfig, with_absolute_paths
+from dsno_cluster.config import Config, StorageConfig, TeacherConfig
 from dsno_cluster.diffusion.noise import noise_checksum
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.provenance import environment
+from dsno_cluster.files import shown_path
+from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Stat, Storage, open_storage
 from dsno_cluster.teachers import Teacher, load_teacher
 from dsno_cluster.trajectories.plan import Plan, make_plan
@@ -46,7 +47,7 @@ def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
     settings, size = config.trajectories, plan.size
     return (
         f"{size.num_samples} trajectories of {settings.num_points} time points in {size.num_shards} shards "
-        f"({size.bytes / 1e6:.1f} MB) below {config.storage.root}/{plan.folder}: "
+        f"({size.bytes / 1e6:.1f} MB) below {shown_path(config.storage.root)}/{plan.folder}: "
         f"{settings.solver}, {size.evaluations_per_sample} network evaluations each, "
         f"{actor_count(actors, settings.threads)}"
     )
@@ -100,26 +101,27 @@ def generate(
     return address
 
 
-def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]], where: str) -> None:
+def check_same_environment(ours: Environment, theirs: Sequence[Environment], where: str) -> None:
     """UserError where bytes made by `ours` may differ from those made by `theirs`: another device model.
 
     Other library versions are refused among the actors of one run only; a data set may outlive an upgrade, and
     its manifest then names the last.
     """
     for other in theirs:
-        if other["device"] != ours["device"]:
+        if other.device != ours.device:
             raise UserError(
-                f"{where}: was made on {other['device']}, this is {ours['device']}, whose bits may differ; "
+                f"{where}: was made on {other.device}, this is {ours.device}, whose bits may differ; "
                 "go on with the device that began, or change the seed for a data set of its own"
             )
 
 
-def check_alike(environment: dict[str, Any], first: dict[str, Any]) -> None:
+def check_alike(environment: Environment, first: Environment) -> None:
     """UserError where two actors of a run differ in what may change bytes."""
     for part in ("device", "versions"):
-        if environment[part] != first[part]:
+        one, other = getattr(environment, part), getattr(first, part)
+        if one != other:
             raise UserError(
-                f"the actors' {part} differ: {environment[part]} and {first[part]}; a data set needs one device model and one "
+                f"the actors' {part} differ: {one} and {other}; a data set needs one device model and one "
                 "set of versions, so give it nodes that are alike"
             )
 
@@ -162,7 +164,7 @@ def _make_shards(
     todo: list[int],
     bad: dict[int, str],
     before: MadeShards,
-    made_by: Sequence[dict[str, Any]],
+    made_by: Sequence[Environment],
     actors: int | None,
     ray_address: str | None,
 ) -> MadeShards:
@@ -173,21 +175,22 @@ def _make_shards(
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
     lines = before.by_key
-    present: list[dict[str, Any]] = []
+    present: list[Environment] = []
 
-    def welcome(environment: dict[str, Any]) -> None:
+    def welcome(environment: Environment) -> None:
         check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
         if not present:
             present.append(environment)
             note()  # before the first shard, so that a shard that is there can be told what made it
         check_alike(environment, present[0])
 
-    spent = made_by[-1].get("seconds", 0.0) if made_by else 0.0
+    spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
     started = time.monotonic()
 
     def made() -> MadeShards:
         seconds = round(spent + time.monotonic() - started, 1)
-        return MadeShards(environment=present[0] | {"seconds": seconds}, shards=tuple(lines.values()))
+        here = present[0].model_copy(update={"seconds": seconds})
+        return MadeShards(environment=here, shards=tuple(lines.values()))
 
     def note() -> None:
         if present:
@@ -196,7 +199,6 @@ def _make_shards(
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded the next is being solved
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        there = with_absolute_paths(config)
         began, finished = time.monotonic(), 0
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
@@ -210,7 +212,7 @@ def _make_shards(
                 advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
 
             pool = run_pool(
-                lambda: remote.remote(plan.spec, there.teacher, there.storage, plan.folder),
+                lambda: remote.remote(plan.spec, config.teacher, config.storage, plan.folder),
                 lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
                 todo,
                 cluster.capacity,
@@ -268,7 +270,7 @@ class SolveActor:
         self.teacher = loaded.to(compute_device())
         self.storage = open_storage(storage.root, storage.endpoint_url)
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Environment:
         return environment()
 
     def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsno_cluster import console
+from dsno_cluster.provenance import Environment
 from dsno_cluster.records import Record
 from dsno_cluster.storage import write_file
 from dsno_cluster.trajectories.shards import Shard, open_data_set, read_shard, trajectory_spec
@@ -39,7 +40,7 @@ class Inspection(Record):
     shards: int
     bytes: int
     spec: TrajectorySpec
-    environment: dict[str, Any]
+    environment: Environment
     samples_read: int
     by_time: tuple[StatesAtTime, ...]
     classes: list[int] | None
@@ -95,13 +96,13 @@ def inspect(
 
 def describe(found: Inspection) -> str:
     """What `inspect` found, as lines for people."""
-    spec, versions = found.spec, found.environment.get("versions", {})
+    spec, versions = found.spec, found.environment.versions
     identity = spec.teacher.model_dump(mode="json")
     teacher = {key: value for key, value in identity.items() if not isinstance(value, dict)}
     shape = "x".join(map(str, spec.shape))
     lines = [
         f"{found.samples:,} trajectories of {shape} at t = {', '.join(map(str, spec.times))}, {spec.dtype}",
-        f"{found.shards:,} shards, {found.bytes:,} bytes, made on {found.environment.get('device')} "
+        f"{found.shards:,} shards, {found.bytes:,} bytes, made on {found.environment.device} "
         f"with torch {versions.get('torch')}",
         f"solver {spec.solver}, {spec.steps} steps, guidance {spec.guidance_scale}, seed {spec.seed}",
         f"teacher {json.dumps(teacher)}",

@@ -13,6 +13,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, files_not_there
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
 from dsno_cluster.storage import open_storage
 from dsno_cluster.teachers import ConfiguredTeacher, Teacher, find_teacher
 from dsno_cluster.trajectories.shards import MADE_SHARDS, MANIFEST
@@ -250,9 +251,9 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         f"{bytes_text(size.bytes_per_shard)} each",
         f"storage       {bytes_text(size.bytes)} "
         + (
-            f"in {config.storage.root}/{plan.folder}"
+            f"in {shown_path(config.storage.root)}/{plan.folder}"
             if plan
-            else f"below {config.storage.root}/trajectories/"
+            else f"below {shown_path(config.storage.root)}/trajectories/"
         ),
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Reader
+from dsno_cluster.config.paths import on_this_node
 from dsno_cluster.diffusion.noise import noise_checksum, sample_noise
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import FolderStorage, Storage
@@ -270,10 +271,7 @@ def cached_shard(
     temporaries, which are swept when a day old.
     """
     assert settings.cache_dir is not None
-    folder_here = os.path.expandvars(settings.cache_dir)
-    if "$" in folder_here:
-        raise UserError(f"reader.cache_dir: {settings.cache_dir} names a variable that is not set here")
-    cache = FolderStorage(Path(folder_here))
+    cache = FolderStorage(on_this_node(settings.cache_dir, "reader.cache_dir"))
     name = f"{shard.sha256}.safetensors"
     path = cache.root / name
     try:

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import JsonValue
+from pydantic import JsonValue, model_validator
 
 from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import Environment
 from dsno_cluster.records import Record, canonical_hash, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
 from dsno_cluster.trajectories.spec import TrajectorySpec, read_spec
@@ -59,7 +60,7 @@ class Manifest(Record):
     spec_hash: str
     spec: dict[str, JsonValue]
     num_samples: int
-    environment: dict[str, Any]
+    environment: Environment
     shards: tuple[Shard, ...]
 
     @property
@@ -68,7 +69,7 @@ class Manifest(Record):
         return self.shards[0].stop - self.shards[0].start
 
 
-def make_manifest(spec: Named, shards: Sequence[Shard], environment: dict[str, Any]) -> Manifest:
+def make_manifest(spec: Named, shards: Sequence[Shard], environment: Environment) -> Manifest:
     """The manifest of `shards`, one after the other from sample 0."""
     content = spec.model_dump(mode="json")
     return Manifest(
@@ -277,10 +278,22 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 
 class MadeShards(Record):
-    """The notes of an unfinished run: the shards that it has made, each with the etag of its object, and what made them."""
+    """The notes of an unfinished run: the shards that it has made, each with the etag of its object, and what made them.
 
-    environment: dict[str, Any] | None = None
+    `spec` is noted of samples, whose folder is not named by it.
+    """
+
+    environment: Environment | None = None
+    spec: dict[str, JsonValue] | None = None
     shards: tuple[tuple[Shard, str], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, content: object) -> object:
+        """Versions before 0.2 kept the spec of samples inside of the environment."""
+        if isinstance(content, dict) and isinstance(content.get("environment"), dict):
+            return {"spec": content["environment"].get("spec"), **content}
+        return content
 
     @property
     def by_key(self) -> dict[str, tuple[Shard, str]]:
