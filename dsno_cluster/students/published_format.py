@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
+from dsno_cluster.records import Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 class PublishedModel:
     """`model` is what our `meta.json` says under `model`; weights carry our names, float32."""
 
-    model: dict[str, Any]
+    model: Values
     weights: dict[str, Tensor]
 
 

@@ -54,7 +54,7 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
     assert isinstance(student.backbone, UNet)
     weights = from_published_torch(theirs, student.backbone, f"{where} with {config_path}")
     return PublishedModel(
-        student.describe(), {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        student.describe().values(), {f"backbone.{name}": tensor for name, tensor in weights.items()}
     )
 
 

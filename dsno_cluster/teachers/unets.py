@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsno_cluster.config import Network, validate
 from dsno_cluster.diffusion.predictions import PREDICTIONS, clean_images, out_channels
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import CONFIG, META
+from dsno_cluster.model_folder import CONFIG, META, ModelMeta
 from dsno_cluster.storage import open_storage, read_file, split_path
 from dsno_cluster.students.published_format import recognise
 from dsno_cluster.teachers.flax_teachers import read_published_teacher
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def identity_of(path: str, meta: dict[str, Any]) -> dict[str, Any]:
+def identity_of(path: str, meta: ModelMeta) -> dict[str, Any]:
     """The identity of a checkpoint of ours, from its `meta.json`. Raises UserError where that is no teacher's."""
-    model = meta["model"]
+    model = meta.model.values()
     if model["kind"] != KIND:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a teacher")
     if model.get("prediction") not in PREDICTIONS or model.get("schedule") != "cosine":
@@ -35,7 +35,7 @@ def identity_of(path: str, meta: dict[str, Any]) -> dict[str, Any]:
             f"{path}: predicts {model.get('prediction')!r} on schedule {model.get('schedule')!r}; "
             f"this version reads {', '.join(PREDICTIONS)} on 'cosine'"
         )
-    return {**model, "sha256": meta["sha256"]}
+    return {**model, "sha256": meta.sha256}
 
 
 def unet_info(path: str, identity: dict[str, Any], schedule: str | None) -> TeacherInfo:

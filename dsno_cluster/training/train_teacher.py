@@ -14,7 +14,7 @@ from dsno_cluster.config import Config, dump_config
 from dsno_cluster.data import Split, load_digits
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import write_model
+from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
 from dsno_cluster.teachers.identity import denoiser_meta
@@ -87,15 +87,15 @@ def train_teacher(config: Config, command: str) -> str:
                 state = _resume_state(config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
                 resume.write(resume_key, state)
 
-    meta = {
-        "model": denoiser_meta(network),
-        "made_by": command,
-        "seed": config.seed,
-        "settings": settings.model_dump(mode="json"),
-        "threads": torch.get_num_threads(),
-        "train_seconds": round(time.perf_counter() - began),
-    }
-    write_model(storage, folder, ema, dump_config(config), meta)
+    about = AboutModel(
+        model=ModelDescription.model_validate(denoiser_meta(network)),
+        made_by=command,
+        seed=config.seed,
+        settings=settings.model_dump(mode="json"),
+        threads=torch.get_num_threads(),
+        train_seconds=round(time.perf_counter() - began),
+    )
+    write_model(storage, folder, ema, dump_config(config), about)
     resume.delete(resume_key)
     return f"{storage.url}/{folder.rstrip('/')}"
 
