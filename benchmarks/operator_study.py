@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,21 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.data import load_digits
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.diffusion.schedule import loss_weights, time_points
+from dsno_cluster.diffusion.schedule import time_points
 from dsno_cluster.evaluation.features import DIGITS, find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
-from dsno_cluster.training.loop import find_trajectories, new_student, points_of_step
-from dsno_cluster.training.losses import make_distance, weighted
+from dsno_cluster.training.beginning import find_trajectories, new_student
+from dsno_cluster.training.objectives import Student
+from dsno_cluster.training.objectives.losses import weighted
+from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
+from dsno_cluster.training.torch_internals import lerp_all
 from dsno_cluster.trajectories.generate import generate, solve_batch
 from dsno_cluster.trajectories.plan import open_teacher
-from dsno_cluster.trajectories.reader import ShardReader, read_batches
+from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 
 DATA = [
     "storage.root=runs/operator-study",
@@ -145,16 +149,30 @@ def run(name: str, seed: int, seconds: float, overrides: list[str]) -> dict[str,
     points, changes = VARIANTS[name]
     at = f"trajectories.times={list(time_points('quadratic', points))}"
     config = load_config("configs/digits.yaml", [*DATA, *changes, at, f"seed={seed + 10}", *overrides])
-    noise, labels, states = read_all()
+    everything = read_all()
     positions = [time_points("quadratic", POINTS).index(t) for t in config.trajectories.time_points]
     torch.manual_seed(seed)
     student = new_student(config)
-    images = train(student, config, noise, labels, states[:, positions], seconds, name in NORMALISED)
+    asked = replace(everything, states=everything.states[:, positions])
+    kind = NormalisedObjective if name in NORMALISED else TrajectoryObjective
+    images = train(student, config, asked, seconds, kind(config, torch.device("cpu")))
     return {"name": name, "seed": seed, "seconds": seconds, "images": images, **measure(student, config)}
 
 
-def read_all() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise, labels and states (N, M, C, H, W) of the whole data set."""
+class NormalisedObjective(TrajectoryObjective):
+    """Weights each point by one over the running mean of its distance."""
+
+    means_M: torch.Tensor | None = None
+
+    def loss(self, student: Student, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        distances_M = self.distances(student, batch, self.points(step))
+        before = distances_M.detach() if self.means_M is None else self.means_M
+        self.means_M = before.lerp(distances_M.detach(), 0.01)
+        return weighted(distances_M, self.means_M.mean() / self.means_M), distances_M.detach()
+
+
+def read_all() -> Batch:
+    """The whole data set as one batch."""
     config = load_config("configs/digits.yaml", DATA)
     folder, manifest = find_trajectories(config)
     batches = read_batches(
@@ -162,48 +180,36 @@ def read_all() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         seed=0, first_sample=0, batch_size=manifest.num_samples, rank=0, world_size=1,
     )  # fmt: skip
     (batch,) = next(batches)
-    assert batch.labels is not None
-    return batch.noise, batch.labels, batch.states
+    return batch
 
 
 def train(
     student: DSNO,
     config: Config,
-    noise: torch.Tensor,
-    labels: torch.Tensor,
-    states: torch.Tensor,
+    everything: Batch,
     seconds: float,
-    normalised: bool = False,
+    objective: TrajectoryObjective,
 ) -> int:
     """For so many CPU seconds; leaves the averaged weights in the student. Returns the number of images seen."""
     settings = config.training
-    weights_M = loss_weights(settings.time_weighting, student.times).float()
-    distance = make_distance(settings.loss)
+    assert everything.labels is not None
     parameters = list(student.parameters())
     averages = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.Adam(parameters)
     random = torch.Generator().manual_seed(config.seed)
-    means_M = torch.empty(0)
     order, step, began = torch.empty(0, dtype=torch.int64), 0, time.process_time()
     while (used := (time.process_time() - began) / seconds) < 1.0:
         rate = learning_rate(round(1e6 * used), 10**6, settings.lr, 0, "cosine")
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / settings.warmup)
         if len(order) < settings.batch_size:
-            order = torch.randperm(len(noise), generator=random)
+            order = torch.randperm(len(everything.noise), generator=random)
         pick, order = order[: settings.batch_size], order[settings.batch_size :]
-        drawn = points_of_step(config, step)
-        predicted = student(noise[pick], labels[pick], drawn)
-        distances = distance(predicted, states[pick][:, drawn])
-        if normalised:
-            means_M = distances.detach() if step == 0 else means_M.lerp(distances.detach(), 0.01)
-            weights_M = means_M.mean() / means_M
-        loss = weighted(distances, weights_M[drawn])
+        batch = Batch(pick.numpy(), everything.noise[pick], everything.states[pick], everything.labels[pick])
+        loss, _ = objective.loss(student, batch, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            decay = ema_decay_at(step, settings.ema_decay, ramp=True)
-            torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1.0 - decay)
+        lerp_all(averages, parameters, 1.0 - ema_decay_at(step, settings.ema_decays[0], ramp=True))
         step += 1
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):

@@ -24,11 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from sampler import published_network, status
-from torch import Tensor, nn
+from torch import nn
 
 from dsno_cluster import console
 from dsno_cluster.cluster.rendezvous import free_ports
@@ -36,10 +37,14 @@ from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import device_name
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights, time_points
 from dsno_cluster.students.dsno import DSNO, Form
-from dsno_cluster.training.engine import EMA, join_ranks, make_engine
-from dsno_cluster.training.loop import new_student
-from dsno_cluster.training.losses import l1, weighted
-from dsno_cluster.training.state import fragments_of
+from dsno_cluster.training.beginning import new_student
+from dsno_cluster.training.deepspeed_internals import fragments_of
+from dsno_cluster.training.engine import EMA, make_engine
+from dsno_cluster.training.objectives import make_objective
+from dsno_cluster.training.objectives.losses import l1, weighted
+from dsno_cluster.training.ranks import join_ranks
+from dsno_cluster.training.torch_internals import lerp_all
+from dsno_cluster.trajectories.reader import Batch
 
 Step = Callable[[], Any]
 
@@ -160,15 +165,14 @@ def our_step(config: Config, student: DSNO) -> Step:
     ranks = join_ranks(config)
     engine = make_engine(student.train(), config, ranks)
     ema = EMA(fragments_of(engine), config.training.ema_decays)
-    noise, labels, states = data(config, ranks.world_size)
-    weights_M = loss_weights(config.training.time_weighting, student.times).float()
+    batch, objective = data(config, ranks.world_size), make_objective(config, ranks.device)
 
     def step() -> None:
-        distances = l1(engine(noise, labels), states)
-        engine.backward(weighted(distances, weights_M))
+        loss, figures = objective.loss(engine, batch, 0)
+        engine.backward(loss)
         engine.step()
         ema.update(1000, True)
-        dist.all_reduce(torch.cat([distances.detach(), torch.zeros(2)]))
+        dist.all_reduce(torch.cat([figures, torch.zeros(2)]))
 
     return step
 
@@ -177,16 +181,14 @@ def plain_step(config: Config, student: DSNO) -> Step:
     """The same without an engine: a dozen lines of torch."""
     optimizer = torch.optim.Adam(student.train().parameters(), lr=config.training.lr)
     average = copy.deepcopy(student)
-    noise, labels, states = data(config, 1)
-    weights_M = loss_weights(config.training.time_weighting, student.times).float()
+    batch, objective = data(config, 1), make_objective(config, torch.device("cpu"))
 
     def step() -> None:
-        loss = weighted(l1(student(noise, labels), states), weights_M)
+        loss, _ = objective.loss(student, batch, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 0.001)
+        lerp_all(list(average.parameters()), list(student.parameters()), 0.001)
         loss.detach().item()
 
     return step
@@ -195,13 +197,13 @@ def plain_step(config: Config, student: DSNO) -> Step:
 def published_step(config: Config, network: nn.Module) -> Step:
     model = nn.parallel.DistributedDataParallel(network.train())
     optimizer = torch.optim.Adam(model.parameters(), lr=config.training.lr)
-    noise, labels, states = data(config, dist.get_world_size())
+    batch = data(config, dist.get_world_size())
     times = time_points("quadratic", 4)
     levels = logsnr(torch.tensor(times)).float()
     weights_M = loss_weights("snr", times).float()
 
     def step() -> None:
-        loss = weighted(l1(model(noise, levels, labels), states), weights_M)
+        loss = weighted(l1(model(batch.noise, levels, batch.labels), batch.states), weights_M)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -209,14 +211,15 @@ def published_step(config: Config, network: nn.Module) -> Step:
     return step
 
 
-def data(config: Config, world: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Noise, labels and states of one rank's batch."""
+def data(config: Config, world: int) -> Batch:
+    """One rank's batch, made up."""
     network, count = config.network, config.training.batch_size // world
     shape = network.image_shape
     draw = torch.Generator().manual_seed(3)
     labels = torch.arange(count) % network.num_classes if network.num_classes else None
     noise = torch.randn(count, *shape, generator=draw)
-    return noise, labels, torch.randn(count, config.trajectories.num_points, *shape, generator=draw)
+    states = torch.randn(count, config.trajectories.num_points, *shape, generator=draw)
+    return Batch(np.arange(count), noise, states, labels)
 
 
 def in_turn(first: Step, second: Step, options: argparse.Namespace) -> list[float]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import shown_path
-from dsno_cluster.provenance import environment
+from dsno_cluster.provenance import Code, environment
+from dsno_cluster.records import SparseRecord, Values, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.yaml_text import parse_yaml
 
@@ -29,12 +31,68 @@ WEIGHTS, CONFIG, META = "model.safetensors", "config.yaml", "meta.json"
 LATEST, BEST = "latest", "best"  # text files that name a step folder beside them
 
 
+class ModelDescription(BaseModel):
+    """What the weights are: a kind, the sizes of its network, and further keys that the kind knows."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: str
+    network: Values
+
+    def values(self) -> Values:
+        """All of it as plain JSON values, as it was written."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class SettingChange(BaseModel):
+    """A setting of a training that was changed on the way, after `step`."""
+
+    model_config = ConfigDict(frozen=True)
+    step: int
+    key: str
+    before: JsonValue
+    after: JsonValue
+
+
+class AboutModel(SparseRecord):
+    """What the maker of a model says of it; None is left unsaid."""
+
+    schema_version: Literal[1] = 1
+    model: ModelDescription
+    made_by: str | None = None
+    imported: Values | None = None  # the published file: its name, sha256 and config
+    seed: int | None = None  # of the noise that it was trained on
+    train_seconds: float | None = None
+    # of a teacher that was trained here
+    settings: Values | None = None
+    threads: int | None = None
+    # of a student
+    name: str | None = None
+    step: int | None = None
+    ema_decay: float | None = None
+    trajectories: str | None = None  # the folder of the data set
+    run: Values | None = None  # the identity of its training
+    world_size: int | None = None
+    changes: tuple[SettingChange, ...] = ()
+
+
+class ModelMeta(AboutModel):
+    """`meta.json`: what its maker says, the sha256 of the weights, and what made them."""
+
+    sha256: str
+    averages: dict[str, str] = Field(
+        default_factory=dict
+    )  # sha256 of the weights of further moving averages, by decay
+    device: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    code: Code | None = None
+
+
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a model folder holds: weights by name, and the parsed `meta.json`."""
+    """What a model folder holds: weights by name, and `meta.json`."""
 
     weights: dict[str, Tensor]
-    meta: dict[str, Any]
+    meta: ModelMeta
 
 
 def step_name(step: int) -> str:
@@ -68,23 +126,22 @@ def read_model(
 
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     meta = _read_meta(storage, prefix, ema)
-    if sha256 not in (None, meta["sha256"]):
+    if sha256 not in (None, meta.sha256):
         raise WorkError(
-            f"{shown_path(path)}: its weights have sha256 {meta['sha256'][:8]} now, not {sha256[:8]}: they were replaced "
-            "meanwhile"
+            f"{shown_path(path)}: its weights have sha256 {meta.sha256[:8]} now, not {sha256[:8]}: they were replaced meanwhile"
         )
     name = _weights_file(meta)
     data = storage.read(prefix + name)
     found = hashlib.sha256(data).hexdigest()
-    if found != meta["sha256"]:
+    if found != meta.sha256:
         raise WorkError(
-            f"{shown_path(path)}: {prefix}{name} has sha256 {found}, its {META} says {meta['sha256']}"
+            f"{shown_path(path)}: {prefix}{name} has sha256 {found}, its {META} says {meta.sha256}"
         )
     return ModelFolder(safetensors.torch.load(data), meta)
 
 
-def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = None) -> dict[str, Any]:
-    """`meta.json` of a model alone, without its weights; `ema` and errors as in `read_model`."""
+def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = None) -> ModelMeta:
+    """Only `meta.json` of a model, without its weights; `ema` and errors as in `read_model`."""
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     return _read_meta(storage, prefix, ema)
 
@@ -98,7 +155,7 @@ def model_address(path: str, endpoint_url: str | None = None) -> str:
     return f"{path.rstrip('/')}/{prefix.rstrip('/')}" if prefix else path
 
 
-def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]:
+def read_config_of(path: str, endpoint_url: str | None = None) -> Values:
     """The config that a model's folder holds, as plain values; empty where it holds none.
 
     Raises UserError where there is no model.
@@ -111,33 +168,25 @@ def read_config_of(path: str, endpoint_url: str | None = None) -> dict[str, Any]
     return config if isinstance(config, dict) else {}
 
 
-def _weights_file(meta: dict[str, Any]) -> str:
+def _weights_file(meta: ModelMeta) -> str:
     """The file that holds the weights of the average that `meta` is about."""
-    average = f"{meta.get('ema_decay'):g}" if meta.get("ema_decay") is not None else ""
-    return _average_file(average) if average in meta.get("averages", {}) else WEIGHTS
+    average = "" if meta.ema_decay is None else f"{meta.ema_decay:g}"
+    return _average_file(average) if average in meta.averages else WEIGHTS
 
 
 def _average_file(decay: str) -> str:
     return f"ema-{decay}.safetensors"
 
 
-def _read_meta(storage: Storage, prefix: str, ema: float | None = None) -> dict[str, Any]:
+def _read_meta(storage: Storage, prefix: str, ema: float | None = None) -> ModelMeta:
     where = f"{storage.url}/{prefix}{META}"
-    try:
-        meta = json.loads(storage.read(prefix + META))
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
-        raise UserError(f"{where}: names no sha256 of the weights; it is not a model's {META}")
-    if not isinstance(meta.get("model"), dict) or not {"kind", "network"} <= set(meta["model"]):
-        raise UserError(f"{where}: does not describe a model (kind and network below `model`)")
-    if ema is None or ema == meta.get("ema_decay"):
+    meta = read_record(ModelMeta, storage.read(prefix + META), where)
+    if ema is None or ema == meta.ema_decay:
         return meta
-    averages = meta.get("averages", {})
-    if f"{ema:g}" not in averages:
-        known = [str(d) for d in (meta.get("ema_decay"), *averages) if d is not None]
+    if f"{ema:g}" not in meta.averages:
+        known = [str(d) for d in (meta.ema_decay, *meta.averages) if d is not None]
         raise UserError(f"{where}: has no average of decay {ema:g}; it has {', '.join(known) or 'none'}")
-    return meta | {"ema_decay": ema, "sha256": averages[f"{ema:g}"]}
+    return meta.model_copy(update={"ema_decay": ema, "sha256": meta.averages[f"{ema:g}"]})
 
 
 def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
@@ -175,7 +224,7 @@ def write_model(
     prefix: str,
     weights: dict[str, Tensor],
     config: str,
-    meta: dict[str, Any],
+    about: AboutModel,
     averages: dict[float, dict[str, Tensor]] | None = None,
 ) -> str:
     """Write a model folder below `prefix` (ending in /), meta last. Returns the sha256 of the weights.
@@ -188,14 +237,13 @@ def write_model(
         return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
 
     files = {WEIGHTS: encoded(weights)}
-    meta = {
-        **meta,
-        "sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(),
-        **environment().model_dump(mode="json"),
-    }
+    digests = {}
     for decay, tensors in (averages or {}).items():
         files[_average_file(f"{decay:g}")] = data = encoded(tensors)
-        meta.setdefault("averages", {})[f"{decay:g}"] = hashlib.sha256(data).hexdigest()
-    files |= {CONFIG: config.encode(), META: (json.dumps(meta, indent=2) + "\n").encode()}
+        digests[f"{decay:g}"] = hashlib.sha256(data).hexdigest()
+    sha256 = hashlib.sha256(files[WEIGHTS]).hexdigest()
+    known = about.values() | environment().values()
+    meta = ModelMeta.model_validate({**known, "sha256": sha256, "averages": digests})
+    files |= {CONFIG: config.encode(), META: record_bytes(meta)}
     storage.write_folder(prefix, files)
-    return str(meta["sha256"])
+    return meta.sha256

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from dsno_cluster import __version__
 from dsno_cluster.records import SparseRecord
 
@@ -30,7 +32,7 @@ class Environment(SparseRecord):
     """
 
     device: str
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(default_factory=dict)
     code: Code | None = None
     seconds: float | None = None  # that the work took
 

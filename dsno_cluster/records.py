@@ -1,8 +1,8 @@
 """Records: the JSON files that this project writes, each a frozen model that its readers and writers share.
 
-A record that may change its meaning declares `schema_version: Literal[1] = 1`, and a file of another version is
-refused. Within a version keys are only added, with defaults: a reader ignores those that it does not know, so that
-an older program reads what a newer one wrote, and fills in those that an older file lacks.
+A record declares `schema_version: Literal[1] = 1`, and a file of another version is refused. Within a version keys are only
+added, with defaults: a reader ignores those that it does not know, so that an older program reads what a newer one wrote,
+and fills in those that an older file lacks.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from pydantic import (
 
 from dsno_cluster.errors import UserError, WorkError
 
+Values = dict[str, JsonValue]  # a JSON object whose keys are another's business
+
 
 class Record(BaseModel):
     """Frozen; ignores unknown keys. Floats may be NaN or infinite, as Python's JSON writes them."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
+    def values(self) -> Values:
+        """As plain JSON values."""
+        return self.model_dump(mode="json")
+
 
 class SparseRecord(Record):
-    """A record whose dump leaves out what is not known: values that are None."""
+    """A record that leaves unsaid what is not known: values that are None or empty."""
 
     @model_serializer(mode="wrap")
-    def _without_unknowns(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
-        return {key: value for key, value in dump(self).items() if value is not None}
+    def _without_unknowns(self, dump: SerializerFunctionWrapHandler) -> Values:
+        return {key: value for key, value in dump(self).items() if value not in (None, [], (), {})}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -49,29 +55,35 @@ def read_record(
     try:
         return model.model_validate_json(data)
     except ValidationError as problem:
-        raise error(f"{where}: not {_kind(model)} ({_first_mistake(problem)})") from None
+        versions = [e["input"] for e in problem.errors() if e["loc"] == ("schema_version",)]
+        if versions:
+            known = model.model_fields["schema_version"].default
+            raise error(
+                f"{where}: schema version {versions[0]}; this dsno-cluster reads version {known}"
+            ) from None
+        raise error(f"{where}: not {_kind(model)} ({first_mistake(problem)})") from None
 
 
-def record_bytes(record: Record, *, exclude_none: bool = False) -> bytes:
-    """The record as indented JSON, its keys as the model declares them; `exclude_none` leaves those without a value out."""
-    content = record.model_dump(mode="json", exclude_none=exclude_none)
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _kind(model: type[Record]) -> str:
-    """The model's name in words: TrainingState is a training state."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", model.__name__).lower()
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _first_mistake(problem: ValidationError) -> str:
-    first = problem.errors(include_url=False, include_input=False)[0]
-    key = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
+def record_bytes(record: Record) -> bytes:
+    """The record as indented JSON, its keys as the model declares them."""
+    return (json.dumps(record.values(), indent=2) + "\n").encode()
 
 
 def canonical_hash(content: Mapping[str, JsonValue]) -> str:
     """Sixteen hexadecimal digits; equal for equal values, whatever their order."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def first_mistake(problem: ValidationError) -> str:
+    """The first mistake that pydantic found, as `key: what is wrong`."""
+    first = problem.errors(include_url=False, include_input=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _kind(model: type[Record]) -> str:
+    """The model's name in words: TrainingState is a training state."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", model.__name__).lower()
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -15,7 +15,7 @@ from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.evaluation.pictures import layout, pictures, solve_pictured
 from dsno_cluster.images import tile_of, to_uint8
 from dsno_cluster.teachers import find_teacher
-from dsno_cluster.training.loop import new_student
+from dsno_cluster.training.beginning import new_student
 from dsno_cluster.trajectories.spec import spec_of
 
 

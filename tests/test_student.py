@@ -19,7 +19,7 @@ from dsno_cluster.networks.temporal import TemporalConv, cosine_series, fourier_
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.students.dsno import DSNO, Form
 from dsno_cluster.teachers.importing import import_weights
-from dsno_cluster.training.loop import new_student
+from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.optim import drawn_points
 
 PUBLISHED = DATA / "published"
@@ -73,11 +73,13 @@ def test_a_sample_is_the_end_of_the_trajectory(form: Form) -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_student_is_written_and_read(form: Form, tmp_path: Path) -> None:
-    from dsno_cluster.model_folder import write_model
+    from dsno_cluster.model_folder import AboutModel, write_model
     from dsno_cluster.storage import open_storage
 
     student, (noise, labels) = student_of(form), question()
-    write_model(open_storage(str(tmp_path)), "s/", student.state_dict(), "", {"model": student.describe()})
+    write_model(
+        open_storage(str(tmp_path)), "s/", student.state_dict(), "", AboutModel(model=student.describe())
+    )
     again = load_student(str(tmp_path / "s"))
     assert again.form == form
     assert relative(again.trajectory(noise, labels), student.trajectory(noise, labels)) < 1e-5

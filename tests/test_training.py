@@ -17,8 +17,8 @@ from training_runs import ends, link_data, metrics, start_ranks, train, weights
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.schedule import loss_weights
-from dsno_cluster.training import losses
-from dsno_cluster.training.loop import new_student
+from dsno_cluster.training.beginning import new_student
+from dsno_cluster.training.objectives import losses
 from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
 
 # what the plain loop is compared with: the series of the digits config, and convolutions on drawn points

@@ -35,7 +35,7 @@ from dsno_cluster import load_student
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.storage import open_storage
-from dsno_cluster.training.monitor import DivergenceWatch
+from dsno_cluster.training.divergence import DivergenceWatch
 from dsno_cluster.trajectories.shards import commit_manifest, read_manifest, read_shard, write_shard
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def run_pipeline(arguments: Arguments) -> None:
     from dsno_cluster.pipeline import describe, run_here, stages_of
-    from dsno_cluster.training.engine import check_divides
+    from dsno_cluster.training.ranks import check_divides
     from dsno_cluster.trajectories.plan import make_plan
 
     config, options = arguments.config(), arguments.options
@@ -56,7 +56,7 @@ def run_pipeline(arguments: Arguments) -> None:
 def _check_all_stages(config: Config, folder: str) -> None:
     """Raises UserError or WorkError for what a later stage would miss, hours from now."""
     from dsno_cluster.evaluation.evaluate import check_comparison
-    from dsno_cluster.training.losses import find_lpips_weights
+    from dsno_cluster.training.objectives.losses import find_lpips_weights
     from dsno_cluster.trajectories.plan import check_reachable
 
     check_reachable(config, folder)

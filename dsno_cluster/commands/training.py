@@ -9,9 +9,9 @@ from dsno_cluster.files import shown_path
 
 def train_student(arguments: Arguments) -> None:
     config = arguments.config()
-    from dsno_cluster.training.engine import check_divides, launched_as_rank
-    from dsno_cluster.training.loop import find_trajectories
-    from dsno_cluster.training.losses import find_lpips_weights
+    from dsno_cluster.training.beginning import find_trajectories
+    from dsno_cluster.training.objectives.losses import find_lpips_weights
+    from dsno_cluster.training.ranks import check_divides, launched_as_rank
 
     if launched_as_rank() and not arguments.options.dry_run:  # by torchrun or the like, which sets RANK
         from dsno_cluster.training.loop import train

@@ -38,18 +38,18 @@ from dsno_cluster.evaluation.teacher_rows import (
     stored_teacher_rows,
     teacher_sources,
 )
-from dsno_cluster.model_folder import model_address, read_meta
+from dsno_cluster.model_folder import ModelMeta, model_address, read_meta
 from dsno_cluster.provenance import code_version, software_versions
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage, open_storage
-from dsno_cluster.students.dsno import KIND as STUDENT_KIND
+from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.trajectories.shards import commit_manifest, make_manifest, read_manifest
 
 HELD_OUT = Source("images", address="held-out")
 
 
-def find_student(config: Config, student_path: str | None) -> tuple[str, dict[str, Any]]:
+def find_student(config: Config, student_path: str | None) -> tuple[str, ModelMeta]:
     """Address and `meta.json` of the student to evaluate: the one at `student_path`, or the config's newest.
 
     The address is that of one step: a training that goes on moves `latest`. Raises UserError where there is none, where it
@@ -66,18 +66,17 @@ def find_student(config: Config, student_path: str | None) -> tuple[str, dict[st
             else "`dsno-cluster train` makes it; --student names another"
         )
         raise UserError(f"{error}; {how}") from None
-    if meta["model"]["kind"] != STUDENT_KIND:
-        raise UserError(f"{path}: holds a {meta['model']['kind']!r} model, not a student")
-    if meta["model"]["network"] != config.network.model_dump(mode="json"):
+    student = student_model(meta, path)
+    if student.network != config.network:
         raise UserError(
             f"network: not that of the student at {path}; pass the config that it was trained with"
         )
-    if not same_times(meta["model"]["times"], config.trajectories.time_points):
+    if not same_times(student.times, config.trajectories.time_points):
         raise UserError(
-            f"trajectories.times: the student at {path} answers {meta['model']['times']}, "
+            f"trajectories.times: the student at {path} answers {list(student.times)}, "
             f"the config asks for {list(config.trajectories.time_points)}"
         )
-    if meta.get("seed") == config.evaluation.seed:
+    if meta.seed == config.evaluation.seed:
         raise UserError(
             f"evaluation.seed {config.evaluation.seed}: the student at {path} was trained on the noise of that seed; "
             "take another"
@@ -147,7 +146,7 @@ def evaluate(
     )
     console.say(f"{what}, {actor_count(actors, settings.threads)}{_known_rows(of_teacher, stored)}")
     folder = folder or f"evaluation/{config.name}/"
-    _say_replaced(storage, folder, student_meta.get("step"), settings.num_samples)
+    _say_replaced(storage, folder, student_meta.step, settings.num_samples)
     sets = [ImagesOf(source, settings.num_samples, read) for source in missing]
     if read or keep is not None:
         sets.append(ImagesOf(STUDENT, settings.num_samples, read))
@@ -175,7 +174,7 @@ def evaluate(
         sets,
         real,
         finish,
-        student=(path, student_meta["sha256"]),
+        student=(path, student_meta.sha256),
         keep=keep,
         actors=actors,
         ray_address=ray_address,
@@ -203,9 +202,9 @@ def evaluate(
         },
         "checkpoint": {
             "path": path,
-            "step": student_meta.get("step"),
-            "ema_decay": student_meta.get("ema_decay"),
-            "sha256": student_meta["sha256"],
+            "step": student_meta.step,
+            "ema_decay": student_meta.ema_decay,
+            "sha256": student_meta.sha256,
         },
         "teacher": find_teacher(config).info.identity.model_dump(mode="json"),
         "precision": settings.precision,
@@ -216,7 +215,7 @@ def evaluate(
         "student": student,
         "device": measured.environment.device,
         "seconds": round(time.monotonic() - began, 1),
-        "train_seconds": student_meta.get("train_seconds"),
+        "train_seconds": student_meta.train_seconds,
     }
     metrics["pictures"] = pictures.layout(config)
     storage.write(folder + "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
@@ -323,16 +322,16 @@ def _provenance(
     }
 
 
-def _title(student_meta: dict[str, Any]) -> str:
+def _title(student_meta: ModelMeta) -> str:
     """What an evaluation's progress is called: of a job started again it tells whether it came to another checkpoint."""
-    decay = student_meta.get("ema_decay")
-    return f"evaluating step {student_meta.get('step')}" + (f", average {decay:g}" if decay else "")
+    decay = student_meta.ema_decay
+    return f"evaluating step {student_meta.step}" + (f", average {decay:g}" if decay else "")
 
 
-def _samples_spec(config: Config, student_meta: dict[str, Any]) -> SampleSpec:
+def _samples_spec(config: Config, student_meta: ModelMeta) -> SampleSpec:
     settings = config.evaluation
     return SampleSpec(
-        student=student_meta["sha256"],
+        student=student_meta.sha256,
         seed=settings.seed,
         samples_per_shard=settings.batch_size,
         threads=settings.threads,
@@ -351,8 +350,8 @@ def _check_kept(storage: Storage, folder: str, spec: SampleSpec) -> None:
         )
 
 
-def samples_folder(config: Config, student_meta: dict[str, Any]) -> str:
-    return f"samples/{student_meta['sha256'][:16]}-{config.evaluation.seed}/"
+def samples_folder(config: Config, student_meta: ModelMeta) -> str:
+    return f"samples/{student_meta.sha256[:16]}-{config.evaluation.seed}/"
 
 
 def _for_held_out(config: Config, read: dict[str, Reading], count: int) -> dict[str, Reading]:

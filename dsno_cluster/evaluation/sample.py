@@ -100,7 +100,7 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
     and WorkError where the file cannot be written.
     """
     opened = open_drawing(drawing)
-    if read_meta(drawing.checkpoint, drawing.endpoint_url).get("seed") == seed:
+    if read_meta(drawing.checkpoint, drawing.endpoint_url).seed == seed:
         console.say(
             f"--seed {seed} is the one of its training: these noises, or some of them, are those that it was trained on"
         )

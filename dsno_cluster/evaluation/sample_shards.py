@@ -100,14 +100,14 @@ def sample_to_shards(
     # a training that goes on moves `latest`, and every actor opens the student by itself
     address = model_address(drawing.checkpoint, drawing.endpoint_url)
     meta = read_meta(address, drawing.endpoint_url)
-    drawing = replace(drawing, checkpoint=address, sha256=meta["sha256"])
-    if meta.get("seed") == seed:
+    drawing = replace(drawing, checkpoint=address, sha256=meta.sha256)
+    if meta.seed == seed:
         raise UserError(
             f"--seed {seed}: the student at {address} was trained on the noise of that seed, so figures of these images would "
             "not be those of a sampler; take another"
         )
     spec = SampleSpec(
-        student=meta["sha256"],
+        student=meta.sha256,
         seed=seed,
         samples_per_shard=batch_size,
         threads=THREADS,

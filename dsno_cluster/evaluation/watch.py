@@ -81,10 +81,10 @@ def checkpoints(
 def _averages(config: Config, address: str) -> list[dict[str, Any]]:
     """The student at an address, a line for each of its moving averages."""
     meta = read_meta(address, config.storage.endpoint_url)
-    averages = {meta.get("ema_decay"): meta["sha256"]}
-    averages |= {float(decay): sha256 for decay, sha256 in meta.get("averages", {}).items()}
+    averages = {meta.ema_decay: meta.sha256}
+    averages |= {float(decay): sha256 for decay, sha256 in meta.averages.items()}
     return [
-        {"step": meta["step"], "ema_decay": decay, "sha256": sha256, "address": address}
+        {"step": meta.step, "ema_decay": decay, "sha256": sha256, "address": address}
         for decay, sha256 in averages.items()
     ]
 

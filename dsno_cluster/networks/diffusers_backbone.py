@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
+from dsno_cluster.records import Values
 
 PAIRED = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -22,7 +24,7 @@ PAIRED = (
 )
 
 
-def unet2d_model(config: dict[str, Any], where: str) -> Any:
+def unet2d_model(config: Values, where: str) -> Any:
     """A diffusers UNet2DModel of that config, at initialisation. Raises UserError where diffusers is missing."""
     try:
         from diffusers import UNet2DModel
@@ -32,12 +34,11 @@ def unet2d_model(config: dict[str, Any], where: str) -> Any:
 
 
 class DiffusersBackbone(nn.Module):
-    """`config` is that of the UNet2DModel, `scheduler` that of its noise levels, as `diffusers_folder` reads them."""
+    """The UNet2DModel of `model`, whose last layer has `out_channels`."""
 
     def __init__(
         self,
-        config: dict[str, Any],
-        scheduler: dict[str, Any],
+        model: DiffusersModel,
         *,
         modes: int,
         out_channels: int,
@@ -45,9 +46,9 @@ class DiffusersBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.unet = unet2d_model(
-            {**config, "out_channels": out_channels}, "a student with a diffusers backbone"
+            {**model.config, "out_channels": out_channels}, "a student with a diffusers backbone"
         )
-        self.levels = noise_levels(scheduler, "scheduler")
+        self.levels = noise_levels(model.scheduler, "scheduler")
         if modes:
             _add_temporal(self.unet, modes, init)
 

@@ -73,7 +73,7 @@ def read_run_files(config: Config) -> RunFiles:
             "`dsno-cluster train` and `dsno-cluster eval` make them"
         )
     address = config.student_address
-    student = _unless_missing(lambda: read_meta(address, config.storage.endpoint_url))
+    student = _unless_missing(lambda: read_meta(address, config.storage.endpoint_url).values())
     trained_with = _unless_missing(lambda: read_config_of(address, config.storage.endpoint_url))
     manifest = _find_manifest(config, storage, student)
     return RunFiles(

@@ -17,21 +17,24 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dsno_cluster.config import Network, too_many_modes, validate
+from dsno_cluster.config.base import Strict
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, same_time, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
-from dsno_cluster.model_folder import read_model
+from dsno_cluster.model_folder import META, ModelDescription, ModelMeta, read_model
+from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
+from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.networks.temporal import cosine_series, fourier_basis
 from dsno_cluster.networks.unet import UNet
 
-KIND = "dsno"
+KIND: Literal["dsno"] = "dsno"
 FINEST = 16  # most points between two of its own that a published-form student is asked for
 
 
@@ -50,6 +53,30 @@ class Form:
     points: str = "all"
 
 
+class StudentModel(Strict):
+    """What `meta.json` says under `model` of a student: enough to build its network again."""
+
+    kind: Literal["dsno"] = KIND
+    network: Network
+    modes: int
+    operator: Literal["convolution", "series"] = "convolution"
+    prediction: Literal["state", "data"] = "state"
+    points: Literal["all", "drawn"] = "all"
+    times: tuple[float, ...]
+    diffusers: DiffusersModel | None = None
+
+    @property
+    def form(self) -> Form:
+        return Form(self.modes, self.operator, self.prediction, self.points)
+
+
+def student_model(meta: ModelMeta, where: str) -> StudentModel:
+    """What `meta.json` says of a student. Raises UserError if it is of another model, or does not describe one."""
+    if meta.model.kind != KIND:
+        raise UserError(f"{shown_path(where)}: holds a {meta.model.kind!r} model, not a student")
+    return validate(StudentModel, meta.model.values(), f"{where}/{META}: model")
+
+
 class DSNO(nn.Module):
     """The solution operator of the probability-flow ODE (Zheng et al. 2023), on a backbone of `network`'s shape.
 
@@ -63,7 +90,7 @@ class DSNO(nn.Module):
         form: Form,
         times: Sequence[float],
         *,
-        diffusers: dict[str, Any] | None = None,
+        diffusers: DiffusersModel | None = None,
         init: str = "published",
     ) -> None:
         super().__init__()
@@ -77,9 +104,7 @@ class DSNO(nn.Module):
         if diffusers is None:
             self.backbone: nn.Module = UNet(network, modes, out_channels, init)
         else:
-            from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
-
-            self.backbone = DiffusersBackbone(**diffusers, modes=modes, out_channels=out_channels, init=init)
+            self.backbone = DiffusersBackbone(diffusers, modes=modes, out_channels=out_channels, init=init)
 
     def forward(
         self, noise_NCHW: Tensor, labels_N: Tensor | None = None, drawn: Sequence[int] | None = None
@@ -151,11 +176,17 @@ class DSNO(nn.Module):
         recompute_in_backward(self.backbone, what)
         return self
 
-    def describe(self) -> dict[str, Any]:
-        """What `meta.json` says under `model`, enough to build the network again."""
-        network = self.network.model_dump(mode="json")
-        known = {"kind": KIND, "network": network, **asdict(self.form), "times": list(self.times)}
-        return known if self.diffusers is None else {**known, "diffusers": self.diffusers}
+    def describe(self) -> ModelDescription:
+        """What `meta.json` says under `model`, enough to build the network again (`StudentModel`)."""
+        known = {
+            "network": self.network,
+            **asdict(self.form),
+            "times": self.times,
+            "diffusers": self.diffusers,
+        }
+        model = StudentModel.model_validate(known)
+        left_out = {"diffusers"} if self.diffusers is None else set()
+        return ModelDescription.model_validate(model.model_dump(mode="json", exclude=left_out))
 
     def _states(
         self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
@@ -308,12 +339,8 @@ def load_student(
     holds no such student, and WorkError where its weights are not those of `sha256`, where that is given.
     """
     folder = read_model(str(path), endpoint_url, ema, sha256)
-    model = folder.meta["model"]
-    if model["kind"] != KIND:
-        raise UserError(f"{shown_path(path)}: holds a {model['kind']!r} model, not a student")
-    network = validate(Network, model["network"], f"{path}/meta.json")
-    form = Form(**{name: model[name] for name in Form.__dataclass_fields__ if name in model})
-    student = DSNO(network, form, model["times"], diffusers=model.get("diffusers"))
+    model = student_model(folder.meta, str(path))
+    student = DSNO(model.network, model.form, model.times, diffusers=model.diffusers)
     student.load_state_dict(folder.weights)
     student.to(memory_format=torch.channels_last)  # not in training: DeepSpeed wants weights contiguous
     return student.eval().requires_grad_(False).accelerate(precision=precision, compile=compile)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.errors import UserError
+from dsno_cluster.records import Values
 from dsno_cluster.students.published_format import (
     RESIDUAL,
     published_parts,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class PublishedStudent:
     """`model` is what our `meta.json` says under `model`; weights carry our names, float32."""
 
-    model: dict[str, Any]
+    model: Values
     weights: dict[str, Tensor]
 
 
@@ -62,7 +63,7 @@ def read_published_student(data: bytes, where: str, config: bytes, config_path: 
     assert isinstance(student.backbone, UNet)
     weights = from_published_torch(theirs, student.backbone, f"{where} with {config_path}")
     return PublishedStudent(
-        student.describe(), {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        student.describe().values(), {f"backbone.{name}": tensor for name, tensor in weights.items()}
     )
 
 

@@ -20,11 +20,10 @@ from dsno_cluster.teachers.closed_forms import (
 )
 from dsno_cluster.teachers.loading import load_teacher, open_teacher, read_identity, teacher_info
 from dsno_cluster.teachers.of_config import ConfiguredTeacher, NoTeacher, find_teacher
-from dsno_cluster.teachers.teacher import DiffusersModel, Teacher, TeacherInfo, check_fits
+from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_fits
 
 __all__ = [
     "ConfiguredTeacher",
-    "DiffusersModel",
     "NoTeacher",
     "Teacher",
     "TeacherInfo",

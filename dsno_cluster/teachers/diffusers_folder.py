@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
 from dsno_cluster.diffusion.predictions import clean_images
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import split_path
 from dsno_cluster.teachers.identity import DiffusersIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
-    DiffusersModel,
     NativeGrid,
     Options,
     Shape,
@@ -180,7 +180,7 @@ def _read(source: Source, options: Options) -> Folder:
         null,
         native=_native(scheduler, levels) if schedule == "native" else None,
         clips=bool(saved and (saved.get("clip_sample") or saved.get("thresholding"))),
-        backbone=DiffusersModel(config, scheduler),
+        backbone=DiffusersModel(config=config, scheduler=scheduler),
     )
     return Folder(config, scheduler, files, info, levels)
 

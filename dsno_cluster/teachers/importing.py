@@ -8,7 +8,7 @@ import yaml
 
 from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import write_model
+from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
 from dsno_cluster.storage import PreconditionFailed, open_storage, read_file, split_path
 from dsno_cluster.students.published_format import recognise
 from dsno_cluster.students.published_students import read_published_student
@@ -31,19 +31,19 @@ def import_weights(
     else:
         teacher = read_published_teacher(data, src, text, published_yaml)
         model, weights = teacher.description.model_dump(mode="json"), teacher.weights
-    meta = {
-        "model": model,
-        "made_by": command or "dsno_cluster.teachers.importing.import_weights",
-        "imported": {
+    about = AboutModel(
+        model=ModelDescription.model_validate(model),
+        made_by=command or "dsno_cluster.teachers.importing.import_weights",
+        imported={
             "file": src.rstrip("/").rpartition("/")[2],
             "sha256": hashlib.sha256(data).hexdigest(),
             "config": parse_yaml(text.decode(), published_yaml),
         },
-    }
+    )
     config = yaml.safe_dump({"network": model["network"]}, sort_keys=False)
     parent, name = split_path(out_dir)
     try:
-        write_model(open_storage(parent, endpoint_url), f"{name}/", weights, config, meta)
+        write_model(open_storage(parent, endpoint_url), f"{name}/", weights, config, about)
     except PreconditionFailed as error:
         raise UserError(f"--out {out_dir}: {error}; name a new folder") from None
     return "student" if is_student else "teacher"

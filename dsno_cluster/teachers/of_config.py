@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.solvers import Method, grid_points
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers.loading import open_teacher
-from dsno_cluster.teachers.teacher import DiffusersModel, Teacher, TeacherFamily, TeacherInfo, check_fits
+from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dsno_cluster.config import validate
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import LATEST, META, ModelFolder, read_meta, read_model
+from dsno_cluster.model_folder import LATEST, META, ModelFolder, ModelMeta, read_meta, read_model
+from dsno_cluster.records import Values
 from dsno_cluster.teachers.identity import DENOISER, TeacherIdentity, UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
 from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
@@ -51,22 +52,22 @@ class OwnFolder:
 
     @functools.cached_property
     def _info(self) -> TeacherInfo:
-        return unet_info(self.path, self._description, self._meta["sha256"], self.schedule)
+        return unet_info(self.path, self._description, self._meta.sha256, self.schedule)
 
     @functools.cached_property
     def _description(self) -> UNetDescription:
-        return _described(self.path, self._meta["model"])
+        return _described(self.path, self._meta.model.values())
 
     @functools.cached_property
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> ModelMeta:
         return read_meta(self.path, self.endpoint_url)
 
     @functools.cached_property
     def _folder(self) -> ModelFolder:
-        return read_model(self.path, self.endpoint_url, sha256=self._meta["sha256"])
+        return read_model(self.path, self.endpoint_url, sha256=self._meta.sha256)
 
 
-def _described(path: str, model: dict[str, Any]) -> UNetDescription:
+def _described(path: str, model: Values) -> UNetDescription:
     """What `meta.json` says under `model`. Raises UserError if that is no teacher's, or one of a later version."""
     if model["kind"] != DENOISER:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a teacher")

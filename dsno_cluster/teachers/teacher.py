@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pydantic import JsonValue
-
 from dsno_cluster.config import Network
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
 from dsno_cluster.teachers.identity import TeacherIdentity
 
@@ -25,14 +24,6 @@ NativeGrid = Callable[[int], tuple[float, ...]]
 PRECISIONS = ("float32", "bfloat16", "float16")
 # A model whose meta says that it has at most so many steps was distilled to them, and knows no other levels.
 MOST_DISTILLED_STEPS = 128
-
-
-@dataclass(frozen=True)
-class DiffusersModel:
-    """A diffusers network that a student can take as its backbone: its config, and the scheduler of its noise levels."""
-
-    config: dict[str, JsonValue]
-    scheduler: dict[str, JsonValue]
 
 
 @dataclass(frozen=True)

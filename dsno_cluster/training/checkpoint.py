@@ -1,7 +1,7 @@
 """Checkpoints of training, to resume from.
 
 They lie below `<run.dir>/students/<name>/resume/`, one folder a step; a folder that can be seen is complete. It holds
-each rank's fragments (`state.py`), so any ZeRO stage on any number of ranks goes on from it, and `state.json`.
+each rank's fragments (`fragments.py`), so any ZeRO stage on any number of ranks continues from it, and `state.json`.
 """
 
 from __future__ import annotations
@@ -9,57 +9,87 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dsno_cluster.config import Config
+from dsno_cluster.config import Config, validate
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.model_folder import read_config_of, read_meta, step_name
+from dsno_cluster.model_folder import AboutModel, SettingChange, read_config_of, read_meta, step_name
+from dsno_cluster.records import SparseRecord, first_mistake, read_record, record_bytes
 from dsno_cluster.storage import FolderStorage, sync
 from dsno_cluster.students.dsno import DSNO
-from dsno_cluster.training.engine import EMA, Ranks, ema_kind
-from dsno_cluster.training.publish import Publisher
-from dsno_cluster.training.state import (
-    SavedFragments,
+from dsno_cluster.training.deepspeed_internals import (
     fragments_of,
     loss_scaler_state,
     optimizer_steps,
     set_loss_scaler_state,
     set_optimizer_steps,
-    write_fragments,
 )
+from dsno_cluster.training.divergence import NormalDistances
+from dsno_cluster.training.engine import EMA, ema_kind
+from dsno_cluster.training.fragments import SavedFragments, write_fragments
+from dsno_cluster.training.identity import (
+    RunIdentity,
+    Settings,
+    changed_settings,
+    check_same_run,
+    run_identity,
+    settings_of,
+)
+from dsno_cluster.training.publish import Publisher
+from dsno_cluster.training.ranks import Ranks
 
 STATE = "state.json"
-# what may be changed while a run goes on, but makes another student of one that has finished
-DECIDE_WEIGHTS = (
-    "lr",
-    "warmup",
-    "lr_decay",
-    "halve_at",
-    "weight_decay",
-    "gradient_clip",
-    "precision",
-    "ema_ramp",
-)
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks says
 
 
-@dataclass
-class Record:
-    """What a run has to say of itself beside its tensors: `meta.json` of its students, seconds used, and its best."""
+class Best(BaseModel):
+    """The checkpoint with the smallest held-out error at t=0 so far."""
 
-    meta: dict[str, Any]
+    model_config = ConfigDict(frozen=True)
+    step: int
+    error: float
+
+
+class CheckpointState(SparseRecord):
+    """`state.json`: what is saved beside the fragments. Everything after `loss_scaler` may be missing in older files."""
+
+    schema_version: Literal[1] = 1
+    identity: RunIdentity
+    step: int
+    zero_stage: int
+    world_size: int
+    precision: str
+    optimizer_steps: int  # without those that float16's overflows skipped
+    loss_scaler: dict[str, float] = Field(default_factory=dict)
     seconds: float = 0.0
-    best: dict[str, Any] | None = None  # the step and held-out error of the best checkpoint
-    divergence: dict[str, Any] | None = None  # what distances are normal, as `DivergenceWatch` has it
+    best: Best | None = None
+    divergence: NormalDistances | None = None
+    settings: Settings | None = None
+    changes: tuple[SettingChange, ...] = ()
+
+
+@dataclass
+class RunNotes:
+    """What a run notes of itself beside its tensors, step by step; `about` is what its students say."""
+
+    about: AboutModel
+    seconds: float = 0.0
+    best: Best | None = None
+    divergence: NormalDistances | None = None
+
+    def compare(self, step: int, errors: Sequence[float] | None) -> None:
+        """Note the checkpoint of `step` as the best if its held-out errors by time point, where measured, are."""
+        if errors is not None and (self.best is None or errors[-1] < self.best.error):
+            self.best = Best(step=step, error=errors[-1])
 
 
 def resume_dir(config: Config) -> Path:
@@ -90,10 +120,14 @@ def only_run(config: Config) -> Iterator[None]:
 
 def newest_step(config: Config) -> int | None:
     """The step of the newest complete resume state, or None."""
+    return max(_saved_steps(config), default=None)
+
+
+def _saved_steps(config: Config) -> list[int]:
+    """The steps of the complete resume states, ascending; other files and folders beside them do not count."""
     folder = resume_dir(config)
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    steps = [int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))]
-    return max(steps, default=None)
+    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d{9})", name)))
 
 
 def save(
@@ -102,7 +136,7 @@ def save(
     config: Config,
     ranks: Ranks,
     step: int,
-    record: Record,
+    notes: RunNotes,
     students: dict[float, dict[str, Tensor]],
     publisher: Publisher | None,
 ) -> None:
@@ -134,29 +168,34 @@ def save(
             if bad:
                 raise WorkError(f"step {step}: the weights of {bad[0]} are not finite")
             # before the state can be seen: a run that is finished has its student
-            meta = {**record.meta, "train_seconds": round(record.seconds, 1)}
-            publisher.publish(step, students, meta, best=bool(record.best and record.best["step"] == step))
-            state = {
-                "identity": run_identity(config, record.meta["trajectories"]),
-                "step": step,
-                "zero_stage": config.training.zero_stage,
-                "world_size": ranks.world_size,
-                "precision": config.training.precision,
-                "optimizer_steps": optimizer_steps(engine),
-                "loss_scaler": loss_scaler_state(engine),
-                "seconds": record.seconds,
-                "best": record.best,
-                "divergence": record.divergence,
-                "settings": _deciding(config),
-                "changes": record.meta.get("changes", []),
-            }
-            FolderStorage(aside).write(STATE, json.dumps(state).encode())
+            about = notes.about.model_copy(update={"train_seconds": round(notes.seconds, 1), "step": step})
+            publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
+            state = _state(engine, config, ranks, step, notes)
+            FolderStorage(aside).write(STATE, record_bytes(state))
             (aside / "begun").unlink()
             final = folder / step_name(step)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             sync(folder)
-            _drop_old(config, record.best)
+            _drop_old(config, notes.best)
+
+
+def _state(engine: Any, config: Config, ranks: Ranks, step: int, notes: RunNotes) -> CheckpointState:
+    assert notes.about.trajectories is not None
+    return CheckpointState(
+        identity=run_identity(config, notes.about.trajectories),
+        step=step,
+        zero_stage=config.training.zero_stage,
+        world_size=ranks.world_size,
+        precision=config.training.precision,
+        optimizer_steps=optimizer_steps(engine),
+        loss_scaler=loss_scaler_state(engine),
+        seconds=notes.seconds,
+        best=notes.best,
+        divergence=notes.divergence,
+        settings=settings_of(config),
+        changes=notes.about.changes,
+    )
 
 
 @contextlib.contextmanager
@@ -180,31 +219,29 @@ def _reason(error: Exception) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def _drop_old(config: Config, best: dict[str, Any] | None) -> None:
+def _drop_old(config: Config, best: Best | None) -> None:
     """Delete all but the newest checkpoints and the best one."""
-    folder = resume_dir(config)
-    kept = {step_name(best["step"])} if best else set()
-    for old in sorted(folder.glob("step-*"))[: -config.training.keep_checkpoints]:
-        if old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+    kept = {best.step} if best else set()
+    for step in _saved_steps(config)[: -config.training.keep_checkpoints]:
+        if step not in kept:
+            shutil.rmtree(resume_dir(config) / step_name(step), ignore_errors=True)
 
 
-def read_state(config: Config, step: int, trajectories: str) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises UserError unless it is of this very run (`run_identity`)."""
+def read_state(config: Config, step: int, trajectories: str) -> CheckpointState:
+    """`state.json` of a checkpoint. Raises UserError unless it is of this very run (`RunIdentity`)."""
     folder = resume_dir(config) / step_name(step)
     try:
-        state = json.loads((folder / STATE).read_bytes())
-        saved = state["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = read_record(CheckpointState, (folder / STATE).read_bytes(), STATE)
+    except (OSError, UserError) as error:
         raise WorkError(
-            f"{folder / STATE}: cannot be read ({error}); delete {folder} to go on from the checkpoint before it"
+            f"{folder / STATE}: cannot be read ({error}); delete {folder} to continue from the checkpoint before it"
         ) from error
-    _check_same_run(folder, saved, run_identity(config, trajectories))
-    return dict(state)
+    check_same_run(folder, state.identity, run_identity(config, trajectories))
+    return state
 
 
 def check_published(config: Config, trajectories: str) -> None:
-    """Raises UserError where the storage holds students of another run under the config's name.
+    """Raises UserError if the storage holds students of another run under the config's name.
 
     `latest` would go on naming one of theirs until this run has come further, and the two would be mixed.
     """
@@ -213,46 +250,29 @@ def check_published(config: Config, trajectories: str) -> None:
         published = read_meta(address, config.storage.endpoint_url)
     except UserError:  # there is none
         return
-    if "run" in published:
-        _check_same_run(address, published["run"], run_identity(config, trajectories))
+    if published.run is not None:
+        saved = validate(RunIdentity, published.run, f"{address}: its run")
+        check_same_run(address, saved, run_identity(config, trajectories))
 
 
 def check_finished_alike(config: Config, step: int) -> None:
-    """Raises UserError where the run of that name finished at `step` with other settings than the config has now."""
+    """Raises UserError if the run of that name finished at `step` with other settings than the config has now."""
     address = config.student_address
     try:
-        trained = read_config_of(address, config.storage.endpoint_url).get("training") or {}
+        trained = read_config_of(address, config.storage.endpoint_url).get("training")
     except UserError:  # not uploaded yet
         return
-    for key, value in _deciding(config).items():
-        if key in trained and trained[key] != value:
-            raise UserError(
-                f"{address}: finished at step {step} with training.{key} {trained[key]}, now it is {value}; a new run needs "
-                "another name="
-            )
-
-
-def changed_settings(config: Config, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings that decide the weights and are others now than in the checkpoint `state`: step, key, before, after."""
-    before = state.get("settings", {})
-    return [
-        {"step": state["step"], "key": f"training.{key}", "before": before[key], "after": value}
-        for key, value in _deciding(config).items()
-        if key in before and before[key] != value
-    ]
-
-
-def _deciding(config: Config) -> dict[str, Any]:
-    return config.training.model_dump(mode="json", include=set(DECIDE_WEIGHTS))
-
-
-def _check_same_run(where: Path | str, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, value in now.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"{where}: was saved with {key} {saved.get(key)}, now it is {value}; "
-                "go back to that, or start a new run with name=..."
-            )
+    if trained is None:
+        return
+    try:
+        before = Settings.model_validate(trained)
+    except ValidationError as error:
+        raise UserError(f"{address}: its config.yaml: training.{first_mistake(error)}") from None
+    for change in changed_settings(step, before, settings_of(config)):
+        raise UserError(
+            f"{address}: finished at step {step} with {change.key} {change.before}, now it is {change.after}; a new run needs "
+            "another name="
+        )
 
 
 def open_fragments(config: Config, step: int) -> SavedFragments:
@@ -260,42 +280,30 @@ def open_fragments(config: Config, step: int) -> SavedFragments:
     return SavedFragments(resume_dir(config) / step_name(step))
 
 
-def load(engine: Any, ema: EMA, saved: SavedFragments, state: dict[str, Any]) -> None:
+def load(engine: Any, ema: EMA, saved: SavedFragments, state: CheckpointState) -> None:
     """Take up a checkpoint, whatever stage and number of ranks saved it; the engine's model has its weights already."""
     saved.load(fragments_of(engine, replicas=True))
     ema.load(saved)
-    set_optimizer_steps(engine, state["optimizer_steps"])
-    if state["loss_scaler"]:
-        set_loss_scaler_state(engine, state["loss_scaler"])
+    set_optimizer_steps(engine, state.optimizer_steps)
+    if state.loss_scaler:
+        set_loss_scaler_state(engine, state.loss_scaler)
 
 
-def run_identity(config: Config, trajectories: str) -> dict[str, Any]:
-    """What makes it another run, whose checkpoints must not be continued, if it differs."""
-    drawn = [config.training.end_share, config.training.most_points]
-    return {
-        "network": config.network.model_dump(mode="json"),
-        "student": config.student.model_dump(mode="json"),
-        "trajectories": trajectories,
-        "num_samples": config.trajectories.num_samples,
-        "seed": config.seed,
-        "batch_size": config.training.batch_size,
-        "order": [config.reader.shuffle, config.reader.window_shards],
-        "loss": config.training.loss,
-        "time_weighting": config.training.time_weighting,
-        "drawn": drawn if config.student.points == "drawn" else None,
-        "optimizer": config.training.optimizer,
-        "ema_decay": list(config.training.ema_decays),
-    }
-
-
-def student_meta(student: DSNO, config: Config, trajectories: str, world_size: int) -> dict[str, Any]:
-    """What `meta.json` says of a student, but for the step, the weights' hash and the versions."""
-    return {
-        "model": student.describe(),
-        "name": config.name,
-        "seed": config.seed,
-        "ema_decay": config.training.ema_decays[0],
-        "trajectories": trajectories,
-        "run": run_identity(config, trajectories),
-        "world_size": world_size,
-    }
+def begin_notes(
+    student: DSNO, config: Config, trajectories: str, world_size: int, state: CheckpointState | None
+) -> RunNotes:
+    """The notes of a run that continues from `state`; its changes include the settings that are others from here on."""
+    about = AboutModel(
+        model=student.describe(),
+        name=config.name,
+        seed=config.seed,
+        ema_decay=config.training.ema_decays[0],
+        trajectories=trajectories,
+        run=run_identity(config, trajectories).model_dump(mode="json"),
+        world_size=world_size,
+    )
+    if state is None:
+        return RunNotes(about)
+    changed = changed_settings(state.step, state.settings, settings_of(config)) if state.settings else ()
+    about = about.model_copy(update={"changes": state.changes + changed})
+    return RunNotes(about, state.seconds, state.best, state.divergence)

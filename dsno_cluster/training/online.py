@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
@@ -28,6 +27,7 @@ from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
+from dsno_cluster.training.torch_internals import check_rank_0_answers
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard
@@ -81,8 +81,8 @@ class StagedShards(ShardReader):
                 raise WorkError("reading was stopped")
             if time.monotonic() - asked > 5.0:
                 asked = time.monotonic()
-                if self.producer is None:  # rank 0 keeps the store: DistNetworkError when it is gone
-                    dist.distributed_c10d._get_default_store().check(["alive"])
+                if self.producer is None:
+                    check_rank_0_answers()
             if time.monotonic() - said > 60.0:
                 said = time.monotonic()
                 console.say(f"waiting for {shard.key} to be made")

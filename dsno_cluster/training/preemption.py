@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.errors import Preempted
-from dsno_cluster.training.engine import Ranks
+from dsno_cluster.training.ranks import Ranks
 
 PREEMPT_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 

@@ -13,14 +13,13 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.errors import WorkError
-from dsno_cluster.model_folder import BEST, LATEST, META, step_name, write_model
+from dsno_cluster.model_folder import BEST, LATEST, META, AboutModel, step_name, write_model
 from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
@@ -49,7 +48,7 @@ class Publisher:
             self.thread.start()
 
     def publish(
-        self, step: int, students: dict[float, dict[str, Tensor]], meta: dict[str, Any], *, best: bool = False
+        self, step: int, students: dict[float, dict[str, Tensor]], about: AboutModel, *, best: bool = False
     ) -> None:
         """Write the student of `step`: `students` has its whole weights by EMA decay, the first the one to load.
 
@@ -59,8 +58,7 @@ class Publisher:
         first, *others = students
         more = {decay: students[decay] for decay in others}
         folder = f"{self.prefix}{step_name(step)}/"
-        meta = {**meta, "step": step}
-        write_model(storage, folder, students[first], dump_config(self.config), meta, averages=more)
+        write_model(storage, folder, students[first], dump_config(self.config), about, averages=more)
         for text in (LATEST, BEST) if best else (LATEST,):
             storage.write(self.prefix + text, (step_name(step) + "\n").encode())
         if self.uploads is not None:

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsno_cluster import console
-from dsno_cluster.config import Config, dump_config
+from dsno_cluster.config import Config, Network, TeacherTraining, dump_config, validate
+from dsno_cluster.config.base import Strict
 from dsno_cluster.data import Split, load_digits
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import write_model
+from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
 from dsno_cluster.networks.unet import UNet
+from dsno_cluster.records import Values
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
 from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 
 
+class TeacherRun(Strict):
+    """What makes it another run, whose resume state must not be continued, if it differs."""
+
+    seed: int
+    network: Network
+    training: TeacherTraining
+
+    def differing(self, other: TeacherRun) -> list[str]:
+        """The keys of the config in which two runs differ."""
+        found = [key for key in ("seed", "network") if getattr(self, key) != getattr(other, key)]
+        of_training = TeacherTraining.model_fields
+        found += [k for k in of_training if getattr(self.training, k) != getattr(other.training, k)]
+        return sorted(found)
+
+
 def train_teacher(config: Config, command: str) -> str:
     """Train, write `<storage.root>/teachers/<name>/`, return its address. Continues where it was interrupted.
 
-    Raises UserError where the config names no data or its shape is not the network's.
+    Raises UserError if the config names no data or its shape is not the network's.
     """
-    if config.data.name is None:
-        raise UserError("data.name: train-teacher needs real images; the data here is: digits")
-    train, _ = load_digits()
+    data = _checked_data(config)
     network, settings = config.network, config.teacher_training
-    if tuple(train.images.shape[1:]) != network.image_shape:
-        raise UserError(
-            f"network: digits are 1x8x8, the network is {network.channels}x{network.image_size}x{network.image_size}"
-        )
-    if network.num_classes not in (0, 10):
-        raise UserError(f"network.num_classes: digits have 10 classes, the network {network.num_classes}")
-    if settings.label_dropout and not network.null_class:
-        raise UserError("teacher_training.label_dropout: needs network.null_class true, or set it to 0")
-
     folder = f"teachers/{config.name}/"
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     # beside the model's folder, which appears whole
@@ -48,20 +54,8 @@ def train_teacher(config: Config, command: str) -> str:
     ema = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     optimizer = torch.optim.Adam(unet.parameters())
     start, seconds = 0, 0.0
-    try:
-        state = torch.load(io.BytesIO(resume.read(resume_key)), weights_only=True)
-        if state["settings"] == (saved := _settings(config)):
-            unet.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            ema, start, seconds = state["ema"], state["step"], state["seconds"]
-        else:
-            changed = sorted(k for k in saved if state["settings"].get(k) != saved[k])
-            raise UserError(
-                f"{resume.url}/{resume_key}: an unfinished run with another {', '.join(changed)}; "
-                "go back to those values, choose another name=, or delete that file"
-            )
-    except MissingObject:
-        pass
+    with contextlib.suppress(MissingObject):
+        start, seconds = _load_resume_state(config, resume, resume_key, unet, optimizer, ema)
 
     parameters = sum(p.numel() for p in unet.parameters())
     console.say(
@@ -74,7 +68,7 @@ def train_teacher(config: Config, command: str) -> str:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed((config.seed << 31) + step)  # dropout, the same after an interruption
-            loss = velocity_loss(unet, train, config, step)
+            loss = velocity_loss(unet, data, config, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -87,17 +81,34 @@ def train_teacher(config: Config, command: str) -> str:
                 state = _resume_state(config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
                 resume.write(resume_key, state)
 
-    meta = {
-        "model": UNetDescription(network=network).model_dump(mode="json"),
-        "made_by": command,
-        "seed": config.seed,
-        "settings": settings.model_dump(mode="json"),
-        "threads": torch.get_num_threads(),
-        "train_seconds": round(time.perf_counter() - began),
-    }
-    write_model(storage, folder, ema, dump_config(config), meta)
+    about = AboutModel(
+        model=ModelDescription.model_validate(UNetDescription(network=network).model_dump(mode="json")),
+        made_by=command,
+        seed=config.seed,
+        settings=settings.model_dump(mode="json"),
+        threads=torch.get_num_threads(),
+        train_seconds=round(time.perf_counter() - began),
+    )
+    write_model(storage, folder, ema, dump_config(config), about)
     resume.delete(resume_key)
     return f"{storage.url}/{folder.rstrip('/')}"
+
+
+def _checked_data(config: Config) -> Split:
+    """The images to train on. Raises UserError if they are not those of the config's network."""
+    if config.data.name is None:
+        raise UserError("data.name: train-teacher needs real images; the data here is: digits")
+    train, _ = load_digits()
+    network = config.network
+    if tuple(train.images.shape[1:]) != network.image_shape:
+        raise UserError(
+            f"network: digits are 1x8x8, the network is {network.channels}x{network.image_size}x{network.image_size}"
+        )
+    if network.num_classes not in (0, 10):
+        raise UserError(f"network.num_classes: digits have 10 classes, the network {network.num_classes}")
+    if config.teacher_training.label_dropout and not network.null_class:
+        raise UserError("teacher_training.label_dropout: needs network.null_class true, or set it to 0")
+    return train
 
 
 def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
@@ -119,12 +130,38 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
     return (predicted[:, 0] - (alpha * noise - sigma * x0)).square().mean()
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    return {
-        "seed": config.seed,
-        "network": config.network.model_dump(mode="json"),
-        **config.teacher_training.model_dump(),
-    }
+def _run(config: Config) -> TeacherRun:
+    return TeacherRun(seed=config.seed, network=config.network, training=config.teacher_training)
+
+
+def _saved_run(settings: Values, where: str) -> TeacherRun:
+    """The run of a resume state, whose settings stand in one mapping."""
+    parts = {key: settings[key] for key in ("seed", "network")}
+    return validate(
+        TeacherRun, {**parts, "training": {k: v for k, v in settings.items() if k not in parts}}, where
+    )
+
+
+def _load_resume_state(
+    config: Config,
+    resume: FolderStorage,
+    key: str,
+    unet: UNet,
+    optimizer: torch.optim.Optimizer,
+    ema: dict[str, Tensor],
+) -> tuple[int, float]:
+    """Take up an unfinished run; its steps and seconds so far. Raises MissingObject, and UserError if it is another run."""
+    where = f"{resume.url}/{key}"
+    state = torch.load(io.BytesIO(resume.read(key)), weights_only=True)
+    if changed := _run(config).differing(_saved_run(state["settings"], where)):
+        raise UserError(
+            f"{where}: an unfinished run with another {', '.join(changed)}; "
+            "go back to those values, choose another name=, or delete that file"
+        )
+    unet.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.update(state["ema"])
+    return state["step"], state["seconds"]
 
 
 def _resume_state(
@@ -135,7 +172,9 @@ def _resume_state(
     step: int,
     seconds: float,
 ) -> bytes:
+    run = _run(config)
+    settings = {"seed": run.seed, "network": run.network.model_dump(mode="json"), **run.training.model_dump()}
     buffer = io.BytesIO()
     state = {"model": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
-    torch.save({**state, "step": step, "seconds": seconds, "settings": _settings(config)}, buffer)
+    torch.save({**state, "step": step, "seconds": seconds, "settings": settings}, buffer)
     return buffer.getvalue()

@@ -30,14 +30,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MADE_SHARDS = "progress.json"
-SCHEMA_VERSION = 1
 CHECKSUM = "tensors_sha256"
-
-
-class _Version(Record):
-    """What every manifest says, of whatever version."""
-
-    schema_version: int
 
 
 class Shard(Record):
@@ -216,11 +209,6 @@ def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
     if found is None:
         return None
     where, data = f"{storage.url}/{folder}{MANIFEST}", storage.read(folder + MANIFEST)
-    version = read_record(_Version, data, where).schema_version
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{where}: schema version {version}; this dsno-cluster reads version {SCHEMA_VERSION}"
-        )
     manifest = read_record(Manifest, data, where)
     held = manifest.shards[-1].stop if manifest.shards else 0
     if manifest.spec_hash != canonical_hash(manifest.spec) or manifest.num_samples != held:

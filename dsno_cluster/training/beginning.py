@@ -1,0 +1,83 @@
+"""What a training begins from: the data set, the checkpoint to resume from, the student and its weights.
+
+Rank 0 reads it, the teacher above all, and the other ranks hear of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsno_cluster.config import Config
+from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.storage import open_storage
+from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
+from dsno_cluster.training import checkpoint
+from dsno_cluster.training.checkpoint import CheckpointState
+from dsno_cluster.training.online import planned_manifest
+from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.trajectories.reader import open_trajectories
+from dsno_cluster.trajectories.shards import Manifest
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """`folder` and `manifest` are the data set's; `diffusers` describes the backbone if it is a diffusers model.
+
+    `state` is that of the newest checkpoint, None if the training begins anew.
+    """
+
+    folder: str
+    manifest: Manifest
+    diffusers: DiffusersModel | None
+    state: CheckpointState | None
+
+    @property
+    def step(self) -> int:
+        """The steps that are done already."""
+        return 0 if self.state is None else self.state.step
+
+
+def find_beginning(config: Config, teacher: ConfiguredTeacher) -> Beginning:
+    """What is there for a run of this config.
+
+    Raises UserError if there are no finished trajectories, if the teacher does not fit, and if students or checkpoints of
+    the config's name are of another run; WorkError if the newest checkpoint cannot be read.
+    """
+    folder, manifest = find_trajectories(config, teacher)
+    checkpoint.check_published(config, folder)
+    newest = checkpoint.newest_step(config)
+    state = None if newest is None else checkpoint.read_state(config, newest, folder)
+    return Beginning(folder, manifest, teacher.backbone(), state)
+
+
+def find_trajectories(config: Config, teacher: ConfiguredTeacher | None = None) -> tuple[str, Manifest]:
+    """Folder and manifest of the config's finished trajectories, or of those that online training will make.
+
+    Raises UserError if there are none.
+    """
+    plan = make_plan(config, teacher)
+    if config.training.online:
+        return plan.folder, planned_manifest(plan)
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    return plan.folder, open_trajectories(storage, plan.folder, config.trajectories.num_samples)
+
+
+def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:
+    """The config's student with random weights."""
+    settings = config.student
+    form = Form(settings.modes, settings.operator, settings.prediction, settings.points)
+    times, init = config.trajectories.time_points, settings.temporal_init
+    return DSNO(config.network, form, times, diffusers=diffusers, init=init)
+
+
+def new_student(config: Config) -> DSNO:
+    """A student at initialisation: the teacher's backbone if `student.warm_start`, new layers of time.
+
+    Raises UserError if the teacher's shapes are not the config's, or it is no network that a student can start from.
+    """
+    teacher = find_teacher(config)
+    student = make_student(config, teacher.backbone())
+    if config.student.warm_start:
+        student.warm_start(teacher.warm_start())
+    return student

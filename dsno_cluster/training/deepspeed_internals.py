@@ -1,0 +1,159 @@
+"""Everything of DeepSpeed that it does not promise: which attributes hold master weights, moments and the scale of a loss.
+
+Read from the sources of 0.17 to 0.19; `pyproject.toml` has the upper bound.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsno_cluster.training.fragments import MASTER, MOMENTS, Fragment
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed module, quiet, and without its shared-memory kernel for inference on CPU.
+
+    Training never calls that kernel, yet DeepSpeed would compile it on first use: half a minute, and a C++
+    compiler that a laptop may not have.
+    """
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # it calls torch by names that torch is about to give up
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:
+    """This rank's fragment of every parameter of a DeepSpeed engine, by name; an empty one has count 0.
+
+    Where the stage replicates a parameter, each rank owns an equal share of it; with `replicas` a fragment is all that the
+    rank has. The engine must have its moments (`begin_moments`).
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    masters = _replicated_masters(optimizer) if stage == 0 else {}
+
+    def find(parameter: Any) -> Fragment:
+        if stage == 0:
+            return _of_stage_0(optimizer, masters[parameter], share=not replicas)
+        return _of_stage_3(optimizer, parameter) if stage == 3 else _of_stage_1_and_2(optimizer, parameter)
+
+    return {name: find(parameter) for name, parameter in engine.module.named_parameters()}
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter that ZeRO-3 may have cut."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def begin_moments(engine: Any) -> None:
+    """Zero moments and a step count of 0, before the first step.
+
+    The optimiser would make them at its first step; some stages make them with a step of their own, which they count.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        masters = list(_replicated_masters(optimizer).values())
+    elif stage == 3:
+        masters = optimizer.fp32_partitioned_groups_flat
+    else:
+        masters = optimizer.single_partition_of_fp32_groups
+    inner = _torch_optimizer(optimizer)
+    for master in masters:
+        moments = {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
+        inner.state[master] = {"step": torch.zeros(()), **moments}
+
+
+def _of_stage_0(optimizer: Any, master: Tensor, *, share: bool) -> Fragment:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
+    start, stop = master.numel() * rank // world, master.numel() * (rank + 1) // world
+    state = _torch_optimizer(optimizer).state[master]
+    whole = {MASTER: master.detach(), **{name: state[name] for name in MOMENTS}}
+    return Fragment(start, stop - start, {k: tensor.view(-1)[start:stop] for k, tensor in whole.items()})
+
+
+# Parameters are Any where DeepSpeed has given them attributes of its own.
+
+
+def _of_stage_1_and_2(optimizer: Any, parameter: Any) -> Fragment:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        nothing = torch.empty(0, device=optimizer.single_partition_of_fp32_groups[0].device)
+        return Fragment(0, 0, dict.fromkeys((MASTER, *MOMENTS), nothing))
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    here = mapping.get_hp_fragment_address()
+    return _cut(optimizer, flat, here.start, mapping.lp_fragment_address.start, here.numel)
+
+
+def _of_stage_3(optimizer: Any, parameter: Any) -> Fragment:
+    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    numel = int(parameter.ds_numel)
+    start = min(size * dist.get_rank(), numel)  # the last partitions are padded, or padding alone
+    return _cut(
+        optimizer, optimizer.fp32_partitioned_groups_flat[group], offset, start, min(size, numel - start)
+    )
+
+
+def _cut(optimizer: Any, flat: Tensor, offset: int, start: int, count: int) -> Fragment:
+    state = optimizer.optimizer.state[flat]
+    whole = {MASTER: flat.detach(), **{name: state[name] for name in MOMENTS}}
+    return Fragment(start, count, {name: tensor.narrow(0, offset, count) for name, tensor in whole.items()})
+
+
+def _replicated_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """The float32 weights that stage 0 steps, by parameter: themselves, or copies of those in half precision."""
+    if not hasattr(optimizer, "fp32_groups"):
+        return {p: p for group in optimizer.param_groups for p in group["params"]}
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {low: high for group in groups for low, high in zip(*group, strict=True)}
+
+
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def optimizer_steps(engine: Any) -> int:
+    """Steps that the optimiser itself has counted: without those that fp16's overflows skipped."""
+    states = list(_torch_optimizer(engine.optimizer).state.values())
+    return int(states[0]["step"]) if states else 0
+
+
+def set_optimizer_steps(engine: Any, steps: int) -> None:
+    for state in _torch_optimizer(engine.optimizer).state.values():
+        state["step"].fill_(float(steps))
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """Where the dynamic loss scaling of float16 stands; empty without it."""
+    scaler = _loss_scaler(engine)
+    return {name: float(getattr(scaler, name)) for name in _SCALER if hasattr(scaler, name)}
+
+
+def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+    scaler = _loss_scaler(engine)
+    for name, value in state.items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value if name == "cur_scale" else int(value))
+
+
+def _loss_scaler(engine: Any) -> Any:
+    if not engine.fp16_enabled():
+        return None
+    # the name for stages 1 to 3; stage 0 has a config of the same fields, or in older versions fields of its own
+    for name in ("loss_scaler", "loss_scale_config"):
+        if getattr(engine.optimizer, name, None) is not None:
+            return getattr(engine.optimizer, name)
+    return engine.optimizer

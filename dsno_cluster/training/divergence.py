@@ -1,0 +1,79 @@
+"""When a training must stop: its loss is not finite, or far above what it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
+
+from dsno_cluster.training.ranks import Ranks
+from dsno_cluster.trajectories.reader import Batch
+from dsno_cluster.trajectories.shards import Manifest
+
+NAMED = 8  # samples and shards of a bad batch
+SETTLED = 50  # steps that a time point was seen in, before its running mean says what is normal
+
+
+class NormalDistances(BaseModel):
+    """The running mean of the distance at each time point, and the steps that it was seen in."""
+
+    model_config = ConfigDict(frozen=True)
+    means: tuple[float, ...]
+    seen: tuple[int, ...]
+
+
+class DivergenceWatch:
+    """Knows what distance is normal at each of `points` time points; `before` is what a checkpoint knew."""
+
+    def __init__(self, factor: float, points: int, before: NormalDistances | None = None) -> None:
+        before = before or NormalDistances(means=(0.0,) * points, seen=(0,) * points)
+        self.factor, self.means, self.seen = factor, list(before.means), list(before.seen)
+
+    def normal(self) -> NormalDistances:
+        return NormalDistances(means=tuple(self.means), seen=tuple(self.seen))
+
+    def problem(self, distances: Sequence[float | None]) -> str | None:
+        """What is wrong with a step's distances, None at points that it did not see; None if nothing is."""
+        if not all(math.isfinite(distance) for distance in distances if distance is not None):
+            return "the loss is not finite"
+        for i, distance in enumerate(distances):
+            if distance is None:
+                continue
+            if self.factor and self.seen[i] >= SETTLED and distance > self.factor * self.means[i]:
+                return (
+                    f"the distance at time point {i} is {distance:.3g}, {distance / self.means[i]:.0f} times its running mean "
+                    f"(training.divergence_factor {self.factor:g})"
+                )
+            weight = max(0.02, 1.0 / (self.seen[i] + 1))
+            self.means[i] += weight * (distance - self.means[i])
+            self.seen[i] += 1
+        return None
+
+
+def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -> str:
+    """Samples and shards of a step's global batch; only those whose states are not finite, if any. Collective.
+
+    In words that fit a line: the first `NAMED` of each.
+    """
+    indices = torch.cat([torch.from_numpy(batch.indices) for batch in batches])
+    finite = torch.cat([batch.states.isfinite().flatten(1).all(1) for batch in batches])
+    mine = torch.stack([indices, (~finite).long()]).to(ranks.device)
+    gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, mine)
+    samples, broken = torch.cat(gathered, dim=1).cpu()
+    if broken.any():
+        samples = samples[broken.bool()]
+    per_shard = manifest.shards[0].stop - manifest.shards[0].start
+    numbers = sorted({i // per_shard for i in samples.tolist()})
+
+    def some(items: Sequence[object]) -> str:
+        more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+        return ", ".join(map(str, items[:NAMED])) + more
+
+    what = "states that are not finite, " if broken.any() else ""
+    return (
+        f"{what}samples {some(sorted(samples.tolist()))} of {some([manifest.shards[i].key for i in numbers])}"
+    )

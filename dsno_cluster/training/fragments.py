@@ -1,0 +1,100 @@
+"""What a rank holds of the training state, as named fragments, and the files that they are saved in.
+
+Under any ZeRO stage a rank owns, of each parameter, one run of its elements: master weights in float32, and the
+optimiser's moments. Checkpoints are written fragment by fragment, each rank its own, without any communication, and
+read back into whatever fragments another stage or another number of ranks has.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dsno_cluster.errors import WorkError
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, AdamW and RAdam alike
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` to `start + count` of a flattened parameter.
+
+    `tensors` are (count,) float32 views of what training itself changes: `master`, and the moments by name.
+    """
+
+    start: int
+    count: int
+    tensors: dict[str, Tensor]
+
+
+def write_fragments(
+    file: Path, fragments: dict[str, Fragment], averages: dict[str, dict[str, Tensor]]
+) -> None:
+    """Write this rank's fragments, and of each moving average by name the same elements, as safetensors.
+
+    Tensors are called KIND/PARAMETER; where each parameter's fragment starts stands in the file's metadata. Raises
+    WorkError where the disk does not take it.
+    """
+    held = {name: fragment for name, fragment in fragments.items() if fragment.count}
+    tensors = {f"{kind}/{name}": t for name, part in held.items() for kind, t in part.tensors.items()}
+    tensors |= {f"{kind}/{name}": average[name] for kind, average in averages.items() for name in held}
+    starts = json.dumps({name: fragment.start for name, fragment in held.items()})
+    try:
+        safetensors.torch.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            file,
+            {"starts": starts},
+        )
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WorkError(f"{file}: cannot be written: {error}") from error
+
+
+class SavedFragments:
+    """The fragment files of one checkpoint, whatever stage and number of ranks wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pieces: dict[str, list[tuple[int, int, Any]]] = {}
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            try:
+                file = safetensors.safe_open(path, "pt")
+                starts = json.loads(file.metadata()["starts"])
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    start = starts[key.partition("/")[2]]
+                    part = file.get_slice(key)
+                    self.pieces.setdefault(key, []).append((start, start + part.get_shape()[0], part))
+            except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise WorkError(f"{path}: cannot be read: {error}") from error
+
+    def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """Elements `start` to `start + count` of a parameter's `kind`, (count,) float32. Raises WorkError for a gap."""
+        wanted, found = torch.empty(count), 0
+        for first, last, part in self.pieces.get(f"{kind}/{name}", ()):
+            low, high = max(first, start), min(last, start + count)
+            if low < high:
+                wanted[low - start : high - start] = part[low - first : high - first]
+                found += high - low
+        if found != count:
+            raise WorkError(f"{self.folder}: has {found} of the {count} elements wanted of {kind}/{name}")
+        return wanted
+
+    @torch.no_grad()
+    def load(self, fragments: dict[str, Fragment]) -> None:
+        """Copy what was saved into the fragments of the running training."""
+        for name, fragment in fragments.items():
+            for kind, tensor in fragment.tensors.items():
+                tensor.copy_(self.read(kind, name, fragment.start, fragment.count))
+
+    @torch.no_grad()
+    def load_weights(self, model: nn.Module) -> None:
+        """The whole saved master weights, into a model that no engine has cut yet."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.read(MASTER, name, 0, parameter.numel()).view(parameter.shape))

@@ -1,0 +1,83 @@
+"""The student against the teacher on noise that training never sees, while it trains."""
+
+from __future__ import annotations
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dsno_cluster import console
+from dsno_cluster.config import Config
+from dsno_cluster.diffusion.accuracy import relative_errors
+from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.images import grid_png
+from dsno_cluster.records import canonical_hash
+from dsno_cluster.storage import FolderStorage
+from dsno_cluster.students.dsno import DSNO
+from dsno_cluster.teachers import ConfiguredTeacher
+from dsno_cluster.training.metrics_log import metrics_file
+from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
+from dsno_cluster.trajectories.spec import solve_samples
+
+
+class HeldOut:
+    """Measures a student's trajectories from held-out noise against the teacher's, and draws its images.
+
+    `student` is changed: it takes the weights that are measured. The teacher's trajectories of the noises of
+    `evaluation.seed` are solved once and kept beside metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: ConfiguredTeacher,
+        student: DSNO,
+        manifest: Manifest,
+        device: torch.device,
+    ) -> None:
+        self.student = student.eval().requires_grad_(False).to(device)
+        count, network = config.training.heldout_samples, config.network
+        shape = network.image_shape
+        seed, indices = config.evaluation.seed, range(count)
+        self.noise = sample_noise(seed, indices, shape).to(device)
+        self.labels = (
+            sample_labels(seed, indices, network.num_classes).to(device) if network.num_classes else None
+        )
+        self.target = None
+        if config.training.heldout_every is not None:
+            self.target = heldout_states(config, teacher, manifest, device)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        self.student.load_state_dict(weights)
+
+    def errors(self) -> tuple[float, ...]:
+        """Relative error of the loaded student at each time point, as `eval` measures it."""
+        assert self.target is not None
+        return tuple(relative_errors(self.student.trajectory(self.noise, self.labels), self.target))
+
+    def picture(self, count: int = 64) -> tuple[bytes, Tensor]:
+        """A grid of the loaded student's images from the first noises, as PNG, and the images (N, C, H, W)."""
+        labels = None if self.labels is None else self.labels[:count]
+        images = self.student.sample(self.noise[:count], labels).cpu()
+        return grid_png(images, columns=max(1, round(len(images) ** 0.5))), images
+
+
+def heldout_states(
+    config: Config, teacher: ConfiguredTeacher, manifest: Manifest, device: torch.device
+) -> Tensor:
+    """The teacher's states for the held-out noises, (N, M, C, H, W) float32, from their file or solved now."""
+    count, seed = config.training.heldout_samples, config.evaluation.seed
+    key = canonical_hash({"spec": manifest.spec, "seed": seed, "samples": count})
+    folder = FolderStorage(metrics_file(config).parent)
+    name = f"heldout-{key}.safetensors"
+    if folder.stat(name) is not None:
+        return safetensors.torch.load(folder.read(name))["states"].to(device)
+    console.say(f"solving {count} held-out trajectories with the teacher")
+    network, spec = teacher.load().to(device), trajectory_spec(manifest, "the data set")
+    parts = []
+    for start in range(0, count, config.trajectories.batch_size):
+        indices = range(start, min(start + config.trajectories.batch_size, count))
+        parts.append(solve_samples(spec, network, seed, indices)[0].float())
+    states = torch.cat(parts)
+    folder.write(name, safetensors.torch.save({"states": states.cpu().contiguous()}))
+    return states

@@ -1,0 +1,93 @@
+"""What makes two trainings the same run, and which settings may change while a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from dsno_cluster.config import Config, Network, StudentConfig
+from dsno_cluster.config.base import Strict
+from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import SettingChange
+
+
+class RunIdentity(Strict):
+    """What makes it another run, whose checkpoints must not be continued, if it differs.
+
+    Saved identities are validated before they are compared, so a key that is added here or to a part, with the default that
+    says what runs did before, leaves old runs what they were.
+    """
+
+    network: Network
+    student: StudentConfig
+    trajectories: str
+    num_samples: int
+    seed: int
+    batch_size: int
+    order: tuple[str, int]  # reader.shuffle and reader.window_shards
+    loss: str
+    time_weighting: str
+    drawn: tuple[float, int] | None = None  # training.end_share and training.most_points if points are drawn
+    optimizer: str
+    ema_decay: tuple[float, ...]
+
+
+def run_identity(config: Config, trajectories: str) -> RunIdentity:
+    settings, reader = config.training, config.reader
+    return RunIdentity(
+        network=config.network,
+        student=config.student,
+        trajectories=trajectories,
+        num_samples=config.trajectories.num_samples,
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        order=(reader.shuffle, reader.window_shards),
+        loss=settings.loss,
+        time_weighting=settings.time_weighting,
+        drawn=(settings.end_share, settings.most_points) if config.student.points == "drawn" else None,
+        optimizer=settings.optimizer,
+        ema_decay=settings.ema_decays,
+    )
+
+
+def check_same_run(where: Path | str, saved: RunIdentity, now: RunIdentity) -> None:
+    """Raises UserError that names the first field in which the run saved at `where` is another."""
+    for key in RunIdentity.model_fields:
+        if getattr(saved, key) != getattr(now, key):
+            before, after = (run.model_dump(mode="json")[key] for run in (saved, now))
+            raise UserError(
+                f"{where}: was saved with {key} {before}, now it is {after}; "
+                "go back to that, or start a new run with name=..."
+            )
+
+
+class Settings(BaseModel):
+    """Keys of `training` that may change while a run goes on, but make another student of one that has finished.
+
+    The defaults are what a file that lacks a key was trained with.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    lr: float
+    warmup: int = 0
+    lr_decay: str = "cosine"
+    halve_at: tuple[int, ...] = ()
+    weight_decay: float = 0.0
+    gradient_clip: float = 0.0
+    precision: str = "float32"
+    ema_ramp: bool = True
+
+
+def settings_of(config: Config) -> Settings:
+    return Settings.model_validate(config.training.model_dump())
+
+
+def changed_settings(step: int, before: Settings, now: Settings) -> tuple[SettingChange, ...]:
+    """The settings that are others now than in the checkpoint of `step`."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    return tuple(
+        SettingChange(step=step, key=f"training.{key}", before=old[key], after=new[key])
+        for key in Settings.model_fields
+        if old[key] != new[key]
+    )

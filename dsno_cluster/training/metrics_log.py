@@ -1,0 +1,87 @@
+"""What a training shows of its steps: lines of metrics.jsonl, TensorBoard's event files, and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dsno_cluster.config import Config
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.model_folder import step_name
+from dsno_cluster.records import SparseRecord
+from dsno_cluster.storage import FolderStorage
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricsLine(SparseRecord):
+    """A line of metrics.jsonl: figures after optimiser step `step`."""
+
+    step: int
+    loss: float
+    lr: float
+    seconds: float  # of training so far, over all resumptions
+    distance_per_time: tuple[float | None, ...]  # None at the time points that the step did not see
+    images_per_second: float
+    data_wait: float  # share of the time in which the network waited for data
+    memory_gb: float
+    loss_scale: float | None = None  # of float16
+    heldout_error_per_time: tuple[float, ...] | None = None
+
+
+def metrics_file(config: Config) -> Path:
+    return config.run_dir / config.student_prefix / "metrics.jsonl"
+
+
+def trim_metrics(config: Config, step: int) -> None:
+    """Drop lines of steps after `step`, which a resumed run will write again, and one that a crash cut short."""
+    file = metrics_file(config)
+    lines = file.read_text().splitlines() if file.is_file() else []
+    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    FolderStorage(file.parent).write(file.name, "".join(kept).encode())
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl, and to TensorBoard's files if the config asks for them."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        self.file = metrics_file(config)
+        trim_metrics(config, start)
+        self.board = open_tensorboard(config, start) if config.training.tensorboard else None
+
+    def write(self, line: MetricsLine) -> None:
+        try:
+            with self.file.open("a") as file:
+                file.write(line.model_dump_json() + "\n")
+        except OSError as error:
+            raise WorkError(f"{self.file}: cannot be written: {error.strerror}") from error
+        if self.board is not None:
+            for name, value in line.model_dump(exclude={"schema_version", "step"}, exclude_none=True).items():
+                per_time = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, tuple) else {}
+                for tag, number in (per_time or {name: value}).items():
+                    if number is not None:
+                        self.board.add_scalar(tag, number, line.step)
+            self.board.flush()
+
+    def picture(self, step: int, png: bytes, images_NCHW: Tensor) -> None:
+        """Samples from fixed noise: `samples/step-000001000.png` beside metrics.jsonl."""
+        FolderStorage(self.file.parent / "samples").write(f"{step_name(step)}.png", png)
+        if self.board is not None:
+            self.board.add_images("samples", (images_NCHW.clamp(-1, 1) + 1) / 2, step)
+
+
+def open_tensorboard(config: Config, start: int) -> SummaryWriter:
+    """A writer of TensorBoard's event files. Raises UserError if the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "training.tensorboard: the package tensorboard is not installed; pip install tensorboard, "
+            "or set it to false"
+        ) from None
+    folder = metrics_file(config).parent / "tensorboard"
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,0 +1,48 @@
+"""What a training step minimises, one module for each objective; `training/loop.py` does not know which one it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsno_cluster.config import Config
+from dsno_cluster.trajectories.reader import Batch
+
+Student = Callable[[Tensor, Tensor | None, Sequence[int]], Tensor]
+"""A student as `DSNO.forward`, or the engine around it: noise, labels, positions of time points -> their states."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step came to: its loss, and the distance at each time point, None at those that the step did not see."""
+
+    loss: float
+    distance_per_time: tuple[float | None, ...]
+
+
+class Objective(Protocol):
+    """Owns what a step computes, and whatever further networks, optimisers and state it needs for that."""
+
+    num_figures: int
+
+    def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """The scalar that optimiser step `step` (0-based) minimises on a micro-batch, and its figures, (num_figures,).
+
+        The figures carry no gradient; the loop averages them over the micro-batches and ranks of a step.
+        """
+        ...
+
+    def summary(self, figures: Sequence[float], step: int) -> StepFigures:
+        """What the averaged figures of step `step` say."""
+        ...
+
+
+def make_objective(config: Config, device: torch.device) -> Objective:
+    """The objective of the config, its tensors on `device`. Raises UserError if weights that it needs are missing."""
+    from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+
+    return TrajectoryObjective(config, device)

@@ -1,0 +1,46 @@
+"""How fast a training is, and how much memory it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+
+
+class Pace:
+    """Seconds of training so far, images a second, and the share of time in which the network waited for data."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.began = before, time.perf_counter()
+        self.images, self.waited = 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def step(self, images: int) -> None:
+        self.images += images
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / (time.perf_counter() - self.began)
+
+    @property
+    def data_wait(self) -> float:
+        return self.waited / (time.perf_counter() - self.began)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory that this rank has held: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

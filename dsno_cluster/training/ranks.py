@@ -1,0 +1,120 @@
+"""The processes that train together, and how what one of them finds out reaches the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsno_cluster.cluster.rendezvous import free_ports
+from dsno_cluster.config import Config
+from dsno_cluster.device import compute_device
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.training.deepspeed_internals import import_deepspeed
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def join_ranks(config: Config) -> Ranks:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+
+    Without them this process is the only one. Raises UserError where the batch does not divide.
+    """
+    if not launched_as_rank():
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    check_divides(config, world)
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(config.training.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    compute_device()  # float32 is float32 on a GPU too, as where the trajectories were made and where eval measures
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(rank, local_rank, world, device)
+
+
+def launched_as_rank() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def check_divides(config: Config, world_size: int) -> None:
+    """Raises UserError unless the global batch divides over ranks and accumulation."""
+    parts = world_size * config.training.accumulation
+    if config.training.batch_size % parts:
+        raise UserError(
+            f"training.batch_size {config.training.batch_size} does not divide by {world_size} ranks x "
+            f"{config.training.accumulation} accumulation; the nearest that does is "
+            f"{max(1, round(config.training.batch_size / parts)) * parts}"
+        )
+
+
+def on_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found | None:
+    """What `work` returns on rank 0, None on the others, which do not run it; collective.
+
+    If it raises there, every rank raises: none waits for one that has failed.
+    """
+    found, problem = None, None
+    if ranks.rank == 0:
+        try:
+            found = work()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
+            problem = error
+    told = _broadcast(ranks, None if problem is None else _for_others(problem))
+    if problem is not None:
+        raise problem
+    if told is not None:
+        raise told
+    return found
+
+
+def from_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found:
+    """What `work` returns on rank 0, on every rank; collective, and errors as in `on_rank_0`."""
+    found = on_rank_0(ranks, work)
+    return _broadcast(ranks, found)  # type: ignore[return-value]  # None only on the ranks that receive
+
+
+def broadcast_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the weights that rank 0 has; collective."""
+    if ranks.world_size == 1:
+        return
+    for tensor in model.state_dict().values():
+        there = tensor.to(ranks.device)
+        dist.broadcast(there, 0)
+        tensor.copy_(there)
+
+
+def _broadcast(ranks: Ranks, value: Found) -> Found:
+    """Rank 0's `value` on every rank."""
+    if ranks.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, device=ranks.device)
+    return values[0]
+
+
+def _for_others(error: Exception) -> UserError | WorkError:
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    return WorkError(str(error) if isinstance(error, WorkError) else f"{LOST_RANK} (rank 0: {error})")

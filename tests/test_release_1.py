@@ -1,0 +1,106 @@
+"""What the release at commit 361e54f left behind still works; `data/release_1/README.md` says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import DATA, dsno
+from torch import Tensor
+
+from dsno_cluster import load_student
+
+RELEASE = DATA / "release_1"
+STUDENTS = Path("runs/students/release")
+EXPECTED = safetensors.torch.load_file(RELEASE / "expected.safetensors")
+# of what CPUs of other makes compute from the same weights, and of where thirty steps of Adam then end
+TOLERANCE, TRAINED_TOLERANCE = 1e-4, 2e-3
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A copy of the folder, for a test to work in."""
+    return Path(shutil.copytree(RELEASE, tmp_path / "release"))
+
+
+def test_its_unfinished_training_continues_and_ends_with_its_weights(release: Path) -> None:
+    killed_amid = release / STUDENTS / "resume/.step-000000020.tmp"
+    assert killed_amid.is_dir()
+    done = dsno("train", "release.yaml", "--launcher", "local", cwd=release, OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and "steps 10 to 40" in done.stderr, done.stderr
+    found = safetensors.torch.load_file(release / STUDENTS / "step-000000040/model.safetensors")
+    final = {name: EXPECTED[f"final/{name}"] for name in found}
+    assert len(final) == sum(name.startswith("final/") for name in EXPECTED)
+    together = [torch.cat([tensors[name].flatten() for name in final]) for tensors in (found, final)]
+    assert relative(*together) < TRAINED_TOLERANCE
+    steps = [json.loads(line)["step"] for line in (release / STUDENTS / "metrics.jsonl").open()]
+    assert steps == [5, 10, 15, 20, 25, 30, 35, 40] and not killed_amid.exists()
+    again = dsno("train", "release.yaml", "--launcher", "local", cwd=release)
+    assert again.returncode == 0 and "finished already at step 40" in again.stderr, again.stderr
+
+
+def test_its_student_answers_as_it_did() -> None:
+    noise, labels = EXPECTED["noise"], EXPECTED["labels"]
+    for decay in (0.9, 0.99):
+        student = load_student(str(RELEASE / STUDENTS / "step-000000020"), ema=decay)
+        assert relative(student.sample(noise, labels), EXPECTED[f"sample_{decay}"]) < TOLERANCE
+        if decay == 0.9:
+            assert relative(student.trajectory(noise, labels), EXPECTED["trajectory_0.9"]) < TOLERANCE
+
+
+# ---- keys that came later, simulated by a file that lacks one ------------------------------------------------
+
+
+def edit(file: Path, *keys: str, **changes: object) -> None:
+    """Change values below `keys` of a JSON file; None removes one."""
+    whole = json.loads(file.read_text())
+    inner = whole
+    for key in keys:
+        inner = inner[key]
+    for name, value in changes.items():
+        assert name in inner
+        inner[name] = value
+        if value is None:
+            del inner[name]
+    file.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("file", ["resume/step-000000010/state.json", "step-000000010/meta.json"])
+def test_a_key_that_its_identity_lacks_has_its_default(file: str, release: Path) -> None:
+    path = release / STUDENTS / file
+    run = "identity" if file.endswith("state.json") else "run"
+    edit(path, run, "network", dropout=None, heads=None)
+    edit(path, run, "student", temporal_init=None, points=None)
+    few = ["training.steps=11", "training.heldout_every=null", "--launcher", "local"]
+    done = dsno("train", "release.yaml", *few, cwd=release)
+    assert done.returncode == 0 and "steps 10 to 11" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("file", ["resume/step-000000010/state.json", "step-000000010/meta.json"])
+def test_another_value_in_its_identity_is_refused(file: str, release: Path) -> None:
+    path = release / STUDENTS / file
+    run = "identity" if file.endswith("state.json") else "run"
+    edit(path, run, "network", dropout=0.2)
+    refused = dsno("train", "release.yaml", "--launcher", "local", cwd=release)
+    assert refused.returncode == 2 and "was saved with network {" in refused.stderr, refused.stderr
+    assert "'dropout': 0.2" in refused.stderr and "new run with name=" in refused.stderr, refused.stderr
+    edit(path, run, "network", dropout=0.0)
+    edit(path, run, seed=3)
+    refused = dsno("train", "release.yaml", "--launcher", "local", cwd=release)
+    assert refused.returncode == 2 and "was saved with seed 3, now it is 0" in refused.stderr, refused.stderr
+
+
+def test_a_key_that_its_students_lack_has_its_default(release: Path) -> None:
+    folder = release / STUDENTS / "step-000000020"
+    edit(folder / "meta.json", "model", "network", dropout=None, heads=None)
+    edit(folder / "meta.json", "model", points=None)
+    found = load_student(str(folder)).sample(EXPECTED["noise"], EXPECTED["labels"])
+    assert relative(found, EXPECTED["sample_0.9"]) < TOLERANCE
