@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from dsno_cluster.errors import without_passwords
+from dsno_cluster.files import replace_file
 
 
 class _Console(Console):
@@ -98,11 +98,9 @@ def _recorded(advance: Callable[..., None], file: Path, begun: dict[str, Any]) -
         nonlocal written
         written = time.time()
         rate = (done - start) / max(written - began, 1e-9)
-        content = {**begun, "done": done, "rate": rate}
-        aside = file.with_name(f".{file.name}.tmp")
+        content = {**begun, "done": done, "rate": rate, "time": written, "figures": _figures(figures)}
         with contextlib.suppress(OSError):  # a full disk: what matters there is told by those who need it
-            aside.write_text(json.dumps({**content, "time": written, "figures": _figures(figures)}))
-            os.replace(aside, file)
+            replace_file(file, json.dumps(content).encode())
 
     def advance_and_record(count: int, **figures: Any) -> None:
         nonlocal done
@@ -145,7 +143,7 @@ def _lines(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..
         if now - last >= _LOG_EVERY_SECONDS or (done >= total and count):
             last = now
             rate = (done - before) / max(now - began, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+            left = f", {duration((total - done) / rate)} left" if rate > 0 and done < total else ""
             say(", ".join(filter(None, [f"{title}: {done}/{total} {unit}{left}", _figures(figures)])))
 
     yield advance

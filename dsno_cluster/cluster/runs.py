@@ -38,6 +38,7 @@ from dsno_cluster.config import (
     load_resolved_profile,
 )
 from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.files import replace_file
 from dsno_cluster.provenance import code_version
 
 BATCH_LOG = "batch.log"  # of a run folder
@@ -282,6 +283,4 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, file)
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import re
 import shutil
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import locked, sync
 from dsno_cluster.model_folder import read_config_of, read_meta, step_name
-from dsno_cluster.storage import FolderStorage, sync
+from dsno_cluster.storage import FolderStorage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.engine import EMA, Ranks, ema_kind
 from dsno_cluster.training.publish import Publisher
@@ -76,8 +76,7 @@ def only_run(config: Config) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((folder / ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise WorkError(
                 f"{folder}: another training writes there now; wait for it, end it, or choose another name="

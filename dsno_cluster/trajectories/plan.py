@@ -10,6 +10,7 @@ import socket
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dsno_cluster import console
 from dsno_cluster.config import Config, files_not_there
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import count_evaluations, grid_points, usual_grid
@@ -158,7 +159,6 @@ def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, f
 
     Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
     """
-    from dsno_cluster import console
     from dsno_cluster.diffusion.accuracy import reference_states, relative_errors
     from dsno_cluster.diffusion.solvers import solve
 
@@ -171,7 +171,7 @@ def measure_errors(config: Config, teacher: Teacher, probes: int) -> dict[str, f
     )
     console.say(
         f"measuring the solver's error on {probes} samples (--probes): {calls:,} evaluations of them all, about "
-        f"{_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
+        f"{console.duration(calls * _call_seconds(teacher, noise, labels))}"
     )
     rest = (labels, settings.guidance_scale, settings.clip_denoised)
     reference = reference_states(teacher, noise, settings.time_points, *rest)
@@ -188,7 +188,6 @@ def choose_solver(
 
     Measured on `probes` samples. Raises UserError where none is good enough, or the teacher has steps of its own.
     """
-    from dsno_cluster import console
     from dsno_cluster.diffusion.accuracy import Choice, cheapest
 
     _refuse_own_steps(config, teacher)
@@ -201,7 +200,7 @@ def choose_solver(
     calls = _reference_calls(config)
     console.say(
         f"looking for the cheapest solver within {tolerance:g}, on {probes} samples (--probes): first a very fine solution, "
-        f"{calls:,} evaluations of them all, about {_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
+        f"{calls:,} evaluations of them all, about {console.duration(calls * _call_seconds(teacher, noise, labels))}"
     )
     rest = (labels, settings.guidance_scale, settings.clip_denoised)
     found = cheapest(teacher, noise, settings.time_points, tolerance, *rest, tried=tell)
@@ -292,7 +291,7 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         lines += [
             f"device        {measured.device}: {measured.seconds_per_evaluation:.3g} s an evaluation of one image "
             f"at batch {settings.batch_size}",
-            f"time          {measured.device_hours:,.2f} device-hours; {_hours(measured.wall_hours)} on {unit}",
+            f"time          {measured.device_hours:,.2f} device-hours; {console.duration(3600 * measured.wall_hours)} on {unit}",
         ]
     if found.error is not None:
         lines.append(
@@ -335,12 +334,6 @@ def bytes_text(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-def _hours(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:,.1f} h"
 
 
 def teacher_path(config: Config) -> str:
