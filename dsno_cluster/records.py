@@ -7,11 +7,13 @@ an older program reads what a newer one wrote, and fills in those that an older 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from dsno_cluster.errors import UserError, WorkError
 
@@ -52,3 +54,9 @@ def _first_mistake(problem: ValidationError) -> str:
     key = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
+
+
+def canonical_hash(content: Mapping[str, JsonValue]) -> str:
+    """Sixteen hexadecimal digits; equal for equal values, whatever their order."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
