@@ -177,7 +177,7 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
         submitted=time.time(),
         command=command_line,
         cwd=os.getcwd(),
-        code=code_version(),
+        code=code_version().model_dump(exclude_none=True),
     )
     if snapshot:
         package = Path(__file__).resolve().parent.parent
