@@ -9,11 +9,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from dsno_cluster.config import Config, Profile
+from dsno_cluster.config import Config, Profile, paths
 
 FILE = Path(__file__).parent / "configuration.md"
 
@@ -25,6 +25,10 @@ An experiment is a YAML file of `configs/`. Any key can be given on the command 
 read as YAML: `dsno-cluster plan CONFIG trajectories.steps=32 'trajectories.times={spacing: uniform, points: 4}'`. A key that is
 unknown, of another type or impossible together with the others is refused in one line, before anything starts. *needed* stands
 where there is no default. [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
+
+When a config is loaded, `~` and `$VARIABLES` in a *path* are expanded, and a relative path becomes one below the working
+directory. Only the variables of `reader.cache_dir` are those of the node that reads. Addresses such as `s3://bucket/prefix` stay
+as they are.
 """
 
 PROFILES = "Profiles: jobs/*.yaml"
@@ -115,7 +119,7 @@ def plain(annotation: Any, metadata: typing.Sequence[Any] = (), plural: str = ""
     if annotation is bool:
         return "true or false"
     if annotation is str:
-        return "text"
+        return "path" if any(map(_is_path, _bounds(metadata))) else "text"
     assert annotation in (int, float), annotation
     word = "whole number" if annotation is int else "number"
     return " ".join([word + plural, *_range(metadata)])
@@ -124,6 +128,10 @@ def plain(annotation: Any, metadata: typing.Sequence[Any] = (), plural: str = ""
 def _bounds(metadata: typing.Sequence[Any]) -> list[Any]:
     """The single conditions of a field: pydantic keeps some of them within a FieldInfo."""
     return [bound for m in metadata for bound in (_bounds(m.metadata) if isinstance(m, FieldInfo) else [m])]
+
+
+def _is_path(condition: Any) -> bool:
+    return isinstance(condition, AfterValidator) and condition.func.__module__ == paths.__name__
 
 
 def _range(metadata: typing.Sequence[Any]) -> list[str]:

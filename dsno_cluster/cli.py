@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import re
 import shlex
@@ -25,7 +24,7 @@ from typing import NoReturn
 from dsno_cluster import __version__
 from dsno_cluster.commands import evaluation, models, options, pipeline, report, runs, training, trajectories
 from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import UserError, WorkError, closest
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 
@@ -228,8 +227,8 @@ def _run(argv: list[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        near = closest(name, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
     COMMANDS[name].run(_parse(name, rest))
     return 0
@@ -252,10 +251,9 @@ def _parse(name: str, rest: list[str]) -> Arguments:
     unknown = [word for word in extras if word.startswith("-")]
     if unknown:
         known = [s for action in parser._actions for s in action.option_strings if s.startswith("--")]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        raise UserError(
-            f"unknown option {unknown[0]}; {f'did you mean {near[0]}?' if near else 'options: ' + ', '.join(known)}"
-        )
+        near = closest(unknown[0].split("=")[0], known)
+        hint = f"did you mean {near}?" if near else f"options: {', '.join(known)}"
+        raise UserError(f"unknown option {unknown[0]}; {hint}")
     overrides = [word for word in extras if _OVERRIDE.match(word)]
     words = [word for word in extras if not _OVERRIDE.match(word)]
     return Arguments(parsed, words, overrides, shlex.join(["dsno-cluster", name, *rest]))

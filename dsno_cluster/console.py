@@ -7,19 +7,19 @@ clean.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from dsno_cluster.errors import without_passwords
+from dsno_cluster.files import replace_file
+from dsno_cluster.records import Record, record_bytes
 
 
 class _Console(Console):
@@ -80,35 +80,48 @@ def progress(
         if _record_file is None:
             yield advance
             return
-        begun = {"title": title, "unit": unit, "start": done, "reached": done if reached is None else reached}
-        yield _recorded(advance, _record_file, begun | {"total": total})
+        reached = done if reached is None else reached
+        begun = ProgressRecord(title=title, unit=unit, start=done, reached=reached, total=total, done=done)
+        yield _recorded(advance, _record_file, begun)
+
+
+class ProgressRecord(Record):
+    """How far work has come, for those who watch it from another process: `rate` a second, `time` of writing."""
+
+    schema_version: Literal[1] = 1
+    title: str
+    unit: str
+    start: int  # what former runs had done of `total`
+    reached: int  # what former runs had done in all
+    total: int
+    done: int
+    rate: float = 0.0
+    time: float = 0.0
+    figures: str = ""
 
 
 def record_progress(file: Path) -> None:
-    """From now on this process also keeps its progress in `file`, as a JSON object, for those who watch from elsewhere."""
+    """From now on this process also keeps its progress in `file`, as a `ProgressRecord`."""
     global _record_file
     _record_file = file
 
 
-def _recorded(advance: Callable[..., None], file: Path, begun: dict[str, Any]) -> Callable[..., None]:
-    start, total = begun["start"], begun["total"]
-    began, written, done = time.time(), 0.0, start
+def _recorded(advance: Callable[..., None], file: Path, begun: ProgressRecord) -> Callable[..., None]:
+    began, written, done = time.time(), 0.0, begun.start
 
-    def record(figures: dict[str, Any]) -> None:
+    def record(figures: Mapping[str, object]) -> None:
         nonlocal written
         written = time.time()
-        rate = (done - start) / max(written - began, 1e-9)
-        content = {**begun, "done": done, "rate": rate}
-        aside = file.with_name(f".{file.name}.tmp")
+        rate = (done - begun.start) / max(written - began, 1e-9)
+        now = {"done": done, "rate": rate, "time": written, "figures": _figures(figures)}
         with contextlib.suppress(OSError):  # a full disk: what matters there is told by those who need it
-            aside.write_text(json.dumps({**content, "time": written, "figures": _figures(figures)}))
-            os.replace(aside, file)
+            replace_file(file, record_bytes(begun.model_copy(update=now)))
 
     def advance_and_record(count: int, **figures: Any) -> None:
         nonlocal done
         advance(count, **figures)
         done += count
-        if time.time() - written >= _RECORD_EVERY_SECONDS or done >= total:
+        if time.time() - written >= _RECORD_EVERY_SECONDS or done >= begun.total:
             record(figures)
 
     record({})
@@ -145,13 +158,13 @@ def _lines(title: str, total: int, unit: str, done: int) -> Iterator[Callable[..
         if now - last >= _LOG_EVERY_SECONDS or (done >= total and count):
             last = now
             rate = (done - before) / max(now - began, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+            left = f", {duration((total - done) / rate)} left" if rate > 0 and done < total else ""
             say(", ".join(filter(None, [f"{title}: {done}/{total} {unit}{left}", _figures(figures)])))
 
     yield advance
 
 
-def _figures(figures: dict[str, Any]) -> str:
+def _figures(figures: Mapping[str, object]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
 
 

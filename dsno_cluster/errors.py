@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -25,6 +27,11 @@ class Preempted(KeyboardInterrupt):
 
 
 LOST_RANK = "another rank was lost"  # how a rank says that it is not to blame
+
+
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """The one of `choices` that was probably meant by `word`, for `did you mean ...?`; None if none is near."""
+    return next(iter(difflib.get_close_matches(word, choices, n=1)), None)
 
 
 def without_passwords(text: str) -> str:

@@ -7,7 +7,6 @@ that has it is complete.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import UserError, WorkError, closest
 from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Code, environment
 from dsno_cluster.records import SparseRecord, Values, read_record, record_bytes
@@ -214,8 +213,8 @@ def _no_model(path: str) -> str:
     missing = next(at for at in [*reversed(folder.parents), folder] if not at.exists())
     with contextlib.suppress(OSError):
         beside = sorted(at.name for at in missing.parent.iterdir() if at.is_dir())
-        if near := difflib.get_close_matches(missing.name, beside, n=1):
-            return f"no such folder; did you mean {shown_path(missing.parent / near[0])}?"
+        if near := closest(missing.name, beside):
+            return f"no such folder; did you mean {shown_path(missing.parent / near)}?"
     return "no such folder" + ("" if Path(shown_path(folder)).is_absolute() else f" below {Path.cwd()}")
 
 

@@ -9,7 +9,6 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -45,7 +44,7 @@ def environment() -> Environment:
     from dsno_cluster.device import device_name, gpu_versions
 
     versions = software_versions() | gpu_versions()
-    return Environment(device=device_name(), versions=versions, code=Code.model_validate(code_version()))
+    return Environment(device=device_name(), versions=versions, code=code_version())
 
 
 def software_versions() -> dict[str, str]:
@@ -60,14 +59,11 @@ def software_versions() -> dict[str, str]:
 
 
 @cache
-def code_version() -> dict[str, Any]:
-    """The package's version, and the git commit it stands at where it is a checkout; `dirty`: with changes on top.
-
-    Of the copy in a run folder that of the checkout it was made from.
-    """
+def code_version() -> Code:
+    """What this process runs; in the copy of a run folder that of the checkout it was made from."""
     package = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return dict(json.loads((package.parents[1] / "run.json").read_text())["code"])
+        return Code.model_validate(json.loads((package.parents[1] / "run.json").read_text())["code"])
 
     def git(*words: str) -> str | None:
         try:
@@ -83,9 +79,6 @@ def code_version() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or git is not there
-        return {"version": __version__}
-    return {
-        "version": __version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", ".")),
-    }
+        return Code(version=__version__)
+    dirty = bool(git("status", "--porcelain", "."))
+    return Code(version=__version__, commit=git("rev-parse", "HEAD"), dirty=dirty)

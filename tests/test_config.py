@@ -123,6 +123,9 @@ def test_paper_settings() -> None:
         ("training.loss=lpips", "lpips_weights"),
         ("seed=[", "not YAML"),
         ("training=3", "training: input should be an object"),
+        ("teacher.options={a: {b: 1}}", 'teacher.options.a: input should be a valid boolean, found {"b": 1}'),
+        ("trajectories.times=[0.5, x]", 'trajectories.times.1: input should be a valid number, found "x"'),
+        ("trajectories.times={spacing: uniform}", "key trajectories.times.points is missing"),
     ],
 )
 def test_a_mistake_is_one_line(override: str, says: str) -> None:

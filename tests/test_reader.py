@@ -65,7 +65,7 @@ def make_data(
 
 def batches(manifest: Manifest, storage: Any, **options: Any) -> Iterator[Any]:
     given = {"seed": 1, "first_sample": 0, "batch_size": 8, "rank": 0, "world_size": 1} | options
-    shards = ShardReader(storage, "d/", manifest, given.pop("settings", Reader()), given.pop("points", None))
+    shards = ShardReader(storage, "d/", manifest, given.pop("settings", Reader()))
     return read_batches(shards, **given)
 
 
@@ -122,28 +122,6 @@ def test_samples_are_put_together_right(tmp_path: Path, dtype: Any, labels: bool
                 assert torch.equal(part.labels, torch.from_numpy(part.indices) % 7)
             else:
                 assert part.labels is None
-
-
-def test_only_the_wanted_time_points_are_read(tmp_path: Path) -> None:
-    manifest, remote = make_data(tmp_path, per_shard=64), Remote(tmp_path)
-    (batch,) = next(batches(manifest, remote, batch_size=320, points=[2]))
-    assert torch.equal(batch.states[:, 0, 0, 0, 0], (torch.from_numpy(batch.indices) + 0.2).half().float())
-    assert torch.equal(batch.labels, torch.from_numpy(batch.indices) % 7)
-    states = 64 * 16 * 2
-    for key in {key for key, _ in remote.reads}:
-        size = sum(count for name, count in remote.reads if name == key)
-        whole = (tmp_path / key).stat().st_size
-        assert states < size <= whole - 2 * states
-    local = next(batches(manifest, FolderStorage(tmp_path), batch_size=320, points=[2]))[0]
-    assert torch.equal(local.states, batch.states)
-
-
-@pytest.mark.parametrize("points", [[-1], [0, 3], []])
-def test_points_that_are_none_are_refused(tmp_path: Path, points: list[int]) -> None:
-    manifest = make_data(tmp_path)
-    for storage in (FolderStorage(tmp_path), Remote(tmp_path)):
-        with pytest.raises(ValueError, match="must be positions 0 to 2"):
-            next(batches(manifest, storage, points=points))
 
 
 @pytest.mark.parametrize("where", ["folder", "remote", "cache"])

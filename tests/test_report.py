@@ -277,6 +277,9 @@ def test_a_submitted_run_is_found_from_anywhere(
         assert found.storage.root == str(here / "results") == str(found.run_dir)
         assert (found.training.steps, found.trajectories.num_samples) == (77, 256)
         assert main(["report", word]) == 0
+    file = run.folder / "config.yaml"  # as former versions wrote it
+    file.write_text(file.read_text().replace(f"root: {here / 'results'}", "root: results"))
+    assert config_of_run(run.id).storage.root == str(here / "results")
     assert str(here / "results" / "report-digits.html") in capsys.readouterr().out
     assert words in Page((here / "results" / "report-digits.html").read_text()).text
     assert main(["report", "no-such-run"]) == 2

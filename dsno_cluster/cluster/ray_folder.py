@@ -8,7 +8,6 @@ process left is told from what is in use, and removed by the user's next Ray on 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsno_cluster.errors import WorkError
+from dsno_cluster.files import lock
 
 LOCK, INSIDE = "lock", "ray"
 REMOVALS = 20
@@ -60,7 +60,7 @@ def claimed(folder: Path) -> Iterator[Path]:
     Raises WorkError where something has that name already: the folder for temporary files is everybody's.
     """
     _sweep(folder.parent)
-    lock = _made(folder)
+    held = _made(folder)
     try:
         yield folder / INSIDE
     finally:
@@ -69,15 +69,14 @@ def claimed(folder: Path) -> Iterator[Path]:
             if not folder.exists():
                 break
             time.sleep(0.1)
-        os.close(lock)
+        os.close(held)
 
 
 def _made(folder: Path) -> int:
     """Make the folder, locked before it has its name; returns the lock's descriptor, held as long as this process lives."""
     try:
         aside = Path(tempfile.mkdtemp(prefix=".dsno-ray-", dir=folder.parent))
-        lock = os.open(aside / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = lock(aside / LOCK)
         try:
             aside.rename(folder)
         except OSError:
@@ -88,26 +87,21 @@ def _made(folder: Path) -> int:
             f"{folder} cannot be made on {socket.gethostname()}: {error.strerror}; TMPDIR must be a folder that every node has "
             "on a disk of its own"
         ) from error
-    return lock
+    return held
 
 
 def _sweep(base: Path) -> None:
     """Remove folders of this user whose process was killed before it could do so itself."""
     for folder in base.glob(f"{_prefix()}*"):
         try:
-            lock = os.open(folder / LOCK, os.O_RDWR)
+            held = lock(folder / LOCK, wait=False, create=False)
         except FileNotFoundError:  # its removal was cut off; a new one has its lock before its name
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        except OSError:  # another's
+        except OSError:  # another's, or still in use
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # still in use
-            pass
-        finally:
-            os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 def _prefix() -> str:

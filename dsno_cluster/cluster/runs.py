@@ -38,6 +38,7 @@ from dsno_cluster.config import (
     load_resolved_profile,
 )
 from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.files import replace_file
 from dsno_cluster.provenance import code_version
 
 BATCH_LOG = "batch.log"  # of a run folder
@@ -176,7 +177,7 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
         submitted=time.time(),
         command=command_line,
         cwd=os.getcwd(),
-        code=code_version(),
+        code=code_version().model_dump(exclude_none=True),
     )
     if snapshot:
         package = Path(__file__).resolve().parent.parent
@@ -282,6 +283,4 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, file)
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -41,7 +40,7 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
     return config
 
 
-def load_profile(stage: str, changes: dict[str, Any], *, on_slurm: bool = True) -> Profile:
+def load_profile(stage: str, changes: Mapping[str, object], *, on_slurm: bool = True) -> Profile:
     """The profile `jobs/<stage>.yaml`, with the values of `changes` that are not None in place of its own.
 
     Raises UserError, in one line, as `load_config`, and `on_slurm` for tasks that do not suit the stage.
@@ -117,7 +116,7 @@ def find_file(path: str, folder: str) -> Path:
     raise UserError(f"{path}: no such file{hint}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, object]:
     try:
         data = parse_yaml(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -127,7 +126,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+def _set(data: dict[str, object], key: str, value: object, override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         child = data.setdefault(parent, {})

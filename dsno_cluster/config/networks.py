@@ -79,6 +79,7 @@ class Network(Named):
 
 
 PlainValue = bool | int | float | str | None
+TeacherOptions = dict[str, PlainValue | tuple[Any, ...]]
 
 
 class TeacherConfig(Strict):
@@ -90,14 +91,14 @@ class TeacherConfig(Strict):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the network's weights and layers; states stay float32"
     )
-    options: dict[str, PlainValue | tuple[Any, ...]] = Field(
+    options: TeacherOptions = Field(
         default_factory=dict,
         description="what load_teacher takes for this kind of teacher, e.g. {schedule: native, null_class: 10}",
     )
 
     @field_validator("options")
     @classmethod
-    def _published_config(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _published_config(cls, options: TeacherOptions, info: ValidationInfo) -> TeacherOptions:
         """`config`, the YAML of a published teacher, is a path; the options of a factory are its own, and part of the spec."""
         path, config = info.data.get("path"), options.get("config")
         if path is None or not is_file_path(path) or not isinstance(config, str):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -12,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from dsno_cluster.config.base import Strict
 from dsno_cluster.config.paths import FOLDER
-from dsno_cluster.config.trajectories import TimeGrid
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, closest
 
 Model = TypeVar("Model", bound=Strict)
 
@@ -30,20 +28,20 @@ def validate(model: type[Model], data: Any, where: str, folder: Path = Path()) -
         # JSON mode is strict about types, yet takes lists for tuples and whole numbers for floats
         return model.model_validate_json(json.dumps(data), context={FOLDER: folder})
     except ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error, model)}") from None
+        raise UserError(f"{where}: {_one_line(error, model, data)}") from None
     except TypeError as error:
         raise UserError(
             f"{where}: a value is not plain YAML text, number, list or mapping ({error})"
         ) from None
 
 
-def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
+def _one_line(error: ValidationError, model: type[BaseModel], data: Any) -> str:
     """The first mistake, as `key: what was found, what would be right`."""
     errors = error.errors(include_url=False)
     first = errors[0]
-    keys = _written_keys(first["loc"])
+    keys = _keys_of(first, data)
     for other in errors[1:]:  # of a union's alternatives, the one that agrees furthest with what was written
-        deeper = _written_keys(other["loc"])
+        deeper = _keys_of(other, data)
         if len(deeper) > len(keys) and deeper[: len(keys)] == keys:
             first, keys = other, deeper
             break
@@ -65,10 +63,15 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{where}: {message}, found {json.dumps(first['input'])[:80]}"
 
 
-def _written_keys(location: Sequence[int | str]) -> list[int | str]:
-    """The keys that a person wrote: without the names of a union's alternatives that pydantic adds."""
-    keys = [p for p in location if isinstance(p, int) or (re.fullmatch(r"\w+", p) and p != TimeGrid.__name__)]
-    return keys[:-1] if keys and keys[-1] in ("tuple", "float", "int", "str") else keys
+def _keys_of(error: ErrorDetails, data: Any) -> list[int | str]:
+    """Where in `data` an error is. Its own location also names the alternatives of unions, which nobody wrote."""
+    keys: list[int | str] = []
+    for part in error["loc"]:
+        children = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(children, dict) and part in children:
+            keys.append(part)
+            data = children[part]
+    return [*keys, error["loc"][-1]] if error["type"] == "missing" else keys
 
 
 def _model_at(model: type[BaseModel], keys: Sequence[int | str]) -> type[BaseModel] | None:
@@ -104,12 +107,10 @@ def _all_keys(model: type[BaseModel], prefix: Sequence[int | str] = ()) -> list[
 def nearest(word: str, choices: Sequence[str], also: type[BaseModel] | None = None) -> str:
     """'; did you mean X?', looking first among `choices`, then at every key of `also`."""
     for pool in (choices, _all_keys(also) if also else ()):
-        close = difflib.get_close_matches(word, pool, n=1, cutoff=0.6)
-        if close:
-            return f"; did you mean {close[0]}?"
+        if near := closest(word, pool):
+            return f"; did you mean {near}?"
     last = word.rsplit(".", 1)[-1]
-    ends = difflib.get_close_matches(last, [c.rsplit(".", 1)[-1] for c in choices], n=1, cutoff=0.6)
-    if ends:
-        same = [choice for choice in choices if choice.rsplit(".", 1)[-1] == ends[0]]
+    if end := closest(last, [c.rsplit(".", 1)[-1] for c in choices]):
+        same = [choice for choice in choices if choice.rsplit(".", 1)[-1] == end]
         return f"; did you mean {' or '.join(same)}?"
     return f"; known here: {', '.join(c.rsplit('.', 1)[-1] for c in choices[:12])}" if choices else ""

@@ -318,7 +318,7 @@ def _provenance(
         "other_extractors": {name: sha256 for name, sha256 in extractors.items() if name != main},
         "warnings": warnings_of(read, weights, reference, count, resolution) if reference else [],
         "versions": software_versions(),
-        "code": code_version(),
+        "code": code_version().model_dump(exclude_none=True),
     }
 
 

@@ -26,6 +26,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.table import INCEPTION
+from dsno_cluster.files import written_aside
 from dsno_cluster.model_folder import package_path
 
 DIGITS, VGG = "digits-features", "vgg16"
@@ -276,23 +277,20 @@ def _downloaded(name: str, key: str) -> WeightsFile:
     file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
     if not file.is_file():
         console.say(f"downloading the weights of {name}, once: {url}")
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=30) as source, aside.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            if (found := file_sha256(aside)).startswith(digits):
+            with written_aside(file) as aside:
+                with urllib.request.urlopen(url, timeout=30) as source, aside.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                if not (found := file_sha256(aside)).startswith(digits):
+                    raise WorkError(f"{url}: sent a file of sha256 {found}, not {digits}...; it was not kept")
                 aside.rename(file)
-            else:
-                raise WorkError(f"{url}: sent a file of sha256 {found}, not {digits}...; it was not kept")
         except (OSError, HTTPException) as error:  # no network, a proxy, a full disk
             reason = getattr(error, "reason", None) or error
             raise WorkError(
                 f"{key}_path: {file.name} cannot be downloaded ({reason}); from a machine that can, put {url} at {file}; "
                 "evaluation.metrics=[trajectory_error] needs none"
             ) from error
-        finally:
-            aside.unlink(missing_ok=True)
     found = file_sha256(file)
     if not found.startswith(digits):
         raise WorkError(f"{file}: has sha256 {found}, not {digits}...; delete it, and it is downloaded again")

@@ -124,7 +124,7 @@ def cost_of(files: RunFiles) -> Facts:
     if manifest:
         held = sum(shard.size for shard in manifest.shards)
         rows.append(("Their size", f"{bytes_text(held)} ({held:,} bytes) in {len(manifest.shards):,} shards"))
-        rows.append(("Time to make them", _seconds(manifest.environment.seconds)))
+        rows.append(("Time to make them", _duration(manifest.environment.seconds)))
     last = files.curve[-1] if files.curve else {}
     seconds = last.get(
         "seconds", (files.student or {}).get("train_seconds", (metrics or {}).get("train_seconds"))
@@ -133,7 +133,7 @@ def cost_of(files: RunFiles) -> Facts:
     if step is not None:
         images = step * _trained(files, "training", "batch_size")
         rows.append(("Training", f"{step:,} steps, {images:,} trajectories seen"))
-        rows.append(("Time to train", _seconds(seconds)))
+        rows.append(("Time to train", _duration(seconds)))
         ranks = (files.student or {}).get("world_size")
         if ranks is not None:
             rows.append(("Training processes", str(ranks)))
@@ -146,7 +146,7 @@ def cost_of(files: RunFiles) -> Facts:
         rows.append(("Most memory of a process", f"{last['memory_gb']:.2f} GB"))
     if (took := (metrics or {}).get("seconds")) is not None:
         rows.append(
-            ("Time to evaluate", _seconds(took) + ", rows of the teacher that were known not counted")
+            ("Time to evaluate", _duration(took) + ", rows of the teacher that were known not counted")
         )
     student = (metrics or {}).get("student", {})
     if "cost_in_teacher_evaluations" in student:
@@ -161,10 +161,8 @@ def cost_of(files: RunFiles) -> Facts:
     return rows
 
 
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return _NOT_RECORDED
-    return f"{seconds:,.0f} s" + (f" ({console.duration(seconds)})" if seconds >= 120 else "")
+def _duration(seconds: float | None) -> str:
+    return _NOT_RECORDED if seconds is None else console.duration(seconds)
 
 
 def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:

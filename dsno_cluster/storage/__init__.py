@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dsno_cluster.errors import UserError
 from dsno_cluster.storage.address import endpoint_problem, split_address
-from dsno_cluster.storage.folder import FolderStorage, sync
+from dsno_cluster.storage.folder import FolderStorage
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
 from dsno_cluster.storage.s3 import Patience, S3Storage
 
@@ -30,7 +30,6 @@ __all__ = [
     "read_file",
     "split_address",
     "split_path",
-    "sync",
     "write_file",
 ]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
 import os
 import shutil
 import tempfile
@@ -13,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsno_cluster.errors import StorageError
-from dsno_cluster.files import shown_path
+from dsno_cluster.files import locked, shown_path, sync, written_aside
 from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
 
 
@@ -38,11 +36,13 @@ class FolderStorage:
         path = self.root / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _written_aside(path, data) as aside:
+            with written_aside(path) as aside:
+                aside.write_bytes(data)
+                sync(aside)
                 if if_absent:
                     os.link(aside, path)  # fails where the file exists, in one step
                 elif if_match is not None:
-                    with _locked(path):
+                    with locked(path.with_name(f".{path.name}.lock")):
                         now = self.stat(key)
                         if now is None or now.etag != if_match:
                             raise PreconditionFailed(f"{path}: was changed by another writer")
@@ -131,44 +131,3 @@ class FolderStorage:
 def _may_be_replaced(path: Path, last: str) -> bool:
     """Whether nothing is at `path`, or an empty folder, or a whole one that `write_folder` wrote."""
     return not path.exists() or (path.is_dir() and ((path / last).is_file() or not any(path.iterdir())))
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path, data: bytes) -> Iterator[Path]:
-    """`data` on disk under a hidden name beside `path`; gone at the end unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    aside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())  # mkstemp's 0600 would shut out the rest of a group
-        yield aside
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with (path.parent / f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # which names no file by itself
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,10 @@ from torch import Tensor
 
 from dsno_cluster.config import Config, validate
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import locked, sync
 from dsno_cluster.model_folder import AboutModel, SettingChange, read_config_of, read_meta, step_name
 from dsno_cluster.records import SparseRecord, first_mistake, read_record, record_bytes
-from dsno_cluster.storage import FolderStorage, sync
+from dsno_cluster.storage import FolderStorage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.deepspeed_internals import (
     fragments_of,
@@ -106,8 +106,7 @@ def only_run(config: Config) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((folder / ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise WorkError(
                 f"{folder}: another training writes there now; wait for it, end it, or choose another name="

@@ -168,7 +168,7 @@ def measure_errors(plan: Plan, teacher: Teacher, probes: int) -> dict[str, float
     calls = finest.evaluations(times) + method.evaluations(times)
     console.say(
         f"measuring the solver's error on {probes} samples (--probes): {calls:,} evaluations of them all, about "
-        f"{_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
+        f"{console.duration(calls * _call_seconds(teacher, noise, labels))}"
     )
     reference = solve_with(finest, teacher, noise, times, labels)
     states = solve_with(method, teacher, noise, times, labels)
@@ -194,7 +194,7 @@ def choose_solver(
     calls = reference_method(spec.method, spec.times).evaluations(spec.times)
     console.say(
         f"looking for the cheapest solver within {tolerance:g}, on {probes} samples (--probes): first a very fine solution, "
-        f"{calls:,} evaluations of them all, about {_hours(calls * _call_seconds(teacher, noise, labels) / 3600)}"
+        f"{calls:,} evaluations of them all, about {console.duration(calls * _call_seconds(teacher, noise, labels))}"
     )
     found = cheapest(spec.method, teacher, noise, spec.times, tolerance, labels, tried=tell)
     method = found.method
@@ -276,7 +276,7 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         lines += [
             f"device        {measured.device}: {measured.seconds_per_evaluation:.3g} s an evaluation of one image "
             f"at batch {settings.batch_size}",
-            f"time          {measured.device_hours:,.2f} device-hours; {_hours(measured.wall_hours)} on {unit}",
+            f"time          {measured.device_hours:,.2f} device-hours; {console.duration(3600 * measured.wall_hours)} on {unit}",
         ]
     if found.error is not None:
         lines.append(
@@ -319,9 +319,3 @@ def bytes_text(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-def _hours(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:,.1f} h"

@@ -4,21 +4,16 @@ Where a run is, is one number: how many samples it has read. Global batches are 
 orders, so batch b is the same samples on 1 rank or on 8, and a run saved on 8 ranks goes on with 4.
 
 Every shard is checked against the manifest's sha256 before a sample of it is used: once in a process, for a file
-in a folder or in the cache, which is then mapped into memory; at each download otherwise. Only where some of
-the time points are wanted (`points`) and there is no cache are just their bytes read, and those cannot be checked
-against a hash of the whole: S3's own checks of the transfer are then all there is.
+in a folder or in the cache, which is then mapped into memory; at each download otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import json
 import os
-import struct
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +26,7 @@ from dsno_cluster.config import Reader
 from dsno_cluster.config.paths import on_this_node
 from dsno_cluster.diffusion.noise import noise_checksum, sample_noise
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import locked
 from dsno_cluster.storage import FolderStorage, Storage
 from dsno_cluster.trajectories.shards import (
     Manifest,
@@ -145,10 +141,7 @@ def read_batches(
 
 
 class ShardReader:
-    """Samples by index, from the shards that were used last, which are kept open.
-
-    `points` are the time points wanted, as positions in the spec's times (default: all); ValueError where they are not.
-    """
+    """Samples by index, from the shards that were used last, which are kept open."""
 
     def __init__(
         self,
@@ -156,14 +149,9 @@ class ShardReader:
         folder: str,
         manifest: Manifest,
         settings: Reader = Reader(),  # noqa: B008 (frozen)
-        points: Sequence[int] | None = None,
     ) -> None:
         self.storage, self.folder, self.manifest, self.settings = storage, folder, manifest, settings
         self.spec = trajectory_spec(manifest, f"{storage.url}/{folder}")
-        self.points = None if points is None else list(points)
-        count = len(self.spec.times)
-        if self.points is not None and not (self.points and all(0 <= point < count for point in self.points)):
-            raise ValueError(f"points {self.points}: must be positions 0 to {count - 1} in the spec's times")
         self.per_shard = manifest.per_shard
         self.opened: OrderedDict[int, Arrays] = OrderedDict()
         self.checked: set[int] = set()
@@ -207,13 +195,10 @@ class ShardReader:
             data = _mapped_file(self.storage, self.folder, shard, trusted)
         elif self.settings.cache_dir is not None:
             data = cached_shard(self.settings, self.storage, self.folder, shard, trusted)
-        elif self.points is not None:
-            return read_points(self.storage, self.folder, shard, self.points)
         else:
             data = np.frombuffer(read_shard_bytes(self.storage, self.folder, shard), np.uint8)
         self.checked.add(number)
-        arrays = parse_shard(data)
-        return arrays if self.points is None else arrays | {"states": arrays["states"][self.points]}
+        return parse_shard(data)
 
 
 def parse_shard(data: np.ndarray) -> Arrays:
@@ -237,29 +222,6 @@ def _mapped_file(storage: FolderStorage, folder: str, shard: Shard, trusted: boo
         raise WorkError(f"{path}: cannot be read: {error}") from error
 
 
-def read_points(storage: Storage, folder: str, shard: Shard, points: Sequence[int]) -> Arrays:
-    """`states` of a shard at some time points only, (len(points), N, C, H, W), and its labels: just their bytes."""
-    (length,) = struct.unpack("<Q", storage.read(folder + shard.key, 0, 8))
-    header = json.loads(storage.read(folder + shard.key, 8, 8 + length))
-
-    def read(name: str, start: int, size: int, shape: Sequence[int]) -> np.ndarray:
-        begin = 8 + length + header[name]["data_offsets"][0] + start
-        raw = storage.read(folder + shard.key, begin, begin + size)
-        if len(raw) != size:
-            raise WorkError(
-                f"{storage.url}/{folder}{shard.key}: ends before its {name}; `dsno-cluster verify` names every bad shard"
-            )
-        return np.frombuffer(raw, _DTYPES[header[name]["dtype"]]).reshape(shape)
-
-    shape, (first, last) = header["states"]["shape"], header["states"]["data_offsets"]
-    block = (last - first) // shape[0]
-    arrays = {"states": np.stack([read("states", point * block, block, shape[1:]) for point in points])}
-    if "labels" in header:
-        first, last = header["labels"]["data_offsets"]
-        arrays["labels"] = read("labels", 0, last - first, header["labels"]["shape"])
-    return arrays
-
-
 def cached_shard(
     settings: Reader, storage: Storage, folder: str, shard: Shard, trusted: bool = False
 ) -> np.ndarray:
@@ -276,7 +238,7 @@ def cached_shard(
     path = cache.root / name
     try:
         _own_folder(cache.root)
-        with _locked(cache.root / f".{shard.sha256[:2]}.lock"):
+        with locked(cache.root / f".{shard.sha256[:2]}.lock"):
             with contextlib.suppress(OSError, ValueError):  # not there, cut short, or evicted this moment
                 data = np.memmap(path, np.uint8, "r")
                 if trusted or problem_of(data.data, shard) is None:
@@ -297,20 +259,10 @@ def _own_folder(folder: Path) -> None:
         raise WorkError(f"reader.cache_dir: {folder} belongs to another user; name a folder of your own")
 
 
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    lock = os.open(file, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def _evict(cache: FolderStorage, limit: float, keep: str) -> None:
     """Delete the files used longest ago until `limit` bytes are left."""
     cache.tidy("")
-    with _locked(cache.root / ".evict.lock"):
+    with locked(cache.root / ".evict.lock"):
         files = []
         for path in cache.root.glob("*.safetensors"):
             found = path.stat()
