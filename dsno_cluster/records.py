@@ -23,8 +23,8 @@ class Record(BaseModel):
     def values(self) -> Values:
         """What is known, as plain JSON values, `schema_version` last; what is None or empty is left out."""
         known: Values = self.model_dump(mode="json", exclude={"schema_version"})
-        said = {key: value for key, value in known.items() if value not in (None, [], {})}
-        return said | {"schema_version": self.newest}
+        said: Values = {key: value for key, value in known.items() if value not in (None, [], {})}
+        return {**said, "schema_version": self.newest}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

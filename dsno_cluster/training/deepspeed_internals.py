@@ -133,13 +133,13 @@ def set_optimizer_steps(engine: Any, steps: int) -> None:
         state["step"].fill_(float(steps))
 
 
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
     """Where the dynamic loss scaling of float16 stands; empty without it."""
     scaler = _loss_scaler(engine)
-    return {name: float(getattr(scaler, name)) for name in _SCALER if hasattr(scaler, name)}
+    return {name: float(getattr(scaler, name)) for name in SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
