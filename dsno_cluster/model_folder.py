@@ -118,8 +118,8 @@ def read_model(
 ) -> ModelFolder:
     """The model at a folder path, an S3 address or `package:NAME`; a run folder means its `latest`.
 
-    `ema` chooses among a student's moving averages by decay. Raises UserError where there is no model, or no such
-    average, and WorkError where the bytes are not those of `meta.json`, or not those of `sha256` where that is given.
+    `ema` chooses among a student's moving averages by decay. Raises UserError if there is no model, or no such
+    average, and WorkError if the bytes are not those of `meta.json`, or not those of `sha256` if that is given.
     """
     import safetensors.torch
 
@@ -148,16 +148,16 @@ def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = No
 def model_address(path: str, endpoint_url: str | None = None) -> str:
     """Where the model at `path` itself lies: of a run folder the step folder that its `latest` names now.
 
-    Raises UserError where there is no model.
+    Raises UserError if there is no model.
     """
     _, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     return f"{path.rstrip('/')}/{prefix.rstrip('/')}" if prefix else path
 
 
 def read_config_of(path: str, endpoint_url: str | None = None) -> Values:
-    """The config that a model's folder holds, as plain values; empty where it holds none.
+    """The config that a model's folder holds, as plain values; empty if it holds none.
 
-    Raises UserError where there is no model.
+    Raises UserError if there is no model.
     """
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     try:

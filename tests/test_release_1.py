@@ -18,7 +18,7 @@ RELEASE = DATA / "release_1"
 STUDENTS = Path("runs/students/release")
 EXPECTED = safetensors.torch.load_file(RELEASE / "expected.safetensors")
 # of what CPUs of other makes compute from the same weights, and of where thirty steps of Adam then end
-TOLERANCE, TRAINED_TOLERANCE = 1e-4, 2e-3
+TOLERANCE, TRAINED_TOLERANCE = 1e-4, 3e-4
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

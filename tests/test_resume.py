@@ -328,3 +328,33 @@ def test_a_damaged_checkpoint_is_named(tiny_data: Path, tmp_path: Path) -> None:
     failed = dsno(*words(out, "training.steps=6"), "--launcher", "local")
     assert failed.returncode == 1 and str(file) in failed.stderr and "Traceback" not in failed.stderr
     assert json.loads((file.parent / "state.json").read_text())["step"] == 4
+
+
+def test_a_damaged_state_is_one_line_and_strange_files_are_left_alone(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    train(tiny_data, out)
+    resume = out / STUDENT / "resume"
+    # such as folder markers of a copy through S3
+    for stray in ("step-000000099", "step-12.bak", "notes.txt"):
+        (resume / stray).touch()
+    (resume / "step-000000004/.marker").touch()
+    file = resume / "step-000000004/state.json"
+    whole = file.read_text()
+    command = [*words(out, "training.steps=6"), "--launcher", "local"]
+    for damaged, says in [
+        (whole[:100], "not JSON"),
+        ("[]", "should be an object"),
+        (json.dumps(json.loads(whole) | {"optimizer_steps": "four"}), "optimizer_steps: "),
+        (json.dumps(json.loads(whole) | {"schema_version": 2}), "schema version 2, of a newer dsno-cluster"),
+    ]:
+        file.write_text(damaged)
+        failed = dsno(*command)
+        assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1, failed.stderr
+        assert f"{file}: cannot be read" in failed.stderr and says in failed.stderr, failed.stderr
+        assert f"delete {file.parent} to continue" in failed.stderr, failed.stderr
+    file.write_text(whole)
+    done = dsno(*command)
+    assert done.returncode == 0 and "steps 4 to 6" in done.stderr, done.stderr
+    assert (resume / "notes.txt").exists()

@@ -18,8 +18,9 @@ from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.training.beginning import new_student
-from dsno_cluster.training.objectives import losses
+from dsno_cluster.training.objectives import losses, make_objective
 from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
+from dsno_cluster.trajectories.reader import Batch
 
 # what the plain loop is compared with: the series of the digits config, and convolutions on drawn points
 FORMS = {
@@ -63,7 +64,7 @@ def plain_loop(
     student = new_student(config)
     optimizer = OPTIMIZERS[optimizer_name](student.parameters(), weight_decay=weight_decay)
     averages = {d: {k: v.clone() for k, v in student.state_dict().items()} for d in DECAYS}
-    weight = loss_weights(config.training.time_weighting, student.times).float()
+    objective = make_objective(config, torch.device("cpu"))
     history = []
     batches = read_batches(
         ShardReader(storage, folder, manifest), seed=0, first_sample=0, batch_size=16, rank=0, world_size=1
@@ -71,12 +72,7 @@ def plain_loop(
     for step, (batch,) in zip(range(4), batches, strict=False):
         rate = learning_rate(step, 4, config.training.lr, config.training.warmup, "cosine")
         optimizer.param_groups[0]["lr"] = rate
-        drawn = [0, 1, 2, 3]
-        if form == "drawn":
-            drawn = drawn_points(config.seed, step, 4, 0.3, 4)
-        states = student(batch.noise, batch.labels, drawn)
-        distances = (states - batch.states[:, drawn]).abs().mean(dim=(0, 2, 3, 4))
-        loss = (distances * weight[drawn]).mean()
+        loss, _ = objective.loss(student, batch, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -200,6 +196,88 @@ def test_losses_by_hand() -> None:
     expected = np.mean([np.hypot(3, c) - c, np.hypot(4, c) - c]), np.hypot(1, c) - c
     assert losses.pseudo_huber(predicted, target).tolist() == pytest.approx(expected)
     assert float(losses.weighted(torch.tensor([3.5, 1.0]), torch.tensor([1.0, 10.0]))) == 6.75
+
+
+def test_the_objective_by_hand() -> None:
+    """At the points that are drawn for a step, weights times distances; at the others nothing is known."""
+    words = [*TINY, *FORMS["drawn"], "network.image_size=4", "network.attention_resolutions=[2]"]
+    config = load_config("configs/digits.yaml", words)
+    objective = make_objective(config, torch.device("cpu"))
+    noise, states = torch.zeros(2, 1, 4, 4), torch.arange(4.0).reshape(1, 4, 1, 1, 1).expand(2, 4, 1, 4, 4)
+    batch = Batch(np.arange(2), noise, states, torch.tensor([3, 7]))
+    asked: list[list[int]] = []
+
+    def student(noise: torch.Tensor, labels: torch.Tensor | None, points: list[int]) -> torch.Tensor:
+        assert labels is batch.labels
+        asked.append(points)
+        return torch.full((2, len(points), 1, 4, 4), 5.0)
+
+    weights_M = loss_weights("sqrt", config.trajectories.time_points).float()
+    for step in range(6):
+        loss, figures = objective.loss(student, batch, step)
+        points = drawn_points(config.seed, step, 4, 0.3, 4)
+        assert asked[step] == points
+        expected = sum(float(weights_M[i]) * (5.0 - i) for i in points) / len(points)
+        seen = objective.summary(figures.tolist(), step)
+        assert float(loss) == pytest.approx(expected) and seen.loss == pytest.approx(expected)
+        assert seen.distance_per_time == tuple(5.0 - i if i in points else None for i in range(4))
+    assert len({len(points) for points in asked}) > 1
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """The digits config with few trajectories and steps; it begins with 0.47 at t=0, and 300 steps come to 0.17."""
+    few = [
+        "trajectories.num_samples=1024",
+        "trajectories.steps=8",
+        "training.steps=150",
+        "training.threads=1",
+    ]
+    more = ["training.ema_decay=0.98", "training.heldout_every=75", "training.picture_every=null"]
+    for command in (["gen-trajectories", "--actors", "1"], ["train"]):
+        done = dsno(*command, *few, *more, f"storage.root={tmp_path}", "--launcher", "local")
+        assert done.returncode == 0, done.stderr
+    errors = [
+        line["heldout_error_per_time"] for line in metrics(tmp_path) if "heldout_error_per_time" in line
+    ]
+    assert all(after < before for before, after in zip(*errors, strict=True))
+    assert errors[-1][-1] < 0.2 and max(errors[-1][:2]) < 0.11, errors
+
+
+# As rank RANK, with the last word, which the other rank does not get.
+ON_ONE_RANK = """
+import os, sys
+from dsno_cluster.cli import main
+*words, rank, changed = sys.argv[1:]
+sys.exit(main([*words, changed] if os.environ["RANK"] == rank else words))
+"""
+
+
+def test_only_rank_0_reads_the_teacher(tiny_data: Path, tmp_path: Path) -> None:
+    """The other rank is told of a teacher that is not there, and hears of rank 0's."""
+    out = link_data(tiny_data, tmp_path / "out")
+    held = ["training.heldout_every=2", "training.heldout_samples=8"]
+    ranks = start_ranks(out, 2, *held, "1", f"teacher.path={tmp_path / 'nowhere'}", script=ON_ONE_RANK)
+    codes, errors = ends(ranks)
+    assert codes == [0, 0], errors
+    train(tiny_data, tmp_path / "both", *held, "--tasks-per-node", "2")
+    found, expected = weights(out), weights(tmp_path / "both")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("teacher.path=nowhere", "nowhere: no such folder"),
+        ("network.width=64", "student.warm_start: the teacher has"),
+    ],
+)
+def test_what_fails_on_rank_0_is_said_by_all(
+    changed: str, says: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    out = link_data(tiny_data, tmp_path / "out")
+    codes, errors = ends(start_ranks(out, 2, "0", changed, script=ON_ONE_RANK), timeout=60)
+    assert codes == [2, 2] and all(says in error for error in errors), errors
+    assert not any("Traceback" in error for error in errors), errors
 
 
 def test_published_weights() -> None:

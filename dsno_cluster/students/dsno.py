@@ -44,7 +44,7 @@ class Form:
 
     `modes`: Fourier modes of the convolutions (0: none of them), or terms of the series. `points`: whether the
     convolutions were trained on `all` time points together, so that they must be asked that way, or on drawn
-    ones, so that any of them, and one alone, is a question that the student knows.
+    ones, so that any of them, even a single one, is a question that the student knows.
     """
 
     modes: int
@@ -191,14 +191,14 @@ class DSNO(nn.Module):
     def _states(
         self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
     ) -> Tensor:
-        """States at `times`, computed together, (N, M, C, H, W), or (N, 1, C, H, W) of the last alone."""
+        """States at `times`, computed together, (N, M, C, H, W), or (N, 1, C, H, W) of only the last."""
         device, dtype = noise.device, noise.dtype
         if tuple(noise.shape[1:]) != self.network.image_shape:
             raise ValueError(
                 f"noise must be (N, {', '.join(map(str, self.network.image_shape))}), found {tuple(noise.shape)}"
             )
         labels = self._checked(labels, len(noise))
-        x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 where the whole network is
+        x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 if the whole network is
         half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None
         output: Tensor
         with half or contextlib.nullcontext():
@@ -222,7 +222,7 @@ class DSNO(nn.Module):
     def _bases(
         self, times: tuple[float, ...], last_only: bool, device: torch.device, dtype: torch.dtype
     ) -> Any:
-        """The Fourier bases of all temporal convolutions and of the last one; nothing where there are none."""
+        """The Fourier bases of all temporal convolutions and of the last one; nothing if there are none."""
         if not self.form.modes:
             return ()
         own = len(self.times)
@@ -236,7 +236,7 @@ class DSNO(nn.Module):
         return self.form.points == "drawn" or self.form.modes == 0
 
     def _spacing(self) -> str | None:
-        """quadratic or uniform, where the model's times are such a grid."""
+        """quadratic or uniform, if the model's times are such a grid."""
         if len(self.times) == 1:
             return None
         own = torch.tensor(self.times)
@@ -256,7 +256,7 @@ class DSNO(nn.Module):
         return (1.0 - root - 1.0 / own) % 1.0
 
     def _together(self, asked: tuple[float, ...]) -> tuple[float, ...]:
-        """The times that must be computed together to answer at `asked`. Raises ValueError where there are none."""
+        """The times that must be computed together to answer at `asked`. Raises ValueError if there are none."""
         spacing, own = self._spacing(), len(self.times)
         if self._points_apart() and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
             return tuple(sorted(set(asked), reverse=True))
@@ -295,11 +295,11 @@ class DSNO(nn.Module):
 
 
 def _nearest(time: float, times: Sequence[float]) -> float:
-    """The one of `times` that `time` is but for rounding, else `time` itself."""
+    """The one of `times` that `time` is except for rounding, else `time` itself."""
     return next((t for t in times if same_time(t, time)), time)
 
 
-# What depends on times alone is computed once for each set of them, device and dtype: never as inference tensors, which
+# What depends only on times is computed once for each set of them, device and dtype: never as inference tensors, which
 # a later training step could not use.
 
 
@@ -334,9 +334,9 @@ def load_student(
 ) -> DSNO:
     """The student of a run folder (its `latest`), a step folder or an import folder, on CPU, for inference.
 
-    `ema` is the decay of the moving average wanted, where it was trained with several (default: the first of them).
-    `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError where the folder
-    holds no such student, and WorkError where its weights are not those of `sha256`, where that is given.
+    `ema` is the decay of the moving average wanted, if it was trained with several (default: the first of them).
+    `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError if the folder
+    holds no such student, and WorkError if its weights are not those of `sha256`, if that is given.
     """
     folder = read_model(str(path), endpoint_url, ema, sha256)
     model = student_model(folder.meta, str(path))

@@ -98,7 +98,7 @@ def resume_dir(config: Config) -> Path:
 
 @contextlib.contextmanager
 def only_run(config: Config) -> Iterator[None]:
-    """Hold the run's folder for this process. Raises WorkError where another training has it.
+    """Hold the run's folder for this process. Raises WorkError if another training has it.
 
     A job's processes may outlive the command that started them; two of them would overwrite each other.
     """
@@ -142,7 +142,7 @@ def save(
     """Save the state of all ranks to resume from, and the averaged student; collective: every rank must call it.
 
     `students` are the whole averages by decay, on rank 0. Written aside, then renamed by rank 0 once all ranks have
-    written. Raises WorkError on every rank where one of them could not write, or where the weights are no longer finite;
+    written. Raises WorkError on every rank if one of them could not write, or if the weights are no longer finite;
     the checkpoint before is then whole.
     """
     folder = resume_dir(config)
@@ -199,7 +199,7 @@ def _state(engine: Any, config: Config, ranks: Ranks, step: int, notes: RunNotes
 
 @contextlib.contextmanager
 def _agreed(ranks: Ranks, good: str) -> Iterator[None]:
-    """What is done within must succeed on every rank; else WorkError on all, with the reason where it is known."""
+    """What is done within must succeed on every rank; else WorkError on all, with the reason if it is known."""
     problem: Exception | None = None
     try:
         yield
@@ -209,9 +209,9 @@ def _agreed(ranks: Ranks, good: str) -> Iterator[None]:
     dist.all_gather_object(reasons, None if problem is None else _reason(problem))
     if problem is not None and not isinstance(problem, WorkError | OSError):
         raise problem
-    told = [reason for reason in reasons if reason is not None]
-    if told:
-        raise WorkError(f"the checkpoint could not be saved: {told[0]}; {good}") from problem
+    known = [reason for reason in reasons if reason is not None]
+    if known:
+        raise WorkError(f"the checkpoint could not be saved: {known[0]}; {good}") from problem
 
 
 def _reason(error: Exception) -> str:
@@ -242,7 +242,7 @@ def read_state(config: Config, step: int, trajectories: str) -> CheckpointState:
 def check_published(config: Config, trajectories: str) -> None:
     """Raises UserError if the storage holds students of another run under the config's name.
 
-    `latest` would go on naming one of theirs until this run has come further, and the two would be mixed.
+    `latest` would name one of theirs until this run has come further, and the two would be mixed.
     """
     address = config.student_address
     try:

@@ -35,7 +35,7 @@ def import_deepspeed() -> Any:
 def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:
     """This rank's fragment of every parameter of a DeepSpeed engine, by name; an empty one has count 0.
 
-    Where the stage replicates a parameter, each rank owns an equal share of it; with `replicas` a fragment is all that the
+    If the stage replicates a parameter, each rank owns an equal share of it; with `replicas` a fragment is all that the
     rank has. The engine must have its moments (`begin_moments`).
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -97,7 +97,7 @@ def _of_stage_1_and_2(optimizer: Any, parameter: Any) -> Fragment:
 def _of_stage_3(optimizer: Any, parameter: Any) -> Fragment:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     numel = int(parameter.ds_numel)
-    start = min(size * dist.get_rank(), numel)  # the last partitions are padded, or padding alone
+    start = min(size * dist.get_rank(), numel)  # the last partitions are padded, or nothing but padding
     return _cut(
         optimizer, optimizer.fp32_partitioned_groups_flat[group], offset, start, min(size, numel - start)
     )
@@ -133,13 +133,13 @@ def set_optimizer_steps(engine: Any, steps: int) -> None:
         state["step"].fill_(float(steps))
 
 
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
     """Where the dynamic loss scaling of float16 stands; empty without it."""
     scaler = _loss_scaler(engine)
-    return {name: float(getattr(scaler, name)) for name in _SCALER if hasattr(scaler, name)}
+    return {name: float(getattr(scaler, name)) for name in SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:

@@ -30,7 +30,7 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
     settings = config.training
     deepspeed = import_deepspeed()
     # one rank has nothing to partition, and stage 0 is faster; half precision needs the others' float32 masters in one piece
-    alone = ranks.world_size == 1 and settings.precision == "float32"
+    only_one = ranks.world_size == 1 and settings.precision == "float32"
     if settings.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(
             f"training.precision float16: this {ranks.device.type} has none; take bfloat16 or float32"
@@ -46,7 +46,7 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
             "gradient_accumulation_steps": settings.accumulation,
             "gradient_clipping": settings.gradient_clip,
             "zero_optimization": {
-                "stage": 0 if alone else settings.zero_stage,
+                "stage": 0 if only_one else settings.zero_stage,
                 "reduce_bucket_size": BUCKET,
                 "allgather_bucket_size": BUCKET,
                 "stage3_prefetch_bucket_size": BUCKET,

@@ -41,7 +41,7 @@ def write_fragments(
     """Write this rank's fragments, and of each moving average by name the same elements, as safetensors.
 
     Tensors are called KIND/PARAMETER; where each parameter's fragment starts stands in the file's metadata. Raises
-    WorkError where the disk does not take it.
+    WorkError if the disk does not take it.
     """
     held = {name: fragment for name, fragment in fragments.items() if fragment.count}
     tensors = {f"{kind}/{name}": t for name, part in held.items() for kind, t in part.tensors.items()}

@@ -1,4 +1,4 @@
-"""What makes two trainings the same run, and which settings may change while a run goes on."""
+"""What makes two trainings the same run, and which settings may change on the way."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_same_run(where: Path | str, saved: RunIdentity, now: RunIdentity) -> N
 
 
 class Settings(BaseModel):
-    """Keys of `training` that may change while a run goes on, but make another student of one that has finished.
+    """Keys of `training` that may change on the way, but make another student of one that has finished.
 
     The defaults are what a file that lacks a key was trained with.
     """

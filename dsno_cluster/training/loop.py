@@ -185,14 +185,14 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
         accumulation=settings.accumulation,
     )
 
-    def told() -> Iterator[list[Batch]]:
+    def reported() -> Iterator[list[Batch]]:
         for step, micro_batches in zip(itertools.count(start), batches, strict=False):
             if producer is not None:
                 producer.trained(step)
             yield micro_batches
 
     try:
-        yield told()
+        yield reported()
     finally:
         if isinstance(shards, StagedShards):
             shards.stopped.set()

@@ -100,7 +100,7 @@ class Producer:
     def __init__(self, config: Config, start: int) -> None:
         FolderStorage(staging_root(config)).delete(FAILED)
         work = {"config": dump_config(config), "start": start}
-        # a session of its own: Ctrl-C reaches training alone, which first saves
+        # a session of its own: Ctrl-C reaches only training, which first saves
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -186,7 +186,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
 
 
 def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], per_shard: int) -> None:
-    """Delete what a former run left but for whole shards of the `wanted` keys, given with their indices."""
+    """Delete what a former run left except whole shards of the `wanted` keys, given with their indices."""
     expected = shard_tensors(plan.spec)
     for key in [stat.key for stat in staged.list(plan.folder)]:
         index = wanted.get(key)

@@ -1,4 +1,4 @@
-"""The optimiser, and what depends on the optimiser step alone: learning rate, EMA decay, drawn time points."""
+"""The optimiser, and what depends only on the optimiser step: learning rate, EMA decay, drawn time points."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def learning_rate(
 def drawn_points(seed: int, step: int, points: int, end_share: float, most: int) -> list[int]:
     """Positions of the time points that optimiser step `step` (0-based) sees, ascending.
 
-    With probability `end_share` the last (t=0) alone; else 1 to `most` of all `points`, any set as likely as another of
-    its size. A function of (seed, step) alone: the same on every rank and after a restart.
+    With probability `end_share` only the last (t=0); else 1 to `most` of all `points`, any set as likely as another of
+    its size. A function of only (seed, step): the same on every rank and after a restart.
     """
     random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
     if random.random() < end_share:

@@ -1,6 +1,6 @@
 """Signals that end a training early: while it steps they set a flag, and the loop stops at its next step boundary.
 
-Saving is collective, so it cannot be done in a signal's handler, and a signal may reach one rank alone. Every rank
+Saving is collective, so it cannot be done in a signal's handler, and a signal may reach only one rank. Every rank
 brings its flag to the all-reduce at the end of each step; all then save together. SIGUSR2 (time is nearly up) and SIGTERM
 (another job needs the nodes) end it as Preempted, which whoever launched it may start again, SIGINT (Ctrl-C) as
 KeyboardInterrupt.

@@ -27,7 +27,7 @@ LAST_ATTEMPTS = 3  # at an upload when the training is done
 
 
 class Publisher:
-    """Writes students where others find them; used by rank 0 alone. `finish` waits for what is still to upload."""
+    """Writes students where others find them; used by rank 0 only. `finish` waits for what is still to upload."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.prefix = config, config.student_prefix
@@ -52,7 +52,7 @@ class Publisher:
     ) -> None:
         """Write the student of `step`: `students` has its whole weights by EMA decay, the first the one to load.
 
-        Raises WorkError where the disk does not take it.
+        Raises WorkError if the disk does not take it.
         """
         storage = self.shared if self.uploads is None else self.local
         first, *others = students
@@ -65,7 +65,7 @@ class Publisher:
             self.uploads.put(step_name(step))
 
     def finish(self) -> None:
-        """Wait for the uploads. Raises WorkError where one of them could not be made."""
+        """Wait for the uploads. Raises WorkError if one of them could not be made."""
         if self.uploads is None:
             return
         self.closing.set()
@@ -87,7 +87,7 @@ class Publisher:
             self._upload(name)
 
     def _upload(self, name: str, *, again: bool = True) -> None:
-        """Upload a student, `again` also where the storage has one of that step, and name it there."""
+        """Upload a student, `again` even if the storage has one of that step, and name it there."""
         folder, prefix, attempt = self.local.root / self.prefix / name, f"{self.prefix}{name}/", 0
         while folder.is_dir():
             attempt += 1
@@ -120,7 +120,7 @@ class Publisher:
             self.shared.write(self.prefix + BEST, (best + "\n").encode())
 
     def _drop_uploaded(self) -> None:
-        """Delete students here that the storage has, but for the newest ones."""
+        """Delete students here that the storage has, except for the newest ones."""
         folders = sorted(
             p for p in (self.local.root / self.prefix).iterdir() if re.fullmatch(r"step-\d+", p.name)
         )

@@ -33,11 +33,11 @@ class Ranks:
 def join_ranks(config: Config) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Without them this process is the only one. Raises UserError where the batch does not divide.
+    Without them this process is the only one. Raises UserError if the batch does not divide.
     """
     if not launched_as_rank():
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
+        only_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(only_one, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -81,11 +81,11 @@ def on_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found | None:
             found = work()
         except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
             problem = error
-    told = _broadcast(ranks, None if problem is None else _for_others(problem))
+    failure = _broadcast(ranks, None if problem is None else _for_others(problem))
     if problem is not None:
         raise problem
-    if told is not None:
-        raise told
+    if failure is not None:
+        raise failure
     return found
 
 

@@ -39,7 +39,7 @@ class TeacherRun(Strict):
 
 
 def train_teacher(config: Config, command: str) -> str:
-    """Train, write `<storage.root>/teachers/<name>/`, return its address. Continues where it was interrupted.
+    """Train, write `<storage.root>/teachers/<name>/`, return its address. Continues from where it was interrupted.
 
     Raises UserError if the config names no data or its shape is not the network's.
     """
@@ -112,7 +112,7 @@ def _checked_data(config: Config) -> Split:
 
 
 def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
-    """Mean squared error of v = alpha eps - sigma x0 at uniform times; its draws depend on (seed, step) alone."""
+    """Mean squared error of v = alpha eps - sigma x0 at uniform times; its draws depend only on (seed, step)."""
     settings = config.teacher_training
     draw = torch.Generator().manual_seed((config.seed << 32) + step)
     pick = torch.randint(len(data.images), (settings.batch_size,), generator=draw)

@@ -78,7 +78,7 @@ class VGGPerceptual(nn.Module):
 def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
     """LPIPS from torchvision's VGG-16 weights (`vgg16-397923af.pth`, or the same as safetensors).
 
-    Raises UserError where the file is missing or its sha256 does not begin with `sha256`.
+    Raises UserError if the file is missing or its sha256 does not begin with `sha256`.
     """
     import safetensors.torch
     from torchvision.models import vgg16
@@ -101,7 +101,7 @@ def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
 
 
 def find_lpips_weights(settings: Training) -> None:
-    """Raises UserError where the config's loss needs weights that are not there."""
+    """Raises UserError if the config's loss needs weights that are not there."""
     if settings.loss == "lpips":
         _check_there(Path(str(settings.lpips_weights)))
 

@@ -1,0 +1,89 @@
+"""What is used of DeepSpeed and torch though they do not promise it: a version that has it no longer fails here by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# One rank in bfloat16, where every stage keeps its float32 masters elsewhere: what is found of them must be the weights.
+OF_A_STAGE = """
+import sys
+import torch
+from tiny import TINY
+from dsno_cluster.config import load_config
+from dsno_cluster.training.beginning import new_student
+from dsno_cluster.training.deepspeed_internals import fragments_of, optimizer_steps, set_optimizer_steps, whole_shape
+from dsno_cluster.training.engine import make_engine
+from dsno_cluster.training.fragments import MASTER, MOMENTS
+from dsno_cluster.training.ranks import join_ranks
+from dsno_cluster.training.torch_internals import check_rank_0_answers
+
+config = load_config("configs/digits.yaml", [*TINY, "training.precision=bfloat16", f"training.zero_stage={sys.argv[1]}"])
+ranks = join_ranks(config)
+student = new_student(config)
+truth = {name: p.detach().clone() for name, p in student.named_parameters()}
+engine = make_engine(student, config, ranks)
+found = fragments_of(engine)
+assert found.keys() == truth.keys()
+for name, fragment in found.items():
+    assert (fragment.start, fragment.count) == (0, truth[name].numel()), name
+    assert fragment.tensors.keys() == {MASTER, *MOMENTS}, name
+    master = fragment.tensors[MASTER]
+    assert master.dtype == torch.float32, name
+    # some versions take the masters from weights that are rounded already
+    assert torch.allclose(master, truth[name].flatten(), rtol=0.01, atol=1e-6), name
+    assert not any(fragment.tensors[moment].any() for moment in MOMENTS), name
+assert [tuple(whole_shape(p)) for p in engine.module.parameters()] == [tuple(t.shape) for t in truth.values()]
+set_optimizer_steps(engine, 7)
+assert optimizer_steps(engine) == 7
+batch = torch.randn(16, 1, 8, 8), torch.arange(16) % 10, [0, 1, 2, 3]
+engine.backward(engine(*batch).float().square().mean())
+engine.step()
+assert optimizer_steps(engine) == 8
+assert any(fragment.tensors["exp_avg"].any() for fragment in fragments_of(engine).values())
+check_rank_0_answers()
+"""
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_masters_and_moments_are_where_deepspeed_keeps_them(stage: str) -> None:
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'tests')\n{OF_A_STAGE}", stage]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"see training/deepspeed_internals.py: {done.stderr[-2000:]}"
+
+
+def test_the_loss_scaler_has_the_fields_that_are_saved() -> None:
+    from dsno_cluster.training.deepspeed_internals import SCALER_FIELDS, import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=2.0**16,
+        scale_window=1000,
+        min_scale=1.0,
+        delayed_shift=2,
+        consecutive_hysteresis=False,
+    )
+    missing = [name for name in SCALER_FIELDS if not hasattr(scaler, name)]
+    assert not missing, f"see training/deepspeed_internals.py: no {missing}"
+
+
+def test_the_kernel_that_would_be_compiled_is_known_by_its_name() -> None:
+    from dsno_cluster.training.deepspeed_internals import import_deepspeed
+
+    deepspeed = import_deepspeed()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    assert "deepspeed_shm_comm" in deepspeed.ops.op_builder.all_ops.ALL_OPS
+
+
+def test_torch_moves_many_tensors_at_once() -> None:
+    import torch
+
+    from dsno_cluster.training.torch_internals import lerp_all
+
+    tensors, ends = [torch.zeros(3), torch.ones(2, 2)], [torch.ones(3), torch.full((2, 2), 5.0)]
+    lerp_all(tensors, ends, 0.25)
+    assert tensors[0].tolist() == [0.25] * 3 and tensors[1].tolist() == [[2.0] * 2] * 2
