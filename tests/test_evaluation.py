@@ -304,6 +304,12 @@ raise SystemExit(main(["train-teacher", *{few!r}, "storage.root={tmp_path / "cut
     import sys
 
     assert subprocess.run([sys.executable, "-c", cut], capture_output=True, check=False).returncode == 130
+    resume = tmp_path / "cut/teachers/digits-resume.pt"
+    state = torch.load(resume, weights_only=True)
+    del state["settings"]["network"]["dropout"]  # as if the key, with a default, came with a later version
+    torch.save(state, resume)
+    other = dsno("train-teacher", *few, f"storage.root={tmp_path / 'cut'}", "teacher_training.lr=0.5")
+    assert other.returncode == 2 and "an unfinished run with another lr;" in other.stderr, other.stderr
     again = dsno("train-teacher", *few, f"storage.root={tmp_path / 'cut'}")
     assert again.returncode == 0 and "steps 4 to 6" in again.stderr, again.stderr
     files = [tmp_path / root / "teachers/digits/model.safetensors" for root in ("whole", "cut")]

@@ -13,6 +13,7 @@ from tiny import DATA, dsno
 from torch import Tensor
 
 from dsno_cluster import load_student
+from dsno_cluster.errors import UserError
 
 RELEASE = DATA / "release_1"
 STUDENTS = Path("runs/students/release")
@@ -41,7 +42,9 @@ def test_its_unfinished_training_continues_and_ends_with_its_weights(release: Pa
     assert len(final) == sum(name.startswith("final/") for name in EXPECTED)
     together = [torch.cat([tensors[name].flatten() for name in final]) for tensors in (found, final)]
     assert relative(*together) < TRAINED_TOLERANCE
-    steps = [json.loads(line)["step"] for line in (release / STUDENTS / "metrics.jsonl").open()]
+    lines = (release / STUDENTS / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert all(line.startswith('{"step": ') for line in lines)
     assert steps == [5, 10, 15, 20, 25, 30, 35, 40] and not killed_amid.exists()
     again = dsno("train", "release.yaml", "--launcher", "local", cwd=release)
     assert again.returncode == 0 and "finished already at step 40" in again.stderr, again.stderr
@@ -104,3 +107,25 @@ def test_a_key_that_its_students_lack_has_its_default(release: Path) -> None:
     edit(folder / "meta.json", "model", points=None)
     found = load_student(str(folder)).sample(EXPECTED["noise"], EXPECTED["labels"])
     assert relative(found, EXPECTED["sample_0.9"]) < TOLERANCE
+
+
+def test_what_a_newer_version_says_more_is_kept_and_another_schema_is_refused(release: Path) -> None:
+    folder = release / STUDENTS / "step-000000020"
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"colour": "blue", "schema_version": 1}))
+    assert load_student(str(folder)).times == (0.5625, 0.25, 0.0625, 0.0)
+    for damaged, says in [
+        (json.dumps(meta | {"schema_version": 2}), "schema version 2, of a newer dsno-cluster"),
+        (json.dumps({k: v for k, v in meta.items() if k != "sha256"}), "sha256: Field required"),
+        (json.dumps(meta | {"model": {"kind": "dsno"}}), "model.network: Field required"),
+        (json.dumps(meta | {"averages": [0.99]}), "averages: "),
+        ("{", "not JSON"),
+    ]:
+        (folder / "meta.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"meta\.json: is not a model's meta\.json: ") as told:
+            load_student(str(folder))
+        assert says in str(told.value)
+    more = {**meta["model"], "colour": "blue"}  # what it means for the answers nobody here knows
+    (folder / "meta.json").write_text(json.dumps(meta | {"model": more}))
+    with pytest.raises(UserError, match=r"meta\.json: model: unknown key colour"):
+        load_student(str(folder))

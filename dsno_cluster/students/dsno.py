@@ -107,10 +107,10 @@ class DSNO(nn.Module):
             self.backbone = DiffusersBackbone(diffusers, modes=modes, out_channels=out_channels, init=init)
 
     def forward(
-        self, noise_NCHW: Tensor, labels_N: Tensor | None = None, drawn: Sequence[int] | None = None
+        self, noise_NCHW: Tensor, labels_N: Tensor | None = None, points: Sequence[int] | None = None
     ) -> Tensor:
-        """Noise (N, C, H, W) at t=1 -> states at `self.times`, or at the `drawn` positions of them, (N, M, C, H, W)."""
-        times = self.times if drawn is None else tuple(self.times[i] for i in drawn)
+        """Noise (N, C, H, W) at t=1 -> states at `self.times`, or only at those at positions `points`, (N, M, C, H, W)."""
+        times = self.times if points is None else tuple(self.times[i] for i in points)
         return self._states(noise_NCHW, labels_N, times)
 
     @torch.no_grad()
