@@ -94,6 +94,29 @@ class ModelFolder:
     meta: ModelMeta
 
 
+@dataclass(frozen=True)
+class FoundModel:
+    """A model whose `meta.json` was read: below `prefix` of a storage."""
+
+    path: str
+    storage: Storage
+    prefix: str
+    meta: ModelMeta
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights by name, read now. Raises WorkError if the bytes are not those of `meta.json`."""
+        import safetensors.torch
+
+        name = _weights_file(self.meta)
+        data = self.storage.read(self.prefix + name)
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.meta.sha256:
+            raise WorkError(
+                f"{shown_path(self.path)}: {self.prefix}{name} has sha256 {found}, its {META} says {self.meta.sha256}"
+            )
+        return safetensors.torch.load(data)
+
+
 def step_name(step: int) -> str:
     """The folder of a checkpoint there."""
     return f"step-{step:09d}"
@@ -121,28 +144,24 @@ def read_model(
     `ema` chooses among a student's moving averages by decay. Raises UserError if there is no model, or no such
     average, and WorkError if the bytes are not those of `meta.json`, or not those of `sha256` if that is given.
     """
-    import safetensors.torch
-
-    storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
-    meta = _read_meta(storage, prefix, ema)
-    if sha256 not in (None, meta.sha256):
+    found = find_model(path, endpoint_url, ema)
+    if sha256 not in (None, found.meta.sha256):
         raise WorkError(
-            f"{shown_path(path)}: its weights have sha256 {meta.sha256[:8]} now, not {sha256[:8]}: they were replaced meanwhile"
+            f"{shown_path(path)}: its weights have sha256 {found.meta.sha256[:8]} now, not {sha256[:8]}: they were replaced "
+            "meanwhile"
         )
-    name = _weights_file(meta)
-    data = storage.read(prefix + name)
-    found = hashlib.sha256(data).hexdigest()
-    if found != meta.sha256:
-        raise WorkError(
-            f"{shown_path(path)}: {prefix}{name} has sha256 {found}, its {META} says {meta.sha256}"
-        )
-    return ModelFolder(safetensors.torch.load(data), meta)
+    return ModelFolder(found.weights(), found.meta)
 
 
 def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = None) -> ModelMeta:
     """Only `meta.json` of a model, without its weights; `ema` and errors as in `read_model`."""
+    return find_model(path, endpoint_url, ema).meta
+
+
+def find_model(path: str, endpoint_url: str | None = None, ema: float | None = None) -> FoundModel:
+    """The model at a path, its weights not read yet; `ema` and errors as in `read_model`."""
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
-    return _read_meta(storage, prefix, ema)
+    return FoundModel(path, storage, prefix, _read_meta(storage, prefix, ema))
 
 
 def model_address(path: str, endpoint_url: str | None = None) -> str:

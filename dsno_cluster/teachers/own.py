@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dsno_cluster.config import validate
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import LATEST, META, ModelFolder, ModelMeta, read_meta, read_model
+from dsno_cluster.model_folder import LATEST, META, FoundModel, find_model
 from dsno_cluster.records import Values
 from dsno_cluster.teachers.identity import DENOISER, TeacherIdentity, UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
@@ -42,29 +42,29 @@ class OwnFolder:
         return self._info
 
     def load(self, precision: str) -> Teacher:
-        return unet_teacher(self._info, self._description, self._folder.weights, precision)
+        return unet_teacher(self._info, self._description, self._weights, precision)
 
     def warm_start(self) -> dict[str, Tensor]:
         description = self._description
         return with_last_layer_of_x0(
-            self._folder.weights, "conv_out.", description.prediction, description.network.channels
+            self._weights, "conv_out.", description.prediction, description.network.channels
         )
 
     @functools.cached_property
     def _info(self) -> TeacherInfo:
-        return unet_info(self.path, self._description, self._meta.sha256, self.schedule)
+        return unet_info(self.path, self._description, self._found.meta.sha256, self.schedule)
 
     @functools.cached_property
     def _description(self) -> UNetDescription:
-        return _described(self.path, self._meta.model.values())
+        return _described(self.path, self._found.meta.model.values())
 
     @functools.cached_property
-    def _meta(self) -> ModelMeta:
-        return read_meta(self.path, self.endpoint_url)
+    def _found(self) -> FoundModel:
+        return find_model(self.path, self.endpoint_url)
 
     @functools.cached_property
-    def _folder(self) -> ModelFolder:
-        return read_model(self.path, self.endpoint_url, sha256=self._meta.sha256)
+    def _weights(self) -> dict[str, Tensor]:
+        return self._found.weights()
 
 
 def _described(path: str, model: Values) -> UNetDescription:
