@@ -24,7 +24,7 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import locked, sync
 from dsno_cluster.model_folder import AboutModel, SettingChange, read_config_of, read_meta, step_name
 from dsno_cluster.records import SparseRecord, first_mistake, read_record, record_bytes
-from dsno_cluster.storage import FolderStorage
+from dsno_cluster.storage import FolderStorage, MissingObject
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.deepspeed_internals import (
     fragments_of,
@@ -247,7 +247,7 @@ def check_published(config: Config, trajectories: str) -> None:
     address = config.student_address
     try:
         published = read_meta(address, config.storage.endpoint_url)
-    except UserError:  # there is none
+    except (UserError, MissingObject):  # there is none, or the one that `latest` names was deleted
         return
     if published.run is not None:
         saved = validate(RunIdentity, published.run, f"{address}: its run")
