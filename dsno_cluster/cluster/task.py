@@ -127,14 +127,16 @@ class StageTask:
 
             return generate(config, self.actors, ray_address)
         from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
+        from dsno_cluster.evaluation.look_up import find_subject
         from dsno_cluster.evaluation.watch import watch
+        from dsno_cluster.teachers import find_teacher
 
         if self.watch:
-            watch(config, self.actors, ray_address)
+            watch(config, find_teacher(config), self.actors, ray_address)
         elif self.samples is not None:
             evaluate_images(config, self.samples, self.actors, ray_address)
         else:
-            evaluate(config, self.student, self.actors, ray_address)
+            evaluate(find_subject(config, self.student), self.actors, ray_address)
         return f"{config.storage.root}/evaluation/{config.name}"
 
 

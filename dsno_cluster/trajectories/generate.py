@@ -114,12 +114,12 @@ def check_same_environment(ours: dict[str, Any], theirs: Sequence[dict[str, Any]
             )
 
 
-def check_alike(environment: dict[str, Any], first: dict[str, Any]) -> None:
-    """UserError where two actors of a run differ in what may change bytes."""
+def check_alike(environment: dict[str, Any], first: dict[str, Any], what: str = "a data set") -> None:
+    """UserError where two actors of a run, which makes `what`, differ in what may change bytes."""
     for part in ("device", "versions"):
         if environment[part] != first[part]:
             raise UserError(
-                f"the actors' {part} differ: {environment[part]} and {first[part]}; a data set needs one device model and one "
+                f"the actors' {part} differ: {environment[part]} and {first[part]}; {what} needs one device model and one "
                 "set of versions, so give it nodes that are alike"
             )
 
