@@ -86,7 +86,9 @@ class Config(Strict):
                 "evaluation.metrics: agreement needs evaluation.feature_extractor digits-features"
             )
         if self.name in TAKEN_NAMES:
-            raise ValueError(f"name {self.name} is taken: {TAKEN_NAMES[self.name]} are kept in evaluation/{self.name}/")
+            raise ValueError(
+                f"name {self.name} is taken: {TAKEN_NAMES[self.name]} are kept in evaluation/{self.name}/"
+            )
         if self.trajectories.guidance_scale != 1.0 and not self.network.null_class:
             raise ValueError(
                 "trajectories.guidance_scale other than 1 needs a teacher with network.null_class"

@@ -111,7 +111,9 @@ class Comparison:
     def sets(self) -> list[ImagesOf]:
         """The images to measure."""
         count = self.config.evaluation.num_samples
-        found = [ImagesOf(ImageSource("teacher", sampling), count, self.readings) for sampling in self.missing]
+        found = [
+            ImagesOf(ImageSource("teacher", sampling), count, self.readings) for sampling in self.missing
+        ]
         if self.readings or self.keep is not None:
             found.append(ImagesOf(STUDENT, count, self.readings))
         if self.config.data.name is not None and self.readings:

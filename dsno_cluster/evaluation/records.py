@@ -247,9 +247,7 @@ def read_file(model: type[AnyFile], storage: Storage, key: str) -> AnyFile | Non
         raise UserError(f"{error}; delete it and make it again") from None
 
 
-def rewrite(
-    storage: Storage, key: str, content: Callable[[], AnyRecord | None]
-) -> AnyRecord | None:
+def rewrite(storage: Storage, key: str, content: Callable[[], AnyRecord | None]) -> AnyRecord | None:
     """Write what `content` makes of the file that exists now, and return it; None leaves the file as it is.
 
     Safe beside other writers: the write is conditional, and whoever comes late makes its content anew. Raises WorkError if

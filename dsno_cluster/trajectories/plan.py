@@ -238,7 +238,9 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
     """The plan as lines for people; `plan` None: there is no teacher yet, so no folder that is named by it."""
     settings, size = config.trajectories, plan.size if plan else size_of(config)
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
-    rows = sum(sampling.evaluations for sampling in compared_samplings(config, plan.teacher if plan else None))
+    rows = sum(
+        sampling.evaluations for sampling in compared_samplings(config, plan.teacher if plan else None)
+    )
     lines = [
         f"teacher       {config.teacher.path}: fits"
         if found.problem is None
