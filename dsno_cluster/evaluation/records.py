@@ -240,7 +240,9 @@ def read_file(model: type[AnyFile], storage: Storage, key: str) -> AnyFile | Non
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); delete it and make it again") from None
     if not isinstance(content, dict) or model.known_by not in content:
-        raise UserError(f"{where}: has no {model.known_by!r}; it is not a file of `dsno-cluster eval`")
+        raise UserError(
+            f"{where}: has no {model.known_by!r}; it is not a file of `dsno-cluster eval`; move it away"
+        )
     try:
         return read_record(model, data, where)
     except UserError as error:

@@ -61,12 +61,12 @@ def watch(
     while True:
         there = checkpoints(storage, config, known)
         # the best anew: it may be asked for by another metric now, or students may be gone
-        history = _noted(storage, config, there)
+        history = note_row(storage, config, there)
         done = {(row.sha256, row.evaluation) for row in history.rows}
         todo = [student for student in there if (student.sha256, _settings_hash(config)) not in done]
         for student in todo:
             row = _evaluated(config, teacher, student, actors, ray_address)
-            history = _noted(storage, config, there, row)
+            history = note_row(storage, config, there, row)
         last = max((student.step for student in there), default=-1)
         if last >= config.training.steps:
             break
@@ -130,7 +130,7 @@ def _evaluated(
     return HistoryRow.model_validate({**known, **metrics.student.values()})
 
 
-def _noted(
+def note_row(
     storage: Storage, config: Config, there: Sequence[WatchedStudent], row: HistoryRow | None = None
 ) -> History:
     """The history, with a `row` more; the best of the students that are `there` is named beside them.
