@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from typing import Any
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.evaluation.evaluate import evaluate
+from dsno_cluster.evaluation.look_up import find_subject
 from dsno_cluster.model_folder import read_meta
 from dsno_cluster.training.loop import train
 from dsno_cluster.trajectories.generate import generate
@@ -49,15 +49,15 @@ def run(config: Config) -> float:
 
 def figures(config: Config) -> list[str]:
     """Evaluate; the columns of the table."""
-    metrics: dict[str, Any] = evaluate(config, None)
-    student = metrics["student"]
+    metrics = evaluate(find_subject(config))
+    student = metrics.student
     return [
         str(config.training.steps),
-        f"{metrics['train_seconds']:.0f}",
-        f"{student['cost_in_teacher_evaluations']:.1f}",
-        f"{student['fid']:.3f}",
-        f"{student['agreement']:.4f}",
-        f"{student['trajectory_error']['0.0']:.4f}",
+        f"{metrics.train_seconds or 0:.0f}",
+        f"{student.cost_in_teacher_evaluations:.1f}",
+        f"{student.fid:.3f}",
+        f"{student.agreement:.4f}",
+        f"{(student.trajectory_error or {})['0.0']:.4f}",
     ]
 
 

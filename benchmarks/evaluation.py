@@ -34,7 +34,7 @@ from inception import Images, save_random_inception
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.evaluation.features import INCEPTION, Reading, file_sha256, find_all_weights, readings
+from dsno_cluster.evaluation.features import INCEPTION, Reading, file_sha256, find_all_weights, find_readings
 
 SIZE = 64  # pixels
 WIDTH, LOGITS = 2048, 1008
@@ -111,11 +111,12 @@ def inception(count: int, rounds: int) -> None:
 def actors_seconds(config: Config, file: Path, count: int) -> float:
     """Seconds from the first block handed out to the last result merged; actors are ready before."""
     from dsno_cluster.cluster.ray_pool import import_ray, local_ray, run_pool
-    from dsno_cluster.evaluation.actor import Block, EvaluationActor, Source
+    from dsno_cluster.evaluation.actor import EvaluationActor
     from dsno_cluster.evaluation.metrics import Collected
+    from dsno_cluster.evaluation.sources import Block, ImageSource
 
-    source, size = Source("images", address=str(file)), config.evaluation.batch_size
-    read = {source: readings(config.evaluation)}
+    source, size = ImageSource("images", address=str(file)), config.evaluation.batch_size
+    read = {source: find_readings(config.evaluation)}
     weights = find_all_weights(config.evaluation)
     blocks = [Block("features", source, start, min(start + size, count)) for start in range(0, count, size)]
     with local_ray(2, 1) as cluster:
@@ -125,10 +126,10 @@ def actors_seconds(config: Config, file: Path, count: int) -> float:
         waiting = iter(actors)
         collected = Collected(count, size)
         began = time.perf_counter()
-        for block, (found, _) in run_pool(
+        for block, measured in run_pool(
             lambda: next(waiting), lambda actor, b: actor.run.remote(b), blocks, cluster.capacity, in_flight=2
         ):
-            collected.add(block.start, found)
+            collected.add(block.start, measured.result)
         collected.merger.result()
         return time.perf_counter() - began
 

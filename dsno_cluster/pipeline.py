@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.files import shown_path
+
+if TYPE_CHECKING:
+    from dsno_cluster.evaluation.records import Metrics
 
 PURPOSES = {
     "gen-trajectories": "the teacher solves its ODE, many evaluations an image",
@@ -31,15 +34,16 @@ def describe(config: Config) -> str:
     )
 
 
-def run_here(config: Config) -> dict[str, Any]:
+def run_here(config: Config) -> Metrics:
     """Run the whole path on this machine; returns the metrics of the evaluation. Finished stages are not done again."""
     from dsno_cluster.evaluation.evaluate import evaluate
+    from dsno_cluster.evaluation.look_up import find_subject
     from dsno_cluster.training.loop import train
     from dsno_cluster.trajectories.generate import generate
 
     began = time.monotonic()
     console.say(f"the whole path: {describe(config)}")
-    metrics: dict[str, Any] = {}
+    metrics: Metrics | None = None
     stages = stages_of(config)
     for number, stage in enumerate(stages, 1):
         console.say(f"\n[{number}/{len(stages)}] {stage}: {PURPOSES[stage]}")
@@ -49,6 +53,7 @@ def run_here(config: Config) -> dict[str, Any]:
             case "train":
                 train(config)
             case "eval":
-                metrics = evaluate(config, None)
+                metrics = evaluate(find_subject(config))
     console.say(f"\nthe whole path took {time.monotonic() - began:.0f} s\n")
+    assert metrics is not None  # of the last stage
     return metrics

@@ -38,11 +38,16 @@ class Record(BaseModel):
 
 
 class SparseRecord(Record):
-    """A record that leaves unsaid what is not known: values that are None or empty."""
+    """A record that leaves out the keys that may be left out and have no value: None, or nothing in them."""
 
     @model_serializer(mode="wrap")
-    def _without_unknowns(self, dump: SerializerFunctionWrapHandler) -> Values:
-        return {key: value for key, value in dump(self).items() if value not in (None, [], (), {})}
+    def _only_known(self, dump: SerializerFunctionWrapHandler) -> Values:
+        needed = {name for name, field in type(self).model_fields.items() if field.is_required()}
+        return {
+            key: value
+            for key, value in dump(self).items()
+            if key in needed or value not in (None, [], (), {})
+        }
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

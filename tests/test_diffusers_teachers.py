@@ -188,7 +188,7 @@ def test_evaluations_on_the_native_grid_are_counted(
     unet: Any, one: bool, guidance: float, tmp_path: Path
 ) -> None:
     """Where the last alpha is not set to one, the native grid has one more interval than steps."""
-    from dsno_cluster.evaluation.teacher_rows import evaluations_of, teacher_sources
+    from dsno_cluster.teachers import compared_samplings
 
     path, _ = saved(unet, tmp_path, set_alpha_to_one=one, timestep_spacing="trailing")
     null = ["network.num_classes=4", "network.null_class=true"]
@@ -205,7 +205,8 @@ def test_evaluations_on_the_native_grid_are_counted(
     hook.remove()
     assert len(calls) == (10 if one else 11) * int(guidance)
     assert make_plan(config).size.evaluations_per_sample == len(calls)
-    counted = [evaluations_of(s, config) for s in teacher_sources(config) if s.grid == "auto"]
+    rows = compared_samplings(config, find_teacher(config))
+    counted = [row.evaluations for row in rows if row.as_trajectories]
     assert counted == [len(calls)]
 
 

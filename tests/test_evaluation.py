@@ -249,16 +249,17 @@ def test_a_student_that_is_replaced_meanwhile_is_not_taken_for_the_first(
 ) -> None:
     """Each actor opens the student by itself, at any time; a training may go on beside."""
     from dsno_cluster import load_student
-    from dsno_cluster.evaluation.evaluate import find_student
+    from dsno_cluster.evaluation.look_up import find_student
 
     shutil.copytree(demo[0] / "students", tmp_path / "students")
     config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tmp_path}"])
-    path, meta = find_student(config, None)
+    student = find_student(config)
+    path = student.address
     newer = tmp_path / "students/digits/step-000000005"
     shutil.copytree(path, newer)
     (tmp_path / "students/digits/latest").write_text(newer.name + "\n")
     assert Path(path).name == "step-000000004"
-    load_student(path, sha256=meta["sha256"])
+    load_student(path, sha256=student.sha256)
     with pytest.raises(WorkError, match="were replaced meanwhile"):
         load_student(path, sha256="0" * 64)
 
@@ -321,25 +322,15 @@ raise SystemExit(main(["train-teacher", *{few!r}, "storage.root={tmp_path / "cut
 def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> None:
     """`eval` of the default config finds every row of the teacher measured already."""
     from dsno_cluster.config import load_config
-    from dsno_cluster.evaluation.features import find_all_weights, readings
-    from dsno_cluster.evaluation.reference import find_real_data
-    from dsno_cluster.evaluation.teacher_rows import (
-        comparison_spec,
-        row_key,
-        stored_teacher_rows,
-        teacher_sources,
-    )
-    from dsno_cluster.storage import open_storage
-
-    storage = open_storage(str(tmp_path))
+    from dsno_cluster.evaluation.look_up import Student, Subject, look_up
+    from dsno_cluster.teachers import find_teacher
 
     def rows_of(*words: str) -> list[int]:
-        config = load_config("configs/digits.yaml", words)
-        read, weights = readings(config.evaluation), find_all_weights(config.evaluation)
-        spec = comparison_spec(config, read, weights, find_real_data(config, storage, read, weights))
-        rows = stored_teacher_rows(config, storage, spec)
-        assert all(row["shipped"] for row in rows.values())  # which `eval` tells
-        return [rows[row_key(s)]["evaluations"] for s in teacher_sources(config) if row_key(s) in rows]
+        config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}", *words])
+        subject = Subject(config, find_teacher(config), Student("none", "0" * 64, 1, None, None))
+        found = look_up(subject)
+        assert all(row.shipped for row in found.known.values())  # which `eval` says
+        return [found.known[s].evaluations for s in found.samplings if s in found.known]
 
     assert rows_of() == [1, 4, 8, 18, 64]
     assert rows_of("evaluation.num_samples=1000") == []

@@ -208,7 +208,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
     for name, images in found.items():
         assert images.count == 5 and images.shape == (3, 6, 6), name
         assert torch.equal(images.read(0, 5), pixels) and torch.equal(images.read(3, 5), pixels[3:]), name
-    assert len({json.dumps(images.identity) for images in found.values()}) == 4
+    assert len({images.identity.model_dump_json() for images in found.values()}) == 4
     known = {name: images.labels and images.labels(2, 4).tolist() for name, images in found.items()}
     assert known == {"ours.npz": [2, 3], "adm.npz": None, "small.npz": None, "pictures": None}
     Image.fromarray(rows[0][:4]).save(tmp_path / "pictures/1/9.png")
@@ -312,7 +312,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
     def real(name: str, *words: str) -> Any:
         config = digits_config(tmp_path, f"evaluation.reference={tmp_path / name}", *words)
         weights = features.find_all_weights(config.evaluation)
-        return find_real_data(config, storage, features.readings(config.evaluation), weights)
+        return find_real_data(config, storage, features.find_readings(config.evaluation), weights)
 
     edm = real("edm.npz", "evaluation.reference_count=50000", "evaluation.reference_resolution=8")
     assert edm.images is None and edm.statistics.count == 50000 and edm.statistics.resolution == 8
@@ -342,7 +342,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reads images of 1x8x8, .*colour\.npz are 3x8x8"):
         real("colour.npz")
     alone = real("images.npz")
-    assert alone.statistics is None and alone.images.count == 30 and set(alone.spec["holds"]) == {"fid"}
+    assert alone.statistics is None and alone.images.count == 30 and set(alone.spec.holds) == {"fid"}
     with pytest.raises(UserError, match="kid compare single images"):
         real("edm.npz", "evaluation.metrics=[fid, kid]")
     np.savez(tmp_path / "other.npz", x=mean)

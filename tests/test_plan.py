@@ -17,7 +17,7 @@ import safetensors.numpy
 from tiny import DATA, TINY, dsno
 
 from dsno_cluster.config import load_config
-from dsno_cluster.evaluation.teacher_rows import teacher_sources
+from dsno_cluster.teachers import compared_samplings, find_teacher
 
 GAUSSIAN = [
     *("network.num_classes=0", "network.null_class=false", "teacher.path=closed-form:gaussian"),
@@ -133,8 +133,9 @@ def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
         assert other.returncode == 2 and "set trajectories.solver=ddim" in other.stderr, other.stderr
     grid = dsno("gen-trajectories", str(config), "trajectories.grid=uniform", *root)
     assert grid.returncode == 2 and "set trajectories.grid=auto" in grid.stderr, grid.stderr
-    rows = teacher_sources(load_config(str(config), [f"evaluation.teacher_steps=[1, 3, {steps // 2}, 64]"]))
-    assert [row.steps for row in rows] == [1, steps // 2, steps]  # through levels that it knows
+    chosen = load_config(str(config), [f"evaluation.teacher_steps=[1, 3, {steps // 2}, 64]"])
+    rows = compared_samplings(chosen, find_teacher(chosen))
+    assert [row.method.steps for row in rows] == [1, steps // 2, steps]  # through levels that it knows
     off = dsno("gen-trajectories", str(config), "trajectories.times=[0.51, 0.0]", *root)
     assert off.returncode == 2 and "0.51 is not on the grid" in off.stderr, off.stderr
     asked = dsno("plan", str(config), "--tolerance", "1e-3")

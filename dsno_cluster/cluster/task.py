@@ -23,7 +23,6 @@ from dsno_cluster import console
 from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.config import Config, Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
-from dsno_cluster.files import shown_path
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 STOPS = {
@@ -128,15 +127,17 @@ class StageTask:
 
             return generate(config, self.actors, ray_address)
         from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
+        from dsno_cluster.evaluation.look_up import find_subject
         from dsno_cluster.evaluation.watch import watch
+        from dsno_cluster.teachers import find_teacher
 
         if self.watch:
-            watch(config, self.actors, ray_address)
+            watch(config, find_teacher(config), self.actors, ray_address)
         elif self.samples is not None:
             evaluate_images(config, self.samples, self.actors, ray_address)
         else:
-            evaluate(config, self.student, self.actors, ray_address)
-        return f"{shown_path(config.storage.root)}/evaluation/{config.name}"
+            evaluate(find_subject(config, self.student), self.actors, ray_address)
+        return f"{config.storage.root}/evaluation/{config.name}"
 
 
 def attempt_number() -> int:

@@ -55,7 +55,7 @@ def run_pipeline(arguments: Arguments) -> None:
 
 def _check_all_stages(config: Config, folder: str) -> None:
     """Raises UserError or WorkError for what a later stage would miss, hours from now."""
-    from dsno_cluster.evaluation.evaluate import check_comparison
+    from dsno_cluster.evaluation.look_up import check_comparison
     from dsno_cluster.training.objectives.losses import find_lpips_weights
     from dsno_cluster.trajectories.plan import check_reachable
 

@@ -14,6 +14,9 @@ from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
 
+# folders beside those of the experiments in evaluation/
+TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
+
 
 class DataConfig(Strict):
     name: Literal["digits"] | None = Field(
@@ -82,8 +85,10 @@ class Config(Strict):
             raise ValueError(
                 "evaluation.metrics: agreement needs evaluation.feature_extractor digits-features"
             )
-        if self.name == "teachers":
-            raise ValueError("name teachers is taken: the teachers' measured rows are kept below it")
+        if self.name in TAKEN_NAMES:
+            raise ValueError(
+                f"name {self.name} is taken: {TAKEN_NAMES[self.name]} are kept in evaluation/{self.name}/"
+            )
         if self.trajectories.guidance_scale != 1.0 and not self.network.null_class:
             raise ValueError(
                 "trajectories.guidance_scale other than 1 needs a teacher with network.null_class"

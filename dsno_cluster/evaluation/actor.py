@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,66 +16,50 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.diffusion.solvers import Method, solve_with
-from dsno_cluster.evaluation.features import Extractor, Reading, WeightsFile, load_extractor
-from dsno_cluster.evaluation.image_sets import ImageSet, open_images
+from dsno_cluster.diffusion.solvers import solve_with
+from dsno_cluster.evaluation.features import Extractor, Readings, WeightsFile, load_extractor
+from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
 from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
+from dsno_cluster.evaluation.records import Cost
+from dsno_cluster.evaluation.sources import Block, ImageSource, MeasuredBlock, TrajectoryError
 from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import find_teacher
+from dsno_cluster.trajectories.generate import check_teacher
 from dsno_cluster.trajectories.shards import Shard, write_shard
-from dsno_cluster.trajectories.spec import solve_samples, spec_of
+from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples
+
+Result = TypeVar("Result")
+
+TIMED_PAIRS = 5  # calls of student and teacher, whose median ratio is the cost
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where images come from: the student, the teacher by a solver in `steps` intervals through `times`, or an image set."""
+class StudentAtWork:
+    """A student by address and sha256 of its weights, the spec of its teacher's trajectories, and the folder that its samples
+    are kept in, None to keep none."""
 
-    kind: str  # "student", "teacher" or "images"
-    solver: str = ""
-    steps: int = 0
-    times: tuple[float, ...] = (0.0,)
-    grid: str = "uniform"
-    address: str = ""
-    is_reference: bool = False  # else images that are compared with it, which may be the same ones
-
-    @property
-    def title(self) -> str:
-        return f"teacher, {self.solver}" if self.kind == "teacher" else self.address or self.kind
-
-
-STUDENT = Source("student")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One task of the pool: what to do with samples [start, stop)."""
-
-    work: str  # "features" or "trajectory"
-    source: Source
-    start: int
-    stop: int
+    address: str
+    sha256: str
+    spec: TrajectorySpec
+    keep: str | None = None
 
 
 class EvaluationActor:
-    """Holds the extractors and, where `student` names one by address and sha256, the student and its teacher.
-
-    `read` says what each metric reads, by source; `keep` is the folder for the student's samples, None to keep none.
-    """
+    """Holds the extractors and, if there is a `student`, that and its teacher. `readings` are what each metric reads."""
 
     def __init__(
         self,
         config: Config,
         weights: dict[str, WeightsFile],
-        read: dict[Source, dict[str, Reading]],
-        student: tuple[str, str] | None = None,
-        keep: str | None = None,
+        readings: dict[ImageSource, Readings],
+        student: StudentAtWork | None = None,
     ) -> None:
-        self.config, self.read, self.keep = config, read, keep
+        self.config, self.readings, self.work = config, readings, student
         settings, endpoint = config.evaluation, config.storage.endpoint_url
         threads = settings.threads
         torch.set_num_threads(threads)
@@ -86,109 +71,103 @@ class EvaluationActor:
         self.device = compute_device()
         self.storage = open_storage(config.storage.root, endpoint)
         if student is not None:
-            address, sha256 = student
             loaded = load_student(
-                address,
+                student.address,
                 endpoint,
                 ema=settings.ema_decay,
-                sha256=sha256,
+                sha256=student.sha256,
                 precision=settings.precision,
                 compile=settings.compile,
             )
-            self.student = loaded.to(self.device)
+            self.student, self.spec = loaded.to(self.device), student.spec
             found = find_teacher(config)
-            self.teacher, self.spec = found.load().to(self.device), spec_of(config, found)
+            self.teacher = found.load().to(self.device)
+            check_teacher(student.spec, self.teacher, found.path)
         layers: dict[str, list[str]] = {}
-        for reading in (reading for of_source in read.values() for reading in of_source.values()):
+        for reading in (reading for of_source in readings.values() for reading in of_source.values()):
             layers.setdefault(reading.extractor, []).append(reading.layer)
         self.extractors: dict[str, Extractor] = {
             name: load_extractor(weights[name], dict.fromkeys(wanted)) for name, wanted in layers.items()
         }
         self.images = lru_cache(4)(lambda address: open_images(address, endpoint))
 
-    def run(self, block: Block) -> Any:
-        """A BlockResult and the line of a kept shard or None; for "trajectory" the sums of squares of `_trajectory_error`."""
-        if block.work == "trajectory":
-            return self.drawing.submit(self._trajectory_error, block).result()
-        images, labels = self.drawing.submit(self._images, block).result()
-        return self.extracting.submit(self._measure, block, images, labels).result()
+    def environment(self) -> Environment:
+        return environment()
+
+    def run(self, block: Block) -> MeasuredBlock | TrajectoryError | Cost | Pictured:
+        """The result of a block, by its work."""
+        match block.work:
+            case "features":
+                images, labels = self.drawing.submit(self._images, block).result()
+                return self.extracting.submit(self._measure, block, images, labels).result()
+            case "trajectory":
+                return self.drawing.submit(self._trajectory_error, block).result()
+            case "cost":
+                return self._undisturbed(lambda: self._cost(block))
+            case "pictures":
+                return self._undisturbed(
+                    lambda: solve_pictured(self.config, self.spec, self.student, self.teacher)
+                )
+
+    def _undisturbed(self, call: Callable[[], Result]) -> Result:
+        """Call after what either thread still does: a block that another actor was faster with."""
+        return self.extracting.submit(lambda: self.drawing.submit(call).result()).result()
 
     def _images(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """The block's images, uint8 (N, C, H, W), and their classes (N,) where known, both on CPU."""
-        if block.source.kind == "images":
-            found: ImageSet = self.images(block.source.address)
+        """The block's images, uint8 (N, C, H, W), and their classes (N,) if known, both on CPU."""
+        source = block.source
+        if source.kind == "images":
+            found = self.images(source.address)
             known = found.labels and found.labels(block.start, block.stop)
             return found.read(block.start, block.stop), known
         noise, labels = self._inputs(range(block.start, block.stop))
-        if block.source.kind == "student":
+        if source.sampling is None:
             states = self.student.sample(noise, labels)
         else:
-            settings = self.config.trajectories
-            source = block.source
-            guidance, clip = settings.guidance_scale, settings.clip_denoised
-            method = Method(source.solver, source.steps, source.grid, guidance, clip)
-            states = solve_with(method, self.teacher, noise, source.times, labels)[:, -1]
+            sampling = source.sampling
+            states = solve_with(sampling.method, self.teacher, noise, sampling.times, labels)[:, -1]
         return to_uint8(states).cpu(), None if labels is None else labels.cpu()
 
-    def _measure(
-        self, block: Block, images: Tensor, labels: Tensor | None
-    ) -> tuple[BlockResult, Shard | None]:
-        read = self.read[block.source]
+    def _measure(self, block: Block, images: Tensor, labels: Tensor | None) -> MeasuredBlock:
+        readings = self.readings[block.source]
         found = {
             f"{name}/{layer}": rows.numpy()
-            for name in dict.fromkeys(reading.extractor for reading in read.values())
+            for name in dict.fromkeys(reading.extractor for reading in readings.values())
             for layer, rows in self.extractors[name](images).items()
         }
         agreeing = 0
-        if "agreement" in read:
+        if "agreement" in readings:
             assert labels is not None
-            agreeing = int((found[read["agreement"].key].argmax(1) == labels.numpy()).sum())
-        moments = moments_of(found[read["fid"].key]) if "fid" in read else None
-        features = {key: found[key] for key in layers_by_row(read)}
-        return BlockResult(moments, features, agreeing), self._kept(block, images, labels)
+            agreeing = int((found[readings["agreement"].key].argmax(1) == labels.numpy()).sum())
+        moments = moments_of(found[readings["fid"].key]) if "fid" in readings else None
+        features = {key: found[key] for key in layers_by_row(readings)}
+        return MeasuredBlock(BlockResult(moments, features, agreeing), self._kept(block, images, labels))
 
     def _kept(self, block: Block, images: Tensor, labels: Tensor | None) -> Shard | None:
-        if self.keep is None or block.source.kind != "student":
+        if block.source.kind != "student" or self.work is None or self.work.keep is None:
             return None
         tensors = {"images": images} | ({} if labels is None else {"labels": labels})
         index = block.start // self.config.evaluation.batch_size
-        return write_shard(self.storage, self.keep, index, block.start, tensors)
+        return write_shard(self.storage, self.work.keep, index, block.start, tensors)
 
     def _inputs(self, indices: range) -> tuple[Tensor, Tensor | None]:
         seed, classes = self.config.evaluation.seed, self.student.network.num_classes
         noise = sample_noise(seed, indices, self.teacher.shape).to(self.device)
         return noise, sample_labels(seed, indices, classes).to(self.device) if classes else None
 
-    def _trajectory_error(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over held-out samples of squared differences and squares, each (M,) float64."""
+    def _trajectory_error(self, block: Block) -> TrajectoryError:
         indices = range(block.start, block.stop)
         target, _ = solve_samples(self.spec, self.teacher, self.config.evaluation.seed, indices)
         noise, labels = self._inputs(indices)
-        difference = self.student.trajectory(noise, labels, self.config.trajectories.time_points) - target
+        difference = self.student.trajectory(noise, labels, self.spec.times) - target
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
-        return sums[0], sums[1]
+        return TrajectoryError(sums[0], sums[1])
 
-    def environment(self) -> Environment:
-        return environment()
+    def _cost(self, block: Block) -> Cost:
+        """The median ratio of student and teacher, called in turn, for the samples of a block at a time."""
+        noise, labels = self._inputs(range(block.start, block.stop))
 
-    def pictured(self) -> Pictured:
-        """States of the same noises for the pictures, after what either thread still does."""
-        return self.extracting.submit(lambda: self.drawing.submit(self._pictured).result()).result()
-
-    def _pictured(self) -> Pictured:
-        return solve_pictured(self.config, self.spec, self.student, self.teacher)
-
-    def measure_cost(self, pairs: int = 5) -> dict[str, float]:
-        """What one student sample costs in teacher evaluations: the median ratio of `pairs` run in turn.
-
-        After what either thread still does: a block that another actor was faster with.
-        """
-        return self.extracting.submit(lambda: self.drawing.submit(self._cost, pairs).result()).result()
-
-    def _cost(self, pairs: int) -> dict[str, float]:
-        noise, labels = self._inputs(range(self.config.evaluation.batch_size))
-
-        def seconds(call: Any) -> float:
+        def seconds(call: Callable[[], Tensor]) -> float:
             began = time.perf_counter()
             call().cpu()  # waits for a GPU
             return time.perf_counter() - began
@@ -200,9 +179,8 @@ class EvaluationActor:
             return self.teacher(noise, 1.0, labels)
 
         student(), teacher()
-        times = [(seconds(student), seconds(teacher)) for _ in range(pairs)]
-        rate = len(noise) / float(np.median([s for s, _ in times]))
-        return {
-            "cost_in_teacher_evaluations": float(np.median([s / t for s, t in times])),
-            "images_per_second": rate,
-        }
+        times = [(seconds(student), seconds(teacher)) for _ in range(TIMED_PAIRS)]
+        return Cost(
+            cost_in_teacher_evaluations=float(np.median([s / t for s, t in times])),
+            images_per_second=len(noise) / float(np.median([s for s, _ in times])),
+        )

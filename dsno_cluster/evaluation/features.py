@@ -107,6 +107,9 @@ class Reading:
         return f"{self.extractor}/{self.layer}"
 
 
+Readings = dict[str, Reading]  # by metric
+
+
 @dataclass(frozen=True)
 class Extractor:
     """An extractor with its weights."""
@@ -133,12 +136,12 @@ def layer_of(extractor: str, metric: str) -> str:
     return str(FEATURE_EXTRACTORS_REGISTRY[extractor].get_default_feature_layer_for_metric(METRICS[metric]))
 
 
-def readings(settings: Evaluation) -> dict[str, Reading]:
+def find_readings(settings: Evaluation) -> Readings:
     """What each metric of the config reads, for those that read features.
 
     Raises UserError for an unknown extractor.
     """
-    found: dict[str, Reading] = {}
+    found: Readings = {}
     for metric in settings.metrics:
         if metric == "trajectory_error":
             continue
@@ -167,7 +170,7 @@ def check_shape(extractors: Iterable[str], shape: Sequence[int], what: str) -> N
 def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
     """The checked weights of every extractor that the config's metrics read. Errors as `find_weights`."""
     found = {}
-    for reading in readings(settings).values():
+    for reading in find_readings(settings).values():
         name = reading.extractor
         if name in found:
             continue

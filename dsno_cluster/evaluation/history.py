@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from collections.abc import Sequence
 
 from dsno_cluster.config import Config
+from dsno_cluster.evaluation.records import Best, History, HistoryRow, read_file
 from dsno_cluster.evaluation.table import INCEPTION, Figure, known_figures
-from dsno_cluster.storage import MissingObject, Storage
+from dsno_cluster.storage import Storage
 
-# the figure that a metric of the config is judged by, where it is called otherwise
+# the figure that a metric of the config is judged by, if it is called otherwise
 _FIGURES = {"precision_recall": "f_score"}
 
 
@@ -17,22 +17,19 @@ def history_key(config: Config) -> str:
     return f"evaluation/{config.name}/history.json"
 
 
-def read_history(storage: Storage, config: Config) -> dict[str, Any]:
-    """What was measured before: `rows`, oldest first, and the `best` of them or None."""
-    try:
-        return dict(json.loads(storage.read(history_key(config))))
-    except MissingObject:
-        return {"rows": [], "best": None}
+def read_history(storage: Storage, config: Config) -> History:
+    """What was measured before. Raises UserError for a damaged file."""
+    return read_file(History, storage, history_key(config)) or History()
 
 
-def best_of(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The best row by a metric: step, average and value; None where no row has it."""
+def best_of(rows: Sequence[HistoryRow], metric: str) -> Best | None:
+    """The best row by a metric; None if no row has it."""
     valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
     if not valued:
         return None
     choose = min if judging_figures(INCEPTION)[metric].better == "lower" else max
     row, value = choose(valued, key=lambda pair: pair[1])
-    return {"step": row["step"], "ema_decay": row["ema_decay"], "metric": metric, "value": value}
+    return Best(step=row.step, ema_decay=row.ema_decay, metric=metric, value=value)
 
 
 def judging_figures(extractor: str) -> dict[str, Figure]:
@@ -43,9 +40,9 @@ def judging_figures(extractor: str) -> dict[str, Figure]:
     return known
 
 
-def value_of(row: dict[str, Any], metric: str) -> float | None:
-    """A row's figure by the config's name of a metric; where it is one for each time, their mean."""
-    value = row.get(_FIGURES.get(metric, metric))
-    if isinstance(value, dict):
-        return sum(value.values()) / len(value) if value else None
-    return value
+def value_of(row: HistoryRow, metric: str) -> float | None:
+    """A row's figure by the config's name of a metric; of one for each time, their mean."""
+    if metric == "trajectory_error":
+        errors = row.trajectory_error
+        return sum(errors.values()) / len(errors) if errors else None
+    return row.figure(_FIGURES.get(metric, metric))

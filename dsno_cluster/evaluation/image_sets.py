@@ -18,21 +18,33 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_cluster.config.base import Named, later
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import file_sha256
 from dsno_cluster.records import canonical_hash
-from dsno_cluster.storage import absolute_address, open_storage
+from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, read_shard
 
 ARRAYS = ("images", "arr_0")  # of an .npz: ours, and ADM's
 READERS = 4  # pictures decoded at a time
+
+
+class DataIdentity(Named):
+    """What tells images, or statistics of them, from any others.
+
+    A hash of them; for pictures, of their files' names, sizes and times.
+    """
+
+    kind: str
+    sha256: str | None = later(None)
+    bytes: int | None = later(None)
+    files: str | None = later(None)
 
 
 @dataclass(frozen=True)
@@ -45,12 +57,12 @@ class ImageSet:
     address: str
     count: int
     shape: tuple[int, int, int]
-    identify: Callable[[], dict[str, Any]]
+    identify: Callable[[], DataIdentity]
     read: Callable[[int, int], Tensor]
     labels: Callable[[int, int], Tensor] | None = None
 
     @functools.cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         """What tells them from any others. All of a file is read for it, so only who asks pays."""
         return self.identify()
 
@@ -80,17 +92,17 @@ def _named(name: str) -> ImageSet:
     split = load_digits()[NAMED_IMAGES.index(name)]
     images = to_uint8(split.images)
 
-    def identify() -> dict[str, Any]:
-        return {"kind": name, "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+    def identify() -> DataIdentity:
+        return DataIdentity(kind=name, sha256=hashlib.sha256(images.numpy().tobytes()).hexdigest())
 
     return ImageSet(name, len(images), _shape(images[0]), identify, _parts(images), _parts(split.labels))
 
 
-def _shards(address: str, storage: Any, manifest: Manifest) -> ImageSet:
+def _shards(address: str, storage: Storage, manifest: Manifest) -> ImageSet:
     shards = manifest.shards
 
-    def identify() -> dict[str, Any]:
-        return {"kind": "shards", "sha256": canonical_hash({"shards": [s.sha256 for s in shards]})}
+    def identify() -> DataIdentity:
+        return DataIdentity(kind="shards", sha256=canonical_hash({"shards": [s.sha256 for s in shards]}))
 
     @functools.lru_cache(2)  # a block may begin in one shard and end in the next
     def tensors_of(index: int) -> dict[str, Tensor]:
@@ -124,8 +136,8 @@ def _npz(file: Path) -> ImageSet:
         part = torch.from_numpy(np.array(images[start:stop]))
         return part.permute(0, 3, 1, 2).contiguous() if in_rows else part
 
-    def identify() -> dict[str, Any]:
-        return {"kind": "npz", "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    def identify() -> DataIdentity:
+        return DataIdentity(kind="npz", bytes=file.stat().st_size, sha256=file_sha256(file))
 
     classes = None if in_rows else _npz_labels(file, len(images))
     labels = None if classes is None else _parts(classes)
@@ -218,13 +230,13 @@ def _pictures(folder: Path) -> ImageSet:
         with ThreadPoolExecutor(READERS) as threads:
             return torch.stack(list(threads.map(one, files[start:stop])))
 
-    def identify() -> dict[str, Any]:
+    def identify() -> DataIdentity:
         root = folder.resolve()
         lines = [
             [str(f.relative_to(root)) if f.is_relative_to(root) else str(f), s.st_size, s.st_mtime_ns]
             for f, s in ((f, f.stat()) for f in files)
         ]
-        return {"kind": "pictures", "files": hashlib.sha256(json.dumps(lines).encode()).hexdigest()}
+        return DataIdentity(kind="pictures", files=hashlib.sha256(json.dumps(lines).encode()).hexdigest())
 
     return ImageSet(str(folder), len(files), shape, identify, read)
 

@@ -1,8 +1,12 @@
-"""The pool of actors that measures sets of images; each is handed on as soon as it is whole, and then no more held."""
+"""The pool of actors that measures sets of images; each is handed on as soon as it is whole, and then no more held.
+
+A function of its arguments and the storage: blocks are merged in a tree over their numbers, so the number of actors, and
+which of them die, changes no figure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,42 +14,61 @@ import numpy as np
 
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import RayCluster, given_address, import_ray, open_ray, run_pool
-from dsno_cluster.config import Config
-from dsno_cluster.evaluation.actor import STUDENT, Block, EvaluationActor, Source
-from dsno_cluster.evaluation.features import BATCH, Reading, WeightsFile
-from dsno_cluster.evaluation.metrics import Collected, Reference
+from dsno_cluster.config import Config, Evaluation
+from dsno_cluster.evaluation.actor import EvaluationActor, StudentAtWork
+from dsno_cluster.evaluation.features import BATCH, Readings, WeightsFile
+from dsno_cluster.evaluation.metrics import Collected, Reference, figures
 from dsno_cluster.evaluation.pictures import Pictured
+from dsno_cluster.evaluation.records import Cost, Figures
 from dsno_cluster.evaluation.reference import RealData, finished_reference
+from dsno_cluster.evaluation.sources import STUDENT, Block, ImageSource, MeasuredBlock, TrajectoryError
 from dsno_cluster.provenance import Environment
-from dsno_cluster.storage import absolute_address, open_storage
+from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.trajectories.generate import check_alike
 from dsno_cluster.trajectories.shards import Shard
 
 
 @dataclass(frozen=True)
 class ImagesOf:
-    """`count` images of a source, and what is read of each, by metric."""
+    """`count` images of a source, and what each metric reads of them."""
 
-    source: Source
+    source: ImageSource
     count: int
-    read: dict[str, Reading]
+    readings: Readings
 
     def block_size(self, batch_size: int) -> int:
-        """Images of a block. Those that are there already are extracted in the batches that torch-fidelity makes of them, so
+        """Images of a block. Those that exist already are extracted in the batches that torch-fidelity makes of them, so
         that features are the same to the last bit however they are split."""
         return -(-batch_size // BATCH) * BATCH if self.source.kind == "images" else batch_size
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is not of one set: the reference, the student's trajectory error by time point, kept shards, its cost and on what,
-    and what the pictures show of it."""
+class MeasuredSet:
+    """A set that is whole."""
+
+    images: ImagesOf
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class MeasuredStudent:
+    """What is known of the student besides its images: its error by time point, if asked for, kept shards, cost and pictures."""
+
+    trajectory_error: tuple[float, ...]
+    shards: tuple[Shard, ...]
+    cost: Cost
+    pictured: Pictured
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the figures were measured against, and the `environment` of the actors that did it."""
 
     reference: Reference | None
-    trajectory_error: list[float]
-    shards: list[Shard]
-    cost: dict[str, float]
-    environment: Environment | None
-    pictured: Pictured | None
+    environment: Environment
+
+
+Measured = MeasuredSet | MeasuredStudent | Surroundings
 
 
 def measure(
@@ -53,128 +76,171 @@ def measure(
     weights: dict[str, WeightsFile],
     sets: Sequence[ImagesOf],
     real: RealData,
-    finish: Callable[[ImagesOf, Collected, Reference | None], None],
     *,
-    student: tuple[str, str] | None = None,
-    keep: str | None = None,
+    student: StudentAtWork | None = None,
     actors: int | None = None,
     ray_address: str | None = None,
     title: str = "evaluating",
     reached: int = 0,
-) -> Measured:
-    """Have actors measure the sets, and the reference's images where they are not known yet.
+) -> Generator[Measured]:
+    """Have actors measure the sets, and the reference's images if they are not known yet.
 
-    `finish` gets each set with what was collected of it, once it is whole and the reference is there. With a `student`'s
-    address and sha256 also its trajectory error, where the config asks for it, and its cost; `keep` is where its samples are
-    stored.
-    `title`, and how many samples former runs `reached`, are for the progress.
+    Gives each set as soon as it and the reference are whole; then the student, if there is one, with its trajectory error
+    if the config asks for it; and last the surroundings. `title`, and how many samples former runs `reached`, are for the
+    progress. Raises UserError for actors that differ in device or versions, and as `run_pool`.
     """
     settings, storage = config.evaluation, open_storage(config.storage.root, config.storage.endpoint_url)
-    reference = finished_reference(storage, real, None) if real.source is None else None
-    by_source = {images.source: images for images in sets}
     if real.source is not None:
         assert real.images is not None
-        by_source[real.source] = ImagesOf(real.source, real.images.count, real.read)
-    blocks, collected = [], {}
-    for images in by_source.values():
-        size = images.block_size(settings.batch_size)
-        blocks += _blocks("features", images.source, images.count, size)
-        collected[images.source] = Collected(images.count, size)
+        sets = [*sets, ImagesOf(real.source, real.images.count, real.readings)]
+    blocks = [block for images in sets for block in _blocks_of(images, settings.batch_size)]
     if student is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
-    console.say(_in_words(blocks, by_source, real.source))
+    console.say(_in_words(blocks, sets, real.source))
     # the reference, without which no set is finished; then the dearest, so that no actor is left alone with a long one
-    blocks.sort(key=lambda block: (block.source != real.source, -block.source.steps))
-    left = {source: sum(b.source == source and b.work == "features" for b in blocks) for source in by_source}
-    whole: list[Source] = []
-    errors: dict[Block, tuple[np.ndarray, np.ndarray]] = {}
-    shards: dict[int, Shard] = {}
-    read = {images.source: images.read for images in by_source.values()}
-    student_there = student and (absolute_address(student[0]), student[1])
+    blocks.sort(key=lambda block: (block.source != real.source, -block.source.evaluations))
+    collecting = _Collecting(settings, storage, real, sets)
+    errors: dict[int, TrajectoryError] = {}
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
+        readings = {images.source: images.readings for images in sets}
+        pool = _Pool(cluster, (config, weights, readings, student))
+        with console.progress(
+            title, sum(b.stop - b.start for b in blocks), "samples", reached=reached
+        ) as advance:
+            for block, result in pool.run_all(blocks):
+                if isinstance(result, TrajectoryError):
+                    errors[block.start] = result
+                else:
+                    assert isinstance(result, MeasuredBlock)
+                    yield from collecting.add(block, result)
+                advance(block.stop - block.start)
+        if student is not None:
+            cost, pictured = pool.run_alone(
+                [Block("cost", STUDENT, 0, settings.batch_size), Block("pictures", STUDENT, 0, 0)]
+            )
+            yield MeasuredStudent(_relative(errors), collecting.kept_shards(), cost, pictured)
+        yield Surroundings(collecting.reference, pool.environments[0])
+
+
+def _relative(errors: dict[int, TrajectoryError]) -> tuple[float, ...]:
+    """The relative error by time point of all blocks together, in the order of their samples; empty without any."""
+    parts = [errors[start] for start in sorted(errors)]
+    if not parts:
+        return ()
+    return tuple(np.sqrt(sum(p.difference for p in parts) / sum(p.target for p in parts)).tolist())
+
+
+class _Pool:
+    """Actors on a cluster, each made with `arguments`. The `environments` of those that answered must be alike."""
+
+    def __init__(self, cluster: RayCluster, arguments: tuple[Any, ...]) -> None:
         # two calls at a time: while one block's features are extracted the next is drawn or read
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
+        self.cluster = cluster
+        self.remote, self.arguments = remote, arguments
+        self.idle: list[Any] = []
+        self.environments: list[Environment] = []
 
-        def make_actor() -> Any:
-            return remote.remote(config, weights, read, student_there, keep)
+    def run_all(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Any]]:
+        """Pairs of a block and its result, as they come. One actor stays, idle, for `run_alone`."""
+        return run_pool(
+            self._make,
+            lambda actor, block: actor.run.remote(block),
+            blocks,
+            self.cluster.capacity,
+            in_flight=2,
+            greet=lambda actor: actor.environment.remote(),
+            welcome=self._welcome,
+            release=self._release,
+        )
 
-        idle: list[Any] = []
-        for block, result in _run_blocks(make_actor, blocks, cluster, idle, title, reached):
-            source = block.source
-            if block.work == "trajectory":
-                errors[block] = result
-                continue
-            found, shard = result
-            collected[source].add(block.start, found)
-            if shard is not None:
-                shards[block.start] = shard
-            left[source] -= 1
-            if left[source]:
-                continue
-            if source == real.source:
-                reference = finished_reference(storage, real, collected.pop(source))
-            else:
-                whole.append(source)
-            if real.source is None or not left[real.source]:
-                for one in whole:
-                    finish(by_source[one], collected.pop(one), reference)
-                whole.clear()
-        cost, made_by, pictured = {}, None, None
-        if student is not None:
-            probe = idle[0]  # alone now, so that nothing disturbs the timing
-            cost = import_ray().get(probe.measure_cost.remote())
-            made_by, pictured = import_ray().get([probe.environment.remote(), probe.pictured.remote()])
-    parts = [errors[block] for block in sorted(errors, key=lambda b: b.start)]
-    error = np.sqrt(sum(p[0] for p in parts) / sum(p[1] for p in parts)).tolist() if parts else []
-    return Measured(reference, error, [shards[start] for start in sorted(shards)], cost, made_by, pictured)
+    def run_alone(self, blocks: Sequence[Block]) -> tuple[Any, ...]:
+        """The results of blocks, one at a time on a single actor, so that nothing disturbs what is timed.
+
+        If it dies, another is made, and so on as in any pool.
+        """
+        results = dict(
+            run_pool(
+                lambda: self.idle.pop() if self.idle else self._make(),
+                lambda actor, block: actor.run.remote(block),
+                blocks,
+                lambda: min(1, self.cluster.capacity()),
+                in_order=True,
+                greet=lambda actor: actor.environment.remote(),
+                welcome=self._welcome,
+            )
+        )
+        return tuple(results[block] for block in blocks)
+
+    def _make(self) -> Any:
+        return self.remote.remote(*self.arguments)
+
+    def _welcome(self, environment: Environment) -> None:
+        self.environments.append(environment)
+        check_alike(environment, self.environments[0], "an evaluation")
+
+    def _release(self, actor: Any) -> None:
+        if self.idle:
+            import_ray().kill(actor)
+        else:
+            self.idle.append(actor)
 
 
-def _in_words(blocks: list[Block], sets: dict[Source, ImagesOf], reference: Source | None) -> str:
+class _Collecting:
+    """The sets while their blocks come in. One is finished when it and the reference are whole."""
+
+    def __init__(
+        self, settings: Evaluation, storage: Storage, real: RealData, sets: Sequence[ImagesOf]
+    ) -> None:
+        self.settings, self.storage, self.real = settings, storage, real
+        self.sets = {images.source: images for images in sets}
+        self.left = {images.source: len(_blocks_of(images, settings.batch_size)) for images in sets}
+        self.collected = {
+            images.source: Collected(images.count, images.block_size(settings.batch_size)) for images in sets
+        }
+        self.shards: dict[int, Shard] = {}
+        self.whole: list[ImageSource] = []
+        self.reference = finished_reference(storage, real, None) if real.source is None else None
+
+    def add(self, block: Block, measured: MeasuredBlock) -> Iterator[MeasuredSet]:
+        """Take a block, each block once; gives the sets that are finished by it."""
+        source = block.source
+        self.collected[source].add(block.start, measured.result)
+        if measured.kept is not None:
+            self.shards[block.start] = measured.kept
+        self.left[source] -= 1
+        if self.left[source]:
+            return
+        if source == self.real.source:
+            self.reference = finished_reference(self.storage, self.real, self.collected.pop(source))
+        else:
+            self.whole.append(source)
+        while self.whole and not (self.real.source and self.left[self.real.source]):
+            images = self.sets[self.whole.pop(0)]
+            collected = self.collected.pop(images.source)
+            yield MeasuredSet(images, figures(self.settings, images.readings, collected, self.reference))
+
+    def kept_shards(self) -> tuple[Shard, ...]:
+        return tuple(self.shards[start] for start in sorted(self.shards))
+
+
+def _in_words(blocks: list[Block], sets: Sequence[ImagesOf], reference: ImageSource | None) -> str:
     """What the progress counts: images of each kind, and trajectories."""
-    parts = []
-    if STUDENT in sets:
-        parts.append(f"{sets[STUDENT].count:,} samples of the student")
-    if of_teacher := [images.count for source, images in sets.items() if source.kind == "teacher"]:
+    parts = [f"{images.count:,} samples of the student" for images in sets if images.source == STUDENT]
+    if of_teacher := [images.count for images in sets if images.source.kind == "teacher"]:
         parts.append(f"{sum(of_teacher):,} of the teacher in {len(of_teacher)} row(s)")
-    for source, images in sets.items():
-        if source.kind == "images":
-            whose = "the reference" if source == reference else source.address
+    for images in sets:
+        if images.source.kind == "images":
+            whose = "the reference" if images.source == reference else images.source.address
             parts.append(f"{images.count:,} images of {whose}")
     if trajectories := sum(b.stop - b.start for b in blocks if b.work == "trajectory"):
         parts.append(f"{trajectories:,} trajectories")
     return f"to measure: {', '.join(parts)}"
 
 
-def _blocks(work: str, source: Source, count: int, size: int) -> list[Block]:
+def _blocks_of(images: ImagesOf, batch_size: int) -> list[Block]:
+    return _blocks("features", images.source, images.count, images.block_size(batch_size))
+
+
+def _blocks(work: Any, source: ImageSource, count: int, size: int) -> list[Block]:
     return [Block(work, source, start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _run_blocks(
-    make_actor: Callable[[], Any],
-    blocks: list[Block],
-    cluster: RayCluster,
-    idle: list[Any],
-    title: str,
-    reached: int,
-) -> Iterator[tuple[Block, Any]]:
-    """Pairs of a block and its result, as they come. One actor stays, in `idle`, for what comes after them."""
-
-    def release(actor: Any) -> None:
-        if idle:
-            import_ray().kill(actor)
-        else:
-            idle.append(actor)
-
-    total = sum(b.stop - b.start for b in blocks)
-    with console.progress(title, total, "samples", reached=reached) as advance:
-        pool = run_pool(
-            make_actor,
-            lambda actor, block: actor.run.remote(block),
-            blocks,
-            cluster.capacity,
-            in_flight=2,
-            release=release,
-        )
-        for block, result in pool:
-            yield block, result
-            advance(block.stop - block.start)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from dsno_cluster.config import Evaluation
+from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.features import Reading
+from dsno_cluster.evaluation.features import Reading, Readings
+from dsno_cluster.evaluation.image_sets import DataIdentity
+from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.evaluation.statistics import BlockMerger, Moments, frechet_distance
 
 BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
@@ -59,6 +61,13 @@ class Collected:
         self.agreeing += result.agreeing
 
 
+class ReferenceParts(Named):
+    """A reference whose mean and covariance may have come from a file, and its features from images."""
+
+    statistics: DataIdentity | None
+    images: DataIdentity | None
+
+
 @dataclass(frozen=True)
 class Reference:
     """The real data: mean (D,) and covariance (D, D) of `count` images, None where not recorded; features (N, D) by layer.
@@ -66,7 +75,7 @@ class Reference:
     `identity` is what it was made of, `resolution` the images' height, None where not recorded.
     """
 
-    identity: dict[str, Any]
+    identity: DataIdentity | ReferenceParts
     mean: np.ndarray | None
     covariance: np.ndarray | None
     count: int | None
@@ -74,9 +83,9 @@ class Reference:
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def layers_by_row(read: dict[str, Reading]) -> set[str]:
+def layers_by_row(readings: Readings) -> set[str]:
     """Keys of the layers whose features the metrics need row by row."""
-    return {reading.key for metric, reading in read.items() if metric in BY_ROW}
+    return {reading.key for metric, reading in readings.items() if metric in BY_ROW}
 
 
 def fewest(settings: Evaluation) -> dict[str, int]:
@@ -98,26 +107,26 @@ def check_count(settings: Evaluation, metrics: Iterable[str], count: int, what: 
 
 
 def figures(
-    settings: Evaluation, read: dict[str, Reading], samples: Collected, reference: Reference | None
-) -> dict[str, float]:
-    """Every metric of `read`; those of samples alone need no reference.
+    settings: Evaluation, readings: Readings, samples: Collected, reference: Reference | None
+) -> Figures:
+    """Every metric of `readings`; those of samples only need no reference.
 
     Raises UserError where there are too few images for a metric or the reference's features are of another width.
     """
     found: dict[str, float] = {}
-    check_count(settings, read, samples.count, "the set of samples")
-    if "fid" in read:
+    check_count(settings, readings, samples.count, "the set of samples")
+    if "fid" in readings:
         assert reference is not None
         found["fid"] = fid(samples.merger.result(), reference)
-    if "kid" in read:
-        found |= kid(settings, *_pair(read["kid"], samples, reference))
-    if "inception_score" in read:
-        found |= inception_score(settings, samples.features[read["inception_score"].key])
-    if "precision_recall" in read:
-        found |= precision_recall(settings, *_pair(read["precision_recall"], samples, reference))
-    if "agreement" in read:
+    if "kid" in readings:
+        found |= kid(settings, *_pair(readings["kid"], samples, reference))
+    if "inception_score" in readings:
+        found |= inception_score(settings, samples.features[readings["inception_score"].key])
+    if "precision_recall" in readings:
+        found |= precision_recall(settings, *_pair(readings["precision_recall"], samples, reference))
+    if "agreement" in readings:
         found["agreement"] = samples.agreeing / samples.count
-    return found
+    return Figures.model_validate(found)
 
 
 def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> tuple[np.ndarray, np.ndarray]:

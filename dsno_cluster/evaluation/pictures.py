@@ -15,6 +15,7 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
+from dsno_cluster.evaluation.records import Layout, Metrics
 from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
@@ -26,27 +27,22 @@ _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
 STRIPS = 4  # samples that are shown through time
 
 
-def layout(config: Config) -> dict[str, Any]:
-    """What is where in teacher.png, student.png and strips.png; sizes are in their own pixels.
-
-    The first two are `rows` of `columns` tiles of size `tile`, `gap` apart and around them, a row a class where there are
-    classes. strips.png has a pair of rows, teacher over student and `pair_gap` to the next pair, for each of `strips`
-    (rows of the grids, whose first sample it is), and a column for each of `times`, the first of which is the noise.
-    """
+def layout(config: Config) -> Layout:
+    """How the plain pictures of a config are laid out."""
     network = config.network
     classes = min(network.num_classes, 10)
     rows, gap = classes or 4, max(1, network.image_size // 16)
     count = min(STRIPS, rows)
-    return {
-        "rows": rows,
-        "columns": config.evaluation.picture_columns,
-        "classes": classes,
-        "tile": network.image_size,
-        "gap": gap,
-        "pair_gap": 3 * gap,
-        "strips": sorted({round(i * (rows - 1) / max(1, count - 1)) for i in range(count)}),
-        "times": [1.0, *config.trajectories.time_points],
-    }
+    return Layout(
+        rows=rows,
+        columns=config.evaluation.picture_columns,
+        classes=classes,
+        tile=network.image_size,
+        gap=gap,
+        pair_gap=3 * gap,
+        strips=tuple(sorted({round(i * (rows - 1) / max(1, count - 1)) for i in range(count)})),
+        times=(1.0, *config.trajectories.time_points),
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Pictured:
 def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher: Teacher) -> Pictured:
     """Teacher's and student's states of the noises that are pictured, computed where the two are."""
     plain, device = layout(config), next(student.parameters()).device
-    classes, columns = plain["rows"], plain["columns"]
+    classes, columns = plain.rows, plain.columns
     noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
     labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
     if labels is not None:
@@ -72,34 +68,34 @@ def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher:
     return Pictured(noise.cpu(), theirs.cpu(), ours.cpu(), spec.method.evaluations(spec.times))
 
 
-def pictures(config: Config, pictured: Pictured, metrics: dict[str, Any]) -> dict[str, bytes]:
+def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, bytes]:
     """The pictures as PNG bytes by name, all of the same noises.
 
     samples.png and trajectory.png, teacher over student with captions; teacher.png, student.png and strips.png, which
     are as `layout` says.
     """
     plain, times = layout(config), config.trajectories.time_points
-    classes, columns = plain["rows"], plain["columns"]
+    classes, columns = plain.rows, plain.columns
     noise, theirs, ours = pictured.noise, pictured.theirs, pictured.ours
 
     def rows(states: Tensor) -> Tensor:
         return states.reshape(classes, columns, *states.shape[1:])
 
-    names = [f"{i}" if plain["classes"] else "" for i in range(classes)]
+    names = [f"{i}" if plain.classes else "" for i in range(classes)]
     last = rows(theirs[:, -1]), rows(ours[:, -1])
     samples = _samples_picture(*last, names, pictured.teacher_evaluations, metrics)
     # one noise: the first of a class that shows strokes well enough in every data set
     pick = columns * min(3, classes - 1)
     trajectory = _trajectory_picture(noise[pick], theirs[pick], ours[pick], times)
-    picked = [columns * row for row in plain["strips"]]
+    picked = [columns * row for row in plain.strips]
     begin = noise[picked, None] / 2  # noise at half contrast, to lie within the range
     pairs = [torch.cat([begin, states[picked]], dim=1) for states in (theirs, ours)]
     return {
         "samples.png": samples,
         "trajectory.png": trajectory,
-        "teacher.png": _plain_grid(rows(theirs[:, -1]), plain["gap"]),
-        "student.png": _plain_grid(rows(ours[:, -1]), plain["gap"]),
-        "strips.png": _plain_grid(torch.stack(pairs, 1).flatten(0, 1), plain["gap"], plain["pair_gap"]),
+        "teacher.png": _plain_grid(rows(theirs[:, -1]), plain.gap),
+        "student.png": _plain_grid(rows(ours[:, -1]), plain.gap),
+        "strips.png": _plain_grid(torch.stack(pairs, 1).flatten(0, 1), plain.gap, plain.pair_gap),
     }
 
 
@@ -116,7 +112,7 @@ def _plain_grid(images: Tensor, gap: int, pair_gap: int = 0) -> bytes:
 
 
 def _samples_picture(
-    theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: dict[str, Any]
+    theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: Metrics
 ) -> bytes:
     """A pair of rows a class, teacher over student, (R, K, C, H, W) each; the table stands beside them."""
     row_count, columns = theirs.shape[:2]
@@ -128,16 +124,16 @@ def _samples_picture(
     header, table = table_rows(metrics)
     lines = error_lines(metrics)
     column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
-    extractor, count = metrics["feature_extractor"]["name"], metrics["num_samples"]
+    extractor, count = metrics.feature_extractor.name, metrics.num_samples
     notes = [
         *(
-            [f"{count} samples against {metrics['reference']['count'] or 'the'} real images, {extractor}."]
+            [f"{count} samples against {metrics.reference.count or 'the'} real images, {extractor}."]
             if figures_of(metrics)
             else []
         ),
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
         "measured: a published-form student answers all its time points at once.",
-        f"One-step samples: {metrics['student']['images_per_second']:.0f} images/s on one actor.",
+        f"One-step samples: {metrics.student.images_per_second:.0f} images/s on one actor.",
     ]
     if lines:
         notes += [

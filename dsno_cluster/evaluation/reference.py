@@ -10,25 +10,26 @@ import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from dsno_cluster.config import Config, Evaluation, files_not_there
+from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.actor import Source
-from dsno_cluster.evaluation.features import Reading, WeightsFile, check_shape, file_sha256, is_published
-from dsno_cluster.evaluation.image_sets import ImageSet, npz_file, npz_images, open_images
+from dsno_cluster.evaluation.features import Readings, WeightsFile, check_shape, file_sha256, is_published
+from dsno_cluster.evaluation.image_sets import DataIdentity, ImageSet, npz_file, npz_images, open_images
 from dsno_cluster.evaluation.metrics import (
     BY_ROW,
     OF_REFERENCE,
     Collected,
     Reference,
+    ReferenceParts,
     check_count,
     check_width,
 )
+from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
@@ -36,25 +37,41 @@ from dsno_cluster.storage import MissingObject, Storage
 ENOUGH = 10_000  # images; a FID of fewer is far above that of 50 000 and is not published
 
 
+class Held(Named):
+    """What is kept of the images for a metric: a layer of an extractor, row by row or as moments."""
+
+    layer: str
+    weights_sha256: str
+    by_row: bool
+
+
+class ReferenceSpec(Named):
+    """All that decides the statistics of a reference's images; what they `hold` is by metric. Its hash names their file."""
+
+    images: DataIdentity
+    count: int
+    holds: dict[str, Held]
+
+
 @dataclass(frozen=True)
 class RealData:
     """The reference as far as it is known before the pool runs: imported statistics, images, and what is kept of those.
 
-    `read` is what the metrics need of the images, `spec` all that decides it.
+    `readings` are what the metrics need of the images, `spec` all that decides it.
     """
 
     statistics: Reference | None = None
     images: ImageSet | None = None
-    read: dict[str, Reading] = field(default_factory=dict)
-    spec: dict[str, Any] = field(default_factory=dict)
+    readings: Readings = field(default_factory=dict)
+    spec: ReferenceSpec | None = None
     kept: Reference | None = None
 
     @property
-    def source(self) -> Source | None:
+    def source(self) -> ImageSource | None:
         """What the pool has to measure."""
         if self.images is None or self.kept is not None:
             return None
-        return Source("images", address=self.images.address, is_reference=True)
+        return ImageSource("images", address=self.images.address, is_reference=True)
 
     @property
     def count(self) -> int | None:
@@ -99,7 +116,7 @@ def imported(settings: Evaluation) -> Reference | None:
     resolution = settings.reference_resolution
     if resolution is None and npz_images(file) is not None:
         resolution = open_images(str(file)).shape[1]
-    identity = {"kind": "mu and sigma", "sha256": file_sha256(file)}
+    identity = DataIdentity(kind="mu and sigma", sha256=file_sha256(file))
     return Reference(identity, mean, covariance, settings.reference_count, resolution)
 
 
@@ -120,9 +137,9 @@ def check_reference_is_there(config: Config) -> None:
 
 
 def reference_images(
-    settings: Evaluation, statistics: Reference | None, read: dict[str, Reading], endpoint_url: str | None
+    settings: Evaluation, statistics: Reference | None, readings: Readings, endpoint_url: str | None
 ) -> ImageSet | None:
-    """The images whose features the metrics of `read` need; None where imported `statistics` are all that they need.
+    """The images whose features the metrics of `readings` need; None where imported `statistics` are all that they need.
 
     Raises UserError where a metric needs images and the reference has none.
     """
@@ -131,7 +148,7 @@ def reference_images(
             return open_images(settings.reference, endpoint_url)
         except UserError as error:
             raise UserError(f"evaluation.reference: {error}") from None
-    by_row = [metric for metric in read if metric in BY_ROW]
+    by_row = [metric for metric in readings if metric in BY_ROW]
     if not by_row:
         return None
     if npz_images(Path(settings.reference)) is None:
@@ -142,22 +159,18 @@ def reference_images(
     return open_images(settings.reference)
 
 
-def reference_spec(
-    images: ImageSet, read: dict[str, Reading], weights: dict[str, WeightsFile]
-) -> dict[str, Any]:
+def reference_spec(images: ImageSet, readings: Readings, weights: dict[str, WeightsFile]) -> ReferenceSpec:
     """All that decides the statistics of a reference's images."""
     holds = {
-        metric: {
-            "layer": reading.key,
-            "weights_sha256": weights[reading.extractor].sha256,
-            "by_row": metric != "fid",
-        }
-        for metric, reading in read.items()
+        metric: Held(
+            layer=reading.key, weights_sha256=weights[reading.extractor].sha256, by_row=metric != "fid"
+        )
+        for metric, reading in readings.items()
     }
-    return {"images": images.identity, "count": images.count, "holds": holds}
+    return ReferenceSpec(images=images.identity, count=images.count, holds=holds)
 
 
-def stored_reference(storage: Storage, spec: dict[str, Any], images: ImageSet) -> Reference | None:
+def stored_reference(storage: Storage, spec: ReferenceSpec, images: ImageSet) -> Reference | None:
     """The statistics that were kept for `spec`, or None."""
     try:
         data = storage.read(_key(spec))
@@ -175,9 +188,9 @@ def stored_reference(storage: Storage, spec: dict[str, Any], images: ImageSet) -
     )
 
 
-def reference_of(images: ImageSet, read: dict[str, Reading], collected: Collected) -> Reference:
+def reference_of(images: ImageSet, readings: Readings, collected: Collected) -> Reference:
     """What was collected from the reference's images."""
-    moments = collected.merger.result() if "fid" in read else None
+    moments = collected.merger.result() if "fid" in readings else None
     return Reference(
         images.identity,
         None if moments is None else moments.mean,
@@ -188,15 +201,16 @@ def reference_of(images: ImageSet, read: dict[str, Reading], collected: Collecte
     )
 
 
-def store_reference(storage: Storage, spec: dict[str, Any], reference: Reference) -> None:
+def store_reference(storage: Storage, spec: ReferenceSpec, reference: Reference) -> None:
     tensors = {f"features {layer}": rows for layer, rows in reference.features.items()}
     if reference.mean is not None and reference.covariance is not None:
         tensors |= {"mean": reference.mean, "covariance": reference.covariance}
-    storage.write(_key(spec), safetensors.numpy.save(tensors, {"spec": json.dumps(spec, sort_keys=True)}))
+    text = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
+    storage.write(_key(spec), safetensors.numpy.save(tensors, {"spec": text}))
 
 
-def _key(spec: dict[str, Any]) -> str:
-    return f"evaluation/references/{canonical_hash(spec)}.safetensors"
+def _key(spec: ReferenceSpec) -> str:
+    return f"evaluation/references/{canonical_hash(spec.model_dump(mode='json'))}.safetensors"
 
 
 def merged(statistics: Reference | None, images: Reference | None) -> Reference | None:
@@ -204,7 +218,7 @@ def merged(statistics: Reference | None, images: Reference | None) -> Reference 
     if statistics is None or images is None:
         return statistics or images
     return Reference(
-        {"statistics": statistics.identity, "images": images.identity},
+        ReferenceParts(statistics=_one(statistics.identity), images=_one(images.identity)),
         statistics.mean,
         statistics.covariance,
         statistics.count,
@@ -213,8 +227,13 @@ def merged(statistics: Reference | None, images: Reference | None) -> Reference 
     )
 
 
+def _one(identity: DataIdentity | ReferenceParts) -> DataIdentity:
+    assert isinstance(identity, DataIdentity)  # only what is merged has parts
+    return identity
+
+
 def compared_data(
-    config: Config, compared: dict[str, Reading], weights: dict[str, WeightsFile]
+    config: Config, compared: Readings, weights: dict[str, WeightsFile]
 ) -> tuple[Reference | None, ImageSet | None]:
     """Imported statistics and the images that the metrics need; neither where nothing is compared.
 
@@ -236,10 +255,10 @@ def compared_data(
 
 
 def find_real_data(
-    config: Config, storage: Storage, read: dict[str, Reading], weights: dict[str, WeightsFile]
+    config: Config, storage: Storage, readings: Readings, weights: dict[str, WeightsFile]
 ) -> RealData:
     """The config's reference: imported, kept from an evaluation before, or images that are still to be measured."""
-    compared = {metric: reading for metric, reading in read.items() if metric in OF_REFERENCE}
+    compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
     if not compared:
         return RealData()
     statistics, images = compared_data(config, compared, weights)
@@ -255,14 +274,14 @@ def finished_reference(storage: Storage, real: RealData, collected: Collected | 
     """The reference with what the pool `collected` of its images, which is kept for the next evaluation."""
     found = real.kept
     if collected is not None:
-        assert real.images is not None
-        found = reference_of(real.images, real.read, collected)
+        assert real.images is not None and real.spec is not None
+        found = reference_of(real.images, real.readings, collected)
         store_reference(storage, real.spec, found)
     return merged(real.statistics, found)
 
 
 def warnings_of(
-    read: dict[str, Reading],
+    readings: Readings,
     weights: dict[str, WeightsFile],
     reference: Reference,
     count: int,
@@ -270,7 +289,7 @@ def warnings_of(
 ) -> list[str]:
     """What keeps the figures from being compared with published ones; written beside them. `resolution`: of the samples."""
     found = []
-    inception = [metric for metric, reading in read.items() if reading.extractor == INCEPTION]
+    inception = [metric for metric, reading in readings.items() if reading.extractor == INCEPTION]
     if inception and not is_published(weights[INCEPTION]):
         found.append(
             f"{', '.join(inception)}: not by the published Inception weights, but by weights of sha256 "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from dsno_cluster.evaluation.records import Figures, Metrics
 
 INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the field calls FID
 
@@ -18,9 +19,9 @@ class Figure:
     decimals: int
     better: str  # "lower" or "higher"
 
-    def text(self, row: dict[str, Any]) -> str:
-        """The figure of a row, with its standard deviation where the row has one; empty where it has none."""
-        value, spread = row.get(self.key), row.get(f"{self.key}_std")
+    def text(self, row: Figures) -> str:
+        """The figure of a row, with its standard deviation if the row has one; empty if it has no such figure."""
+        value, spread = row.figure(self.key), row.figure(f"{self.key}_std")
         if value is None:
             return ""
         return f"{value:.{self.decimals}f}" + (f" ± {spread:.{self.decimals}f}" if spread is not None else "")
@@ -40,35 +41,33 @@ def known_figures(extractor: str) -> list[Figure]:
     ]
 
 
-def figures_of(metrics: dict[str, Any]) -> list[Figure]:
+def figures_of(metrics: Metrics) -> list[Figure]:
     """The figures that any row of the metrics has."""
-    rows = [metrics["student"], *metrics["teacher_rows"], metrics.get("real_held_out") or {}]
-    known = known_figures(metrics["feature_extractor"]["name"])
-    return [figure for figure in known if any(row.get(figure.key) is not None for row in rows)]
+    rows: list[Figures] = [metrics.student, *metrics.teacher_rows]
+    rows += [metrics.real_held_out] if metrics.real_held_out else []
+    known = known_figures(metrics.feature_extractor.name)
+    return [figure for figure in known if any(row.figure(figure.key) is not None for row in rows)]
 
 
-def table_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table_rows(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table: the real data's, the teacher's by cost, and last the student's."""
     figures = figures_of(metrics)
     header = ["samples", "NFE", "cost", *(figure.title for figure in figures)]
     rows = []
-    held_out = metrics.get("real_held_out")
+    held_out, student = metrics.real_held_out, metrics.student
     if held_out:
-        rows.append([f"real, {held_out['num_samples']} held out", "", "", *_texts(figures, held_out)])
-    for row in metrics["teacher_rows"]:
-        evaluations = str(row["evaluations"])
-        rows.append([row["source"], evaluations, evaluations, *_texts(figures, row)])
-    student = metrics["student"]
-    cost = f"{student['cost_in_teacher_evaluations']:.1f}"
-    rows.append(["student", "1", cost, *_texts(figures, student)])
+        rows.append([f"real, {held_out.num_samples} held out", "", "", *_texts(figures, held_out)])
+    for row in metrics.teacher_rows:
+        rows.append([row.source, str(row.evaluations), str(row.evaluations), *_texts(figures, row)])
+    rows.append(["student", "1", f"{student.cost_in_teacher_evaluations:.1f}", *_texts(figures, student)])
     return header, rows
 
 
-def _texts(figures: Sequence[Figure], row: dict[str, Any]) -> list[str]:
+def _texts(figures: Sequence[Figure], row: Figures) -> list[str]:
     return [figure.text(row) for figure in figures]
 
 
-def error_lines(metrics: dict[str, Any]) -> list[str]:
+def error_lines(metrics: Metrics) -> list[str]:
     """Relative error of the student against the teacher's own trajectory, a line per time point."""
-    errors = metrics["student"].get("trajectory_error", {})
+    errors = metrics.student.trajectory_error or {}
     return [f"t = {float(t):.4g}: {error:.3f}" for t, error in errors.items()]

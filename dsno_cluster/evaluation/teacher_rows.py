@@ -1,115 +1,184 @@
-"""The teacher's rows of the table: which there are, and those that were measured before and are kept."""
+"""The teacher's rows of the table, measured before: which are kept in the storage, or came with the teacher."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field, SerializeAsAny, field_validator
+
+from dsno_cluster import console
 from dsno_cluster.config import Config
-from dsno_cluster.diffusion.solvers import count_evaluations
-from dsno_cluster.evaluation.actor import Source
-from dsno_cluster.evaluation.features import Reading, WeightsFile
+from dsno_cluster.config.base import Named, later
+from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.features import Readings, WeightsFile
+from dsno_cluster.evaluation.image_sets import DataIdentity
+from dsno_cluster.evaluation.metrics import ReferenceParts
+from dsno_cluster.evaluation.records import TeacherRow, rewrite
 from dsno_cluster.evaluation.reference import RealData
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
-from dsno_cluster.records import canonical_hash
+from dsno_cluster.records import Record, canonical_hash, read_record
 from dsno_cluster.storage import MissingObject, Storage
-from dsno_cluster.teachers import find_teacher
+from dsno_cluster.teachers import ConfiguredTeacher, Sampling, read_identity
+from dsno_cluster.teachers.identity import TeacherIdentity
 
 SHIPPED_ROWS = "evaluation.json"
 
-
-def teacher_sources(config: Config) -> list[Source]:
-    """The teacher's rows of the table: DDIM at several costs, and the solver that made the trajectories.
-
-    A distilled teacher knows the levels of its own steps alone, so of it only those costs that leave some of them out.
-    """
-    teacher, made_by = find_teacher(config).info, as_trajectories(config)
-    costs = config.evaluation.teacher_steps
-    if teacher.distilled and teacher.num_steps is not None:
-        costs = tuple(steps for steps in costs if teacher.num_steps % steps == 0)
-    rows = [Source("teacher", "ddim", steps) for steps in costs]
-    rows = rows if made_by in rows else [*rows, made_by]
-    return sorted(rows, key=lambda source: evaluations_of(source, config))
+# settings that only these metrics depend on
+_KNOBS: dict[str, tuple[str, ...]] = {
+    "kid": ("kid_subsets", "kid_subset_size", "metric_seed"),
+    "inception_score": ("inception_splits", "metric_seed"),
+    "precision_recall": ("neighborhood",),
+}
 
 
-def as_trajectories(config: Config) -> Source:
-    """The row of the solver that made the trajectories."""
-    settings = config.trajectories
-    grid = find_teacher(config).method.grid
-    grid = grid if isinstance(grid, str) else "auto"
-    return Source("teacher", settings.solver, settings.steps, settings.time_points, grid)
+class ComparedBy(Named):
+    """The main extractor, and the sha256 of its weights if a metric reads it."""
+
+    name: str
+    weights_sha256: str | None
 
 
-def evaluations_of(source: Source, config: Config) -> int:
-    """Network evaluations of a teacher's row for one image."""
-    guidance = config.trajectories.guidance_scale
-    native = find_teacher(config).own_steps if source.grid == "auto" else None
-    return count_evaluations(source.solver, source.steps, guidance, source.times, native or source.grid)
+class ComparisonSpec(Named):
+    """What a teacher's stored row must agree in to stand beside the student's. Its hash names the file of the rows."""
+
+    teacher: SerializeAsAny[TeacherIdentity]
+    feature_extractor: ComparedBy
+    reference: Literal["data"] | ReferenceParts
+    num_samples: int
+    seed: int
+    metrics: tuple[str, ...]
+    guidance_scale: float
+    clip_denoised: bool
+    precision: str = later("float32")
+    other_extractors: dict[str, str] = later({})
+    kid_subsets: int | None = later(None)
+    kid_subset_size: int | None = later(None)
+    inception_splits: int | None = later(None)
+    neighborhood: int | None = later(None)
+    metric_seed: int | None = later(None)
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _by_its_family(cls, value: object) -> object:
+        return read_identity(value) if isinstance(value, dict) else value
 
 
-def row_key(source: Source) -> str:
-    if source.kind == "student":
-        return "student"
-    grid = "" if source.grid == "uniform" else f" on {source.grid}"
-    return f"{source.solver} {source.steps} through {' '.join(map(str, source.times))}{grid}"
+class TeacherRowsFile(Record):
+    """The teacher's rows by `row_key`, and what they agree in."""
+
+    schema_version: Literal[1] = 1
+    made_by: str | None = None
+    spec: ComparisonSpec
+    rows: dict[str, TeacherRow]
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def row_keys(sampling: Sampling) -> tuple[str, ...]:
+    """The names that a row may have in a file: its own, and those of the samplings that it stands for."""
+    return tuple(dict.fromkeys([_row_key(sampling), *map(_row_key, sampling.same)]))
+
+
+def _row_key(sampling: Sampling) -> str:
+    method = sampling.method
+    grid = method.grid if isinstance(method.grid, str) else "auto"  # the teacher's own steps
+    on = "" if grid == "uniform" else f" on {grid}"
+    return f"{method.solver} {method.steps} through {' '.join(map(str, sampling.times))}{on}"
 
 
 def comparison_spec(
-    config: Config, read: dict[str, Reading], weights: dict[str, WeightsFile], real: RealData
-) -> dict[str, Any]:
-    """What a teacher's stored row must agree in to stand beside the student's."""
-    settings, precision = config.evaluation, config.teacher.precision
+    config: Config,
+    teacher: ConfiguredTeacher,
+    readings: Readings,
+    weights: dict[str, WeightsFile],
+    real: RealData,
+) -> ComparisonSpec:
+    """The spec of a config's rows of the teacher."""
+    settings = config.evaluation
     main = settings.feature_extractor
-    knobs = {
-        "kid": ("kid_subsets", "kid_subset_size", "metric_seed"),
-        "inception_score": ("inception_splits", "metric_seed"),
-        "precision_recall": ("neighborhood",),
+    knobs: dict[str, Any] = {
+        key: getattr(settings, key) for metric in readings for key in _KNOBS.get(metric, ())
     }
-    chosen = {key: getattr(settings, key) for metric in read for key in knobs.get(metric, ())}
-    others = {name: file.sha256 for name, file in weights.items() if name != main}
-    identity = {
-        "statistics": real.statistics.identity if real.statistics else None,
-        "images": real.images.identity if real.images else None,
+    return ComparisonSpec(
+        teacher=teacher.info.identity,
+        feature_extractor=ComparedBy(
+            name=main, weights_sha256=weights[main].sha256 if main in weights else None
+        ),
+        reference="data" if settings.reference == "data" else _parts_of(real),
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        metrics=tuple(m for m in settings.metrics if m != "trajectory_error"),
+        guidance_scale=config.trajectories.guidance_scale,
+        clip_denoised=config.trajectories.clip_denoised,
+        precision=config.teacher.precision,
+        other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
+        **knobs,
+    )
+
+
+def _parts_of(real: RealData) -> ReferenceParts:
+    statistics = real.statistics.identity if real.statistics else None
+    assert statistics is None or isinstance(statistics, DataIdentity)
+    return ReferenceParts(statistics=statistics, images=real.images.identity if real.images else None)
+
+
+def known_rows(
+    storage: Storage, spec: ComparisonSpec, teacher: ConfiguredTeacher, samplings: list[Sampling]
+) -> dict[Sampling, TeacherRow]:
+    """The rows that were measured before with an equal spec: in the storage, or shipped with the teacher.
+
+    Those are found too that were measured when the teacher had another name for itself (`TeacherInfo.former_identities`).
+    """
+    identities = (spec.teacher, *teacher.info.former_identities)
+    specs = [spec.model_copy(update={"teacher": identity}) for identity in identities]
+    stored = _shipped(teacher.path, specs)
+    for one in reversed(specs):
+        stored |= _read(storage, one)
+    keys = {
+        sampling: next((key for key in row_keys(sampling) if key in stored), None) for sampling in samplings
     }
-    return {
-        "teacher": find_teacher(config).info.identity.model_dump(mode="json"),
-        **({} if precision == "float32" else {"precision": precision}),
-        **chosen,
-        **({"other_extractors": others} if others else {}),
-        "feature_extractor": {
-            "name": main,
-            "weights_sha256": weights[main].sha256 if main in weights else None,
-        },
-        "reference": settings.reference if settings.reference == "data" else identity,
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
-        "metrics": [m for m in settings.metrics if m != "trajectory_error"],
-        "guidance_scale": config.trajectories.guidance_scale,
-        "clip_denoised": config.trajectories.clip_denoised,
-    }
+    return {sampling: stored[key] for sampling, key in keys.items() if key is not None}
 
 
-def stored_teacher_rows(config: Config, storage: Storage, spec: dict[str, Any]) -> dict[str, Any]:
-    """Rows measured before with an equal spec: in storage, or shipped with the teacher."""
-    found: dict[str, Any] = {}
-    shipped = Path(package_path(str(config.teacher.path))) / SHIPPED_ROWS
-    if shipped.is_file():
-        content = json.loads(shipped.read_text())
-        if content["spec"] == spec:
-            found |= {key: {**row, "shipped": True} for key, row in content["rows"].items()}
-    with contextlib.suppress(MissingObject):
-        found |= json.loads(storage.read(_rows_key(spec)))["rows"]
-    return found
+def keep_row(storage: Storage, spec: ComparisonSpec, sampling: Sampling, row: TeacherRow) -> None:
+    """Add a row to those in the storage: they cost more than the student's and do not change. Safe beside other writers."""
+
+    def with_it() -> TeacherRowsFile:
+        rows = {**_read(storage, spec), row_keys(sampling)[0]: row}
+        return TeacherRowsFile(spec=spec, rows=rows, versions=software_versions())
+
+    rewrite(storage, _file_key(spec), with_it)
 
 
-def store_teacher_rows(storage: Storage, spec: dict[str, Any], rows: dict[str, Any]) -> None:
-    """Keep the teacher's rows: they cost more than the student's and do not change."""
-    content = {"spec": spec, "rows": rows, "versions": software_versions()}
-    storage.write(_rows_key(spec), (json.dumps(content, indent=2) + "\n").encode())
+def _shipped(path: str, specs: list[ComparisonSpec]) -> dict[str, TeacherRow]:
+    file = Path(package_path(path)) / SHIPPED_ROWS
+    if not file.is_file():
+        return {}
+    content = _rows_in(file.read_bytes(), str(file))
+    if content is None or content.spec not in specs:
+        return {}
+    return {key: row.model_copy(update={"shipped": True}) for key, row in content.rows.items()}
 
 
-def _rows_key(spec: dict[str, Any]) -> str:
-    return f"evaluation/teachers/{canonical_hash(spec)}.json"
+def _read(storage: Storage, spec: ComparisonSpec) -> Mapping[str, TeacherRow]:
+    try:
+        data = storage.read(_file_key(spec))
+    except MissingObject:
+        return {}
+    content = _rows_in(data, f"{storage.url}/{_file_key(spec)}")
+    return content.rows if content else {}
+
+
+def _rows_in(data: bytes, where: str) -> TeacherRowsFile | None:
+    """The rows that a file holds. They only save work, so one that holds something else is left alone, with a note."""
+    try:
+        return read_record(TeacherRowsFile, data, where)
+    except UserError as error:
+        console.say(f"note: {error}; it is ignored")
+        return None
+
+
+def _file_key(spec: ComparisonSpec) -> str:
+    return f"evaluation/teachers/{canonical_hash(spec.model_dump(mode='json'))}.json"

@@ -6,27 +6,49 @@ below it in `step-000001000-ema-0.999/`. `<storage.root>/students/<name>/best-<m
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.evaluate import evaluate
 from dsno_cluster.evaluation.history import best_of, history_key, read_history
+from dsno_cluster.evaluation.look_up import find_subject
+from dsno_cluster.evaluation.records import History, HistoryRow, rewrite
 from dsno_cluster.model_folder import META, read_meta, step_name
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.teachers import ConfiguredTeacher
 
 POLL_SECONDS = 20.0
 SAY_SECONDS = 600.0
 
 
-def watch(config: Config, actors: int | None = None, ray_address: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class WatchedStudent:
+    """A student of the config's run, or one of its moving averages: `address` is that of its step."""
+
+    step: int
+    ema_decay: float | None
+    sha256: str
+    address: str
+
+
+KnownStudents = dict[tuple[str, str], list[WatchedStudent]]  # by step folder and etag of its meta.json
+
+
+def watch(
+    config: Config,
+    teacher: ConfiguredTeacher,
+    actors: int | None = None,
+    ray_address: str | None = None,
+) -> History:
     """Evaluate every checkpoint of the config's student until that of its last training step; returns the history.
 
-    Ends with the training: call it again to go on, what is in the history is not measured again. Errors as `evaluate`.
+    Ends with the training: call it again to continue, what is in the history is not measured again. `teacher` is the
+    config's. Errors as `find_subject` and `evaluate`, and UserError for a damaged history.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     where = f"{storage.url}/{config.student_prefix}"
@@ -34,17 +56,18 @@ def watch(config: Config, actors: int | None = None, ray_address: str | None = N
         f"evaluating each checkpoint below {where} up to step {config.training.steps}; the best by "
         f"{config.evaluation.judged_by} is kept track of"
     )
-    known: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    known: KnownStudents = {}
     said = time.monotonic() - SAY_SECONDS
     while True:
         there = checkpoints(storage, config, known)
         # the best anew: it may be asked for by another metric now, or students may be gone
-        history = _noted(storage, config, there)
-        done = {(row["sha256"], row["evaluation"]) for row in history["rows"]}
-        todo = [c for c in there if (c["sha256"], _settings_hash(config)) not in done]
-        for checkpoint in todo:
-            history = _noted(storage, config, there, _evaluated(config, checkpoint, actors, ray_address))
-        last = max((checkpoint["step"] for checkpoint in there), default=-1)
+        history = note_row(storage, config, there)
+        done = {(row.sha256, row.evaluation) for row in history.rows}
+        todo = [student for student in there if (student.sha256, _settings_hash(config)) not in done]
+        for student in todo:
+            row = _evaluated(config, teacher, student, actors, ray_address)
+            history = note_row(storage, config, there, row)
+        last = max((student.step for student in there), default=-1)
         if last >= config.training.steps:
             break
         if not todo and time.monotonic() - said > SAY_SECONDS:
@@ -52,19 +75,17 @@ def watch(config: Config, actors: int | None = None, ray_address: str | None = N
             said = time.monotonic()
         if not todo:
             time.sleep(POLL_SECONDS)
-    best = history["best"]
+    best = history.best
     if best is not None:
-        average = "" if best["ema_decay"] is None else f", average of decay {best['ema_decay']:g}"
-        console.say(f"best by {best['metric']}: {best['value']:.4g} at step {best['step']}{average}")
+        average = "" if best.ema_decay is None else f", average of decay {best.ema_decay:g}"
+        console.say(f"best by {best.metric}: {best.value:.4g} at step {best.step}{average}")
     return history
 
 
-def checkpoints(
-    storage: Storage, config: Config, known: dict[tuple[str, str], list[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Step, `ema_decay`, weights' sha256 and address of each student of the config's run, oldest first.
+def checkpoints(storage: Storage, config: Config, known: KnownStudents) -> list[WatchedStudent]:
+    """The students of the config's run, oldest first.
 
-    `known` has those of before by step and etag, so that only new ones are read; it is added to.
+    `known` has those of before, so that only new ones are read; it is added to.
     """
     prefix = config.student_prefix
     names = sorted(
@@ -75,52 +96,68 @@ def checkpoints(
     for name, etag in names:
         if (name, etag) not in known:
             known[name, etag] = _averages(config, f"{config.storage.root.rstrip('/')}/{prefix}{name}")
-    return [checkpoint for at in names for checkpoint in known[at]]
+    return [student for at in names for student in known[at]]
 
 
-def _averages(config: Config, address: str) -> list[dict[str, Any]]:
-    """The student at an address, a line for each of its moving averages."""
+def _averages(config: Config, address: str) -> list[WatchedStudent]:
+    """The student at an address, and each of its further moving averages."""
     meta = read_meta(address, config.storage.endpoint_url)
-    averages = {meta.ema_decay: meta.sha256}
+    averages: dict[float | None, str] = {meta.ema_decay: meta.sha256}
     averages |= {float(decay): sha256 for decay, sha256 in meta.averages.items()}
-    return [
-        {"step": meta.step, "ema_decay": decay, "sha256": sha256, "address": address}
-        for decay, sha256 in averages.items()
-    ]
+    return [WatchedStudent(meta.step or 0, decay, sha256, address) for decay, sha256 in averages.items()]
 
 
 def _evaluated(
-    config: Config, checkpoint: dict[str, Any], actors: int | None, ray_address: str | None
-) -> dict[str, Any]:
-    """The history's row of a checkpoint."""
-    settings = config.evaluation.model_copy(update={"ema_decay": checkpoint["ema_decay"]})
-    average = "" if checkpoint["ema_decay"] is None else f"-ema-{checkpoint['ema_decay']:g}"
-    folder = f"evaluation/{config.name}/{step_name(checkpoint['step'])}{average}/"
-    metrics = evaluate(
-        config.model_copy(update={"evaluation": settings}), checkpoint["address"], actors, ray_address, folder
-    )
-    known = {key: checkpoint[key] for key in ("step", "ema_decay", "sha256")}
-    return {**known, "evaluation": _settings_hash(config), "folder": folder, **metrics["student"]}
+    config: Config,
+    teacher: ConfiguredTeacher,
+    student: WatchedStudent,
+    actors: int | None,
+    ray_address: str | None,
+) -> HistoryRow:
+    """The history's row of a student."""
+    settings = config.evaluation.model_copy(update={"ema_decay": student.ema_decay})
+    average = "" if student.ema_decay is None else f"-ema-{student.ema_decay:g}"
+    folder = f"evaluation/{config.name}/{step_name(student.step)}{average}/"
+    chosen = config.model_copy(update={"evaluation": settings})
+    metrics = evaluate(find_subject(chosen, student.address, teacher), actors, ray_address, folder)
+    known = {
+        "step": student.step,
+        "ema_decay": student.ema_decay,
+        "sha256": student.sha256,
+        "evaluation": _settings_hash(config),
+        "folder": folder,
+    }
+    return HistoryRow.model_validate({**known, **metrics.student.values()})
 
 
-def _noted(
-    storage: Storage, config: Config, there: list[dict[str, Any]], row: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """The history, with a `row` more; the best of the checkpoints that are `there` is named beside the students."""
-    before = read_history(storage, config)
-    rows = sorted([*before["rows"], *([row] if row else [])], key=lambda r: (r["step"], str(r["ema_decay"])))
+def note_row(
+    storage: Storage, config: Config, there: Sequence[WatchedStudent], row: HistoryRow | None = None
+) -> History:
+    """The history, with a `row` more; the best of the students that are `there` is named beside them.
+
+    Rows that another evaluation adds meanwhile are kept.
+    """
     settings, metric = _settings_hash(config), config.evaluation.judged_by
-    known = {checkpoint["sha256"] for checkpoint in there}
-    best = best_of([r for r in rows if r["evaluation"] == settings and r["sha256"] in known], metric)
-    history = {"rows": rows, "best": best}
-    if history == before:
-        return history
-    storage.write(history_key(config), (json.dumps(history, indent=2) + "\n").encode())
-    if best is not None:
-        storage.write(f"{config.student_prefix}best-{metric}", (step_name(best["step"]) + "\n").encode())
+    known = {student.sha256 for student in there}
+
+    def with_row() -> History | None:
+        before = read_history(storage, config)
+        measured = {(r.sha256, r.evaluation) for r in before.rows}
+        new = [row] if row and (row.sha256, row.evaluation) not in measured else []
+        rows = sorted([*before.rows, *new], key=lambda r: (r.step, str(r.ema_decay)))
+        best = best_of([r for r in rows if r.evaluation == settings and r.sha256 in known], metric)
+        history = History(rows=tuple(rows), best=best)
+        return None if history == before else history
+
+    history = rewrite(storage, history_key(config), with_row)
+    if history is None:
+        return read_history(storage, config)
+    if history.best is not None:
+        best_key = f"{config.student_prefix}best-{metric}"
+        storage.write(best_key, (step_name(history.best.step) + "\n").encode())
     return history
 
 
 def _settings_hash(config: Config) -> str:
-    """A name for how the evaluation is set, but for what chooses among its results."""
+    """A name for how the evaluation is set, except for what chooses among its results."""
     return canonical_hash(config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"}))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from importlib import resources
-from typing import Any
 
 from dsno_cluster import __version__
 from dsno_cluster.config import Config
+from dsno_cluster.evaluation.records import Figures, TeacherRow
 from dsno_cluster.evaluation.table import figures_of
 from dsno_cluster.report import parts
 from dsno_cluster.report.markup import Markup, tag, together
@@ -122,20 +122,20 @@ def _tiles(files: RunFiles) -> Markup | None:
     figures = figures_of(metrics) if metrics else []
     if not metrics or not figures:
         return None
-    figure, student = figures[0], metrics["student"]
-    cost = student["cost_in_teacher_evaluations"]
-    shown: list[tuple[str, dict[str, Any], str]] = [("Student, 1 evaluation", student, f"cost {cost:.1f}")]
-    rows = [row for row in metrics["teacher_rows"] if figure.text(row)]
-    affordable = [row for row in rows if row["evaluations"] <= max(1, round(cost))]
+    figure, student = figures[0], metrics.student
+    cost = student.cost_in_teacher_evaluations
+    shown: list[tuple[str, Figures, str]] = [("Student, 1 evaluation", student, f"cost {cost:.1f}")]
+    rows = [row for row in metrics.teacher_rows if figure.text(row)]
+    affordable = [row for row in rows if row.evaluations <= max(1, round(cost))]
     if affordable:
         rival = affordable[-1]
         shown.append(("Teacher at about that cost", rival, _evaluations(rival)))
-    made = next((row for row in rows if row.get("as_trajectories")), None)
+    made = next((row for row in rows if row.as_trajectories), None)
     if made is not None:
         shown.append(("Teacher, as in the trajectories", made, _evaluations(made)))
-    held_out = metrics.get("real_held_out")
+    held_out = metrics.real_held_out
     if held_out:
-        shown.append(("Real images, held out", held_out, f"{held_out['num_samples']:,} of them"))
+        shown.append(("Real images, held out", held_out, f"{held_out.num_samples:,} of them"))
     tiles = [
         tag(
             "div",
@@ -148,9 +148,9 @@ def _tiles(files: RunFiles) -> Markup | None:
     return tag("dl", *tiles, class_="tiles")
 
 
-def _evaluations(row: dict[str, Any]) -> str:
-    count = row["evaluations"]
-    return f"{row['source'].removeprefix('teacher, ')}, {count} evaluation{'s' if count > 1 else ''}"
+def _evaluations(row: TeacherRow) -> str:
+    count = row.evaluations
+    return f"{row.source.removeprefix('teacher, ')}, {count} evaluation{'s' if count > 1 else ''}"
 
 
 def _figures(files: RunFiles, words: str) -> Markup:
@@ -160,17 +160,14 @@ def _figures(files: RunFiles, words: str) -> Markup:
     if metrics is None:
         return together(note, parts.missing("Not evaluated yet", f"dsno-cluster eval {words}"))
     figures = figures_of(metrics)
-    held_out = metrics.get("real_held_out")
-    few = held_out is not None and held_out["num_samples"] < metrics["num_samples"]
-    count, extractor = (
-        metrics.get("num_samples"),
-        metrics["feature_extractor"].get("name", "unknown extractor"),
+    held_out, reference = metrics.real_held_out, metrics.reference
+    few = held_out is not None and held_out.num_samples < metrics.num_samples
+    real = f"{reference.count:,} real images" if reference.count else "the real images' statistics"
+    if reference.resolution:
+        real += f" at {reference.resolution} pixels"
+    caption = (
+        f"{metrics.num_samples:,} samples each, against {real}; extractor {metrics.feature_extractor.name}"
     )
-    reference = metrics.get("reference") or {}
-    real = f"{reference['count']:,} real images" if reference.get("count") else "the real images' statistics"
-    if reference.get("resolution"):
-        real += f" at {reference['resolution']} pixels"
-    caption = f"{count:,} samples each, against {real}; extractor {extractor}"
     if not figures:  # the trajectory error alone, for which no images are compared
         caption = (
             "No images were compared: evaluation.metrics names the trajectory error alone, which is below"
@@ -191,7 +188,7 @@ def _figures(files: RunFiles, words: str) -> Markup:
 
 
 def _samples(files: RunFiles, words: str) -> Markup:
-    layout = (files.metrics or {}).get("pictures")
+    layout = files.layout
     if not layout or not {"teacher.png", "student.png"} <= files.pictures.keys():
         return parts.missing("No pictures yet", f"dsno-cluster eval {words}")
     return together(
@@ -205,7 +202,7 @@ def _samples(files: RunFiles, words: str) -> Markup:
 
 
 def _trajectories(files: RunFiles, words: str) -> Markup:
-    layout = (files.metrics or {}).get("pictures")
+    layout = files.layout
     strips = None
     if layout and "strips.png" in files.pictures:
         strips = together(
@@ -215,7 +212,7 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
             ),
             parts.strips(layout, files.pictures["strips.png"]),
         )
-    errors = (files.metrics or {}).get("student", {}).get("trajectory_error")
+    errors = files.metrics.student.trajectory_error if files.metrics else None
     table = None
     if errors:
         table = parts.table(
@@ -251,14 +248,12 @@ def _history(files: RunFiles, words: str) -> Markup:
     history, metrics = files.history, files.metrics
     if history is None:
         return missing
-    extractor = (
-        (metrics or {}).get("feature_extractor", {}).get("name", files.config.evaluation.feature_extractor)
-    )
+    extractor = metrics.feature_extractor.name if metrics else files.config.evaluation.feature_extractor
     drawn = []
     for figure in history_figures(history, extractor):
-        rows = (metrics or {}).get("teacher_rows", [])
-        made = [row for row in rows if row.get("as_trajectories") and figure.text(row)]
-        level = (f"teacher, {made[0]['evaluations']} NFE", made[0][figure.key]) if made else None
+        made = [row for row in metrics.teacher_rows if row.as_trajectories] if metrics else []
+        values = [(f"teacher, {row.evaluations} NFE", row.figure(figure.key)) for row in made]
+        level = next(((name, value) for name, value in values if value is not None), None)
         chart = history_chart(history, figure, level)
         drawn += [parts.chart_figure(chart)] if chart is not None else []
     return together(*drawn) if drawn else missing

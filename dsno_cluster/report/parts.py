@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any
 
+from dsno_cluster.evaluation.records import Layout, Metrics
 from dsno_cluster.evaluation.table import Figure, table_rows
 from dsno_cluster.report import charts
 from dsno_cluster.report.markup import Markup, tag, together
@@ -37,7 +37,7 @@ def facts(caption: str, rows: Sequence[tuple[str, str]]) -> Markup:
 
 
 def table(
-    caption: str, header: Sequence[Any], rows: Sequence[Sequence[str]], ours: int | None = None
+    caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], ours: int | None = None
 ) -> Markup:
     """A table of figures; its first column names the rows, `ours` is the row that stands out."""
     head = tag("tr", *(tag("th", title, scope="col") for title in header))
@@ -61,9 +61,9 @@ def table(
     return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
 
 
-def headline_table(caption: str, metrics: dict[str, Any], figures: Sequence[Figure]) -> Markup:
+def headline_table(caption: str, metrics: Metrics, figures: Sequence[Figure]) -> Markup:
     header, rows = table_rows(metrics)
-    titles: list[Any] = list(header[: len(header) - len(figures)])
+    titles: list[str] = list(header[: len(header) - len(figures)])
     for figure in figures:
         arrow, words = _ARROWS[figure.better]
         titles.append(
@@ -85,24 +85,19 @@ def chart_figure(chart: charts.Chart) -> Markup:
     )
 
 
-def comparison(layout: dict[str, Any], teacher: str, student: str, size: Size) -> Markup:
+def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup:
     """Two grids of the same noises under one slider; side by side where scripts do not run, and on paper."""
-    width = layout["columns"] * (layout["tile"] + layout["gap"]) + layout["gap"]
-    height = layout["rows"] * (layout["tile"] + layout["gap"]) + layout["gap"]
-    middles = [
-        (layout["gap"] + layout["tile"] / 2 + r * (layout["tile"] + layout["gap"]))
-        for r in range(layout["rows"])
-    ]
+    width = layout.columns * (layout.tile + layout.gap) + layout.gap
+    height = layout.rows * (layout.tile + layout.gap) + layout.gap
+    middles = [(layout.gap + layout.tile / 2 + r * (layout.tile + layout.gap)) for r in range(layout.rows)]
     names = [tag("span", str(r), class_="row", style=f"top:{y / height:.2%}") for r, y in enumerate(middles)]
-    classes = (
-        f"one row for each of {layout['rows']} classes" if layout["classes"] else f"{layout['rows']} rows"
-    )
+    classes = f"one row for each of {layout.rows} classes" if layout.classes else f"{layout.rows} rows"
     evaluations = size.evaluations_per_sample
 
     def side(class_: str, who: str, picture: str) -> Markup:
-        alt = f"Samples of the {who}, {classes}, {layout['columns']} in a row"
-        image = _image(picture, alt, width, height, layout["tile"])
-        labels = names if layout["classes"] else []
+        alt = f"Samples of the {who}, {classes}, {layout.columns} in a row"
+        image = _image(picture, alt, width, height, layout.tile)
+        labels = names if layout.classes else []
         return tag(
             "figure",
             tag("div", image, *labels, class_="plate rows"),
@@ -131,19 +126,19 @@ def comparison(layout: dict[str, Any], teacher: str, student: str, size: Size) -
             class_="control",
         ),
         class_="compare",
-        style=f"--w:{width * max(1, round(64 / layout['tile']))}px",
+        style=f"--w:{width * max(1, round(64 / layout.tile))}px",
     )
 
 
-def strips(layout: dict[str, Any], picture: str) -> Markup:
+def strips(layout: Layout, picture: str) -> Markup:
     """Samples through time, teacher over student, with the times above and the names beside them."""
-    tile, gap, times = layout["tile"], layout["gap"], layout["times"]
-    step, pairs = tile + gap, len(layout["strips"])
+    tile, gap, times = layout.tile, layout.gap, layout.times
+    step, pairs = tile + gap, len(layout.strips)
     width = len(times) * step + gap
-    height = 2 * pairs * step + (pairs - 1) * layout["pair_gap"] + gap
+    height = 2 * pairs * step + (pairs - 1) * layout.pair_gap + gap
     labels = []
     for row in range(2 * pairs):
-        y = gap + tile / 2 + row * step + row // 2 * layout["pair_gap"]
+        y = gap + tile / 2 + row * step + row // 2 * layout.pair_gap
         who, class_ = (("teacher", "theirs"), ("student", "ours"))[row % 2]
         labels.append(tag("span", who, class_=f"row {class_}", style=f"top:{y / height:.2%}"))
     every = -(-len(times) // 6)  # so that they do not run into each other

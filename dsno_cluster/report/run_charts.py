@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from dsno_cluster.evaluation.history import judging_figures, value_of
+from dsno_cluster.evaluation.records import Figures, History, Metrics
 from dsno_cluster.evaluation.table import Figure
 from dsno_cluster.report.charts import Chart, Series, averaged, number
-from dsno_cluster.report.run_files import best_row
+from dsno_cluster.report.run_files import CurveLine, best_row
 
 Point = tuple[float, float]
 STUDENT, TEACHER = 0, 1  # colours of the page
 
 
-def cost_chart(metrics: dict[str, Any], figure: Figure) -> Chart | None:
+def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
     """A figure of the samples over what they cost: the teacher at several, and the student."""
-    student = metrics["student"]
-    if not _finite(student.get(figure.key)):
+    student = metrics.student
+    value = _finite(student.figure(figure.key))
+    if value is None:
         return None
     by_solver: dict[str, list[Point]] = {}
-    for row in metrics["teacher_rows"]:
-        if _finite(row.get(figure.key)):
-            by_solver.setdefault(row["source"], []).append((row["evaluations"], row[figure.key]))
-    ours = (student["cost_in_teacher_evaluations"], student[figure.key])
+    for row in metrics.teacher_rows:
+        if (theirs := _finite(row.figure(figure.key))) is not None:
+            by_solver.setdefault(row.source, []).append((row.evaluations, theirs))
+    ours = (student.cost_in_teacher_evaluations, value)
     series = [
         Series(name, sorted(points), TEACHER + i, dots=len(points) == 1)
         for i, (name, points) in enumerate(by_solver.items())
     ]
     levels = []
-    held_out = metrics.get("real_held_out") or {}
-    if _finite(held_out.get(figure.key)):
-        levels.append(("real, held out", held_out[figure.key]))
+    held_out = metrics.real_held_out
+    if held_out and (real := _finite(held_out.figure(figure.key))) is not None:
+        levels.append(("real, held out", real))
     at = [(cost, value) for points in by_solver.values() for cost, value in points]
     if figure.better == "lower":
         needed = min((cost for cost, value in at if value <= ours[1]), default=None)
@@ -55,12 +56,12 @@ def cost_chart(metrics: dict[str, Any], figure: Figure) -> Chart | None:
     )
 
 
-def number_of(figure: Figure, row: dict[str, Any]) -> str:
+def number_of(figure: Figure, row: Figures) -> str:
     return f"{figure.title} {figure.text(row)}"
 
 
-def loss_chart(curve: Sequence[dict[str, Any]]) -> Chart | None:
-    points = _points(curve, "step", lambda line: line.get("loss"))
+def loss_chart(curve: Sequence[CurveLine]) -> Chart | None:
+    points = _points((line.step, line.loss) for line in curve)
     if not points:
         return None
     return Chart(
@@ -73,12 +74,12 @@ def loss_chart(curve: Sequence[dict[str, Any]]) -> Chart | None:
     )
 
 
-def heldout_chart(curve: Sequence[dict[str, Any]], times: Sequence[float]) -> Chart | None:
+def heldout_chart(curve: Sequence[CurveLine], times: Sequence[float]) -> Chart | None:
     """Relative error by time point while training, on noise that training never sees."""
-    key = "heldout_error_per_time"
     series = []
     for i, time in enumerate(times):
-        points = _points(curve, "step", lambda line, i=i: (line.get(key) or [])[i : i + 1])
+        measured = [line for line in curve if len(line.heldout_error_per_time) > i]
+        points = _points((line.step, line.heldout_error_per_time[i]) for line in measured)
         if points:
             series.append(Series(f"t = {time:.4g}", points, i))
     if not series:
@@ -94,28 +95,24 @@ def heldout_chart(curve: Sequence[dict[str, Any]], times: Sequence[float]) -> Ch
     )
 
 
-def history_figures(history: dict[str, Any], extractor: str) -> list[Figure]:
-    """What to draw of a history: the distance, and what its best is chosen by where that is another figure."""
+def history_figures(history: History, extractor: str) -> list[Figure]:
+    """What to draw of a history: the distance, and what its best is chosen by if that is another figure."""
     known = judging_figures(extractor)
-    chosen_by = (history.get("best") or {}).get("metric", "fid")
+    chosen_by = history.best.metric if history.best else "fid"
     return [known[metric] for metric in dict.fromkeys(["fid", chosen_by]) if metric in known]
 
 
-def history_chart(history: dict[str, Any], figure: Figure, level: tuple[str, float] | None) -> Chart | None:
+def history_chart(history: History, figure: Figure, level: tuple[str, float] | None) -> Chart | None:
     """A figure of each evaluated checkpoint by its step, a line for each moving average.
 
     Only of rows that were evaluated with the same settings as the best.
     """
-    settings = best_row(history).get("evaluation") if history["rows"] else None
-    rows = [row for row in history["rows"] if row.get("evaluation") == settings]
-    decays = sorted({row.get("ema_decay") for row in rows}, key=lambda decay: (decay is None, decay or 0.0))
+    settings = best_row(history).evaluation if history.rows else None
+    rows = [row for row in history.rows if row.evaluation == settings]
+    decays = sorted({row.ema_decay for row in rows}, key=lambda decay: (decay is None, decay or 0.0))
     series = []
     for i, decay in enumerate(decays):
-        points = _points(
-            (row for row in rows if row.get("ema_decay") == decay),
-            "step",
-            lambda row: value_of(row, figure.key),
-        )
+        points = _points((row.step, value_of(row, figure.key)) for row in rows if row.ema_decay == decay)
         if points:
             series.append(
                 Series("student" if decay is None else f"EMA {decay:g}", points, i if i == 0 else i + 1)
@@ -152,20 +149,14 @@ def number_3(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else number(value)
 
 
-def _points(lines: Iterable[dict[str, Any]], x: str, read: Any) -> list[Point]:
-    """(x, what `read` finds) of each line that has it, by x. `read` may give a list, of which the first is taken."""
-    found = {}
-    for line in lines:
-        value = read(line)
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if _finite(value) and _finite(line.get(x)):
-            found[float(line[x])] = float(value)
-    return sorted(found.items())
+def _points(pairs: Iterable[tuple[float, float | None]]) -> list[Point]:
+    """The pairs that can be drawn, by x; each x once, with the last of its values."""
+    finite = {float(x): value for x, y in pairs if (value := _finite(y)) is not None}
+    return sorted(finite.items())
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _fall(what: str, points: Sequence[Point]) -> str:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from dsno_cluster.cluster.runs import Run, all_runs
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import history_key
-from dsno_cluster.model_folder import read_config_of, read_meta
+from dsno_cluster.evaluation.records import History, HistoryRow, Layout, Metrics, read_file
+from dsno_cluster.model_folder import ModelMeta, read_config_of, read_meta
+from dsno_cluster.records import Record, Values
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, trajectory_spec
 
-METRICS_KEYS = ("student", "teacher_rows", "feature_extractor")
 PICTURES = ("teacher.png", "student.png", "strips.png")
+
+
+class CurveLine(Record):
+    """A line of metrics.jsonl, of which older trainings wrote less."""
+
+    step: int
+    loss: float | None = None
+    seconds: float | None = None
+    images_per_second: float | None = None
+    data_wait: float | None = None
+    memory_gb: float | None = None
+    heldout_error_per_time: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,16 +45,21 @@ class RunFiles:
     """
 
     config: Config
-    metrics: dict[str, Any] | None
-    curve: list[dict[str, Any]]
-    history: dict[str, Any] | None
-    student: dict[str, Any] | None
-    trained_with: dict[str, Any]
+    metrics: Metrics | None
+    curve: list[CurveLine]
+    history: History | None
+    student: ModelMeta | None
+    trained_with: Values
     manifest: Manifest | None
     size: Size
     pictures: dict[str, str]
     runs: list[Run]
     places: dict[str, str]
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of the pictures, if the metrics say it."""
+        return self.metrics.pictures if self.metrics else None
 
 
 def read_run_files(config: Config) -> RunFiles:
@@ -59,13 +76,11 @@ def read_run_files(config: Config) -> RunFiles:
         "history": f"{storage.url}/{history_key(config)}",
         "curve": str(curve_file),
     }
-    metrics = _read_json(storage, folder + "metrics.json", *METRICS_KEYS)
-    history = _read_json(storage, history_key(config), "rows")
-    if (
-        metrics is None and history is not None and history["rows"]
-    ):  # `eval --watch` alone: what it found best
-        folder = str(best_row(history).get("folder") or folder)
-        metrics = _read_json(storage, folder + "metrics.json", *METRICS_KEYS)
+    metrics = read_file(Metrics, storage, folder + "metrics.json")
+    history = read_file(History, storage, history_key(config))
+    if metrics is None and history is not None and history.rows:  # only `eval --watch`: what it found best
+        folder = best_row(history).folder or folder
+        metrics = read_file(Metrics, storage, folder + "metrics.json")
     curve = _read_curve(curve_file)
     if metrics is None and history is None and not curve:
         raise UserError(
@@ -73,8 +88,7 @@ def read_run_files(config: Config) -> RunFiles:
             "`dsno-cluster train` and `dsno-cluster eval` make them"
         )
     address = config.student_address
-    student = _unless_missing(lambda: read_meta(address, config.storage.endpoint_url).values())
-    trained_with = _unless_missing(lambda: read_config_of(address, config.storage.endpoint_url))
+    student = _student_at(address, config.storage.endpoint_url)
     manifest = _find_manifest(config, storage, student)
     return RunFiles(
         config=config,
@@ -82,7 +96,7 @@ def read_run_files(config: Config) -> RunFiles:
         curve=curve,
         history=history,
         student=student,
-        trained_with=trained_with or {},
+        trained_with=_config_at(address, config.storage.endpoint_url),
         manifest=manifest,
         size=size_of(config, trajectory_spec(manifest, places["metrics"]).method if manifest else None),
         pictures={name: uri for name in PICTURES if (uri := _picture(storage, folder + name))},
@@ -91,30 +105,15 @@ def read_run_files(config: Config) -> RunFiles:
     )
 
 
-def best_row(history: dict[str, Any]) -> dict[str, Any]:
+def best_row(history: History) -> HistoryRow:
     """The row of a history with rows that its `best` names, or its last."""
-    best = history.get("best") or {}
-    same = [row for row in history["rows"] if all(row.get(k) == best.get(k) for k in ("step", "ema_decay"))]
-    return dict((same or history["rows"])[-1])
+    best = history.best
+    same = [row for row in history.rows if best and (row.step, row.ema_decay) == (best.step, best.ema_decay)]
+    return (same or history.rows)[-1]
 
 
-def _read_json(storage: Storage, key: str, *needed: str) -> dict[str, Any] | None:
-    """A JSON object with the keys `needed`, or None where it is not there. UserError for anything else."""
-    where = f"{storage.url}/{key}"
-    try:
-        found = json.loads(storage.read(key))
-    except MissingObject:
-        return None
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); delete it and make it again") from None
-    missing = [name for name in needed if not isinstance(found, dict) or name not in found]
-    if missing:
-        raise UserError(f"{where}: has no {missing[0]!r}; it is not a file of `dsno-cluster eval`")
-    return dict(found)
-
-
-def _read_curve(file: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; the last may be half written, by a training that goes on."""
+def _read_curve(file: Path) -> list[CurveLine]:
+    """Lines of metrics.jsonl; the last may be half written, by a training that continues."""
     try:
         lines = file.read_text().splitlines()
     except FileNotFoundError:
@@ -124,23 +123,36 @@ def _read_curve(file: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            found.append(CurveLine.model_validate_json(line))
+        except ValidationError as error:
             if number < len(lines):
-                raise UserError(f"{file}: line {number} is not JSON") from None
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+                first = error.errors(include_url=False)[0]
+                problem = (
+                    "not JSON" if first["type"] == "json_invalid" else f"not of a training: {first['msg']}"
+                )
+                raise UserError(f"{file}: line {number} is {problem}") from None
+    return found
 
 
-def _unless_missing(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def _student_at(address: str, endpoint_url: str | None) -> ModelMeta | None:
+    """The newest student; None if there is none yet, or one that a newer version wrote."""
     try:
-        return read()
-    except UserError:  # no student yet, or one that a newer version wrote
+        return read_meta(address, endpoint_url)
+    except UserError:
         return None
 
 
-def _find_manifest(config: Config, storage: Storage, student: dict[str, Any] | None) -> Manifest | None:
+def _config_at(address: str, endpoint_url: str | None) -> Values:
+    """The config in the folder of the newest student, as it was written; empty if there is none."""
+    try:
+        return read_config_of(address, endpoint_url)
+    except UserError:
+        return {}
+
+
+def _find_manifest(config: Config, storage: Storage, student: ModelMeta | None) -> Manifest | None:
     """That of the trajectories which the student was trained on, or else of those that the config plans."""
-    folder = (student or {}).get("trajectories")
+    folder = student.trajectories if student else None
     if folder is None:
         try:
             folder = make_plan(config).folder

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
 from dsno_cluster import __version__, console
 from dsno_cluster.errors import without_passwords
+from dsno_cluster.evaluation.records import Metrics
 from dsno_cluster.files import shown_path
+from dsno_cluster.model_folder import ModelMeta
+from dsno_cluster.provenance import Code, Environment
+from dsno_cluster.records import Values
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
 
@@ -41,10 +45,10 @@ def introduction(files: RunFiles) -> str:
     text = f"A DSNO student of the teacher {config.teacher.path or 'that is not named'}"
     step = _newest_step(files)
     if step is not None:
-        text += f", trained to step {step:,} of {_trained(files, 'training', 'steps'):,}"
+        text += f", trained to step {step:,} of {_trained(files, 'steps'):,}"
     samples = files.manifest.num_samples if files.manifest else config.trajectories.num_samples
     text += f" on {samples:,} trajectories of {files.size.evaluations_per_sample} evaluations each."
-    evaluated = ((files.metrics or {}).get("checkpoint") or {}).get("step")
+    evaluated = files.metrics.checkpoint.step if files.metrics else None
     if evaluated is not None:
         text += f" Evaluated at step {evaluated:,}."
     elif student is None and files.metrics is None:
@@ -54,9 +58,10 @@ def introduction(files: RunFiles) -> str:
 
 def warnings_of(files: RunFiles) -> list[str]:
     """What eval warns of, and an evaluation that is older than the newest student."""
-    metrics = files.metrics or {}
-    found = [str(line) for line in metrics.get("warnings") or []]
-    evaluated, newest = (metrics.get("checkpoint") or {}).get("step"), (files.student or {}).get("step")
+    metrics = files.metrics
+    found = list(metrics.warnings) if metrics else []
+    evaluated = metrics.checkpoint.step if metrics else None
+    newest = files.student.step if files.student else None
     if evaluated is not None and newest is not None and evaluated < newest:
         found.append(f"The evaluation is of step {evaluated:,}; the newest student is of step {newest:,}.")
     return found
@@ -73,14 +78,13 @@ def differences(files: RunFiles, most: int = 6) -> list[str]:
     ]
     more = [f"{len(found) - most} more keys differ."] if len(found) > most else []
     changed = [
-        f"{change['key']} was {_plain(change['before'])} until step {change['step']:,} of the training, then "
-        f"{_plain(change['after'])}."
-        for change in (files.student or {}).get("changes", [])
+        f"{change.key} was {_plain(change.before)} until step {change.step:,} of the training, then {_plain(change.after)}."
+        for change in (files.student.changes if files.student else ())
     ]
     return changed + found[:most] + more
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: JsonValue, prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
     if isinstance(values, dict) and values:
         for key, value in values.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -88,27 +92,33 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def _same(ours: JsonValue, theirs: JsonValue) -> bool:
     if isinstance(ours, str) and isinstance(theirs, str):  # a submitted run has made its paths absolute
         return ours == theirs or ours.endswith("/" + theirs) or theirs.endswith("/" + ours)
     return bool(ours == theirs)
 
 
-def _trained(files: RunFiles, section: str, key: str) -> Any:
-    """A setting that the student was trained with, or that of the config."""
-    settings = files.config.model_dump(mode="json")
-    return (files.trained_with.get(section) or settings[section]).get(key, settings[section][key])
+def _trained(files: RunFiles, key: str) -> int:
+    """A number of `training` that the student was trained with, or that of the config."""
+    found = _section(files, "training").get(key)
+    return found if isinstance(found, int) else int(getattr(files.config.training, key))
+
+
+def _section(files: RunFiles, name: str) -> Values:
+    """A section of the config that the student was trained with, or that of the config reported."""
+    found = files.trained_with.get(name)
+    return found if isinstance(found, dict) and found else files.config.model_dump(mode="json")[name]
 
 
 def _newest_step(files: RunFiles) -> int | None:
-    steps = [int(line["step"]) for line in files.curve[-1:]]
-    published = (files.student or {}).get("step")
-    return max([*steps, *([] if published is None else [int(published)])], default=None)
+    steps = [line.step for line in files.curve[-1:]]
+    published = files.student.step if files.student else None
+    return max([*steps, *([] if published is None else [published])], default=None)
 
 
 def cost_of(files: RunFiles) -> Facts:
     """Evaluations, seconds and bytes, by stage."""
-    size, manifest, metrics = files.size, files.manifest, files.metrics
+    size, manifest, metrics, student = files.size, files.manifest, files.metrics, files.student
     count = manifest.num_samples if manifest else size.num_samples
     rows = [
         (
@@ -125,40 +135,40 @@ def cost_of(files: RunFiles) -> Facts:
         held = sum(shard.size for shard in manifest.shards)
         rows.append(("Their size", f"{bytes_text(held)} ({held:,} bytes) in {len(manifest.shards):,} shards"))
         rows.append(("Time to make them", _duration(manifest.environment.seconds)))
-    last = files.curve[-1] if files.curve else {}
-    seconds = last.get(
-        "seconds", (files.student or {}).get("train_seconds", (metrics or {}).get("train_seconds"))
-    )
+    last = files.curve[-1] if files.curve else None
+    known = [
+        last.seconds if last else None,
+        student.train_seconds if student else None,
+        metrics.train_seconds if metrics else None,
+    ]
+    seconds = next((found for found in known if found is not None), None)
     step = _newest_step(files)
     if step is not None:
-        images = step * _trained(files, "training", "batch_size")
+        images = step * _trained(files, "batch_size")
         rows.append(("Training", f"{step:,} steps, {images:,} trajectories seen"))
         rows.append(("Time to train", _duration(seconds)))
-        ranks = (files.student or {}).get("world_size")
-        if ranks is not None:
-            rows.append(("Training processes", str(ranks)))
-    if last.get("images_per_second") is not None:
-        rate = f"{last['images_per_second']:,.0f} a second"
-        if last.get("data_wait") is not None:
-            rate += f"; {last['data_wait']:.1%} of the time waiting for data"
+        if student is not None and student.world_size is not None:
+            rows.append(("Training processes", str(student.world_size)))
+    if last is not None and last.images_per_second is not None:
+        rate = f"{last.images_per_second:,.0f} a second"
+        if last.data_wait is not None:
+            rate += f"; {last.data_wait:.1%} of the time waiting for data"
         rows.append(("Trajectories trained on", rate))
-    if last.get("memory_gb") is not None:
-        rows.append(("Most memory of a process", f"{last['memory_gb']:.2f} GB"))
-    if (took := (metrics or {}).get("seconds")) is not None:
-        rows.append(
-            ("Time to evaluate", _duration(took) + ", rows of the teacher that were known not counted")
-        )
-    student = (metrics or {}).get("student", {})
-    if "cost_in_teacher_evaluations" in student:
-        rows.append(
-            (
-                "A sample of the student",
-                f"1 network evaluation, which takes as long as {student['cost_in_teacher_evaluations']:.2f} of the teacher's",
-            )
-        )
-    if "images_per_second" in student:
-        rows.append(("Sampling", f"{student['images_per_second']:,.0f} images a second, on one actor"))
-    return rows
+    if last is not None and last.memory_gb is not None:
+        rows.append(("Most memory of a process", f"{last.memory_gb:.2f} GB"))
+    return rows + (_cost_of_evaluation(metrics) if metrics else [])
+
+
+def _cost_of_evaluation(metrics: Metrics) -> Facts:
+    rows, row = [], metrics.student
+    if metrics.seconds is not None:
+        took = _duration(metrics.seconds) + ", rows of the teacher that were known not counted"
+        rows.append(("Time to evaluate", took))
+    one = (
+        f"1 network evaluation, which takes as long as {row.cost_in_teacher_evaluations:.2f} of the teacher's"
+    )
+    rate = f"{row.images_per_second:,.0f} images a second, on one actor"
+    return [*rows, ("A sample of the student", one), ("Sampling", rate)]
 
 
 def _duration(seconds: float | None) -> str:
@@ -178,9 +188,7 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
         )
     else:
         groups.append(("Spec of the trajectories", [("spec", "no finished trajectories were found")]))
-    config = files.config.model_dump(mode="json")
-    training = files.trained_with.get("training") or config["training"]
-    student = files.trained_with.get("student") or config["student"]
+    training, student = _section(files, "training"), _section(files, "student")
     groups.append(
         (
             "Student and training",
@@ -198,42 +206,43 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
             "checkpoint",
             "teacher",
         )
-        rows = [
-            (key, without_passwords(_plain(files.metrics[key]))) for key in shown if files.metrics.get(key)
-        ]
+        values = files.metrics.values()
+        rows = [(key, without_passwords(_plain(values[key]))) for key in shown if values.get(key)]
         groups.append(("Evaluation", rows))
     return groups
 
 
-def _plain(value: Any) -> str:
+def _plain(value: JsonValue) -> str:
     """A value as YAML would write it in a line."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return "[" + ", ".join(map(_plain, value)) + "]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def versions_of(files: RunFiles) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a package a row, a stage a column; and the device and code where they are recorded."""
-    made_by: dict[str, dict[str, Any]] = {
-        "trajectories": files.manifest.environment.model_dump(mode="json") if files.manifest else {},
-        "training": files.student or {},
-        "evaluation": files.metrics or {},
+    made = files.manifest.environment if files.manifest else None
+    made_by: dict[str, Environment | ModelMeta | Metrics | None] = {
+        "trajectories": made,
+        "training": files.student,
+        "evaluation": files.metrics,
     }
-    known = {stage: found["versions"] for stage, found in made_by.items() if found.get("versions")}
-    packages = dict.fromkeys(name for found in known.values() for name in found)
-    rows = [[name, *(str(found.get(name, "")) for found in known.values())] for name in packages]
-    if any(made_by[stage].get("device") for stage in known):
-        rows.insert(0, ["device", *(str(made_by[stage].get("device") or "") for stage in known)])
-    if any(commits := [_commit(made_by[stage].get("code") or {}) for stage in known]):
+    known = {stage: found for stage, found in made_by.items() if found is not None and found.versions}
+    packages = dict.fromkeys(name for found in known.values() for name in found.versions)
+    rows = [[name, *(found.versions.get(name, "") for found in known.values())] for name in packages]
+    if any(found.device for found in known.values()):
+        rows.insert(0, ["device", *(found.device or "" for found in known.values())])
+    if any(commits := [_commit(found.code) for found in known.values()]):
         rows.append(["commit", *commits])
     return ["package", *known], rows
 
 
-def _commit(code: dict[str, Any]) -> str:
-    commit = code.get("commit")
-    return "" if not commit else commit[:12] + (" with changes" if code.get("dirty") else "")
+def _commit(code: Code | None) -> str:
+    if code is None or not code.commit:
+        return ""
+    return code.commit[:12] + (" with changes" if code.dirty else "")
 
 
 def reproduction(files: RunFiles) -> tuple[str, str, str]:
@@ -248,5 +257,5 @@ def reproduction(files: RunFiles) -> tuple[str, str, str]:
     if submitted:
         lines += ["", "# as it was submitted:"]
         lines += [f"# {without_passwords(str(record.get('command')))}" for record in submitted]
-    version = ((files.metrics or {}).get("versions") or {}).get("dsno-cluster", __version__)
+    version = (files.metrics.versions if files.metrics else {}).get("dsno-cluster", __version__)
     return "\n".join([f"# dsno-cluster {version}", *lines]), text, name

@@ -18,6 +18,7 @@ from dsno_cluster.teachers.closed_forms import (
     gaussian_trajectory,
     mixture_teacher,
 )
+from dsno_cluster.teachers.compared import Sampling, compared_samplings
 from dsno_cluster.teachers.loading import load_teacher, open_teacher, read_identity, teacher_info
 from dsno_cluster.teachers.of_config import ConfiguredTeacher, NoTeacher, find_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_fits
@@ -25,9 +26,11 @@ from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_fits
 __all__ = [
     "ConfiguredTeacher",
     "NoTeacher",
+    "Sampling",
     "Teacher",
     "TeacherInfo",
     "check_fits",
+    "compared_samplings",
     "find_teacher",
     "gaussian_teacher",
     "gaussian_trajectory",

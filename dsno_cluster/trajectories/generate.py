@@ -115,13 +115,13 @@ def check_same_environment(ours: Environment, theirs: Sequence[Environment], whe
             )
 
 
-def check_alike(environment: Environment, first: Environment) -> None:
-    """UserError where two actors of a run differ in what may change bytes."""
+def check_alike(environment: Environment, first: Environment, what: str = "a data set") -> None:
+    """UserError if two actors of a run, which makes `what`, differ in what may change bytes."""
     for part in ("device", "versions"):
         one, other = getattr(environment, part), getattr(first, part)
         if one != other:
             raise UserError(
-                f"the actors' {part} differ: {one} and {other}; a data set needs one device model and one "
+                f"the actors' {part} differ: {one} and {other}; {what} needs one device model and one "
                 "set of versions, so give it nodes that are alike"
             )
 

@@ -6,7 +6,7 @@ The arithmetic needs neither the teacher nor torch.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from dsno_cluster import console
@@ -15,7 +15,7 @@ from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
 from dsno_cluster.storage import open_storage
-from dsno_cluster.teachers import ConfiguredTeacher, Teacher, find_teacher
+from dsno_cluster.teachers import ConfiguredTeacher, Teacher, compared_samplings, find_teacher
 from dsno_cluster.trajectories.shards import MADE_SHARDS, MANIFEST
 from dsno_cluster.trajectories.spec import TrajectorySpec, former_specs, spec_of
 
@@ -239,9 +239,9 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
     """The plan as lines for people; `plan` None: there is no teacher yet, so no folder that is named by it."""
     settings, size = config.trajectories, plan.size if plan else size_of(config)
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
-    ddim = replace(settings.method, solver="ddim", grid="uniform")
-    few = sum(replace(ddim, steps=steps).evaluations() for steps in config.evaluation.teacher_steps)
-    rows = few + size.evaluations_per_sample
+    rows = sum(
+        sampling.evaluations for sampling in compared_samplings(config, plan.teacher if plan else None)
+    )
     lines = [
         f"teacher       {config.teacher.path}: fits"
         if found.problem is None

@@ -1,0 +1,299 @@
+"""The first step of an evaluation: what is compared, with what, and what is known already. Nothing is drawn here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsno_cluster import console
+from dsno_cluster.cluster.ray_pool import actor_count
+from dsno_cluster.config import Config
+from dsno_cluster.diffusion.schedule import same_times
+from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.actor import StudentAtWork
+from dsno_cluster.evaluation.features import (
+    Readings,
+    WeightsFile,
+    check_shape,
+    find_all_weights,
+    find_readings,
+)
+from dsno_cluster.evaluation.image_sets import ImageSet, open_images
+from dsno_cluster.evaluation.measure import ImagesOf
+from dsno_cluster.evaluation.metrics import OF_REFERENCE, check_count, fewest
+from dsno_cluster.evaluation.records import TeacherRow
+from dsno_cluster.evaluation.reference import (
+    RealData,
+    check_reference_is_there,
+    compared_data,
+    find_real_data,
+)
+from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
+from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
+from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec, known_rows
+from dsno_cluster.model_folder import model_address, read_meta
+from dsno_cluster.storage import Storage, absolute_address, open_storage
+from dsno_cluster.students.dsno import student_model
+from dsno_cluster.teachers import ConfiguredTeacher, Sampling, compared_samplings, find_teacher
+from dsno_cluster.trajectories.shards import read_manifest
+from dsno_cluster.trajectories.spec import spec_of
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student, or one of its moving averages: where it lies, and what `meta.json` says of it."""
+
+    address: str
+    sha256: str
+    step: int | None
+    ema_decay: float | None
+    train_seconds: float | None
+
+    @property
+    def title(self) -> str:
+        """Its checkpoint in words: by it the progress of a job shows whether it came to another one."""
+        return f"step {self.step}" + (f", average {self.ema_decay:g}" if self.ema_decay else "")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student and the teacher that it is compared with."""
+
+    config: Config
+    teacher: ConfiguredTeacher
+    student: Student
+
+
+@dataclass(frozen=True)
+class KeptSamples:
+    """Where the student's samples are kept as shards, and their spec."""
+
+    folder: str
+    spec: SampleSpec
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation before it is measured.
+
+    `readings` are what each metric reads, `samplings` the teacher's rows, `known` those measured before, `spec` what they
+    agree in. `folder` is where the results go in the `storage`.
+    """
+
+    subject: Subject
+    storage: Storage
+    folder: str
+    readings: Readings
+    weights: dict[str, WeightsFile]
+    real: RealData
+    spec: ComparisonSpec
+    samplings: tuple[Sampling, ...]
+    known: dict[Sampling, TeacherRow]
+    keep: KeptSamples | None
+
+    @property
+    def config(self) -> Config:
+        return self.subject.config
+
+    @property
+    def missing(self) -> list[Sampling]:
+        """The teacher's rows that are to be measured."""
+        return [sampling for sampling in self.samplings if sampling not in self.known]
+
+    @property
+    def at_work(self) -> StudentAtWork:
+        """The student as actors get it."""
+        student, keep = self.subject.student, self.keep
+        spec = spec_of(self.config, self.subject.teacher)
+        return StudentAtWork(
+            absolute_address(student.address), student.sha256, spec, keep.folder if keep else None
+        )
+
+    def sets(self) -> list[ImagesOf]:
+        """The images to measure."""
+        count = self.config.evaluation.num_samples
+        found = [
+            ImagesOf(ImageSource("teacher", sampling), count, self.readings) for sampling in self.missing
+        ]
+        if self.readings or self.keep is not None:
+            found.append(ImagesOf(STUDENT, count, self.readings))
+        if self.config.data.name is not None and self.readings:
+            there, needed = open_images(HELD_OUT.address).count, fewest(self.config.evaluation)
+            possible = {m: reading for m, reading in self.readings.items() if needed.get(m, 0) <= there}
+            found.append(ImagesOf(HELD_OUT, there, possible))
+        return found
+
+
+@dataclass(frozen=True)
+class ImagesComparison:
+    """The evaluation of images that exist, before it is measured."""
+
+    config: Config
+    storage: Storage
+    address: str
+    images: ImageSet
+    readings: Readings
+    weights: dict[str, WeightsFile]
+    real: RealData
+
+    @property
+    def set(self) -> ImagesOf:
+        """The images to measure."""
+        return ImagesOf(ImageSource("images", address=self.images.address), self.images.count, self.readings)
+
+
+def find_student(config: Config, student_path: str | None = None) -> Student:
+    """The student to evaluate: the one at `student_path`, or the config's newest.
+
+    Its address is that of one step: a training that continues moves `latest`. Raises UserError if there is none, if it is
+    not of the config's network and times, and if it was trained on the noise of the evaluation.
+    """
+    endpoint = config.storage.endpoint_url
+    try:
+        path = model_address(student_path or config.student_address, endpoint)
+        meta = read_meta(path, endpoint, config.evaluation.ema_decay)
+    except UserError as error:
+        how = (
+            "name one that is there"
+            if student_path
+            else "`dsno-cluster train` makes it; --student names another"
+        )
+        raise UserError(f"{error}; {how}") from None
+    model = student_model(meta, path)
+    if model.network != config.network:
+        raise UserError(
+            f"network: not that of the student at {path}; pass the config that it was trained with"
+        )
+    if not same_times(model.times, config.trajectories.time_points):
+        raise UserError(
+            f"trajectories.times: the student at {path} answers {list(model.times)}, "
+            f"the config asks for {list(config.trajectories.time_points)}"
+        )
+    if meta.seed == config.evaluation.seed:
+        raise UserError(
+            f"evaluation.seed {config.evaluation.seed}: the student at {path} was trained on the noise of that seed; "
+            "take another"
+        )
+    return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds)
+
+
+def find_subject(
+    config: Config, student_path: str | None = None, teacher: ConfiguredTeacher | None = None
+) -> Subject:
+    """The student to evaluate and its teacher, which is found unless it is given.
+
+    Raises UserError as `find_student` and `find_teacher`.
+    """
+    student = find_student(config, student_path)
+    return Subject(config, teacher or find_teacher(config), student)
+
+
+def check_comparison(config: Config) -> None:
+    """Raises UserError without a reference, or without what of it the metrics need, and WorkError without weights.
+
+    Published weights are downloaded here, as the nodes of a cluster may have no way out.
+    """
+    readings, weights = find_readings(config.evaluation), _find_weights(config)
+    compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
+    _check_sampled(config, weights)
+    compared_data(config, compared, weights)
+
+
+def look_up(subject: Subject, folder: str | None = None) -> Comparison:
+    """What is known of a comparison before anything is drawn; its results go to `folder` (default: `evaluation/<name>/`).
+
+    Raises UserError as `check_comparison`, and if samples are kept already that were made another way.
+    """
+    config = subject.config
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    keep = _kept_samples(subject, storage)
+    readings, weights = find_readings(config.evaluation), _find_weights(config)
+    _check_sampled(config, weights)
+    real = find_real_data(config, storage, readings, weights)
+    spec = comparison_spec(config, subject.teacher, readings, weights, real)
+    # with no metric of images there is nothing to draw the teacher's for
+    samplings = compared_samplings(config, subject.teacher) if readings else []
+    return Comparison(
+        subject=subject,
+        storage=storage,
+        folder=folder or f"evaluation/{config.name}/",
+        readings=readings,
+        weights=weights,
+        real=real,
+        spec=spec,
+        samplings=tuple(samplings),
+        known=known_rows(storage, spec, subject.teacher, samplings),
+        keep=keep,
+    )
+
+
+def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComparison:
+    """The same for images that exist at `address`. Raises UserError if no metric, or too few images, can be of them."""
+    settings = config.evaluation
+    readings = {
+        metric: reading
+        for metric, reading in find_readings(settings).items()
+        if metric != "agreement" or images.labels is not None
+    }
+    if not readings:
+        raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    weights = _find_weights(config)
+    check_count(settings, readings, images.count, address)
+    check_shape(weights, images.shape, address)
+    real = find_real_data(config, storage, readings, weights)
+    return ImagesComparison(config, storage, address, images, readings, weights, real)
+
+
+def say_what(comparison: Comparison, actors: int | None) -> None:
+    """Say in a line what will be compared, by how many actors, and what need not be measured."""
+    settings, weights = comparison.config.evaluation, comparison.weights
+    path = comparison.subject.student.address
+    real = f"{comparison.real.count or 'the'} real images by {', '.join(weights)}"
+    what = (
+        f"{settings.num_samples} samples of {path} against {real}"
+        if comparison.readings
+        else f"{settings.trajectory_samples} trajectories of {path} against the teacher's"
+    )
+    known = ""
+    if comparison.samplings:
+        shipped = sum(bool(row.shipped) for row in comparison.known.values())
+        came = f", {shipped} of them where the teacher was made: they came with it" if shipped else ""
+        rows = f"{len(comparison.known)} of the teacher's {len(comparison.samplings)} rows"
+        known = f"; {rows} were measured before{came}"
+    console.say(f"{what}, {actor_count(actors, settings.threads)}{known}")
+
+
+def _find_weights(config: Config) -> dict[str, WeightsFile]:
+    """The weights of the config's metrics; that a reference is missing is said before any are downloaded for it."""
+    check_reference_is_there(config)
+    return find_all_weights(config.evaluation)
+
+
+def _check_sampled(config: Config, weights: dict[str, WeightsFile]) -> None:
+    """Raises UserError if the metrics cannot be of this network's samples."""
+    check_shape(weights, config.network.image_shape, "the samples")
+    if "agreement" in config.evaluation.metrics and not config.network.num_classes:
+        raise UserError("evaluation.metrics: agreement is of classes, and network.num_classes is 0")
+
+
+def _kept_samples(subject: Subject, storage: Storage) -> KeptSamples | None:
+    """Where the student's samples are to be kept. Raises UserError if some are kept there that were made another way."""
+    settings, student = subject.config.evaluation, subject.student
+    if not settings.keep_samples:
+        return None
+    spec = SampleSpec(
+        student=student.sha256,
+        seed=settings.seed,
+        samples_per_shard=settings.batch_size,
+        threads=settings.threads,
+        precision=settings.precision,
+        compile=settings.compile,
+    )
+    folder = f"samples/{student.sha256[:16]}-{settings.seed}/"
+    kept = read_manifest(storage, folder)
+    if kept is not None and sample_spec(kept[0]) != spec:
+        raise UserError(
+            f"{storage.url}/{folder}: holds samples of another evaluation.batch_size, threads, precision or compile; "
+            "go back to those, or delete that folder"
+        )
+    return KeptSamples(folder, spec)

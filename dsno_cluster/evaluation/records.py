@@ -1,0 +1,249 @@
+"""The files of an evaluation: metrics.json, history.json, and that of images which were there. Read without torch.
+
+Files of older versions have no `schema_version` and may lack keys that have a default here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, Field
+
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import Code
+from dsno_cluster.records import AnyRecord, Record, SparseRecord, Values, read_record, record_bytes
+from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage
+
+ATTEMPTS = 10  # to write a file that others write too
+
+
+class Figures(SparseRecord):
+    """The figures of a set of images, as far as they were measured; those that only a newer version knows are kept."""
+
+    model_config = ConfigDict(extra="allow")
+    fid: float | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f_score: float | None = None
+    agreement: float | None = None
+
+    def figure(self, name: str) -> float | None:
+        """A figure by its name; None if it was not measured."""
+        value = getattr(self, name, None)
+        return value if isinstance(value, int | float) else None
+
+
+class HeldOut(Figures):
+    """Real images that are not part of the reference: what a perfect sampler of as many would get."""
+
+    num_samples: int
+
+
+class TeacherRow(Figures):
+    """The teacher by one solver. `evaluations` are the network's for an image; `shipped`: it came with the teacher."""
+
+    source: str
+    evaluations: int
+    shipped: bool | None = None
+    as_trajectories: bool | None = None
+
+
+class Cost(Record):
+    """What a sample of the student costs: evaluations of the teacher, and how many come a second on one actor."""
+
+    cost_in_teacher_evaluations: float
+    images_per_second: float
+
+
+class StudentRow(Figures):
+    """The student. `trajectory_error` is relative to the teacher's states, by time."""
+
+    source: str = "student"
+    cost_in_teacher_evaluations: float
+    images_per_second: float
+    trajectory_error: dict[str, float] | None = None
+
+
+class ExtractorName(Record):
+    """A feature extractor and the sha256 of its weights."""
+
+    name: str = "unknown extractor"
+    weights_sha256: str | None = None
+
+
+class ReferenceFacts(Record):
+    """The real data: `what` the config calls it, how many images of which height, if recorded, and what identifies them."""
+
+    what: str = ""
+    count: int | None = None
+    resolution: int | None = None
+    identity: Values | None = None
+
+
+class Seeds(SparseRecord):
+    """Of the student's noise, of the trajectories, and of those metrics that draw subsets."""
+
+    noise: int | None = None
+    trajectories: int | None = None
+    metrics: int | None = None
+
+
+class Checkpoint(Record):
+    """The student that was evaluated."""
+
+    path: str = ""
+    step: int | None = None
+    ema_decay: float | None = None
+    sha256: str = ""
+
+
+class Layout(Record):
+    """What is where in teacher.png, student.png and strips.png; sizes are in their own pixels.
+
+    The first two are `rows` of `columns` tiles of size `tile`, `gap` apart and around them, a row a class if there are
+    classes. strips.png has a pair of rows, teacher over student and `pair_gap` to the next pair, for each of `strips`
+    (rows of the grids, whose first sample it is), and a column for each of `times`, the first of which is the noise.
+    """
+
+    rows: int
+    columns: int
+    classes: int
+    tile: int
+    gap: int
+    pair_gap: int
+    strips: tuple[int, ...]
+    times: tuple[float, ...]
+
+
+class Measurement(Record):
+    """What the files of every evaluation say beside their figures."""
+
+    known_by: ClassVar[str]  # a key that only files of this kind have
+    schema_version: Literal[1] = 1
+    name: str
+    num_samples: int
+    reference: ReferenceFacts = ReferenceFacts()
+    feature_extractor: ExtractorName = ExtractorName()
+    other_extractors: dict[str, str] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+    code: Code | None = None
+    seeds: Seeds = Seeds()
+
+
+class Metrics(Measurement):
+    """metrics.json: a student beside its teacher. `seconds` do not count rows of the teacher that were known."""
+
+    known_by: ClassVar[str] = "student"
+    checkpoint: Checkpoint = Checkpoint()
+    teacher: Values | None = None
+    precision: str = "float32"
+    real_held_out: HeldOut | None = None
+    teacher_rows: tuple[TeacherRow, ...] = ()
+    student: StudentRow
+    device: str | None = None
+    seconds: float | None = None
+    train_seconds: float | None = None
+    pictures: Layout | None = None
+
+
+class MeasuredImages(SparseRecord):
+    """Where images are that were there, and what tells them from others."""
+
+    address: str
+    kind: str
+    sha256: str | None = None
+    bytes: int | None = None
+    files: str | None = None
+
+
+class ImagesMetrics(Measurement):
+    """samples-<hash>.json: images that were there."""
+
+    known_by: ClassVar[str] = "figures"
+    samples: MeasuredImages
+    figures: Figures
+
+
+class HistoryRow(Figures):
+    """One checkpoint, or one of its moving averages. `evaluation` is a hash of how it was evaluated, `folder` has the rest."""
+
+    step: int
+    ema_decay: float | None
+    sha256: str | None = None
+    evaluation: str | None = None
+    folder: str | None = None
+    source: str | None = None
+    cost_in_teacher_evaluations: float | None = None
+    images_per_second: float | None = None
+    trajectory_error: dict[str, float] | None = None
+
+
+class Best(Record):
+    """The checkpoint that is best by a metric."""
+
+    step: int
+    ema_decay: float | None = None
+    metric: str = "fid"
+    value: float
+
+
+class History(Record):
+    """history.json: what `eval --watch` measured, oldest checkpoint first, and the best of those that exist."""
+
+    known_by: ClassVar[str] = "rows"
+    schema_version: Literal[1] = 1
+    rows: tuple[HistoryRow, ...] = ()
+    best: Best | None = None
+
+
+AnyFile = TypeVar("AnyFile", Metrics, ImagesMetrics, History)
+
+
+def read_file(model: type[AnyFile], storage: Storage, key: str) -> AnyFile | None:
+    """A file of an evaluation, or None if there is none. Raises UserError, which says what to do, if it is damaged."""
+    where = f"{storage.url}/{key}"
+    try:
+        data = storage.read(key)
+    except MissingObject:
+        return None
+    try:
+        content: Any = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); delete it and make it again") from None
+    if not isinstance(content, dict) or model.known_by not in content:
+        raise UserError(
+            f"{where}: has no {model.known_by!r}; it is not a file of `dsno-cluster eval`; move it away"
+        )
+    try:
+        return read_record(model, data, where)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and make it again") from None
+
+
+def rewrite(storage: Storage, key: str, content: Callable[[], AnyRecord | None]) -> AnyRecord | None:
+    """Write what `content` makes of the file that exists now, and return it; None leaves the file as it is.
+
+    Safe beside other writers: the write is conditional, and whoever comes late makes its content anew. Raises WorkError if
+    that never ends.
+    """
+    for _ in range(ATTEMPTS):
+        before = storage.stat(key)
+        record = content()
+        if record is None:
+            return None
+        try:
+            if before is None:
+                storage.write(key, record_bytes(record), if_absent=True)
+            else:
+                storage.write(key, record_bytes(record), if_match=before.etag)
+            return record
+        except PreconditionFailed:
+            continue  # another was first: look at what it wrote
+    raise WorkError(f"{storage.url}/{key}: kept changing under {ATTEMPTS} attempts to replace it")

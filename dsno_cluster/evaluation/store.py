@@ -1,0 +1,199 @@
+"""The last step of an evaluation: its figures, with what they depend on beside them, into files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+from dsno_cluster import console
+from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation import pictures
+from dsno_cluster.evaluation.features import Readings, WeightsFile
+from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison
+from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
+from dsno_cluster.evaluation.metrics import Reference
+from dsno_cluster.evaluation.records import (
+    Checkpoint,
+    ExtractorName,
+    Figures,
+    HeldOut,
+    ImagesMetrics,
+    MeasuredImages,
+    Metrics,
+    ReferenceFacts,
+    Seeds,
+    StudentRow,
+    TeacherRow,
+    read_file,
+)
+from dsno_cluster.evaluation.reference import warnings_of
+from dsno_cluster.provenance import Code, code_version, software_versions
+from dsno_cluster.records import Values, canonical_hash, record_bytes
+from dsno_cluster.teachers import Sampling
+from dsno_cluster.trajectories.shards import commit_manifest, make_manifest
+
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was measured for a comparison: the teacher's rows, the student's figures, those of held-out real images."""
+
+    rows: Mapping[Sampling, TeacherRow]
+    student: MeasuredStudent
+    of_student: Figures
+    held_out: HeldOut | None
+    surroundings: Surroundings
+
+
+def store(comparison: Comparison, found: Findings, began: float) -> Metrics:
+    """Write metrics.json and the pictures, and commit the samples that are kept; `began` is when, by `time.monotonic`."""
+    config, storage, folder = comparison.config, comparison.storage, comparison.folder
+    made_by = found.surroundings.environment
+    if comparison.keep is not None:
+        manifest = make_manifest(comparison.keep.spec, found.student.shards, made_by)
+        commit_manifest(storage, comparison.keep.folder, manifest)
+    student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
+    metrics = Metrics(
+        **_beside(comparison, found.surroundings.reference, config.network.image_size, settings.num_samples),
+        seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
+        checkpoint=_checkpoint(comparison),
+        teacher=teacher.info.identity.model_dump(mode="json"),
+        precision=settings.precision,
+        real_held_out=found.held_out,
+        teacher_rows=tuple(
+            found.rows[sampling].model_copy(update={"as_trajectories": sampling.as_trajectories})
+            for sampling in comparison.samplings
+        ),
+        student=_student_row(comparison, found),
+        device=made_by.device,
+        seconds=round(time.monotonic() - began, 1),
+        train_seconds=student.train_seconds,
+        pictures=pictures.layout(config),
+    )
+    storage.write(folder + METRICS, record_bytes(metrics))
+    files = pictures.pictures(config, found.student.pictured, metrics)
+    for name, png in files.items():
+        storage.write(folder + name, png)
+    console.say(f"written: {storage.url}/{folder}{{{', '.join([METRICS, *files])}}}")
+    return metrics
+
+
+def store_images(comparison: ImagesComparison, figures: Figures, surroundings: Surroundings) -> ImagesMetrics:
+    """Write `evaluation/<name>/samples-<hash of the images>.json`."""
+    images, settings, storage = comparison.images, comparison.config.evaluation, comparison.storage
+    identity: Values = images.identity.model_dump(mode="json")
+    metrics = ImagesMetrics(
+        **_beside(comparison, surroundings.reference, images.shape[1], images.count),
+        samples=MeasuredImages.model_validate({"address": comparison.address, **identity}),
+        seeds=Seeds(metrics=settings.metric_seed),
+        figures=figures,
+    )
+    key = f"evaluation/{comparison.config.name}/samples-{canonical_hash(identity)}.json"
+    storage.write(key, record_bytes(metrics))
+    console.say(f"written: {storage.url}/{key}")
+    return metrics
+
+
+def say_replaced(comparison: Comparison) -> None:
+    """Say that the evaluation of another student, or one otherwise set, will be overwritten."""
+    storage, folder = comparison.storage, comparison.folder
+    try:
+        before = read_file(Metrics, storage, folder + METRICS)
+    except UserError as error:
+        console.say(f"at its end this replaces a file that cannot be read: {error}")
+        return
+    differing = [] if before is None else _differences(before, comparison)
+    if before is not None and differing:
+        console.say(
+            f"at its end this replaces the evaluation of step {before.checkpoint.step} by {before.num_samples} samples, which "
+            f"differs in {', '.join(differing)}; to keep that, copy {storage.url}/{folder} first"
+        )
+
+
+def _differences(before: Metrics, comparison: Comparison) -> list[str]:
+    """In what an evaluation differs from one that is to be made, but for figures that follow from it."""
+    settings, checkpoint = comparison.config.evaluation, _checkpoint(comparison)
+    same = {
+        "the student": before.checkpoint.sha256 == checkpoint.sha256
+        if before.checkpoint.sha256
+        else before.checkpoint.path == checkpoint.path,
+        "its step": before.checkpoint.step == checkpoint.step,
+        "ema_decay": before.checkpoint.ema_decay == checkpoint.ema_decay,
+        "num_samples": before.num_samples == settings.num_samples,
+        "the feature extractor": before.feature_extractor == _extractor(comparison),
+        "other extractors": before.other_extractors == _other_extractors(comparison),
+        "the reference": before.reference.what == settings.reference,
+        "seed": before.seeds.noise in (None, settings.seed),
+        "precision": before.precision == settings.precision,
+    }
+    return [what for what, is_same in same.items() if not is_same]
+
+
+def _checkpoint(comparison: Comparison) -> Checkpoint:
+    student = comparison.subject.student
+    return Checkpoint(
+        path=student.address, step=student.step, ema_decay=student.ema_decay, sha256=student.sha256
+    )
+
+
+def _student_row(comparison: Comparison, found: Findings) -> StudentRow:
+    errors = found.student.trajectory_error
+    times = map(str, comparison.config.trajectories.time_points)
+    cost = found.student.cost
+    return StudentRow.model_validate(
+        {
+            **found.of_student.values(),
+            "cost_in_teacher_evaluations": cost.cost_in_teacher_evaluations,
+            "images_per_second": cost.images_per_second,
+            "trajectory_error": dict(zip(times, errors, strict=True)) if errors else None,
+        }
+    )
+
+
+class _Beside(TypedDict):
+    name: str
+    num_samples: int
+    reference: ReferenceFacts
+    feature_extractor: ExtractorName
+    other_extractors: dict[str, str]
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+    code: Code
+
+
+def _beside(
+    comparison: Comparison | ImagesComparison, reference: Reference | None, resolution: int, count: int
+) -> _Beside:
+    """What stands beside every figure: the reference, the extractors, versions, and what to beware of."""
+    readings: Readings = comparison.readings
+    weights: dict[str, WeightsFile] = comparison.weights
+    return _Beside(
+        name=comparison.config.name,
+        num_samples=count,
+        reference=ReferenceFacts(
+            what=comparison.config.evaluation.reference,
+            count=reference.count if reference else None,
+            resolution=reference.resolution if reference else None,
+            identity=reference.identity.model_dump(mode="json") if reference else None,
+        ),
+        feature_extractor=_extractor(comparison),
+        other_extractors=_other_extractors(comparison),
+        warnings=tuple(warnings_of(readings, weights, reference, count, resolution)) if reference else (),
+        versions=software_versions(),
+        code=code_version(),
+    )
+
+
+def _extractor(comparison: Comparison | ImagesComparison) -> ExtractorName:
+    """The main extractor; the weights only if a metric reads it."""
+    main = comparison.config.evaluation.feature_extractor
+    file = comparison.weights.get(main)
+    return ExtractorName(name=main, weights_sha256=file.sha256 if file else None)
+
+
+def _other_extractors(comparison: Comparison | ImagesComparison) -> dict[str, str]:
+    main = comparison.config.evaluation.feature_extractor
+    return {name: file.sha256 for name, file in comparison.weights.items() if name != main}
