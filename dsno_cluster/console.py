@@ -7,12 +7,10 @@ clean.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -33,7 +31,24 @@ _LOG_EVERY_SECONDS = 10.0
 _WRAPPED = 24  # columns that a cell of many words needs at least
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
-_record_file: Path | None = None
+_record: Callable[[Tally], None] | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How far long work has come.
+
+    `start`: what a former run had done, `reached`: how far former runs had come (see `progress`); `rate`: a second.
+    """
+
+    title: str
+    unit: str
+    start: int
+    reached: int
+    total: int
+    done: int
+    rate: float = 0.0
+    figures: str = ""
 
 
 def say(message: str) -> None:
@@ -77,41 +92,40 @@ def progress(
         return
     shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
     with shown as advance:
-        if _record_file is None:
+        if _record is None:
             yield advance
             return
-        begun = {"title": title, "unit": unit, "start": done, "reached": done if reached is None else reached}
-        yield _recorded(advance, _record_file, begun | {"total": total})
+        begun = Tally(title, unit, done, done if reached is None else reached, total, done)
+        yield _recorded(advance, _record, begun)
 
 
-def record_progress(file: Path) -> None:
-    """From now on this process also keeps its progress in `file`, as a JSON object, for those who watch from elsewhere."""
-    global _record_file
-    _record_file = file
+def record_progress(record: Callable[[Tally], None]) -> None:
+    """From now on `record` also gets this process's progress, every two seconds, for those who watch from elsewhere."""
+    global _record
+    _record = record
 
 
-def _recorded(advance: Callable[..., None], file: Path, begun: dict[str, Any]) -> Callable[..., None]:
-    start, total = begun["start"], begun["total"]
-    began, written, done = time.time(), 0.0, start
+def _recorded(
+    advance: Callable[..., None], record: Callable[[Tally], None], tally: Tally
+) -> Callable[..., None]:
+    began, written = time.time(), 0.0
 
-    def record(figures: dict[str, Any]) -> None:
-        nonlocal written
+    def write(figures: dict[str, Any]) -> None:
+        nonlocal written, tally
         written = time.time()
-        rate = (done - start) / max(written - began, 1e-9)
-        content = {**begun, "done": done, "rate": rate}
-        aside = file.with_name(f".{file.name}.tmp")
-        with contextlib.suppress(OSError):  # a full disk: what matters there is told by those who need it
-            aside.write_text(json.dumps({**content, "time": written, "figures": _figures(figures)}))
-            os.replace(aside, file)
+        rate = (tally.done - tally.start) / max(written - began, 1e-9)
+        tally = replace(tally, rate=rate, figures=_figures(figures))
+        with contextlib.suppress(OSError):  # a full disk: those who need the space report it
+            record(tally)
 
     def advance_and_record(count: int, **figures: Any) -> None:
-        nonlocal done
+        nonlocal tally
         advance(count, **figures)
-        done += count
-        if time.time() - written >= _RECORD_EVERY_SECONDS or done >= total:
-            record(figures)
+        tally = replace(tally, done=tally.done + count)
+        if time.time() - written >= _RECORD_EVERY_SECONDS or tally.done >= tally.total:
+            write(figures)
 
-    record({})
+    write({})
     return advance_and_record
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
+from dsno_cluster.commands.launching import run_stage
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,47 +15,26 @@ if TYPE_CHECKING:
 
 
 def evaluate_student(arguments: Arguments) -> None:
+    from dsno_cluster.stages import EVAL
+
     options = arguments.options
     given = [f"--{name}" for name in ("student", "samples", "watch") if getattr(options, name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: one at a time")
     config = _config(arguments)
-    with scripts_anyway(arguments, config, ["eval"]):
-        what = _what(arguments, config)  # what is missing is said before anything starts or is submitted
-    launcher, profile = launcher_and_profile(arguments, "eval")
-    if launcher == "slurm":
-        if not options.dry_run:
-            from dsno_cluster.evaluation.evaluate import check_comparison
-
-            check_comparison(config)
-        submit_stage(arguments, config, profile, "eval")
-        if options.wait and not (options.dry_run or options.json or options.samples or options.watch):
-            show_metrics(written_metrics(config))
+    chosen = EVAL.options(options.actors, options.student, _samples(arguments, config), options.watch)
+    result = run_stage(arguments, EVAL, config, chosen)
+    if result is None:
         return
-    from dsno_cluster.cluster.ray_pool import actor_count
-
-    actors, address = options.actors, options.ray_address
-    if options.dry_run:
-        text = (
-            f"would evaluate {what}, metrics {', '.join(config.evaluation.metrics)}, "
-            f"{actor_count(actors, config.evaluation.threads)}"
-        )
-        print(json.dumps({"dry_run": text}) if options.json else text)
-        return
-    from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
-    from dsno_cluster.evaluation.watch import watch
-
-    show: Callable[[dict[str, Any]], None]
-    if options.watch:
-        found, show = watch(config, actors, address), partial(show_history, config)
-    elif options.samples:
-        found, show = evaluate_images(config, options.samples, actors, address), show_figures
-    else:
-        found, show = evaluate(config, options.student, actors, address), show_metrics
     if options.json:
-        print(json.dumps(found))
+        if result.details is not None:
+            print(json.dumps(result.details))
+    elif options.watch or options.samples:
+        if result.details is not None:
+            show = partial(show_history, config) if options.watch else show_figures
+            show(result.details)
     else:
-        show(found)
+        show_metrics(result.details or written_metrics(config))
 
 
 def _config(arguments: Arguments) -> Config:
@@ -68,24 +46,13 @@ def _config(arguments: Arguments) -> Config:
     return config_of_run(arguments.run_word(), arguments.overrides)
 
 
-def _what(arguments: Arguments, config: Config) -> str:
-    """What is evaluated, in words. Raises UserError where it is not there."""
-    options, settings = arguments.options, config.evaluation
-    if options.watch:
-        from dsno_cluster.trajectories.plan import find_teacher
+def _samples(arguments: Arguments, config: Config) -> str | None:
+    """The address of --samples, for a job that may start in another folder. Raises UserError if there are no images."""
+    if not arguments.options.samples:
+        return None
+    from dsno_cluster.evaluation.image_sets import open_images
 
-        find_teacher(config)
-        return f"each checkpoint of {config.name} with {settings.num_samples} samples"
-    if options.samples:
-        from dsno_cluster.evaluation.image_sets import open_images
-
-        images = open_images(options.samples, config.storage.endpoint_url)
-        options.samples = images.address  # for a job that starts in another folder
-        return f"{images.count} images of {options.samples}"
-    from dsno_cluster.evaluation.evaluate import find_student
-
-    path, _ = find_student(config, options.student)
-    return f"{path} with {settings.num_samples} samples"
+    return open_images(arguments.options.samples, config.storage.endpoint_url).address
 
 
 def written_metrics(config: Config) -> dict[str, Any]:
