@@ -18,15 +18,33 @@ import psutil
 import pytest
 from tiny import TINY, dsno
 
+from dsno_cluster.cli import main
 from dsno_cluster.cluster.attempt import lost_nodes, why
 from dsno_cluster.cluster.launchers import states_of
 from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.status import run_to_cancel
-from dsno_cluster.config import Config, load_config, load_profile
+from dsno_cluster.config import Config, dump_config, load_config, load_profile
 from dsno_cluster.errors import LOST_RANK, UserError
 from dsno_cluster.stages import TRAIN
+
+# what scripts read of `status --json`
+ROW = {
+    "run",
+    "stage",
+    "job",
+    "launcher",
+    "state",
+    "why",
+    "nodes",
+    "attempts",
+    "done",
+    "total",
+    "unit",
+    "rate",
+}
+ROW |= {"seconds_left", "last_error", "folder", "code"}
 
 
 @pytest.fixture
@@ -70,6 +88,59 @@ def test_attempts_that_gained_nothing_are_counted(
     run: Run, starts: tuple[int | None, ...], streak: int
 ) -> None:
     assert attempts(run, *starts) == streak
+
+
+def test_a_run_folder_of_an_earlier_version_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without schema versions, without the kind of the stage, and with paths relative to the folder of submission."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    kinds = {}
+    for stage in ("train", "eval"):
+        folder = tmp_path / f"runs/jobs/digits-{stage}-20260101-120000"
+        (folder / "attempts/0").mkdir(parents=True)
+        record = {"name": "digits", "stage": stage, "root": str(tmp_path / "runs"), "submitted": 1.0}
+        record |= {"command": f"dsno-cluster {stage}", "cwd": str(tmp_path), "code": {"version": "0.1.0"}}
+        record |= {"job": "17", "launcher": "local", "host": socket.gethostname()}
+        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "config.yaml").write_text(dump_config(load_config("configs/digits.yaml")))
+        files = {
+            "begin": {"time": 1.0, "job": "17", "nodes": "node1", "batch_log_bytes": 0},
+            "progress": {
+                "title": "t",
+                "unit": "steps",
+                "start": 0,
+                "reached": 0,
+                "total": 8,
+                "done": 2,
+                "rate": 1.5,
+            },
+            "failure-0": {"time": 2.0, "kind": "work", "reason": "no space", "rank": 0, "host": "node1"},
+        }
+        for name, content in files.items():
+            (folder / f"attempts/0/{name}.json").write_text(json.dumps(content))
+        run = find_run(str(folder))
+        kinds[stage] = run.record().kind
+        assert run.config().storage.root == str(tmp_path / "runs")
+        assert main(["status", str(folder), "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["runs"]
+        assert set(row) == ROW and row["code"]["version"] == "0.1.0"
+        assert (row["state"], row["last_error"], row["done"], row["total"]) == ("failed", "no space", 2, 8)
+    assert kinds == {"train": "ranks", "eval": "ray"}
+
+
+def test_every_file_names_its_schema(run: Run) -> None:
+    attempt = run.attempt(0)
+    attempt.folder.mkdir(parents=True)
+    for record in (
+        Begin(),
+        Result(result="x"),
+        Stopped(why="signal"),
+        Failure(kind="bug", reason="", rank=3),
+    ):
+        attempt.write(record)
+    files = [run.folder / "run.json", *attempt.folder.glob("*.json")]
+    assert len(files) == 5 and all(json.loads(f.read_text())["schema_version"] == 1 for f in files)
 
 
 def test_preempted_attempts_are_not_counted(run: Run) -> None:

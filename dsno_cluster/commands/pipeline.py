@@ -5,7 +5,6 @@ from __future__ import annotations
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics, written_metrics
 from dsno_cluster.commands.launching import choose, follow_to_end, make_submission, show_scripts
-from dsno_cluster.config import Config
 
 
 def run_pipeline(arguments: Arguments) -> None:
@@ -43,7 +42,7 @@ def run_pipeline(arguments: Arguments) -> None:
 def run_demo(arguments: Arguments) -> None:
     from dsno_cluster.stages import describe_path, run_path, stages_of
 
-    config: Config = arguments.config()
+    config = arguments.config()
     first = stages_of(config)[0]
     first.check(config, first.options(), 1)
     if arguments.options.dry_run:

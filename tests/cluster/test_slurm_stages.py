@@ -90,7 +90,9 @@ def test_the_run_folder_holds_what_was_submitted(disk_user: User) -> None:
     head = disk_user.cluster.run("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").stdout.strip()
     assert record.code.commit == head and isinstance(record.code.dirty, bool)
     assert (run.folder / "code/dsno_cluster/cli.py").is_file()
-    assert "num_samples: 16" in (run.folder / "config.yaml").read_text()
+    config = (run.folder / "config.yaml").read_text()
+    assert "num_samples: 16" in config
+    assert f"root: {disk_user.home}/out" in config  # where it is, from any folder: this is what the job reads
     assert "mem_gb: 1" in (run.folder / "profile.yaml").read_text()
     submitted = (run.folder / "script.sh").read_text()
     (kept,) = run.folder.glob("submitit/*_submission.sh")
