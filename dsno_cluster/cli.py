@@ -25,6 +25,7 @@ from dsno_cluster import __version__
 from dsno_cluster.commands import evaluation, models, options, pipeline, report, runs, training, trajectories
 from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
 from dsno_cluster.errors import UserError, WorkError, closest
+from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, TRAIN
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 
@@ -48,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 COMMANDS = {
-    "gen-trajectories": Command(
+    GEN_TRAJECTORIES.name: Command(
         trajectories.gen_trajectories,
         "solve the teacher's ODE for many noises: trajectory shards and their manifest",
         "[CONFIG] [key=value ...]",
@@ -62,14 +63,14 @@ COMMANDS = {
         "dsno-cluster plan configs/digits.yaml --tolerance 1e-3 --nodes 4",
         [options.planning],
     ),
-    "train": Command(
+    TRAIN.name: Command(
         training.train_student,
         "train the student on trajectories, with DeepSpeed",
         "[CONFIG] [key=value ...]",
         "dsno-cluster train configs/digits.yaml name=slower training.lr=1e-4 --tasks-per-node 2 --launcher local",
         [options.launching, options.tasks],
     ),
-    "eval": Command(
+    EVAL.name: Command(
         evaluation.evaluate_student,
         "sample from the student, or take images that are there, and measure: distances, table, pictures",
         "[CONFIG, with --watch also RUN] [key=value ...]",

@@ -10,16 +10,14 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from dsno_cluster.errors import without_passwords
-from dsno_cluster.files import replace_file
-from dsno_cluster.records import Record, record_bytes
 
 
 class _Console(Console):
@@ -33,7 +31,24 @@ _LOG_EVERY_SECONDS = 10.0
 _WRAPPED = 24  # columns that a cell of many words needs at least
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
-_record_file: Path | None = None
+_record: Callable[[Tally], None] | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How far long work has come.
+
+    `start`: what a former run had done, `reached`: how far former runs had come (see `progress`); `rate`: a second.
+    """
+
+    title: str
+    unit: str
+    start: int
+    reached: int
+    total: int
+    done: int
+    rate: float = 0.0
+    figures: str = ""
 
 
 def say(message: str) -> None:
@@ -77,54 +92,40 @@ def progress(
         return
     shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
     with shown as advance:
-        if _record_file is None:
+        if _record is None:
             yield advance
             return
-        reached = done if reached is None else reached
-        begun = ProgressRecord(title=title, unit=unit, start=done, reached=reached, total=total, done=done)
-        yield _recorded(advance, _record_file, begun)
+        begun = Tally(title, unit, done, done if reached is None else reached, total, done)
+        yield _recorded(advance, _record, begun)
 
 
-class ProgressRecord(Record):
-    """How far work has come, for those who watch it from another process: `rate` a second, `time` of writing."""
-
-    schema_version: Literal[1] = 1
-    title: str
-    unit: str
-    start: int  # what former runs had done of `total`
-    reached: int  # what former runs had done in all
-    total: int
-    done: int
-    rate: float = 0.0
-    time: float = 0.0
-    figures: str = ""
+def record_progress(record: Callable[[Tally], None]) -> None:
+    """From now on `record` also gets this process's progress, every two seconds, for those who watch from elsewhere."""
+    global _record
+    _record = record
 
 
-def record_progress(file: Path) -> None:
-    """From now on this process also keeps its progress in `file`, as a `ProgressRecord`."""
-    global _record_file
-    _record_file = file
+def _recorded(
+    advance: Callable[..., None], record: Callable[[Tally], None], tally: Tally
+) -> Callable[..., None]:
+    began, written = time.time(), 0.0
 
-
-def _recorded(advance: Callable[..., None], file: Path, begun: ProgressRecord) -> Callable[..., None]:
-    began, written, done = time.time(), 0.0, begun.start
-
-    def record(figures: Mapping[str, object]) -> None:
-        nonlocal written
+    def write(figures: Mapping[str, object]) -> None:
+        nonlocal written, tally
         written = time.time()
-        rate = (done - begun.start) / max(written - began, 1e-9)
-        now = {"done": done, "rate": rate, "time": written, "figures": _figures(figures)}
-        with contextlib.suppress(OSError):  # a full disk: what matters there is told by those who need it
-            replace_file(file, record_bytes(begun.model_copy(update=now)))
+        rate = (tally.done - tally.start) / max(written - began, 1e-9)
+        tally = replace(tally, rate=rate, figures=_figures(figures))
+        with contextlib.suppress(OSError):  # a full disk: those who need the space report it
+            record(tally)
 
     def advance_and_record(count: int, **figures: Any) -> None:
-        nonlocal done
+        nonlocal tally
         advance(count, **figures)
-        done += count
-        if time.time() - written >= _RECORD_EVERY_SECONDS or done >= begun.total:
-            record(figures)
+        tally = replace(tally, done=tally.done + count)
+        if time.time() - written >= _RECORD_EVERY_SECONDS or tally.done >= tally.total:
+            write(figures)
 
-    record({})
+    write({})
     return advance_and_record
 
 

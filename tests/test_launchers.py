@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import re
 import sys
 from pathlib import Path
 
+import cloudpickle
 import pytest
+import submitit
+import submitit.local.local
 from tiny import DATA, TINY, answer, dsno
 
-from dsno_cluster.cluster.submit import check_room, sbatch_script, stage_task
+from dsno_cluster.cluster.launchers import SLURM
+from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
+from dsno_cluster.cluster.stage import Submission
+from dsno_cluster.cluster.submitit_internals import CONTROLLER, controller_variables
 from dsno_cluster.cluster.task import StageTask
-from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.config import Config, Profile, load_config, load_profile
 from dsno_cluster.errors import UserError
+from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, STAGES, TRAIN, EvaluationOptions
 
 
 @pytest.fixture
@@ -98,6 +106,11 @@ PROFILES = {
 }
 
 
+def script(name: str, config: Config, profile: Profile) -> str:
+    (stage,) = (stage for stage in STAGES if stage.name == name)
+    return str(SLURM.describe(Submission(stage, config, profile, "dsno-cluster")))
+
+
 @pytest.mark.parametrize("stage", PROFILES)
 def test_the_script_is_that_of_the_golden_file(
     stage: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +121,7 @@ def test_the_script_is_that_of_the_golden_file(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     config = load_config("configs/digits.yaml", ["run.dir=scratch"])
-    text = sbatch_script(stage, config, load_profile(stage, {}))
+    text = script(stage, config, load_profile(stage, {}))
     text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/venv/bin/python")
     assert text == (DATA / f"sbatch/{stage}.sh").read_text()
     assert not (tmp_path / "scratch").exists()
@@ -136,7 +149,7 @@ def test_wrong_profiles_are_one_line(
     (tmp_path / "jobs/train.yaml").write_text(PROFILES["train"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as told:
-        load_profile("train", change)
+        check_tasks(TRAIN, load_profile(TRAIN.name, change))
     assert expected in str(told.value) and "\n" not in str(told.value)
 
 
@@ -155,8 +168,8 @@ def test_a_site_without_requeue_has_its_way(
 ) -> None:
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     profile = load_profile("train", {"sbatch": {**words, "exclusive": True, "overcommit": False}})
-    script = sbatch_script("train", load_config("configs/digits.yaml", []), profile).splitlines()
-    asked = [line for line in script if re.search("requeue|exclusive|overcommit", line) and "SBATCH" in line]
+    lines = script("train", load_config("configs/digits.yaml", []), profile).splitlines()
+    asked = [line for line in lines if re.search("requeue|exclusive|overcommit", line) and "SBATCH" in line]
     assert sorted(asked) == ["#SBATCH --exclusive", "#SBATCH --no-requeue"]
 
 
@@ -169,23 +182,39 @@ def test_a_node_has_the_cpus_of_its_actors(gpus: int, cpus: int, refused: str | 
     config = load_config("configs/digits.yaml", ["trajectories.threads=2"])
     profile = load_profile("gen-trajectories", {"gpus_per_node": gpus, "cpus_per_task": cpus})
     if refused is None:
-        check_room("gen-trajectories", config, profile)
+        check_room(GEN_TRAJECTORIES, config, profile)
         return
     with pytest.raises(UserError, match=re.escape(refused)):
-        check_room("gen-trajectories", config, profile)
+        check_room(GEN_TRAJECTORIES, config, profile)
 
 
 def test_the_ray_stages_take_one_task_a_node() -> None:
     with pytest.raises(UserError, match="tasks_per_node 2: gen-trajectories takes 1"):
-        load_profile("gen-trajectories", {"tasks_per_node": 2})
+        check_tasks(GEN_TRAJECTORIES, load_profile(GEN_TRAJECTORIES.name, {"tasks_per_node": 2}))
 
 
-def test_a_task_is_text_and_finds_its_paths_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = load_config("configs/digits.yaml", ["storage.root=here"])
-    monkeypatch.chdir("/")
-    task = pickle.loads(pickle.dumps(stage_task("train", config)))  # noqa: S301 - our own
-    assert isinstance(task, StageTask) and isinstance(task.config_yaml, str)
-    assert f"root: {tmp_path}/here" in task.config_yaml
+def test_a_task_is_its_stage_by_name_and_the_folder_that_it_reads() -> None:
+    """No text of the config travels with it: the run folder's config.yaml is what the job runs."""
+    pickled = cloudpickle.dumps(StageTask(EVAL, EvaluationOptions(student="there"), "/runs/1"))
+    assert b"dsno_cluster.stages" in pickled and len(pickled) < 1500
+    task = pickle.loads(pickled)  # noqa: S301 - our own
+    assert (task.stage.run, task.options.subject, task.run_folder) == (EVAL.run, "there", "/runs/1")
+
+
+def test_what_is_used_of_submitit_is_as_it_was() -> None:
+    """If this fails after an upgrade: compare cluster/submitit_internals.py with submitit/local/local.py and slurm/slurm.py."""
+    start = inspect.getsource(submitit.local.local.start_controller)
+    assert set(re.findall(r"SUBMITIT_[A-Z_]+", start)) == set(controller_variables("", 1))
+    assert CONTROLLER in start and "env=env)" in start
+    assert list(inspect.signature(submitit.LocalExecutor._submit_command).parameters) == ["self", "command"]
+    assert "start_controller(" in inspect.getsource(submitit.LocalExecutor._submit_command)
+    assert isinstance(submitit.SlurmExecutor._submitit_command_str, property)
+    text = inspect.signature(submitit.SlurmExecutor._make_submission_file_text)
+    assert list(text.parameters) == ["self", "command", "uid"]
+
+
+def test_wait_is_accepted_everywhere(tmp_path: Path) -> None:
+    """This machine waits anyway."""
+    words = ["gen-trajectories", *TINY, "--wait", "--launcher", "local", f"storage.root={tmp_path}/out"]
+    made = dsno(*words, "trajectories.num_samples=16", cwd=tmp_path)
+    assert made.returncode == 0 and "done:" in made.stderr, made.stderr

@@ -256,18 +256,21 @@ def test_a_notice_to_leave_is_requeued_and_finishes_by_submitit(tiny_data: Path,
 
     from dsno_cluster.cluster.rendezvous import free_ports
     from dsno_cluster.cluster.runs import create_run
-    from dsno_cluster.cluster.submit import stage_task, task_in
+    from dsno_cluster.cluster.stage import Submission
+    from dsno_cluster.cluster.task import StageTask
     from dsno_cluster.config import load_config, load_profile
+    from dsno_cluster.stages import TRAIN
 
     out = link_data(tiny_data, tmp_path / "out")
     config = load_config(
         "configs/digits.yaml", words(out, "training.steps=150", "training.checkpoint_every=100000")[1:]
     )
-    run = create_run(config, "train", load_profile("train", {}), "a test", snapshot=False)
+    submission = Submission(TRAIN, config, load_profile(TRAIN.name, {}), "a test")
+    run = create_run(submission, snapshot=False)
     executor = submitit.LocalExecutor(run.folder / "submitit", max_num_timeout=10)
     executor.update_parameters(timeout_min=10, tasks_per_node=2, nodes=1)
     os.environ["MASTER_PORT"] = str(free_ports(1)[0])
-    job = executor.submit(task_in(run, stage_task("train", config)))
+    job = executor.submit(StageTask(TRAIN, TRAIN.options(), str(run.folder)))
     controller = psutil.Process(int(job.job_id))
     # before the first step there would be nothing to save
     wait_for(lambda: (out / STUDENT / "metrics.jsonl").is_file() and len(metrics(out)) >= 2, pause=0.1)

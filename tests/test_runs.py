@@ -18,29 +18,56 @@ import psutil
 import pytest
 from tiny import TINY, dsno
 
+from dsno_cluster.cli import main
 from dsno_cluster.cluster.attempt import lost_nodes, why
+from dsno_cluster.cluster.launchers import states_of
+from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
-from dsno_cluster.cluster.status import run_to_cancel, states_of
-from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.cluster.stage import Submission
+from dsno_cluster.cluster.status import run_to_cancel
+from dsno_cluster.config import Config, dump_config, load_config, load_profile
 from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.stages import TRAIN
+
+# what scripts read of `status --json`
+ROW = {
+    "run",
+    "stage",
+    "job",
+    "launcher",
+    "state",
+    "why",
+    "nodes",
+    "attempts",
+    "done",
+    "total",
+    "unit",
+    "rate",
+}
+ROW |= {"seconds_left", "last_error", "folder", "code"}
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
-    return create_run(config, "train", load_profile("train", {}), "dsno-cluster train", snapshot=False)
+    return new_run(config)
 
 
-def attempts(run: Run, *starts: int | None, stopped: dict[int, str] | None = None) -> int:
+def new_run(config: Config) -> Run:
+    submission = Submission(TRAIN, config, load_profile(TRAIN.name, {}), "dsno-cluster train")
+    return create_run(submission, snapshot=False)
+
+
+def attempts(run: Run, *starts: int | None, stopped: dict[int, WhyStopped] | None = None) -> int:
     """The streak after attempts that began at `starts` (None: ended before the work began)."""
     for number, start in enumerate(starts):
         attempt = run.attempt(number)
         attempt.folder.mkdir(parents=True)
         if start is not None:
-            attempt.write("progress", title="training", start=start, reached=start)
+            attempt.write(AttemptProgress(title="training", start=start, reached=start))
         if stopped and number in stopped:
-            attempt.write("stopped", why=stopped[number])
+            attempt.write(Stopped(why=stopped[number]))
     return fruitless(run.attempts())
 
 
@@ -63,6 +90,59 @@ def test_attempts_that_gained_nothing_are_counted(
     assert attempts(run, *starts) == streak
 
 
+def test_a_run_folder_of_an_earlier_version_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without schema versions, without the kind of the stage, and with paths relative to the folder of submission."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    kinds = {}
+    for stage in ("train", "eval"):
+        folder = tmp_path / f"runs/jobs/digits-{stage}-20260101-120000"
+        (folder / "attempts/0").mkdir(parents=True)
+        record = {"name": "digits", "stage": stage, "root": str(tmp_path / "runs"), "submitted": 1.0}
+        record |= {"command": f"dsno-cluster {stage}", "cwd": str(tmp_path), "code": {"version": "0.1.0"}}
+        record |= {"job": "17", "launcher": "local", "host": socket.gethostname()}
+        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "config.yaml").write_text(dump_config(load_config("configs/digits.yaml")))
+        files = {
+            "begin": {"time": 1.0, "job": "17", "nodes": "node1", "batch_log_bytes": 0},
+            "progress": {
+                "title": "t",
+                "unit": "steps",
+                "start": 0,
+                "reached": 0,
+                "total": 8,
+                "done": 2,
+                "rate": 1.5,
+            },
+            "failure-0": {"time": 2.0, "kind": "work", "reason": "no space", "rank": 0, "host": "node1"},
+        }
+        for name, content in files.items():
+            (folder / f"attempts/0/{name}.json").write_text(json.dumps(content))
+        run = find_run(str(folder))
+        kinds[stage] = run.record().kind
+        assert run.config().storage.root == str(tmp_path / "runs")
+        assert main(["status", str(folder), "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["runs"]
+        assert set(row) == ROW and row["code"]["version"] == "0.1.0"
+        assert (row["state"], row["last_error"], row["done"], row["total"]) == ("failed", "no space", 2, 8)
+    assert kinds == {"train": "ranks", "eval": "ray"}
+
+
+def test_every_file_names_its_schema(run: Run) -> None:
+    attempt = run.attempt(0)
+    attempt.folder.mkdir(parents=True)
+    for record in (
+        Begin(),
+        Result(result="x"),
+        Stopped(why="signal"),
+        Failure(kind="bug", reason="", rank=3),
+    ):
+        attempt.write(record)
+    files = [run.folder / "run.json", *attempt.folder.glob("*.json")]
+    assert len(files) == 5 and all(json.loads(f.read_text())["schema_version"] == 1 for f in files)
+
+
 def test_preempted_attempts_are_not_counted(run: Run) -> None:
     assert attempts(run, 0, 0, 0, 0, stopped={1: "preempted", 2: "preempted", 3: "time limit"}) == 2
 
@@ -72,7 +152,7 @@ def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
     attempt.folder.mkdir(parents=True)
     assert "killed by SIGKILL" in why(attempt, 137) and "mem_gb" in why(attempt, 137)
     assert "loss of a node" in why(attempt, None)
-    attempt.write("failure-0", kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)")
+    attempt.write(Failure(kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)"))
     log = run.folder / "batch.log"
     log.write_text(
         "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
@@ -83,22 +163,22 @@ def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
         "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"
     )
     assert why(attempt, 137).startswith(LOST_RANK)
-    attempt.write("failure-3", kind="work", rank=3, reason="the loss is not finite")
+    attempt.write(Failure(kind="work", rank=3, reason="the loss is not finite"))
     assert why(attempt, 1) == "the loss is not finite"
 
 
 def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     """Another node's failure is one that the stage went on without."""
-    run.note(stage="gen-trajectories")
+    run.note(stage="gen-trajectories", kind="ray")
     attempt = run.attempt(0)
     attempt.folder.mkdir(parents=True)
-    attempt.write("begin", nodes="node[1-3]", batch_log_bytes=4)
-    attempt.write("failure-2", kind="user", rank=2, host="node3", reason="Ray on node3 ended by itself")
+    attempt.write(Begin(nodes="node[1-3]", batch_log_bytes=4))
+    attempt.write(Failure(kind="user", rank=2, host="node3", reason="Ray on node3 ended by itself"))
     (run.folder / "batch.log").write_text(
         "of an attempt before\nsrun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Killed\n"
     )
     assert attempt.failure() is None
-    assert [lost["host"] for lost in attempt.node_losses()] == ["node3"]
+    assert [lost.host for lost in attempt.node_losses()] == ["node3"]
     assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for want of memory")
     (run.folder / "batch.log").write_text(
         "old\nsrun: error: node2: task 1: Killed\nsrun: error: Node failure on node4\n"
@@ -108,7 +188,7 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     assert killed.startswith("task 1 on node2 was killed") and said == "Ray on node3 ended by itself"
     assert lost == "Slurm lost node4"
     assert why(attempt, 1) == killed
-    attempt.write("failure-0", kind="work", rank=0, reason="the bucket is gone")
+    attempt.write(Failure(kind="work", rank=0, reason="the bucket is gone"))
     assert why(attempt, 1) == "the bucket is gone"
 
 
@@ -139,18 +219,18 @@ def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
 
 def test_of_several_runs_the_one_that_has_not_ended_is_cancelled(run: Run) -> None:
     config = load_config("configs/digits.yaml", [f"storage.root={run.folder.parents[1]}"])
-    other = create_run(config, "train", load_profile("train", {}), "dsno-cluster train", snapshot=False)
+    other = new_run(config)
     alive = psutil.Process()
     for one, job in ((run, "none"), (other, str(alive.pid))):
         one.note(job=job, launcher="local", host=socket.gethostname(), submitted=alive.create_time())
     run.attempt(0).folder.mkdir(parents=True)
-    run.attempt(0).write("result", result="a student")
+    run.attempt(0).write(Result(result="a student"))
     word = "digits-train"
     with pytest.raises(UserError, match="stands for 2 runs"):
         find_run(word)
     assert run_to_cancel(word) == other
     other.attempt(0).folder.mkdir(parents=True)
-    other.attempt(0).write("result", result="a student")
+    other.attempt(0).write(Result(result="a student"))
     with pytest.raises(UserError, match="stands for 2 runs"):
         run_to_cancel(word)
 

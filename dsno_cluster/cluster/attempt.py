@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from dsno_cluster.cluster.records import AttemptRecord, Begin, Outcome, Result, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm import host_names, may_heal, requeue_job, who_ends
+from dsno_cluster.cluster.slurm_commands import host_names, may_heal, requeue_job, who_ends
 from dsno_cluster.cluster.task import STOPS, attempt_number
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
@@ -36,15 +37,14 @@ def begin(run: Run) -> int:
     former = [a for a in run.attempts() if a.number < attempt.number]
     attempt.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / BATCH_LOG
-    _note(
-        attempt,
-        "begin",
+    begun = Begin(
         job=os.environ.get("SLURM_JOB_ID"),
         nodes=os.environ.get("SLURM_JOB_NODELIST"),
         batch_log_bytes=log.stat().st_size if log.is_file() else 0,
     )
+    _note(attempt, begun)
     if run.cancelled:
-        _note(attempt, "outcome", state="cancelled", reason="cancelled before it began")
+        _note(attempt, Outcome(state="cancelled", reason="cancelled before it began"))
         return 1
     if (streak := fruitless(former)) > run.profile().retries:
         return _give_up(attempt, streak, why(former[-1], None))
@@ -54,34 +54,30 @@ def begin(run: Run) -> int:
 def end(run: Run, status: int) -> int:
     """Close this attempt, whose srun ended with `status`; returns the job's exit status."""
     attempt, job = run.attempt(attempt_number()), os.environ["SLURM_JOB_ID"]
-    if attempt.read("result") is not None:  # rank 0 finished; other tasks may have been lost with their nodes
-        _note(attempt, "outcome", state="done", reason="")
+    if attempt.read(Result) is not None:  # rank 0 finished; other tasks may have been lost with their nodes
+        _note(attempt, Outcome(state="done"))
         return 0
     ended = "cancelled" if run.cancelled else _patiently(lambda: who_ends(job, attempt.number))
     if ended == "cancelled":
-        _note(attempt, "outcome", state="cancelled", reason="")
+        _note(attempt, Outcome(state="cancelled"))
         return KILLED + signal.SIGTERM
     reason = why(attempt, status)
     if ended == "requeued":  # by Slurm for another job, or by an administrator
-        _note(attempt, "outcome", state="again", reason=reason)
+        _note(attempt, Outcome(state="again", reason=reason))
         return 1
-    if ended == "time limit" and attempt.read("stopped") is None:
+    if ended == "time limit" and attempt.read(Stopped) is None:
         reason = "its time limit was reached before it had saved"
     failure = attempt.failure()
-    if failure and failure["kind"] == "user":
-        _note(attempt, "outcome", state="failed", reason=reason)
+    if failure and failure.kind == "user":
+        _note(attempt, Outcome(state="failed", reason=reason))
         return 2
     if not run.profile().requeue:
-        _note(
-            attempt,
-            "outcome",
-            state="failed",
-            reason=f"{reason}; its profile says no-requeue: the same command continues",
-        )
+        reason += "; its profile says no-requeue: the same command continues"
+        _note(attempt, Outcome(state="failed", reason=reason))
         return 1
     if (streak := fruitless(run.attempts())) > run.profile().retries:
         return _give_up(attempt, streak, reason)
-    _note(attempt, "outcome", state="again", reason=reason)
+    _note(attempt, Outcome(state="again", reason=reason))
     print(f"dsno-cluster: {reason}; the job is started again", flush=True)
 
     def requeue() -> None:
@@ -91,9 +87,8 @@ def end(run: Run, status: int) -> int:
     try:
         _patiently(requeue)
     except WorkError as error:
-        _note(
-            attempt, "outcome", state="failed", reason=f"{reason}; and Slurm did not requeue the job: {error}"
-        )
+        reason += f"; and Slurm did not requeue the job: {error}"
+        _note(attempt, Outcome(state="failed", reason=reason))
         return 1
     # A script that ends by itself before Slurm's signal arrives can make the job a failed one (seen with 22.05): wait for it.
     time.sleep(OUTAGE_SECONDS)
@@ -113,36 +108,36 @@ def _patiently(ask: Callable[[], T]) -> T:
             time.sleep(PAUSE_SECONDS)
 
 
-def _note(attempt: Attempt, what: str, **values: object) -> None:
-    """Write a note; a full disk changes nothing of what becomes of the job."""
+def _note(attempt: Attempt, record: AttemptRecord) -> None:
+    """Write a record; a full disk changes nothing of what becomes of the job."""
     try:
-        attempt.write(what, **values)
+        attempt.write(record)
     except OSError as error:
-        print(f"dsno-cluster: {attempt.folder}/{what}.json: cannot be written: {error}", flush=True)
+        print(f"dsno-cluster: {attempt.folder}/{record.file_name}: cannot be written: {error}", flush=True)
 
 
 def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     text = f"given up: {streak} attempts in a row gained nothing; the last: {reason}"
-    _note(attempt, "outcome", state="failed", reason=text)
+    _note(attempt, Outcome(state="failed", reason=text))
     print(f"dsno-cluster: {text}", flush=True)
     return 1
 
 
 def why(attempt: Attempt, status: int | None) -> str:
     """What is known of why an attempt ended, in a line. `status` None: its batch script did not live to see it."""
-    failure, stopped = attempt.failure(), attempt.read("stopped")
-    missed_another = failure is not None and str(failure["reason"]).startswith(LOST_RANK)
+    failure, stopped = attempt.failure(), attempt.read(Stopped)
+    missed_another = failure is not None and failure.reason.startswith(LOST_RANK)
     if failure is not None and not missed_another:
-        return str(failure["reason"])
+        return failure.reason
     if stopped is not None:
-        return STOPS[str(stopped["why"])]
+        return STOPS[stopped.why]
     killed = _killed_task(attempt) if status is not None else None
     if killed is not None:
         return f"{killed} {WAS_KILLED}; see {attempt.folder}"
     if failure is not None:
-        return str(failure["reason"])
+        return failure.reason
     if status is None:
-        nodes = (attempt.read("begin") or {}).get("nodes")
+        nodes = (attempt.read(Begin) or Begin()).nodes
         return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"
     if lost := lost_nodes(attempt):
         return lost[0]
@@ -154,7 +149,7 @@ def why(attempt: Attempt, status: int | None) -> str:
 
 
 def lost_nodes(attempt: Attempt) -> list[str]:
-    """Why a Ray stage goes on without each of its other nodes that is gone: what the node said, or what srun told."""
+    """Why a Ray stage continues without each of its other nodes that is gone: what the node said, or what srun reported."""
     if not attempt.run.is_ray_stage:
         return []
     said = _said_by_srun(attempt)
@@ -163,7 +158,7 @@ def lost_nodes(attempt: Attempt) -> list[str]:
         for host, task, how in _ends(said)
         if task and how == "Killed"
     }
-    reasons |= {_short(lost["host"]): str(lost["reason"]) for lost in attempt.node_losses()}
+    reasons |= {_short(lost.host): lost.reason for lost in attempt.node_losses()}
     for hosts in re.findall(r"srun: error: Node failure on (\S+)", said):
         try:
             names = host_names(hosts) if "[" in hosts else [hosts]
@@ -180,9 +175,9 @@ def _short(host: str) -> str:
 
 
 def _killed_task(attempt: Attempt) -> str | None:
-    """The task that was killed and so ended the attempt, as srun told it: which one, and where; None where none was.
+    """The task that was killed and so ended the attempt, as srun reported it: which one, and where; None if none was.
 
-    Of a training the first that ended, as srun then ends the others; of a Ray stage its driver, task 0.
+    In a training it is the first that ended, as srun then ends the others; in a Ray stage its driver, task 0.
     """
     ends = _ends(_said_by_srun(attempt))
     ends = [end for end in ends if end[1] == 0] if attempt.run.is_ray_stage else ends
@@ -190,14 +185,14 @@ def _killed_task(attempt: Attempt) -> str | None:
 
 
 def _ends(said: str) -> list[tuple[str, int, str]]:
-    """Host, task and a word for each task that did not end well, in the order in which srun told it."""
+    """Host, task and a word for each task that did not end well, in the order in which srun reported it."""
     ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
     return [(host, int(task), how) for host, task, how in ends]
 
 
 def _said_by_srun(attempt: Attempt) -> str:
     """What the batch log holds of an attempt."""
-    before = (attempt.read("begin") or {}).get("batch_log_bytes", 0)
+    before = (attempt.read(Begin) or Begin()).batch_log_bytes
     try:
         return (attempt.run.folder / BATCH_LOG).read_bytes()[before:].decode(errors="replace")
     except OSError:

@@ -24,8 +24,9 @@ from pathlib import Path
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_folder import INSIDE, claimed, place_for
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
+from dsno_cluster.cluster.records import RayEnded, RayStarted
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
-from dsno_cluster.cluster.slurm import job_nodes, node_timeout, requeue_job
+from dsno_cluster.cluster.slurm_commands import job_nodes, node_timeout, requeue_job
 from dsno_cluster.errors import WorkError
 
 START_SECONDS = 180.0  # nodes that start Python from a network file system all at once are slow
@@ -33,7 +34,6 @@ END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
 # the worker that is first in line asks Slurm so often, the others a second less often each: many must not ask at once
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
-STARTED, ENDED = "ray-started.json", "ray-ended.json"
 # when we end Ray its tasks are done or given back: there is nothing to drain, and Slurm allows little time
 RAY_ENVIRONMENT = {
     **KEEP_MEMORY,
@@ -82,12 +82,12 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
             f"Ray head on {socket.gethostname()}, {address}:{port}; {len(node.hosts) - 1} other node(s) join; "
             f"dashboard on this host's 127.0.0.1:{dashboard}"
         )
-        tell(attempt / STARTED, address=f"{address}:{port}", folder=str(folder))
+        tell(attempt, RayStarted(address=f"{address}:{port}", folder=str(folder)))
         try:
             yield f"{address}:{port}"
         finally:
             with contextlib.suppress(OSError):  # a full disk: the workers then wait for Slurm's word
-                tell(attempt / ENDED)
+                tell(attempt, RayEnded())
 
 
 def ray_worker(node: Node, attempt: Path) -> None:
@@ -96,14 +96,14 @@ def ray_worker(node: Node, attempt: Path) -> None:
     Where the head's node is lost, the job is requeued: Slurm leaves a job that goes on without a lost node (--no-kill) without
     its batch script then. Raises WorkError where no head appears and where this node's Ray ends by itself.
     """
-    started = hear(attempt / STARTED)
-    head, folder = started["address"], Path(started["folder"])  # Ray has its workers use the head's folder
+    started = hear(attempt, RayStarted)
+    head, folder = started.address, Path(started.folder)  # Ray has its workers use the head's folder
     address = own_address(node.hosts, node.index, node.interface)
     with _ray_processes([f"--address={head}", *_common(node, address, free_ports(4))], folder) as ray:
         console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
         answered = time.monotonic()
         while time.monotonic() - answered < LOST_HEAD_SECONDS:
-            if (attempt / ENDED).is_file():
+            if (attempt / RayEnded.FILE).is_file():
                 console.say(f"the head at {head} has ended; this node's Ray ends")
                 return
             if (state := _knock(head)) == "open":
@@ -127,7 +127,7 @@ def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
         f"the head at {head} is silent; waiting for what Slurm says of {first}, up to {patience:.0f} s"
     )
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and not (attempt / ENDED).is_file():
+    while time.monotonic() < deadline and not (attempt / RayEnded.FILE).is_file():
         if _knock(head) == "open":
             raise WorkError(f"{socket.gethostname()} was cut off from the head at {head} for a while")
         if first not in job_nodes(node.job, node.hosts):

@@ -46,7 +46,7 @@ class RayCluster:
     num_gpus: int
     fixed: int | None  # actors, where their number was given
 
-    def actor_options(self) -> dict[str, Any]:
+    def actor_options(self) -> dict[str, int]:
         return {"num_cpus": self.threads, "num_gpus": self.num_gpus}
 
     def capacity(self) -> int:

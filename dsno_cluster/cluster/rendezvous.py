@@ -8,9 +8,8 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dsno_cluster.cluster.runs import read_json, write_json
+from dsno_cluster.cluster.records import AnyNote, Note, read_note, write_note
 from dsno_cluster.errors import UserError, WorkError
 
 MEET_SECONDS = 300.0  # a node may be slow to start, and a network file system slow to show a new file
@@ -79,21 +78,21 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
-def tell(file: Path, **what: Any) -> None:
-    """Leave a note on the shared disk for the other tasks of this attempt."""
-    write_json(file, what)
+def tell(attempt: Path, note: Note) -> None:
+    """Leave a note in the attempt's folder for its other tasks."""
+    write_note(note, attempt)
 
 
-def hear(file: Path) -> dict[str, Any]:
-    """The note that another task leaves. Raises WorkError where it does not come."""
+def hear(attempt: Path, what: type[AnyNote]) -> AnyNote:
+    """The note that another task leaves. Raises WorkError if it does not come."""
     deadline = time.monotonic() + MEET_SECONDS
-    while (note := read_json(file)) is None:
+    while (note := read_note(what, attempt)) is None:
         if time.monotonic() > deadline:
             raise WorkError(
-                f"{file}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir is not "
-                "a folder that all nodes share"
+                f"{attempt / what.FILE}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir "
+                "is not a folder that all nodes share"
             )
         time.sleep(0.5)
         with contextlib.suppress(OSError):
-            os.listdir(file.parent)  # has NFS look again
+            os.listdir(attempt)  # has NFS look again
     return note

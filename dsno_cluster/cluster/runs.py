@@ -2,32 +2,40 @@
 
     <run.dir>/jobs/<name>-<stage>-<date>-<time>/
       run.json        what was submitted, by which command, as which job, with which code
-      config.yaml     the resolved experiment           profile.yaml   where it runs
+      config.yaml     the experiment that the job runs, its paths absolute        profile.yaml   where it runs
       script.sh       what sbatch was given             batch.log      what the batch script itself printed
       code/           the package as it was at submission, which is what the job runs
       submitit/       submitit's pickles
       attempts/0/     the first attempt; a requeued job makes 1, 2, ...
         begin.json  progress.json  result.json  failure-<rank>.json  stopped.json  outcome.json  task-<rank>.log
 
-Every JSON file is complete where it is there. A link to each run folder is kept below the user's state folder, so that
+`records.py` says what the JSON files hold. A link to each run folder is kept below the user's state folder, so that
 `status`, `logs` and `cancel` find it from any terminal.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.slurm import user_name
+from dsno_cluster.cluster.records import (
+    AnyNote,
+    AttemptProgress,
+    AttemptRecord,
+    Failure,
+    RunRecord,
+    Stopped,
+    read_note,
+    write_note,
+)
+from dsno_cluster.cluster.slurm_commands import user_name
+from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.config import (
     Config,
     Profile,
@@ -38,10 +46,10 @@ from dsno_cluster.config import (
     load_resolved_profile,
 )
 from dsno_cluster.errors import LOST_RANK, UserError
-from dsno_cluster.files import replace_file
 from dsno_cluster.provenance import code_version
 
-BATCH_LOG = "batch.log"  # of a run folder
+# files of a run folder, besides its records
+BATCH_LOG, CONFIG, PROFILE = "batch.log", "config.yaml", "profile.yaml"
 
 
 @dataclass(frozen=True)
@@ -54,26 +62,31 @@ class Run:
     def id(self) -> str:
         return self.folder.name
 
-    def record(self) -> dict[str, Any]:
-        """What was submitted: `run.json`."""
-        return read_json(self.folder / "run.json") or {}
+    def record(self) -> RunRecord:
+        """What was submitted."""
+        return read_note(RunRecord, self.folder) or RunRecord.model_validate({})
 
     @property
     def is_ray_stage(self) -> bool:
-        """Whether its first task drives actors, so that it goes on without another node; a training does not."""
-        return self.record().get("stage") != "train"
+        """Whether its first task drives actors, so that it continues without another node; a training does not."""
+        return self.record().kind == "ray"
 
     @property
     def owner(self) -> str:
         """The user whose folder, and job, it is."""
         return user_name(self.folder.stat().st_uid)
 
-    def note(self, **values: Any) -> None:
-        """Add to `run.json`."""
-        write_json(self.folder / "run.json", self.record() | values)
+    def note(self, **values: str | float | None) -> None:
+        """Change values of its record."""
+        write_note(RunRecord.model_validate(self.record().model_dump() | values), self.folder)
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The experiment, with `overrides`. Relative paths are those of the folder that it was submitted from."""
+        # those of overrides, and of older run folders
+        return load_config(str(self.folder / CONFIG), overrides, Path(self.record().cwd))
 
     def profile(self) -> Profile:
-        return load_resolved_profile(self.folder / "profile.yaml")
+        return load_resolved_profile(self.folder / PROFILE)
 
     def attempts(self) -> list[Attempt]:
         """The attempts so far, oldest first."""
@@ -102,42 +115,41 @@ class Attempt:
     def number(self) -> int:
         return int(self.folder.name)
 
-    def read(self, what: str) -> dict[str, Any] | None:
-        """`begin`, `progress`, `result`, `stopped` or `outcome`; None where it is not there."""
-        return read_json(self.folder / f"{what}.json")
+    def read(self, model: type[AnyNote]) -> AnyNote | None:
+        """A record of the attempt, or None if it was not written."""
+        return read_note(model, self.folder)
 
-    def write(self, what: str, **values: Any) -> None:
-        write_json(self.folder / f"{what}.json", {"time": time.time(), **values})
+    def write(self, record: AttemptRecord) -> None:
+        write_note(record, self.folder)
 
     @property
     def run(self) -> Run:
         return Run(self.folder.parents[1])
 
-    def failure(self) -> dict[str, Any] | None:
-        """Why the attempt failed: what a rank said that did not merely miss another one; {kind, reason, rank, host}.
+    def failure(self) -> Failure | None:
+        """Why the attempt failed: what a rank said that did not merely miss another one.
 
-        `kind`: user (the input), work (the work or its surroundings) or bug. Of a Ray stage what its driver said: without
-        another node it goes on.
+        Of a Ray stage what its driver said: it continues without another node.
         """
-        driver_alone = self.run.is_ray_stage
-        spoke = [f for f in self._failures() if f["rank"] == 0 or not driver_alone]
-        return min(spoke, key=lambda f: (str(f["reason"]).startswith(LOST_RANK), f["rank"]), default=None)
+        only_driver = self.run.is_ray_stage
+        spoke = [f for f in self._failures() if f.rank == 0 or not only_driver]
+        return min(spoke, key=lambda f: (f.reason.startswith(LOST_RANK), f.rank), default=None)
 
-    def node_losses(self) -> list[dict[str, Any]]:
-        """What other nodes of a Ray stage said that it goes on without."""
+    def node_losses(self) -> list[Failure]:
+        """What the other nodes said that a Ray stage continues without."""
         if not self.run.is_ray_stage:
             return []
-        return sorted((f for f in self._failures() if f["rank"]), key=lambda f: float(f["time"]))
+        return sorted((f for f in self._failures() if f.rank), key=lambda f: f.time)
 
-    def _failures(self) -> list[dict[str, Any]]:
-        said = [read_json(file) for file in self.folder.glob("failure-*.json")]
+    def _failures(self) -> list[Failure]:
+        said = [read_note(Failure, self.folder, file.name) for file in self.folder.glob(Failure.FILE)]
         return [failure for failure in said if failure is not None]
 
     @property
     def position(self) -> tuple[str, int] | None:
         """Where the attempt's work began, as its progress says: what the former ones had finished."""
-        progress = self.read("progress")
-        return (progress["title"], progress["reached"]) if progress else None
+        progress = self.read(AttemptProgress)
+        return (progress.title, progress.reached) if progress else None
 
     def log(self, rank: int) -> Path:
         return self.folder / f"task-{rank}.log"
@@ -148,16 +160,22 @@ def fruitless(attempts: Sequence[Attempt]) -> int:
 
     Preempted ones that said so do not count: that is the cluster's doing.
     """
-    counted = [a for a in attempts if (a.read("stopped") or {}).get("why") != "preempted"]
+    counted = [a for a in attempts if (stopped := a.read(Stopped)) is None or stopped.why != "preempted"]
     positions = [attempt.position for attempt in counted]  # None: it ended before its work began
     reached = [position for position in positions if position is not None]
     return len(positions) - (positions.index(reached[-1]) if reached else 0)
 
 
-def create_run(config: Config, stage: str, profile: Profile, command_line: str, *, snapshot: bool) -> Run:
+def jobs_folder(config: Config) -> Path:
+    """Where the run folders of an experiment are."""
+    return config.run_dir.absolute() / "jobs"
+
+
+def create_run(submission: Submission, *, snapshot: bool) -> Run:
     """A new run folder; `snapshot`: with a copy of the code, for a job that may start much later."""
-    jobs = config.run_dir.absolute() / "jobs"
-    begin = f"{config.name}-{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config, stage = submission.config, submission.stage
+    jobs = jobs_folder(config)
+    begin = f"{config.name}-{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = jobs / f"{begin}{suffix}"
         try:
@@ -167,18 +185,21 @@ def create_run(config: Config, stage: str, profile: Profile, command_line: str, 
         except FileExistsError:
             continue
     run = Run(folder)
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "profile.yaml").write_text(dump_profile(profile))
+    (folder / CONFIG).write_text(dump_config(config))
+    (folder / PROFILE).write_text(dump_profile(submission.profile))
     (folder / "attempts").mkdir()
-    run.note(
+    record = RunRecord(
         name=config.name,
-        stage=stage,
+        stage=stage.name,
+        kind=stage.kind,
+        subject=submission.options.subject,
         root=config.storage.root,
         submitted=time.time(),
-        command=command_line,
+        command=submission.command_line,
         cwd=os.getcwd(),
-        code=code_version().model_dump(exclude_none=True),
+        code=code_version(),
     )
+    write_note(record, folder)
     if snapshot:
         package = Path(__file__).resolve().parent.parent
         shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -201,8 +222,8 @@ def all_runs() -> list[Run]:
     for link in index().glob("*") if index().is_dir() else ():
         run = Run(link.resolve())
         try:
-            if (run.folder / "run.json").is_file():
-                submitted[run] = float(run.record().get("submitted", 0.0))
+            if (run.folder / RunRecord.FILE).is_file():
+                submitted[run] = run.record().submitted
         except (
             OSError
         ) as error:  # of a project that one was taken off, or on a disk that fails: the others are there
@@ -231,12 +252,12 @@ def matching_runs(word: str) -> list[Run]:
     Raises UserError where there is none.
     """
     try:
-        if (Path(word) / "run.json").is_file():
+        if (Path(word) / RunRecord.FILE).is_file():
             return [Run(Path(word).resolve())]
     except OSError as error:
         raise UserError(f"{word}: cannot be read: {error.strerror}") from None
     runs = all_runs()
-    same = [run for run in runs if run.id == word or str(run.record().get("job")) == word]
+    same = [run for run in runs if run.id == word or run.record().job == word]
     if matching := same[:1] or [run for run in runs if run.id.startswith(word)]:
         return matching
     newest = f"; the newest is {runs[0].id}" if runs else "; none was submitted yet"
@@ -248,7 +269,7 @@ def config_file_of_run(word: str) -> str:
     if is_config_file(word):
         return word
     try:
-        return str(find_run(word).folder / "config.yaml")
+        return str(find_run(word).folder / CONFIG)
     except UserError as error:
         shipped = f"configs/{word}.yaml"
         hint = f"did you mean {shipped}?" if Path(shipped).is_file() else "a config's path ends in .yaml"
@@ -258,29 +279,7 @@ def config_file_of_run(word: str) -> str:
 def config_of_run(word: str, overrides: Sequence[str] = ()) -> Config:
     """The experiment of a config's path, or of the id or folder of a submitted run, with `overrides`.
 
-    A run's relative paths are those of the folder that it was submitted from. Raises UserError
-    for a word that is neither and as `load_config`.
+    Raises UserError for a word that is neither and as `load_config`.
     """
     file = config_file_of_run(word)
-    if file == word:
-        return load_config(file, overrides)
-    submitted_from = Run(Path(file).parent).record().get("cwd", "")
-    return load_config(file, overrides, Path(submitted_from))
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is not there (or, on a full disk, empty)."""
-    for last in (False, True):
-        try:
-            return dict(json.loads(file.read_text()))
-        except (FileNotFoundError, ValueError):
-            return None
-        except OSError as error:
-            if last or error.errno != errno.ESTALE:  # NFS: replaced by another node while it was read
-                raise
-    return None
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all."""
-    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
+    return load_config(file, overrides) if file == word else Run(Path(file).parent).config(overrides)

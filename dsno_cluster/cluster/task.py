@@ -17,12 +17,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsno_cluster import console
+from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Result, Stopped
 from dsno_cluster.cluster.runs import Attempt, Run
-from dsno_cluster.config import Config, Profile
+from dsno_cluster.cluster.stage import Stage, StageOptions
+from dsno_cluster.config import Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
+
+if TYPE_CHECKING:
+    from dsno_cluster.cluster.ray_on_slurm import Node
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 STOPS = {
@@ -35,20 +40,11 @@ STOPS = {
 
 @dataclass(frozen=True)
 class StageTask:
-    """The spec of a stage, text only. `actors` is for the Ray stages; `student`, `samples` and `watch` are for eval."""
+    """A stage of the experiment in a run folder."""
 
-    stage: str
-    config_yaml: str
+    stage: Stage[Any]
+    options: StageOptions
     run_folder: str
-    actors: int | None = None
-    student: str | None = None
-    samples: str | None = None
-    watch: bool = False
-
-    @property
-    def subject(self) -> str:
-        """What it works on besides the experiment: two jobs of one stage and subject would do the same work."""
-        return "each checkpoint" if self.watch else self.samples or self.student or ""
 
     def __call__(self) -> str:
         from submitit import JobEnvironment
@@ -59,11 +55,11 @@ class StageTask:
         attempt.folder.mkdir(parents=True, exist_ok=True)
         requeue = signal.getsignal(signal.SIGUSR2)  # what submitit installed
         if rank == 0:
-            console.record_progress(attempt.folder / "progress.json")
+            console.record_progress(lambda tally: attempt.write(AttemptProgress.of(tally)))
         received: list[int] = []
         try:
             with _signals_unwind(received):
-                result = self._run(run, attempt)
+                address = self._run(run, attempt)
         except (KeyboardInterrupt, SystemExit) as stopped:
             _ignore_signals()
             # what Ray makes of a SIGTERM while it starts
@@ -74,70 +70,46 @@ class StageTask:
                 _leave_for_later(run, attempt, requeue)
             sys.exit(0)  # rank 0 speaks for all; an error status here would have Slurm end it too early
         except (UserError, WorkError) as error:  # leaves no traceback, and ends the other ranks
-            kind = "user" if isinstance(error, UserError) else "work"
-            attempt.write(
-                f"failure-{rank}", kind=kind, reason=str(error), rank=rank, host=socket.gethostname()
-            )
+            users = isinstance(error, UserError)
+            attempt.write(_failure("user" if users else "work", str(error), rank))
             console.error(str(error))
-            sys.exit(2 if kind == "user" else 1)
+            sys.exit(2 if users else 1)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            attempt.write(f"failure-{rank}", kind="bug", reason=reason, rank=rank, host=socket.gethostname())
+            attempt.write(_failure("bug", f"{type(error).__name__}: {error}", rank))
             raise
         if rank == 0:
-            attempt.write("result", result=result)
-        return result
+            attempt.write(Result(result=address))
+        return address
 
     def checkpoint(self) -> Any:
-        """What submitit submits again when the job is requeued: the same task, which goes on from its own checkpoint."""
+        """What submitit submits again when the job is requeued: the same task, which continues from its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
     def _run(self, run: Run, attempt: Attempt) -> str:
-        import yaml
-
-        from dsno_cluster.config import validate
-
-        config = validate(Config, yaml.safe_load(self.config_yaml), "the submitted config")
+        """Run the stage in this task's place among the others; returns where its results are."""
+        config, profile = run.config(), run.profile()
         on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
-        if (
-            on_slurm and not run.profile().gpus_per_node
-        ):  # where Slurm gave none, those that can be seen are a neighbour's
+        if on_slurm and not profile.gpus_per_node:
+            # Slurm gave none, so those that can be seen are a neighbour's
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-        if self.stage == "train":
-            from dsno_cluster.training.loop import train
-
-            _set_rank_variables(attempt, run.profile(), on_slurm)
-            return train(config)
-        if not on_slurm:
-            return self._work(config, None)
+        if self.stage.kind == "ranks":
+            _set_rank_variables(attempt, profile, on_slurm)
+        if self.stage.kind == "ranks" or not on_slurm:
+            return self.stage.run(config, self.options, None, None).address
         from dsno_cluster.cluster.ray_on_slurm import ray_head, ray_worker
 
-        node = _ray_node(run.profile())
+        node = _ray_node(profile)
         if node.index:
             ray_worker(node, attempt.folder)
             return "worker"
         with ray_head(node, attempt.folder) as address:
-            return self._work(config, address)
+            return self.stage.run(config, self.options, address, None).address
 
-    def _work(self, config: Config, ray_address: str | None) -> str:
-        if self.stage == "gen-trajectories":
-            from dsno_cluster.trajectories.generate import generate
 
-            return generate(config, self.actors, ray_address)
-        from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
-        from dsno_cluster.evaluation.look_up import find_subject
-        from dsno_cluster.evaluation.watch import watch
-        from dsno_cluster.teachers import find_teacher
-
-        if self.watch:
-            watch(config, find_teacher(config), self.actors, ray_address)
-        elif self.samples is not None:
-            evaluate_images(config, self.samples, self.actors, ray_address)
-        else:
-            evaluate(find_subject(config, self.student), self.actors, ray_address)
-        return f"{config.storage.root}/evaluation/{config.name}"
+def _failure(kind: Literal["user", "work", "bug"], reason: str, rank: int) -> Failure:
+    return Failure(kind=kind, reason=reason, rank=rank, host=socket.gethostname())
 
 
 def attempt_number() -> int:
@@ -174,10 +146,10 @@ def _ignore_signals() -> None:
 
 def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
     """Note why this attempt stops; the batch script has the job requeued. On this machine submitit does; never returns then."""
-    from dsno_cluster.cluster.slurm import who_ends, why_told
+    from dsno_cluster.cluster.slurm_commands import who_ends, why_told
 
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
-        attempt.write("stopped", why="time limit")
+        attempt.write(Stopped(why="time limit"))
         console.say("time is nearly up: the job asks to be requeued")
         sys.stdout.flush()
         if not callable(requeue):
@@ -190,7 +162,7 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
     except (UserError, WorkError) as error:
         console.say(f"Slurm does not say why this job shall end: {error}")
         why = "signal"
-    attempt.write("stopped", why=why)
+    attempt.write(Stopped(why=why))
     console.say(f"{STOPS[why]}: what is done is kept")
 
 
@@ -206,18 +178,18 @@ def _set_rank_variables(attempt: Attempt, profile: Profile, on_slurm: bool) -> N
     from dsno_cluster.cluster.rendezvous import free_ports, hear, interface_of, own_address, tell
 
     here = JobEnvironment()
-    hosts, note = list(here.hostnames), attempt.folder / "rendezvous.json"
+    hosts = list(here.hostnames)
     address = own_address(hosts, here.node, profile.interface)
     if here.global_rank == 0:
-        tell(note, address=address, port=free_ports(1)[0])
-    meeting = hear(note)
+        tell(attempt.folder, Meeting(address=address, port=free_ports(1)[0]))
+    meeting = hear(attempt.folder, Meeting)
     os.environ.update(
         RANK=str(here.global_rank),
         WORLD_SIZE=str(here.num_tasks),
         LOCAL_RANK=str(here.local_rank),
         LOCAL_WORLD_SIZE=str(here.num_tasks // here.num_nodes),
-        MASTER_ADDR=meeting["address"],
-        MASTER_PORT=str(meeting["port"]),
+        MASTER_ADDR=meeting.address,
+        MASTER_PORT=str(meeting.port),
     )
     interface = profile.interface or interface_of(address)
     for library in ("GLOO", "NCCL"):  # what the profile's environment or the user's shell says wins
@@ -225,7 +197,7 @@ def _set_rank_variables(attempt: Attempt, profile: Profile, on_slurm: bool) -> N
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
 
 
-def _ray_node(profile: Profile) -> Any:
+def _ray_node(profile: Profile) -> Node:
     from submitit import JobEnvironment
 
     from dsno_cluster.cluster.ray_on_slurm import Node

@@ -3,70 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
+from dsno_cluster.commands.launching import run_stage
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Config
     from dsno_cluster.evaluation.records import History, ImagesMetrics, Measurement, Metrics
 
-Result = TypeVar("Result", bound="Metrics | ImagesMetrics | History")
-
-
-@dataclass(frozen=True)
-class Task(Generic[Result]):
-    """What eval was asked for: in words, how it is `done` with so many actors on a Ray, and how its result is `shown`."""
-
-    words: str
-    done: Callable[[int | None, str | None], Result]
-    shown: Callable[[Result], None]
-
-    def here(self, actors: int | None, ray_address: str | None, as_json: bool) -> None:
-        """Do it and show the result, or print it as JSON."""
-        result = self.done(actors, ray_address)
-        if as_json:
-            print(json.dumps(result.values()))
-        else:
-            self.shown(result)
-
-
-AnyTask = Task["Metrics"] | Task["ImagesMetrics"] | Task["History"]
-
 
 def evaluate_student(arguments: Arguments) -> None:
+    from dsno_cluster.stages import EVAL
+
     options = arguments.options
     given = [f"--{name}" for name in ("student", "samples", "watch") if getattr(options, name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: one at a time")
     config = _config(arguments)
-    with scripts_anyway(arguments, config, ["eval"]):
-        task = _task(arguments, config)  # what is missing is said before anything starts or is submitted
-    launcher, profile = launcher_and_profile(arguments, "eval")
-    if launcher == "slurm":
-        if not options.dry_run:
-            from dsno_cluster.evaluation.look_up import check_comparison
-
-            check_comparison(config)
-        submit_stage(arguments, config, profile, "eval")
-        if options.wait and not (options.dry_run or options.json or options.samples or options.watch):
-            show_metrics(written_metrics(config))
+    chosen = EVAL.options(options.actors, options.student, _samples(arguments, config), options.watch)
+    result = run_stage(arguments, EVAL, config, chosen)
+    if result is None:
         return
-    if options.dry_run:
-        from dsno_cluster.cluster.ray_pool import actor_count
-
-        text = (
-            f"would evaluate {task.words}, metrics {', '.join(config.evaluation.metrics)}, "
-            f"{actor_count(options.actors, config.evaluation.threads)}"
-        )
-        print(json.dumps({"dry_run": text}) if options.json else text)
-        return
-    task.here(options.actors, options.ray_address, options.json)
+    if options.json:
+        if result.details is not None:
+            print(json.dumps(result.details.values()))
+    elif options.watch or options.samples:
+        if result.details is not None:
+            show = partial(show_history, config) if options.watch else show_figures
+            show(result.details)
+    else:
+        show_metrics(result.details or written_metrics(config))
 
 
 def _config(arguments: Arguments) -> Config:
@@ -78,29 +47,13 @@ def _config(arguments: Arguments) -> Config:
     return config_of_run(arguments.run_word(), arguments.overrides)
 
 
-def _task(arguments: Arguments, config: Config) -> AnyTask:
-    """What is to be evaluated. Raises UserError if it is missing."""
-    options, settings = arguments.options, config.evaluation
-    if options.watch:
-        from dsno_cluster.evaluation.watch import watch
-        from dsno_cluster.teachers import find_teacher
+def _samples(arguments: Arguments, config: Config) -> str | None:
+    """The address of --samples, for a job that may start in another folder. Raises UserError if there are no images."""
+    if not arguments.options.samples:
+        return None
+    from dsno_cluster.evaluation.image_sets import open_images
 
-        words = f"each checkpoint of {config.name} with {settings.num_samples} samples"
-        return Task(words, partial(watch, config, find_teacher(config)), partial(show_history, config))
-    from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
-
-    if options.samples:
-        from dsno_cluster.evaluation.image_sets import open_images
-
-        images = open_images(options.samples, config.storage.endpoint_url)
-        options.samples = images.address  # for a job that starts in another folder
-        words = f"{images.count} images of {options.samples}"
-        return Task(words, partial(evaluate_images, config, options.samples), show_figures)
-    from dsno_cluster.evaluation.look_up import find_subject
-
-    subject = find_subject(config, options.student)
-    words = f"{subject.student.address} with {settings.num_samples} samples"
-    return Task(words, partial(evaluate, subject), show_metrics)
+    return open_images(arguments.options.samples, config.storage.endpoint_url).address
 
 
 def written_metrics(config: Config) -> Metrics:

@@ -11,7 +11,9 @@ def launching(parser: argparse.ArgumentParser) -> None:
     )
     _nodes(parser)
     parser.add_argument(
-        "--wait", action="store_true", help="on Slurm: follow the job to its end, exit with its status"
+        "--wait",
+        action="store_true",
+        help="follow a job to its end, exit with its status (on this machine always)",
     )
     dry_run(parser)
 

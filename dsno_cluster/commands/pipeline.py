@@ -2,76 +2,52 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics, written_metrics
-from dsno_cluster.commands.launching import (
-    follow_to_end,
-    launcher_and_profile,
-    print_scripts,
-    profile_of,
-    say_submitted,
-    scripts_anyway,
-)
+from dsno_cluster.commands.launching import choose, follow_to_end, make_submission, show_scripts
 from dsno_cluster.files import shown_path
-
-if TYPE_CHECKING:
-    from dsno_cluster.config import Config
 
 
 def run_pipeline(arguments: Arguments) -> None:
-    from dsno_cluster.pipeline import describe, run_here, stages_of
-    from dsno_cluster.training.ranks import check_divides
-    from dsno_cluster.trajectories.plan import make_plan
+    from dsno_cluster.stages import describe_path, run_path, stages_of
 
     config, options = arguments.config(), arguments.options
-    stages = stages_of(config)
-    with scripts_anyway(arguments, config, stages):
-        plan = make_plan(config)  # what is missing is said before anything starts or is submitted
-    launcher, _ = launcher_and_profile(arguments, stages[0])
-    if launcher == "local":
-        if options.dry_run:
-            print(f"would make {describe(config)}")
-            return
-        _check_all_stages(config, plan.folder)
-        show_metrics(run_here(config))
-        return
-    profiles = {stage: profile_of(arguments, stage, on_slurm=True) for stage in stages}
-    check_divides(config, profiles["train"].nodes * profiles["train"].tasks_per_node)
-    from dsno_cluster.cluster.submit import submit_pipeline
-
+    first, *later = stages_of(config)
+    # what is missing is reported before anything starts or is submitted
+    checked = None if options.dry_run else first.check(config, first.options(), 1)
+    launcher = choose(arguments, first)
+    submissions = [
+        make_submission(arguments, launcher, stage, config, stage.options()) for stage in (first, *later)
+    ]
     if options.dry_run:
-        print_scripts(arguments, config, profiles)
+        described = show_scripts(arguments, launcher, submissions)
+        first.check(config, first.options(), 1)
+        if not described:
+            print(f"would make {describe_path(config)}")
+        for submission in submissions:
+            launcher.check(submission)
         return
-    _check_all_stages(config, plan.folder)
-    runs = submit_pipeline(config, profiles, arguments.command_line)
-    for run in runs:
-        say_submitted(run)
+    for submission in submissions:
+        launcher.check(submission)
+        profile = submission.profile
+        submission.stage.check_ahead(config, profile.nodes * profile.tasks_per_node)
+    if not any(launcher.takes(submission) for submission in submissions):
+        show_metrics(run_path(config, checked).details)
+        return
+    runs = launcher.submit(submissions)
     if options.wait:
-        follow_to_end(runs)
+        follow_to_end(launcher, runs)
         show_metrics(written_metrics(config))
 
 
-def _check_all_stages(config: Config, folder: str) -> None:
-    """Raises UserError or WorkError for what a later stage would miss, hours from now."""
-    from dsno_cluster.evaluation.look_up import check_comparison
-    from dsno_cluster.training.objectives.losses import find_lpips_weights
-    from dsno_cluster.trajectories.plan import check_reachable
-
-    check_reachable(config, folder)
-    find_lpips_weights(config.training)
-    check_comparison(config)
-
-
 def run_demo(arguments: Arguments) -> None:
-    from dsno_cluster.pipeline import describe, run_here
-    from dsno_cluster.trajectories.plan import make_plan
+    from dsno_cluster.stages import describe_path, run_path, stages_of
 
     config = arguments.config()
-    make_plan(config)
+    first = stages_of(config)[0]
+    checked = first.check(config, first.options(), 1)
     if arguments.options.dry_run:
-        print(f"would make {describe(config)}")
+        print(f"would make {describe_path(config)}")
         return
-    show_metrics(run_here(config))
+    show_metrics(run_path(config, checked).details)
     print(f"\nlook at {shown_path(config.storage.root)}/evaluation/{config.name}/samples.png")

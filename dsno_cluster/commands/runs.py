@@ -11,6 +11,7 @@ from dsno_cluster.errors import UserError
 def show_status(arguments: Arguments) -> None:
     from dsno_cluster.cluster import status
     from dsno_cluster.cluster.runs import all_runs, find_run
+    from dsno_cluster.provenance import Code
 
     if arguments.overrides:
         raise UserError(f"status takes runs, not {arguments.overrides[0]}")
@@ -19,7 +20,7 @@ def show_status(arguments: Arguments) -> None:
     shown = runs if arguments.words or options.all else runs[: status.SHOWN]
     rows = status.overview(shown)
     if options.json:
-        print(json.dumps({"runs": rows}))
+        print(json.dumps({"runs": [row.model_dump(mode="json") for row in rows]}))
         return
     from dsno_cluster import console
 
@@ -33,13 +34,9 @@ def show_status(arguments: Arguments) -> None:
     if len(shown) < len(runs):
         print(f"{len(runs) - len(shown)} older ones: --all")
     for row in rows if arguments.words else []:
-        code = row["code"] or {}
-        commit = (
-            f", commit {code['commit'][:12]}{' with changes' if code['dirty'] else ''}"
-            if code.get("commit")
-            else ""
-        )
-        print(f"{row['run']}: version {code.get('version')}{commit}; files: {row['folder']}")
+        code = row.code or Code(version="unknown")
+        commit = f", commit {code.commit[:12]}{' with changes' if code.dirty else ''}" if code.commit else ""
+        print(f"{row.run}: version {code.version}{commit}; files: {row.folder}")
 
 
 def show_logs(arguments: Arguments) -> None:

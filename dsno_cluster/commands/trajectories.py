@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments
-from dsno_cluster.commands.launching import launcher_and_profile, scripts_anyway, submit_stage
+from dsno_cluster.commands.launching import run_stage
 from dsno_cluster.errors import UserError, WorkError
 
 if TYPE_CHECKING:
@@ -17,24 +17,10 @@ _DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.
 
 
 def gen_trajectories(arguments: Arguments) -> None:
-    from dsno_cluster.trajectories.plan import check_reachable, make_plan
+    from dsno_cluster.stages import GEN_TRAJECTORIES
 
-    config = arguments.config()
-    with scripts_anyway(arguments, config, ["gen-trajectories"]):
-        plan = make_plan(config)  # what is missing is said before anything starts or is submitted
-    launcher, profile = launcher_and_profile(arguments, "gen-trajectories")
-    if launcher == "slurm":
-        with scripts_anyway(arguments, config, ["gen-trajectories"]):
-            check_reachable(config, plan.folder)
-        submit_stage(arguments, config, profile, "gen-trajectories")
-        return
-    from dsno_cluster.trajectories.generate import describe_plan, generate
-
-    actors = arguments.options.actors
-    if arguments.options.dry_run:
-        print(f"would make {describe_plan(config, plan, actors)}")
-        return
-    generate(config, actors, arguments.options.ray_address, plan)
+    options = GEN_TRAJECTORIES.options(arguments.options.actors)
+    run_stage(arguments, GEN_TRAJECTORIES, arguments.config(), options)
 
 
 def plan_trajectories(arguments: Arguments) -> None:
@@ -53,16 +39,17 @@ def plan_trajectories(arguments: Arguments) -> None:
     if measuring:
         from dsno_cluster.cluster.ray_pool import actors_that_fit
         from dsno_cluster.device import compute_device
+        from dsno_cluster.stages import GEN_TRAJECTORIES
 
         planned = plan.make_plan(config)
         teacher = planned.teacher.load().to(compute_device())
-        profile = load_profile("gen-trajectories", {"nodes": options.nodes})
+        profile = load_profile(GEN_TRAJECTORIES.name, {"nodes": options.nodes})
         a_node = {"CPU": profile.cpus_per_task, "GPU": profile.gpus_per_node}
         fit = actors_that_fit(a_node, config.trajectories.threads, min(1, profile.gpus_per_node))
         devices = profile.nodes * max(1, fit)
         if profile.gpus_per_node and teacher.device.type == "cpu":
             console.say(
-                "jobs/gen-trajectories.yaml asks for GPUs and there is none here: the time is that of this CPU"
+                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and there is none here: the time is that of this CPU"
             )
         error = None
         if options.tolerance:

@@ -40,26 +40,14 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
     return config
 
 
-def load_profile(stage: str, changes: Mapping[str, object], *, on_slurm: bool = True) -> Profile:
+def load_profile(stage: str, changes: Mapping[str, int | None]) -> Profile:
     """The profile `jobs/<stage>.yaml`, with the values of `changes` that are not None in place of its own.
 
-    Raises UserError, in one line, as `load_config`, and `on_slurm` for tasks that do not suit the stage.
+    Raises UserError, in one line, as `load_config`.
     """
     path = f"jobs/{stage}.yaml"
     data = _read_yaml(find_file(path, "jobs"))
-    profile = validate(Profile, {**data, **{k: v for k, v in changes.items() if v is not None}}, path)
-    if not on_slurm:
-        return profile
-    if stage != "train" and profile.tasks_per_node != 1:
-        raise UserError(
-            f"{path}: tasks_per_node {profile.tasks_per_node}: {stage} takes 1; its Ray actors fill the node"
-        )
-    if stage == "train" and profile.gpus_per_node and profile.tasks_per_node != profile.gpus_per_node:
-        raise UserError(
-            f"{path}: tasks_per_node {profile.tasks_per_node} with gpus_per_node {profile.gpus_per_node}: training runs one "
-            "task per GPU, so give both the same number"
-        )
-    return profile
+    return validate(Profile, {**data, **{k: v for k, v in changes.items() if v is not None}}, path)
 
 
 def load_resolved_profile(file: Path) -> Profile:

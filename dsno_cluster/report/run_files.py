@@ -178,6 +178,6 @@ def _runs_of(config: Config) -> list[Run]:
     newest: dict[str, Run] = {}
     for run in all_runs():
         record = run.record()
-        if record.get("name") == name and record.get("root") == root:
-            newest.setdefault(str(record.get("stage")), run)
+        if (record.name, record.root) == (name, root):
+            newest.setdefault(record.stage, run)
     return list(reversed(newest.values()))

@@ -256,6 +256,6 @@ def reproduction(files: RunFiles) -> tuple[str, str, str]:
     submitted = [run.record() for run in files.runs]
     if submitted:
         lines += ["", "# as it was submitted:"]
-        lines += [f"# {without_passwords(str(record.get('command')))}" for record in submitted]
+        lines += [f"# {without_passwords(record.command)}" for record in submitted]
     version = (files.metrics.versions if files.metrics else {}).get("dsno-cluster", __version__)
     return "\n".join([f"# dsno-cluster {version}", *lines]), text, name

@@ -38,12 +38,13 @@ class Beginning:
         return 0 if self.state is None else self.state.step
 
 
-def find_beginning(config: Config, teacher: ConfiguredTeacher) -> Beginning:
+def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginning:
     """What is there for a run of this config.
 
     Raises UserError if there are no finished trajectories, if the teacher does not fit, and if students or checkpoints of
     the config's name are of another run; WorkError if the newest checkpoint cannot be read.
     """
+    assert teacher is not None  # on rank 0
     folder, manifest = find_trajectories(config, teacher)
     checkpoint.check_published(config, folder)
     newest = checkpoint.newest_step(config)

@@ -87,7 +87,7 @@ class RunNotes:
     divergence: NormalDistances | None = None
 
     def compare(self, step: int, errors: Sequence[float] | None) -> None:
-        """Note the checkpoint of `step` as the best if its held-out errors by time point, where measured, are."""
+        """Record the checkpoint of `step` as the best if its held-out errors by time point, where measured, are."""
         if errors is not None and (self.best is None or errors[-1] < self.best.error):
             self.best = Best(step=step, error=errors[-1])
 

@@ -38,8 +38,8 @@ from dsno_cluster.training.ranks import Ranks, broadcast_weights, from_rank_0, j
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 
 
-def train(config: Config) -> str:
-    """Train on this rank until `training.steps`; returns the address of the students.
+def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
+    """Train on this rank until `training.steps`; returns the address of the students. `teacher` is found unless it is given.
 
     Continues by itself from the newest complete checkpoint, on any number of ranks and at any ZeRO stage. A signal ends
     it after its next step and a checkpoint: see `preemption.py`. Raises UserError for input that cannot work and WorkError
@@ -52,16 +52,17 @@ def train(config: Config) -> str:
         stop = resources.enter_context(StopSignals())
         ranks = join_ranks(config)
         on_rank_0(ranks, lambda: resources.enter_context(checkpoint.only_run(config)))
-        teacher = on_rank_0(ranks, lambda: find_teacher(config))  # the others never read it
-        beginning = from_rank_0(ranks, lambda: find_beginning(config, teacher or find_teacher(config)))
+        # only rank 0 ever reads it
+        known = on_rank_0(ranks, lambda: teacher or find_teacher(config))
+        beginning = from_rank_0(ranks, lambda: find_beginning(config, known))
         start, main = beginning.step, ranks.rank == 0
         if start >= settings.steps:
             if main:
                 _finish_again(config, start, address)
             return address
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
-        student = _begin_student(config, beginning, teacher, ranks)
-        heldout = on_rank_0(ranks, lambda: _held_out(config, teacher, student, beginning, ranks))
+        student = _begin_student(config, beginning, known, ranks)
+        heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
         if settings.compile:
             student.accelerate(compile=True)
         engine = make_engine(student.recompute(settings.recompute), config, ranks)

@@ -22,7 +22,7 @@ from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Stat, Storage, open_storage
 from dsno_cluster.teachers import Teacher, load_teacher
-from dsno_cluster.trajectories.plan import Plan, make_plan
+from dsno_cluster.trajectories.plan import Plan
 from dsno_cluster.trajectories.shards import (
     MADE_SHARDS,
     MadeShards,
@@ -53,16 +53,13 @@ def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
     )
 
 
-def generate(
-    config: Config, actors: int | None = None, ray_address: str | None = None, plan: Plan | None = None
-) -> str:
+def generate(config: Config, plan: Plan, actors: int | None = None, ray_address: str | None = None) -> str:
     """Make every shard of the config's `plan` that is missing, then commit the manifest; returns the data set's address.
 
     By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
     Raises UserError for a teacher that does not fit the config and for devices or library versions that must not
     be mixed, WorkError where shards cannot be made.
     """
-    plan = plan or make_plan(config)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{storage.url}/{plan.folder.rstrip('/')}"
     current = read_manifest(storage, plan.folder)

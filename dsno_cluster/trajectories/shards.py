@@ -297,7 +297,7 @@ def read_made_shards(storage: Storage, folder: str) -> MadeShards:
 
 
 def write_made_shards(storage: Storage, folder: str, made: MadeShards) -> None:
-    """Note what is made so far, so that a restart needs not read it all again. Not a promise: no manifest."""
+    """Record what is made so far, so that a restart needs not read it all again. Not a promise: no manifest."""
     storage.write(folder + MADE_SHARDS, made.model_dump_json().encode())
 
 

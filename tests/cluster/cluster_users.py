@@ -18,6 +18,7 @@ import testbed
 from testbed import Cluster
 from tiny import TINY
 
+from dsno_cluster.cluster.records import AttemptProgress, Stopped
 from dsno_cluster.cluster.runs import Attempt, Run
 
 # shards of about a second, so that there is time for things to go wrong
@@ -129,7 +130,7 @@ class User:
 
     def in_queue(self, run: Run) -> bool:
         """Whether a run's job waits or runs; one that was requeued begins at once."""
-        job = str(run.record()["job"])
+        job = str(run.record().job)
         listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout.strip()
         if listing == "PENDING BeginTime":
             # the end of the attempt before, heard of after the next began, would be taken for its end
@@ -192,3 +193,16 @@ def ray_processes(cluster: Cluster, node: str) -> list[str]:
 
 def last(run: Run) -> Attempt:
     return run.attempts()[-1]
+
+
+def done_by(run: Run) -> int:
+    """How much of its work the last attempt says is done; 0 before it begins."""
+    attempts = run.attempts()
+    progress = attempts[-1].read(AttemptProgress) if attempts else None
+    return progress.done if progress else 0
+
+
+def why_stopped(attempt: Attempt) -> str | None:
+    """Why an attempt was told to end, if it was."""
+    stopped = attempt.read(Stopped)
+    return stopped.why if stopped else None

@@ -38,17 +38,17 @@ def test_runs_are_told_from_accounting(accounted: User) -> None:
     user.profile(account="research", sbatch={"begin": "now+1hour"})
     later = user.submit("gen-trajectories", *TINY, "name=later")
     assert user.row(later)["state"] == "waiting"
-    cluster.run("scancel", str(later.record()["job"]))
+    cluster.run("scancel", str(later.record().job))
     cluster.run("sleep", "8")
     forgotten = ["squeue", "-h", "-t", "all", "-o", "%i"]
-    wait_for(lambda: str(later.record()["job"]) not in cluster.run(*forgotten).stdout.split(), 120)
+    wait_for(lambda: str(later.record().job) not in cluster.run(*forgotten).stdout.split(), 120)
     assert user.row(later)["state"] == "cancelled"  # it never began, so its folder has no word of it
 
     user.profile(account="research")
     again = user.submit("gen-trajectories", *SLOW)
     row = user.ends(again)
     assert row["attempts"] == 1 and user.shards_made() == 24
-    wait_for(lambda: str(again.record()["job"]) not in cluster.run(*forgotten).stdout.split(), 120)
+    wait_for(lambda: str(again.record().job) not in cluster.run(*forgotten).stdout.split(), 120)
     time.sleep(1)
     assert user.row(again)["state"] == "done"
     assert "done:" in user.dsno("logs", again.id).stdout

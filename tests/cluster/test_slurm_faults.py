@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_users import SHARDS, SLOW, User, last, ray_processes, wait_for
+from cluster_users import SHARDS, SLOW, User, done_by, last, ray_processes, wait_for, why_stopped
 from testbed import Cluster
 from tiny import TINY, dsno
 
@@ -98,8 +98,8 @@ def test_scancel_saves_and_does_not_requeue(
     disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
 ) -> None:
     run = train_on_two_nodes(disk_user, tiny_data, "training.checkpoint_every=100000")
-    wait_for(lambda: (last(run).read("progress") or {}).get("done", 0) > 20 if run.attempts() else False)
-    cluster.run("scancel", str(run.record()["job"]))  # by anybody, not through us
+    wait_for(lambda: done_by(run) > 20 if run.attempts() else False)
+    cluster.run("scancel", str(run.record().job))  # by anybody, not through us
     row = disk_user.ends(run, "cancelled")
     assert row["attempts"] == 1 and len(checkpoints(disk_user)) == 1
     time.sleep(5)
@@ -123,7 +123,7 @@ def test_the_time_limit_is_reached(
     assert len(losses) == steps
     assert losses[: len(undisturbed_lines)] == [line["loss"] for line in undisturbed_lines]
     assert "steps 0 to" not in last(run).log(0).read_text()
-    assert (run.attempt(0).read("stopped") or {})["why"] == "time limit"
+    assert why_stopped(run.attempt(0)) == "time limit"
 
 
 def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User, cluster: Cluster) -> None:
@@ -131,9 +131,9 @@ def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User, cluste
     twelve = ["trajectories.num_samples=192", "trajectories.steps=240"]
     run = disk_user.submit("gen-trajectories", *TINY, *twelve)
     wait_for(lambda: disk_user.shards_made() >= 2)
-    job = f"jobid={run.record()['job']}"
+    job = f"jobid={run.record().job}"
     cluster.run("scontrol", "update", job, "timelimit=1")
-    wait_for(lambda: run.attempt(0).read("stopped"))
+    wait_for(lambda: why_stopped(run.attempt(0)))
     cluster.run("scontrol", "update", job, "timelimit=10")
     row = disk_user.ends(run)
     assert row["attempts"] == 2 and row["last_error"] == "its time limit was near"
@@ -145,7 +145,7 @@ def test_preempted_by_a_job_of_higher_priority(
     disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
 ) -> None:
     run = train_on_two_nodes(disk_user, tiny_data, "training.checkpoint_every=100000")
-    wait_for(lambda: (last(run).read("progress") or {}).get("done", 0) > 20 if run.attempts() else False)
+    wait_for(lambda: done_by(run) > 20 if run.attempts() else False)
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap", "sleep 5"]
     other = cluster.run(*urgent, cwd=disk_user.home).stdout.strip()
     wait_for(
@@ -153,7 +153,7 @@ def test_preempted_by_a_job_of_higher_priority(
     )
     assert disk_user.row(run)["state"] == "waiting"
     finished(disk_user, run, undisturbed)
-    assert (run.attempt(0).read("stopped") or {})["why"] == "preempted"
+    assert why_stopped(run.attempt(0)) == "preempted"
     assert disk_user.row(run)["attempts"] == 2
 
 
@@ -167,13 +167,13 @@ def test_requeued_by_an_administrator(
     else:
         run = disk_user.submit(stage, *SLOW, "--nodes", "2")
         wait_for(lambda: disk_user.shards_made() >= 4)
-    cluster.run("scontrol", "requeue", str(run.record()["job"]))
+    cluster.run("scontrol", "requeue", str(run.record().job))
     if stage == "train":
         finished(disk_user, run, undisturbed)
     else:
         disk_user.ends(run)
         all_shards_made_once(disk_user)
-    assert (run.attempt(0).read("stopped") or {})["why"] == "preempted"
+    assert why_stopped(run.attempt(0)) == "preempted"
     assert disk_user.row(run)["attempts"] == 2
 
 
@@ -210,7 +210,7 @@ def test_a_node_is_drained_and_the_controller_restarts(disk_user: User, cluster:
 
 def test_the_s3_server_restarts(user: User, cluster: Cluster) -> None:
     run = user.submit("gen-trajectories", *SLOW, "--nodes", "2")
-    wait_for(lambda: run.attempts() and (last(run).read("progress") or {}).get("done", 0) >= 48)
+    wait_for(lambda: run.attempts() and done_by(run) >= 48)
     cluster.stop_s3()
     time.sleep(5)
     cluster.start_s3()
@@ -259,7 +259,7 @@ def test_ranks_and_drivers_killed(
 
     words = ["gen-trajectories", *SLOW, f"storage.root={disk_user.home}/made", "name=made", "--nodes", "2"]
     made = disk_user.run_of(disk_user.dsno(*words, "--launcher", "slurm").stderr)
-    wait_for(lambda: made.attempts() and (last(made).read("progress") or {}).get("done", 0) >= 32)
+    wait_for(lambda: made.attempts() and done_by(made) >= 32)
     cluster.run("pkill", "-9", "-x", "raylet", host="node2")
     said = wait_for(lambda: disk_user.row(made)["last_error"])
     assert said.startswith("goes on without 1 node(s): Ray on node2 ended by itself"), said

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_users import SLOW, User, last, ray_processes, wait_for
+from cluster_users import SLOW, User, done_by, last, ray_processes, wait_for, why_stopped
 from testbed import Cluster
 from tiny import TINY, dsno
 
@@ -76,7 +76,7 @@ def test_a_user_without_privileges(cluster: Cluster) -> None:
         assert cancelled.id in [row["run"] for row in json.loads(listed.stdout)["runs"]]
         run.folder.chmod(0o700)
         user.dsno("cancel", cancelled.id)
-        assert (cancelled.attempt(0).read("stopped") or {})["why"] == "cancelled"
+        assert why_stopped(cancelled.attempt(0)) == "cancelled"
         for node in ("node1", "node2"):
             assert not cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
             left = cluster.run("find", "/mnt", "/dev/shm", "-user", account, host=node).stdout.splitlines()
@@ -86,20 +86,20 @@ def test_a_user_without_privileges(cluster: Cluster) -> None:
 def test_the_run_folder_holds_what_was_submitted(disk_user: User) -> None:
     run = disk_user.submit("gen-trajectories", *TINY, "trajectories.num_samples=16")
     record = run.record()
-    assert record["stage"] == "gen-trajectories" and record["command"].startswith(
-        "dsno-cluster gen-trajectories"
-    )
+    assert record.stage == "gen-trajectories" and record.command.startswith("dsno-cluster gen-trajectories")
     head = disk_user.cluster.run("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD").stdout.strip()
-    assert record["code"]["commit"] == head and isinstance(record["code"]["dirty"], bool)
+    assert record.code.commit == head and isinstance(record.code.dirty, bool)
     assert (run.folder / "code/dsno_cluster/cli.py").is_file()
-    assert "num_samples: 16" in (run.folder / "config.yaml").read_text()
+    config = (run.folder / "config.yaml").read_text()
+    assert "num_samples: 16" in config
+    assert f"root: {disk_user.home}/out" in config  # where it is, from any folder: this is what the job reads
     assert "mem_gb: 1" in (run.folder / "profile.yaml").read_text()
     submitted = (run.folder / "script.sh").read_text()
     (kept,) = run.folder.glob("submitit/*_submission.sh")
     assert kept.read_text() == submitted
     assert oct(run.folder.stat().st_mode)[-3:] == "700"
     disk_user.ends(run)
-    assert "done:" in disk_user.dsno("logs", str(record["job"])).stdout
+    assert "done:" in disk_user.dsno("logs", str(record.job)).stdout
     again = disk_user.submit("gen-trajectories", *TINY, "trajectories.num_samples=16")
     disk_user.ends(again)
     assert "are there already" in again.attempt(0).log(0).read_text()
@@ -138,7 +138,7 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     said = disk_user.dsno("gen-trajectories", *longer, *disk_user.storage, *other, "--nodes", "2").stderr
     second = disk_user.run_of(said)
     both = [first, second]
-    wait_for(lambda: all(run.attempts() and (last(run).read("progress") or {}).get("done") for run in both))
+    wait_for(lambda: all(run.attempts() and done_by(run) for run in both))
     for node in ("node1", "node2"):
         assert sum("raylet/raylet" in line for line in ray_processes(cluster, node)) == 2
     tokens = ray_tokens(cluster, "node1")
@@ -158,7 +158,7 @@ def test_two_jobs_share_nodes_and_touch_nothing_of_each_other(disk_user: User, c
     assert disk_user.row(second)["attempts"] == 1
     for node in ("node1", "node2"):
         assert not ray_processes(cluster, node)
-        assert not ray_folders(cluster, node, str(second.record()["job"]))
+        assert not ray_folders(cluster, node, str(second.record().job))
     written = "".join(
         f.read_text(errors="replace")
         for f in disk_user.home.rglob("*")
@@ -197,7 +197,7 @@ def ray_tokens(cluster: Cluster, node: str) -> set[str]:
 def test_the_whole_path_as_one_submission(user: User) -> None:
     said = user.dsno("run", *TINY, *user.storage, "--nodes", "2").stderr
     runs = [user.run_of(line) for line in said.splitlines() if "submitted" in line]
-    assert [run.record()["stage"] for run in runs] == ["gen-trajectories", "train", "eval"]
+    assert [run.record().stage for run in runs] == ["gen-trajectories", "train", "eval"]
     assert user.row(runs[2])["why"] == "for the stage before it"
     twice = user.dsno("run", *TINY, *user.storage, "--nodes", "2", status=1).stderr
     assert "already, as job" in twice

@@ -1,0 +1,389 @@
+"""Slurm: a stage becomes a batch script, which submitit hands to sbatch, and is looked at through Slurm's own commands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsno_cluster import console
+from dsno_cluster.cluster.attempt import why
+from dsno_cluster.cluster.launchers.following import wait_for
+from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
+from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, index, jobs_folder
+from dsno_cluster.cluster.slurm_commands import (
+    JobState,
+    cancel_job,
+    check_profile,
+    cluster_name,
+    job_states,
+    refusal,
+    user_name,
+)
+from dsno_cluster.cluster.task import StageTask
+from dsno_cluster.config import Config, Profile, load_profile
+from dsno_cluster.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    import submitit
+
+    from dsno_cluster.cluster.stage import Stage, Submission
+
+MOST_REQUEUES = 1000
+SETTLE_SECONDS = 15.0
+# keys of a profile for which sbatch has the user's own defaults
+LEFT_OUT = ("partition", "account", "qos", "constraint")
+
+WORDS = {
+    "PENDING": "waiting",
+    "REQUEUED": "waiting",
+    "REQUEUE_HOLD": "waiting",
+    "SPECIAL_EXIT": "waiting",
+    "CONFIGURING": "starting",
+    "RUNNING": "running",
+    "COMPLETING": "ending",
+    "SIGNALING": "running",
+    "STAGE_OUT": "ending",
+    "STOPPED": "suspended",
+    "SUSPENDED": "suspended",
+    "COMPLETED": "done",
+    "CANCELLED": "cancelled",
+    "FAILED": "failed",
+    "BOOT_FAIL": "failed",
+    "NODE_FAIL": "failed",
+    "TIMEOUT": "failed",
+    "DEADLINE": "failed",
+    "OUT_OF_MEMORY": "failed",
+    "PREEMPTED": "failed",
+}
+WAITS = {
+    "Priority": "others are before it",
+    "Resources": "for free nodes",
+    "Dependency": "for the stage before it",
+    "DependencyNeverSatisfied": "for a stage that failed: it will never start",
+    "BeginTime": "for its turn to start again",
+    "ReqNodeNotAvail": "for nodes that are down, drained or reserved",
+    "JobHeldUser": "held by its owner",
+    "JobHeldAdmin": "held by an administrator",
+    "PartitionTimeLimit": "its time limit is above the partition's",
+    "QOSMaxJobsPerUserLimit": "for another job of yours to end",
+    "AssocGrpGRES": "for the account's share of GPUs",
+}
+ENDS = {
+    "NODE_FAIL": "a node was lost",
+    "TIMEOUT": "its time limit was reached",
+    "OUT_OF_MEMORY": "it needed more memory than mem_gb",
+    "PREEMPTED": "another job needed its nodes",
+    "BOOT_FAIL": "a node did not boot",
+    "DEADLINE": "its deadline was reached",
+}
+
+
+class SlurmLauncher:
+    """Jobs of Slurm."""
+
+    name = "slurm"
+    detached = True
+
+    def profile(self, stage: Stage[Any], nodes: int | None, tasks_per_node: int | None) -> Profile:
+        profile = load_profile(stage.name, {"nodes": nodes, "tasks_per_node": tasks_per_node})
+        check_tasks(stage, profile)
+        return profile
+
+    def takes(self, submission: Submission) -> bool:
+        return True
+
+    def describe(self, submission: Submission) -> str:
+        """The script for sbatch; RUN stands for the run folder to come."""
+        from dsno_cluster.cluster.submitit_internals import script_text
+
+        return script_text(_executor(submission, jobs_folder(submission.config) / "RUN", None))
+
+    def check(self, submission: Submission) -> None:
+        check_room(submission.stage, submission.config, submission.profile)
+        check_profile(submission.profile, _profile_file(submission.stage))
+
+    def submit(self, submissions: Sequence[Submission]) -> list[Run]:
+        for submission in submissions:
+            self.check(submission)
+            self._refuse_second(submission)
+        runs: list[Run] = []
+        try:
+            with _undisturbed():
+                for submission in submissions:
+                    runs.append(_submit(submission, runs[-1].record().job if runs else None))
+        except BaseException:  # Ctrl-C among them
+            for run in runs:
+                _take_back(run)
+            raise
+        for run in runs:
+            record = run.record()
+            console.say(
+                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.id}`, "
+                f"`dsno-cluster logs {run.id} --follow`; files: {run.folder}"
+            )
+        return runs
+
+    def _refuse_second(self, submission: Submission) -> None:
+        """Raises WorkError if the same stage of the same experiment waits or runs already, on the same subject."""
+        config, stage = submission.config, submission.stage.name
+        wanted = (self.name, stage, config.name, config.storage.root, submission.options.subject)
+        same = [
+            run
+            for run in all_runs()
+            if (r := run.record()).job and (r.launcher, r.stage, r.name, r.root, r.subject) == wanted
+        ]
+        ended = {run: state for run in same if (state := final_state(run)) is not None}
+        for run, state in self.states([run for run in same if run not in ended]).items():
+            if state.live:
+                raise WorkError(
+                    f"{stage} of {config.name} is {state.word} already, as job {run.record().job}: "
+                    f"follow it with `dsno-cluster logs {run.id} --follow`, or end it with `dsno-cluster cancel {run.id}`"
+                )
+
+    def states(self, runs: Sequence[Run]) -> dict[Run, State]:
+        by_owner: dict[str, list[str]] = {}
+        for run in runs:
+            by_owner.setdefault(run.owner, []).append(str(run.record().job))
+        jobs: dict[str, JobState] | None
+        try:
+            jobs = {
+                job: state for owner, ids in by_owner.items() for job, state in job_states(ids, owner).items()
+            }
+        except (UserError, WorkError) as error:
+            console.say(f"Slurm does not say how jobs fare now: {error}")
+            jobs = None
+        return {run: _state(run, jobs) for run in runs}
+
+    def follow(self, run: Run) -> str:
+        def ask() -> State:
+            return final_state(run) or self.states([run])[run]
+
+        return wait_for(run, ask)
+
+    def logs(self, run: Run, rank: int, attempt: int | None) -> Path | None:
+        """Rank 0's is what the batch script printed until the task has a log of its own."""
+        file = run.attempt(attempt).log(rank) if attempt is not None else None
+        if file is not None and file.is_file():
+            return file
+        batch, begun = run.folder / BATCH_LOG, file is None or file.parent.is_dir()
+        return batch if rank == 0 and begun and batch.is_file() else None
+
+    def cancel(self, run: Run) -> None:
+        cancel_job(str(run.record().job))
+
+
+def check_tasks(stage: Stage[Any], profile: Profile) -> None:
+    """Raises UserError for tasks that do not suit the kind of the stage."""
+    tasks, gpus = profile.tasks_per_node, profile.gpus_per_node
+    if stage.kind == "ray" and tasks != 1:
+        raise UserError(
+            f"{_profile_file(stage)}: tasks_per_node {tasks}: {stage.name} takes 1; its Ray actors fill the node"
+        )
+    if stage.kind == "ranks" and gpus and tasks != gpus:
+        raise UserError(
+            f"{_profile_file(stage)}: tasks_per_node {tasks} with gpus_per_node {gpus}: training runs one task per GPU, so give "
+            "both the same number"
+        )
+
+
+def check_room(stage: Stage[Any], config: Config, profile: Profile) -> None:
+    """Raises UserError if a node's CPUs hold no actor of a Ray stage, or fewer than it has GPUs."""
+    if stage.kind != "ray":
+        return
+    threads: int = getattr(config, stage.section).threads
+    wanted = max(1, profile.gpus_per_node)
+    if profile.cpus_per_task < threads * wanted:
+        what = f"its {wanted} GPUs have an actor each" if wanted > 1 else "it has one actor at least"
+        raise UserError(
+            f"{_profile_file(stage)}: cpus_per_task {profile.cpus_per_task} of a node: {what}, of "
+            f"{stage.section}.threads={threads} CPUs; raise cpus_per_task to {threads * wanted}"
+        )
+
+
+def _profile_file(stage: Stage[Any]) -> str:
+    return f"jobs/{stage.name}.yaml"
+
+
+def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
+    """The state of a run's job; `jobs` None: Slurm does not answer."""
+    record = run.record()
+    if jobs is None:
+        return State("state unknown", "Slurm does not answer")
+    if record.cluster not in (None, cluster_name()):
+        return State("state unknown", f"it is on the cluster {record.cluster}, this is {cluster_name()}")
+    job = jobs.get(str(record.job))
+    attempts = run.attempts()
+    if job is None and run.owner != user_name(os.getuid()):
+        return State("state unknown", f"Slurm tells {user_name(os.getuid())} nothing of {run.owner}'s jobs")
+    if job is None:
+        last = why(attempts[-1], None) if attempts else "it never began"
+        return State("cancelled" if run.cancelled else "failed", f"Slurm no longer knows the job; {last}")
+    word = WORDS.get(job.state, "state unknown")
+    if word == "state unknown":
+        return State(word, job.state)
+    if word == "waiting":
+        reason, _, more = job.reason.partition(",")
+        known = WAITS.get(reason)
+        said = "" if job.reason == "None" else job.reason  # in Slurm's own words
+        return State(word, said if known is None else known + more.replace("_", " "))
+    if word in LIVE:
+        return State(word, "", job.nodes)
+    if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
+        return State("ending")  # so Slurm says for a moment of a job that it is about to requeue
+    if word == "cancelled" and record.after and not attempts and not run.cancelled:
+        return State(word, "the stage that it waited for did not end well")
+    return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
+
+
+def _submit(submission: Submission, after: str | None) -> Run:
+    """Submit a stage, to begin when job `after` is done. Raises UserError for a job that Slurm will never take."""
+    from submitit.core.utils import FailedJobError
+
+    from dsno_cluster.cluster.submitit_internals import script_text
+
+    cluster = cluster_name()
+    run = create_run(submission, snapshot=True)
+    try:
+        executor = _executor(submission, run.folder, after)
+        with _clean_environment(submission.profile):
+            (run.folder / "script.sh").write_text(script_text(executor))
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+                job = executor.submit(StageTask(submission.stage, submission.options, str(run.folder)))
+        run.note(job=str(job.job_id), launcher=SlurmLauncher.name, cluster=cluster, after=after)
+    except FailedJobError as error:
+        _forget(run)
+        raise refusal(str(error)) from error
+    except BaseException:
+        _forget(run)
+        raise
+    return run
+
+
+def _executor(submission: Submission, folder: Path, after: str | None) -> submitit.SlurmExecutor:
+    """submitit's executor for a run folder, which need not exist yet."""
+    import submitit
+
+    stage, profile = submission.stage, submission.profile
+    ray = stage.kind == "ray"
+    srun = [
+        *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
+        f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
+        # a Ray stage continues without a lost node; in training a lost rank is no reason for the others to wait
+        *(("--no-kill", "--kill-on-bad-exit=0") if ray else ("--kill-on-bad-exit=1",)),
+    ]
+    python = shlex.quote(sys.executable)
+    executor = submitit.SlurmExecutor(
+        folder=folder / "submitit",
+        max_num_timeout=MOST_REQUEUES,  # it takes any signal to a job of under ten minutes for a time-out
+        python=f"{' '.join(srun)} {python}",
+    )
+    executor.update_parameters(
+        job_name=f"{stage.name}-{submission.config.name}",
+        nodes=profile.nodes,
+        ntasks_per_node=profile.tasks_per_node,
+        cpus_per_task=profile.cpus_per_task,
+        gpus_per_node=profile.gpus_per_node or None,  # a cluster without GPUs refuses even a request for none
+        mem=f"{profile.mem_gb}GB",
+        time=profile.time_minutes,
+        partition=profile.partition,
+        account=profile.account,
+        qos=profile.qos,
+        constraint=profile.constraint,
+        signal_delay_s=profile.save_seconds,
+        dependency=f"afterok:{after}" if after else None,
+        wckey=None,
+        use_srun=False,  # the srun line is ours: its log files tell attempts apart
+        setup=_setup_lines(folder, profile, ray),
+        teardown=[f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
+        additional_parameters={
+            "output": folder / BATCH_LOG,
+            "error": folder / BATCH_LOG,
+            **({"requeue": True} if profile.requeue else {}),
+            **({"no_kill": True} if ray and profile.nodes > 1 else {}),
+            **({"kill_on_invalid_dep": "yes"} if after else {}),
+            **profile.sbatch_options,
+        },
+    )
+    return executor
+
+
+def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
+    """What the batch script does before srun: the owner's lines, then ours."""
+    run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
+    here = shlex.quote(os.getcwd())
+    lines = [*profile.setup, *(["set +e  # what follows reads exit statuses"] if profile.setup else [])]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
+    lines += [
+        "# the code as it was at submission, then the folder of submission, for teachers of your own",
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "attempt=${SLURM_RESTART_COUNT:-0}",
+        "trap : TERM  # the tasks are told to end; this script waits for them",
+        "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
+    ]
+    if ray:
+        lines += [
+            "# what Ray's processes show each other; made anew for each attempt, shown nowhere",
+            "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
+        ]
+    return [*lines, f"{python} -m dsno_cluster.cluster.attempt begin {run} || exit $?"]
+
+
+def _forget(run: Run) -> None:
+    """Delete a run folder whose job was not submitted."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (index() / run.id).unlink()
+
+
+def _take_back(run: Run) -> None:
+    """Cancel a job that was just submitted."""
+    run.cancel()
+    with contextlib.suppress(WorkError):
+        cancel_job(str(run.record().job))
+
+
+@contextlib.contextmanager
+def _clean_environment(profile: Profile) -> Iterator[None]:
+    """What the profile says holds: sbatch would take SBATCH_ variables before the script's own lines.
+
+    Those for what a profile leaves out stay. A job that is submitted from within another does not inherit its sizes. (submitit's
+    own clean_env would also take SLURM_CONF away.)
+    """
+    left_out = {f"SBATCH_{key.upper()}" for key in LEFT_OUT if getattr(profile, key) is None}
+    kept = {*left_out, "SBATCH_RESERVATION", "SLURM_CONF"}
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [n for n in os.environ if n.startswith("SBATCH_") or (inside and n.startswith("SLURM_"))]
+    hidden = {name: os.environ.pop(name) for name in names if name not in kept}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end: a job that sbatch has taken is one that `status` and `cancel` know.
+
+    sbatch, whom Ctrl-C at a terminal reaches too, inherits that the signals are blocked. Here they are noted besides, as
+    they may come to another thread.
+    """
+    heard: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    handlers = {kind: signal.signal(kind, lambda number, _: heard.append(number)) for kind in kinds}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler or signal.SIG_DFL)
+        if heard:
+            signal.raise_signal(heard[0])

@@ -1,0 +1,184 @@
+"""What the JSON files of a run folder hold: a frozen model for each file.
+
+Files of versions before 0.2 name no schema version, and are read with the defaults of what they lack.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from dsno_cluster.cluster.stage import Kind
+from dsno_cluster.console import Tally
+from dsno_cluster.errors import UserError
+from dsno_cluster.files import replace_file
+from dsno_cluster.provenance import Code
+from dsno_cluster.records import SparseRecord, read_record, record_bytes
+
+WhyStopped = Literal["time limit", "preempted", "cancelled", "signal"]
+_RANKS_BEFORE_SCHEMAS = "train"  # the one stage of ranks while run.json did not name the kind
+
+
+class Note(SparseRecord):
+    """The content of one file of a run folder."""
+
+    FILE: ClassVar[str]
+
+    schema_version: Literal[1] = 1
+
+    @property
+    def file_name(self) -> str:
+        return self.FILE
+
+
+class RunRecord(Note):
+    """What was submitted, by which command, as which job. `root` is the storage's; `after` the job that it waits for."""
+
+    FILE = "run.json"
+
+    name: str = ""
+    stage: str = ""
+    kind: Kind
+    subject: str = ""
+    root: str = ""
+    submitted: float = 0.0
+    command: str = ""
+    cwd: str = ""
+    code: Code | None = None
+    launcher: str | None = None
+    job: str | None = None
+    cluster: str | None = None
+    after: str | None = None
+    host: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_of_older_folders(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "kind" not in content:
+            return {**content, "kind": "ranks" if content.get("stage") == _RANKS_BEFORE_SCHEMAS else "ray"}
+        return content
+
+
+class AttemptRecord(Note):
+    """A note in an attempt's folder, and when it was written."""
+
+    time: float = Field(default_factory=time.time)
+
+
+class Begin(AttemptRecord):
+    """The batch script began. `batch_log_bytes` is what its log held of former attempts."""
+
+    FILE = "begin.json"
+
+    job: str | None = None
+    nodes: str | None = None
+    batch_log_bytes: int = 0
+
+
+class AttemptProgress(AttemptRecord):
+    """How far the attempt's work has come: `console.Tally`."""
+
+    FILE = "progress.json"
+
+    title: str
+    unit: str = ""
+    start: int
+    reached: int
+    total: int = 0
+    done: int = 0
+    rate: float = 0.0
+    figures: str = ""
+
+    @classmethod
+    def of(cls, tally: Tally) -> AttemptProgress:
+        return cls(**vars(tally))
+
+
+class Result(AttemptRecord):
+    """Rank 0 finished; `result` says where its results are."""
+
+    FILE = "result.json"
+
+    result: str
+
+
+class Stopped(AttemptRecord):
+    """The attempt was told to end, and saved what it had done."""
+
+    FILE = "stopped.json"
+
+    why: WhyStopped
+
+
+class Failure(AttemptRecord):
+    """Why a rank failed. `kind`: user (the input), work (the work or its surroundings) or bug."""
+
+    FILE = "failure-*.json"
+
+    kind: Literal["user", "work", "bug"]
+    reason: str
+    rank: int
+    host: str = ""
+
+    @property
+    def file_name(self) -> str:
+        return self.FILE.replace("*", str(self.rank))
+
+
+class Outcome(AttemptRecord):
+    """What became of the attempt, as its batch script saw it; `again`: the job was started again."""
+
+    FILE = "outcome.json"
+
+    state: Literal["done", "failed", "cancelled", "again"]
+    reason: str = ""
+
+
+class Meeting(Note):
+    """Where rank 0 of a training waits for the others."""
+
+    FILE = "rendezvous.json"
+
+    address: str
+    port: int
+
+
+class RayStarted(Note):
+    """Ray's head listens at `address`; its workers, too, keep their files in `folder`."""
+
+    FILE = "ray-started.json"
+
+    address: str
+    folder: str
+
+
+class RayEnded(Note):
+    """Ray's head has ended."""
+
+    FILE = "ray-ended.json"
+
+
+AnyNote = TypeVar("AnyNote", bound=Note)
+
+
+def read_note(model: type[AnyNote], folder: Path, name: str | None = None) -> AnyNote | None:
+    """The note in a folder, or None if its file (`name`, or the model's) does not exist or, from a full disk, is empty."""
+    file = folder / (name or model.FILE)
+    for last in (False, True):
+        try:
+            return read_record(model, file.read_bytes(), str(file))
+        except (FileNotFoundError, UserError):
+            return None
+        except OSError as error:
+            if last or error.errno != errno.ESTALE:  # NFS: replaced by another node while it was read
+                raise
+    return None
+
+
+def write_note(note: Note, folder: Path) -> None:
+    """Write the note's file, whole or not at all."""
+    replace_file(folder / note.file_name, record_bytes(note))

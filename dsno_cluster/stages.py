@@ -1,0 +1,220 @@
+"""The stages of the path, from the teacher's trajectories to the evaluation of the student, as one table.
+
+Everything that differs between stages stands here; commands, launchers and tasks read it. Heavy libraries are imported
+inside the functions, so that the table itself is light.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsno_cluster import console
+from dsno_cluster.cluster.stage import Checked, Stage, StageOptions, StageResult
+from dsno_cluster.files import shown_path
+
+if TYPE_CHECKING:
+    from dsno_cluster.config import Config
+    from dsno_cluster.records import Record
+    from dsno_cluster.teachers import ConfiguredTeacher
+
+
+@dataclass(frozen=True)
+class GenerationOptions(StageOptions):
+    """`actors`: how many Ray actors; None for as many as there is room for."""
+
+    actors: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(StageOptions):
+    """What is evaluated: the student at `student`, the images at `samples`, or (`watch`) each checkpoint as it appears."""
+
+    actors: int | None = None
+    student: str | None = None
+    samples: str | None = None
+    watch: bool = False
+
+    @property
+    def subject(self) -> str:
+        return "each checkpoint" if self.watch else self.samples or self.student or ""
+
+
+def _check_generation(config: Config, options: GenerationOptions, processes: int) -> Checked:
+    from dsno_cluster.trajectories.generate import describe_plan
+    from dsno_cluster.trajectories.plan import check_reachable, make_plan
+
+    plan = make_plan(config)
+    check_reachable(config, plan.folder)
+    return Checked(f"would make {describe_plan(config, plan, options.actors)}", plan.teacher)
+
+
+def _check_generation_ahead(config: Config, ranks: int) -> None:
+    """It is the first stage: all of it is checked at once."""
+
+
+def _generate(
+    config: Config, options: GenerationOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
+) -> StageResult:
+    from dsno_cluster.trajectories.generate import generate
+    from dsno_cluster.trajectories.plan import make_plan
+
+    plan = make_plan(config, teacher)
+    return StageResult(generate(config, plan, options.actors, ray_address), teacher=plan.teacher)
+
+
+def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
+    from dsno_cluster.teachers import find_teacher
+    from dsno_cluster.training.beginning import find_trajectories
+    from dsno_cluster.training.checkpoint import newest_step
+    from dsno_cluster.trajectories.plan import check_reachable
+
+    _check_training_ahead(config, processes)
+    teacher = find_teacher(config)
+    folder, _ = find_trajectories(config, teacher)
+    if config.training.online:  # which reads nothing before it begins
+        check_reachable(config, folder)
+    begun = newest_step(config) or 0
+    if begun >= config.training.steps:
+        done = f"nothing to do: {config.name} is at step {begun} already; a new run needs another name="
+        return Checked(done, teacher)
+    would = (
+        f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
+        f"{shown_path(config.storage.root)}/{folder} in {processes} process(es) on this machine"
+    )
+    return Checked(would, teacher)
+
+
+def _check_training_ahead(config: Config, ranks: int) -> None:
+    from dsno_cluster.training.objectives.losses import find_lpips_weights
+    from dsno_cluster.training.ranks import check_divides
+
+    check_divides(config, ranks)
+    find_lpips_weights(config.training)
+
+
+def _train(
+    config: Config, options: StageOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
+) -> StageResult:
+    from dsno_cluster.training.loop import train
+
+    return StageResult(train(config, teacher), teacher=teacher)
+
+
+def _check_evaluation(config: Config, options: EvaluationOptions, processes: int) -> Checked:
+    from dsno_cluster.cluster.ray_pool import actor_count
+
+    settings = config.evaluation
+    evaluated, teacher = _find_evaluated(config, options)
+    return Checked(
+        f"would evaluate {evaluated}, metrics {', '.join(settings.metrics)}, "
+        f"{actor_count(options.actors, settings.threads)}",
+        teacher,
+    )
+
+
+def _find_evaluated(config: Config, options: EvaluationOptions) -> tuple[str, ConfiguredTeacher | None]:
+    """What is evaluated, in words, and its teacher. Raises UserError if it does not exist."""
+    samples = config.evaluation.num_samples
+    if options.samples is not None:
+        from dsno_cluster.evaluation.image_sets import open_images
+
+        images = open_images(options.samples, config.storage.endpoint_url)
+        return f"{images.count} images of {images.address}", None
+    from dsno_cluster.evaluation.look_up import find_student
+    from dsno_cluster.teachers import find_teacher
+
+    if options.watch:
+        return f"each checkpoint of {config.name} with {samples} samples", find_teacher(config)
+    student = find_student(config, options.student)
+    return f"{shown_path(student.address)} with {samples} samples", find_teacher(config)
+
+
+def _check_evaluation_ahead(config: Config, ranks: int) -> None:
+    from dsno_cluster.evaluation.look_up import check_comparison
+
+    check_comparison(config)
+
+
+def _evaluate(
+    config: Config, options: EvaluationOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
+) -> StageResult:
+    from dsno_cluster.evaluation.evaluate import evaluate, evaluate_images
+    from dsno_cluster.evaluation.look_up import find_subject
+    from dsno_cluster.evaluation.watch import watch
+    from dsno_cluster.teachers import find_teacher
+
+    found: Record
+    if options.watch:
+        found = watch(config, teacher or find_teacher(config), options.actors, ray_address)
+    elif options.samples is not None:
+        found = evaluate_images(config, options.samples, options.actors, ray_address)
+    else:
+        found = evaluate(find_subject(config, options.student, teacher), options.actors, ray_address)
+    return StageResult(f"{shown_path(config.storage.root)}/evaluation/{config.name}", found, teacher)
+
+
+GEN_TRAJECTORIES = Stage(
+    name="gen-trajectories",
+    purpose="the teacher solves its ODE, many evaluations an image",
+    kind="ray",
+    section="trajectories",
+    options=GenerationOptions,
+    check=_check_generation,
+    check_ahead=_check_generation_ahead,
+    run=_generate,
+)
+TRAIN = Stage(
+    name="train",
+    purpose="the student learns to give the whole trajectory in one evaluation",
+    kind="ranks",
+    section="training",
+    options=StageOptions,
+    check=_check_training,
+    check_ahead=_check_training_ahead,
+    run=_train,
+)
+EVAL = Stage(
+    name="eval",
+    purpose="how close do one-step samples come?",
+    kind="ray",
+    section="evaluation",
+    options=EvaluationOptions,
+    check=_check_evaluation,
+    check_ahead=_check_evaluation_ahead,
+    run=_evaluate,
+)
+STAGES: tuple[Stage[Any], ...] = (GEN_TRAJECTORIES, TRAIN, EVAL)
+
+
+def stages_of(config: Config) -> tuple[Stage[Any], ...]:
+    """The stages of a config's whole path: online training makes the trajectories itself."""
+    return STAGES[1:] if config.training.online else STAGES
+
+
+def describe_path(config: Config) -> str:
+    """What the whole path will do, in one line."""
+    made = ", made while training" if config.training.online else ""
+    return (
+        f"{config.trajectories.num_samples} trajectories of the teacher{made}, {config.training.steps} training steps, "
+        f"{config.evaluation.num_samples} evaluated samples; results below {shown_path(config.storage.root)}"
+    )
+
+
+def run_path(config: Config, checked: Checked | None = None) -> StageResult:
+    """Run the whole path in this process; returns the result of its last stage. Finished stages are not done again.
+
+    `checked` is what a check of the first stage found. The teacher is handed on from stage to stage.
+    """
+    began = time.monotonic()
+    console.say(f"the whole path: {describe_path(config)}")
+    stages, teacher = stages_of(config), checked.found if checked else None
+    for number, stage in enumerate(stages, 1):
+        console.say(f"\n[{number}/{len(stages)}] {stage.name}: {stage.purpose}")
+        started = time.monotonic()
+        result = stage.run(config, stage.options(), None, teacher)
+        teacher = result.teacher
+        console.say(f"{stage.name} took {console.duration(time.monotonic() - started)}")
+    console.say(f"\nthe whole path took {time.monotonic() - began:.0f} s\n")
+    return result
