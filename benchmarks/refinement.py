@@ -1,7 +1,7 @@
 """What a few teacher steps after the student's own one buy: Frechet distance against network evaluations, on digits.
 
-The student at an intermediate time, finished by K DDIM steps of its teacher (`sample --refine K`), against the student alone
-and the teacher alone at as many evaluations (DDIM, and the third-order solver where it can).
+The student at an intermediate time, finished by K DDIM steps of its teacher (`sample --refine K`), against the student by itself
+and the teacher by itself at as many evaluations (DDIM, and the third-order solver where it can).
 
     python benchmarks/refinement.py [STUDENT] [--samples 5000]
 
@@ -44,13 +44,13 @@ def main(argv: list[str]) -> None:
     def alone(solver: str, steps: int) -> Sampler:
         return lambda noise, labels: solve(teacher, noise, [0.0], solver, steps, labels)[:, 0]
 
-    rows: list[tuple[str, int, Sampler]] = [("student alone", 1, student.sample)]
+    rows: list[tuple[str, int, Sampler]] = [("student only", 1, student.sample)]
     for steps in (1, 2, 4):
         rows += [
             (f"student at t={t}, {steps} teacher step(s)", 1 + steps, finished(t, steps)) for t in starts
         ]
-    rows += [(f"teacher alone, ddim in {n} steps", n, alone("ddim", n)) for n in (1, 2, 3, 5)]
-    rows += [(f"teacher alone, dpmpp-2m in {n} steps", n, alone("dpmpp-2m", n)) for n in (3, 5)]
+    rows += [(f"teacher only, ddim in {n} steps", n, alone("ddim", n)) for n in (1, 2, 3, 5)]
+    rows += [(f"teacher only, dpmpp-2m in {n} steps", n, alone("dpmpp-2m", n)) for n in (3, 5)]
     extractor = load_extractor(find_weights(DIGITS, "package:digits-features", None), ["64", "logits"])
     real = moments_of(extractor(to_uint8(load_digits()[0].images))["64"].numpy())
     table = []

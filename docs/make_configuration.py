@@ -21,14 +21,14 @@ INTRODUCTION = """# Configuration
 
 Written by `make docs` from the models in `dsno_cluster/config/`; change the descriptions there.
 
-An experiment is a YAML file of `configs/`. Any key can be given on the command line instead, as `section.key=value`, the value
-read as YAML: `dsno-cluster plan CONFIG trajectories.steps=32 'trajectories.times={spacing: uniform, points: 4}'`. A key that is
-unknown, of another type or impossible together with the others is refused in one line, before anything starts. *needed* stands
-where there is no default. [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
+An experiment is a YAML file, such as those in `configs/`. The command line can set any key too, as `section.key=value` with the
+value written as YAML: `dsno-cluster plan CONFIG trajectories.steps=32 'trajectories.times={spacing: uniform, points: 4}'`. A key
+that is unknown, of the wrong type or in conflict with other keys is refused in one line, before anything starts. *needed* marks
+keys without a default. The files [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
 
-When a config is loaded, `~` and `$VARIABLES` in a *path* are expanded, and a relative path becomes one below the working
-directory. Only the variables of `reader.cache_dir` are those of the node that reads. Addresses such as `s3://bucket/prefix` stay
-as they are.
+When a config is loaded, `~` and `$VARIABLES` are expanded in every value of the kind *path*, and relative paths become absolute:
+they are relative to the working directory. The variables of `reader.cache_dir` are the exception: they are those of the node
+that reads. Addresses such as `s3://bucket/prefix` and names such as `package:NAME` stay as they are.
 """
 
 PROFILES = "Profiles: jobs/*.yaml"
@@ -71,7 +71,7 @@ def _row(prefix: str, key: str, field: FieldInfo) -> str:
         cells = [f"`{prefix}{key}`", "a section", needed, f"[below](#{key})"]
     else:
         value = plain(field.annotation, field.metadata)
-        cells = [f"`{prefix}{key}`", value, _default(key, field), field.description or ""]
+        cells = [f"`{prefix}{key}`", value, _default(prefix + key, field), field.description or ""]
     return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
 
 

@@ -13,66 +13,85 @@ MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agree
 
 
 class Evaluation(Strict):
-    num_samples: int = Field(ge=2, description="images drawn from the student and, for each row, the teacher")
-    batch_size: PositiveInt = Field(250, description="images at a time, and in a kept shard of samples")
-    threads: PositiveInt = Field(1, description="CPU threads of an actor")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's network")
-    compile: bool = Field(False, description="torch.compile the student's network")
+    num_samples: int = Field(
+        ge=2, description="images drawn from the student, and from the teacher for each of its rows"
+    )
+    batch_size: PositiveInt = Field(
+        250, description="images that an actor draws at the same time, and images in a kept shard of samples"
+    )
+    threads: PositiveInt = Field(1, description="CPU threads of each actor")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision of the student's network"
+    )
+    compile: bool = Field(False, description="whether the student's network is compiled with torch.compile")
     ema_decay: BelowOne | None = Field(
-        None, description="which of the student's moving averages; default: the first of training.ema_decay"
+        None,
+        description="which of the student's moving averages is evaluated; null: the first of training.ema_decay",
     )
     seed: Seed = Field(
-        1, description="seed of the evaluated noise; must differ from the seed of the trajectories"
+        1,
+        description="seed of the noise on which the student is evaluated; must differ from `seed`, that of the trajectories",
     )
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = Field(
         ("fid", "trajectory_error"),
-        description="`agreement`: how often the extractor sees the class asked for; "
-        "`trajectory_error`: against the teacher, on held-out noise; the others as torch-fidelity has them",
+        description="what is measured; `agreement`: how often the extractor sees the class asked for; "
+        "`trajectory_error`: against the teacher, on held-out noise; the others are torch-fidelity's",
     )
     feature_extractor: str = Field(
-        "inception-v3-compat", description="one of torch-fidelity's, or digits-features"
+        "inception-v3-compat", description="one of torch-fidelity's extractors, or digits-features"
     )
     weights_path: LocalPath | None = Field(
         None,
-        description="weights of the extractor; package:NAME for one that ships; default: the published ones, downloaded once",
+        description="file with the extractor's weights; package:NAME for one that ships with the package; null: the "
+        "published weights, "
+        "downloaded once",
     )
     weights_sha256: Sha256Start | None = Field(
         None, description="sha256 that weights_path must have, or its first 8 digits or more"
     )
     precision_recall_extractor: str | None = Field(
         None,
-        description="another extractor for precision_recall; torch-fidelity's own default is vgg16, ADM's is Inception",
+        description="another extractor for precision_recall; torch-fidelity's own default is vgg16, ADM's is Inception; "
+        "null: the same",
     )
     precision_recall_weights_path: LocalPath | None = Field(
-        None, description="as weights_path, for that extractor"
+        None, description="like weights_path, for that extractor"
     )
     precision_recall_weights_sha256: Sha256Start | None = Field(
-        None, description="as weights_sha256, for that extractor"
+        None, description="like weights_sha256, for that extractor"
     )
-    kid_subsets: PositiveInt = Field(100, description="random subsets that KID is averaged over")
-    kid_subset_size: PositiveInt = Field(1000, description="images in each of them")
-    inception_splits: PositiveInt = Field(10, description="parts that the Inception Score is averaged over")
-    neighborhood: PositiveInt = Field(3, description="nearest neighbours of precision and recall")
-    metric_seed: Seed = Field(2020, description="of KID's subsets and the Inception Score's parts")
+    kid_subsets: PositiveInt = Field(100, description="random subsets over which KID is averaged")
+    kid_subset_size: PositiveInt = Field(1000, description="images in each of these subsets")
+    inception_splits: PositiveInt = Field(10, description="parts over which the Inception Score is averaged")
+    neighborhood: PositiveInt = Field(3, description="nearest neighbours that precision and recall look at")
+    metric_seed: Seed = Field(2020, description="determines KID's subsets and the Inception Score's parts")
     reference: ReferencePath = Field(
-        description="the real data: 'data' for data.name, an .npz with mu and sigma (EDM, ADM, pytorch-fid), or images: "
+        description="the real data: 'data' for that of data.name, an .npz with mu and sigma (EDM, ADM, pytorch-fid), or "
+        "images: "
         "a folder, sample shards, an .npz batch"
     )
     reference_count: PositiveInt | None = Field(
-        None, description="how many images mu and sigma of an .npz are of; such files do not say"
+        None,
+        description="number of images from which mu and sigma of an .npz are computed; such files do not say",
     )
     reference_resolution: PositiveInt | None = Field(
-        None, description="height of those images; default: that of the images in the same file, if any"
+        None,
+        description="height of those images; null: that of the images in the same file, if there are any",
     )
-    trajectory_samples: PositiveInt = Field(500, description="held-out noises for the trajectory error")
+    trajectory_samples: PositiveInt = Field(
+        500, description="number of held-out noises for the trajectory error"
+    )
     teacher_steps: tuple[PositiveInt, ...] = Field(
-        (1, 4, 8, 64), description="DDIM steps of the teacher's rows"
+        (1, 4, 8, 64), description="numbers of DDIM steps of the teacher, one for each of its rows"
     )
-    keep_samples: bool = Field(False, description="write the student's samples as shards under storage.root")
+    keep_samples: bool = Field(
+        False, description="whether the student's samples are kept, as shards below storage.root"
+    )
     best_metric: MetricName | None = Field(
-        None, description="which `eval --watch` chooses the best checkpoint by; default: the first of metrics"
+        None,
+        description="metric by which `eval --watch` chooses the best checkpoint; null: the first of `metrics`",
     )
-    picture_columns: PositiveInt = Field(8, description="samples of each class in the pictures")
+    picture_columns: PositiveInt = Field(8, description="number of samples of each class in the pictures")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Evaluation:

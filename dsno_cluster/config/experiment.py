@@ -20,7 +20,8 @@ TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statist
 
 class DataConfig(Strict):
     name: Literal["digits"] | None = Field(
-        None, description="real images, for train-teacher and as the reference of evaluation"
+        None,
+        description="the real images, for `train-teacher` and as the reference of the evaluation; null: none",
     )
 
 
@@ -28,9 +29,9 @@ class Config(Strict):
     """One experiment."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
-        description="names the student and its folders; the config's file stem where it is left out"
+        description="names the student and its folders; default: the stem of the config's file"
     )
-    seed: Seed = Field(0, description="of the trajectories' noise and labels, and of training")
+    seed: Seed = Field(0, description="determines the noise and labels of the trajectories, and training")
     storage: StorageConfig = Field(default_factory=StorageConfig)
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()

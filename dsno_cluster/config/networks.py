@@ -13,26 +13,31 @@ UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
 
 
 class Network(Named):
-    """The images, and our U-Net: the student's, and that of a teacher made here or imported."""
+    """The images, and our U-Net: that of the student, and of a teacher that is trained here or imported."""
 
-    image_size: PositiveInt = Field(description="height and width of the images, pixels")
-    channels: PositiveInt = Field(description="of the images")
-    num_classes: Annotated[int, Field(ge=0)] = Field(0, description="classes to condition on; 0: none")
-    null_class: bool = Field(False, description="one more class that means 'no label', for guidance")
+    image_size: PositiveInt = Field(description="height and width of the images in pixels")
+    channels: PositiveInt = Field(description="colour channels of the images")
+    num_classes: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of classes to condition on; 0: none"
+    )
+    null_class: bool = Field(
+        False, description="whether there is one more class that means 'no label', for guidance"
+    )
     width: PositiveInt | None = Field(
         None, description="channels of the first level, a multiple of 32; needed with student.backbone=unet"
     )
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = Field(
         None,
-        description="of width, one a level; each level halves the image; needed with student.backbone=unet",
+        description="width of each level, as a multiple of `width`; each further level halves the image; needed with "
+        "student.backbone=unet",
     )
     blocks_per_level: PositiveInt | None = Field(
-        None, description="residual blocks; needed with student.backbone=unet"
+        None, description="residual blocks of each level; needed with student.backbone=unet"
     )
     attention_resolutions: tuple[PositiveInt, ...] = Field(
-        (), description="image sizes of the levels with attention; the middle always has it"
+        (), description="image sizes of the levels with attention; the middle always has attention"
     )
-    heads: PositiveInt = Field(1, description="attention heads; head_dim wins where it is set")
+    heads: PositiveInt = Field(1, description="attention heads; ignored if head_dim is set")
     head_dim: PositiveInt | None = Field(None, description="channels of an attention head")
     embedding_dim: PositiveInt | None = Field(
         None,
@@ -85,21 +90,23 @@ TeacherOptions = dict[str, PlainValue | tuple[Any, ...]]
 class TeacherConfig(Strict):
     path: TeacherPath | None = Field(
         None,
-        description="folder or URL of a teacher, package:NAME for one that ships, package.module:function, or "
-        "closed-form:gaussian|mixture",
+        description="folder or address of a teacher, package:NAME for one that ships with the package, "
+        "package.module:function, "
+        "closed-form:gaussian or closed-form:mixture",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the network's weights and layers; states stay float32"
+        "float32", description="precision of the network's weights and layers; states stay float32"
     )
     options: TeacherOptions = Field(
         default_factory=dict,
-        description="what load_teacher takes for this kind of teacher, e.g. {schedule: native, null_class: 10}",
+        description="options of this kind of teacher (docs/teachers.md), e.g. {schedule: native, null_class: 10}",
     )
 
     @field_validator("options")
     @classmethod
     def _published_config(cls, options: TeacherOptions, info: ValidationInfo) -> TeacherOptions:
-        """`config`, the YAML of a published teacher, is a path; the options of a factory are its own, and part of the spec."""
+        """`config`, the YAML of a published teacher, is a path; the options of a factory are its own, and part of the "
+        "spec."""
         path, config = info.data.get("path"), options.get("config")
         if path is None or not is_file_path(path) or not isinstance(config, str):
             return options
@@ -114,31 +121,34 @@ def too_many_modes(operator: str, modes: int, points: int) -> str | None:
 
 class StudentConfig(Named):
     backbone: Literal["unet", "diffusers"] = Field(
-        "unet", description="unet: ours, as `network` says; diffusers: the teacher's own UNet2DModel"
+        "unet",
+        description="unet: our U-Net, as `network` describes it; diffusers: the teacher's own UNet2DModel",
     )
     operator: Literal["convolution", "series"] = Field(
         "convolution",
-        description="convolution: M evaluations' worth of backbone, mixed by temporal convolutions (published); "
-        "series: one, whose last layer gives a cosine series in time",
+        description="convolution: the backbone is evaluated at M time points, which temporal convolutions mix (published); "
+        "series: it is evaluated once, and its last layer gives a cosine series in time",
     )
     modes: Annotated[int, Field(ge=0)] = Field(
         2,
-        description="Fourier modes kept by the temporal convolutions, at most M//2+1 (0: no such layers); or terms of "
-        "the series, 1 to M",
+        description="convolution: Fourier modes that the temporal convolutions keep, at most M//2+1 (0: no such layers); "
+        "series: its terms, 1 to M",
     )
     prediction: Literal["state", "data"] = Field(
         "state",
-        description="of the last layer; state: x_t itself (published); data: F in x_t = alpha_t F + sigma_t noise",
+        description="what the last layer gives; state: x_t itself (published); data: F in x_t = alpha_t F + sigma_t noise",
     )
     points: Literal["all", "drawn"] = Field(
         "all",
-        description="time points that convolutions see in a training step; all: together (published); drawn: some, "
-        "often t=0 alone, so that a sample costs one evaluation of the backbone",
+        description="time points that the convolutions see in a training step; all: all of them together (published); "
+        "drawn: some, "
+        "often only t=0, so that a sample costs one evaluation of the backbone",
     )
     temporal_init: Literal["published", "zero"] = Field(
-        "zero", description="of the temporal convolutions; zero: they begin as the identity"
+        "zero",
+        description="initialisation of the temporal convolutions; zero: they begin as the identity; published: the paper's",
     )
-    warm_start: bool = Field(True, description="start from the teacher's weights where shapes allow")
+    warm_start: bool = Field(True, description="start from the teacher's weights")
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentConfig:

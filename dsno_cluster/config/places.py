@@ -22,12 +22,13 @@ class StorageConfig(Strict):
 
     root: StorageRoot = Field("runs", validate_default=True, description="a folder, or s3://bucket/prefix")
     endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = Field(
-        None, description="S3 endpoint; credentials come from the usual AWS sources"
+        None, description="the S3 server, if it is not Amazon's; credentials come from the usual AWS sources"
     )
 
 
 class RunConfig(Strict):
     dir: LocalPath | None = Field(
         None,
-        description="local folder for resume state, logs, metrics; default: storage.root, or ./runs/<name>",
+        description="folder for resume state, logs and metrics; default: storage.root if that is a folder, else "
+        "./runs/<name>",
     )

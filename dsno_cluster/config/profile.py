@@ -11,7 +11,7 @@ from dsno_cluster.config.base import PositiveInt, Strict
 
 SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
 _OURS = "dsno-cluster sets it itself"
-# of sbatch, what another key of a profile says, or the way in which a job is run and followed
+# options of sbatch that another key of a profile sets, or by which a job is run and followed
 OWN_OPTIONS = {
     **{key: f"is {key} of the profile" for key in ("nodes", "partition", "account", "qos", "constraint")},
     "time": "is time_minutes of the profile",
@@ -28,43 +28,49 @@ OWN_OPTIONS = {
 
 
 class Profile(Strict):
-    """Where one stage runs: a file of `jobs/`. Options of the command line win over it."""
+    """Where one stage runs: a file of `jobs/`. Options of the command line take precedence over it."""
 
-    nodes: PositiveInt = Field(1, description="how many; --nodes wins")
+    nodes: PositiveInt = Field(1, description="number of nodes; --nodes takes precedence")
     tasks_per_node: PositiveInt = Field(
-        1, description="processes per node; of train one per GPU, of the Ray stages one"
+        1, description="processes per node; for train one per GPU, for the Ray stages one"
     )
-    gpus_per_node: Annotated[int, Field(ge=0)] = Field(0, description="0: the work is done by CPUs")
+    gpus_per_node: Annotated[int, Field(ge=0)] = Field(
+        0, description="GPUs of each node; 0: the work is done by CPUs"
+    )
     cpus_per_task: PositiveInt = Field(
-        1, description="CPUs of a training process, or of a Ray stage on a node"
+        1, description="CPUs of each training process, or of a Ray stage on each node"
     )
-    mem_gb: PositiveInt = Field(description="memory per node, GB")
-    time_minutes: PositiveInt = Field(description="time limit of an attempt")
+    mem_gb: PositiveInt = Field(description="memory per node in GB")
+    time_minutes: PositiveInt = Field(description="time limit of an attempt in minutes")
     partition: str | None = Field(
-        None, description="null: that of SBATCH_PARTITION, or the cluster's default"
+        None, description="the partition; null: that of SBATCH_PARTITION, or the cluster's default"
     )
-    account: str | None = Field(None, description="null: that of SBATCH_ACCOUNT, or the user's default")
-    qos: str | None = Field(None, description="null: that of SBATCH_QOS, or the user's default")
-    constraint: str | None = Field(None, description="node features, e.g. a100")
+    account: str | None = Field(
+        None, description="the account; null: that of SBATCH_ACCOUNT, or the user's default"
+    )
+    qos: str | None = Field(None, description="the QOS; null: that of SBATCH_QOS, or the user's default")
+    constraint: str | None = Field(None, description="features that nodes must have, e.g. a100")
     setup: tuple[str, ...] = Field(
-        (), description="shell lines run on the first node before the job, e.g. module load"
+        (), description="shell lines that run on the first node before the job, e.g. module load"
     )
     environment: dict[str, str] = Field(default_factory=dict, description="variables of the job; no secrets")
     interface: str | None = Field(
         None,
-        description="network interface between the nodes, e.g. ib0; default: the one that leads to the others",
+        description="network interface between the nodes, e.g. ib0; null: the one that leads to the other nodes",
     )
     save_seconds: PositiveInt = Field(
-        120, description="the job is told so long before its time limit, to save and be requeued"
+        120,
+        description="how long before its time limit the job is warned, so that it saves and is requeued, in seconds",
     )
     retries: Annotated[int, Field(ge=0)] = Field(
-        3, description="how often in a row the job is started again though the last attempt gained nothing"
+        3,
+        description="how many times in a row the job is started again although the last attempt made no progress",
     )
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further sbatch options")
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further options of sbatch")
 
     @property
     def sbatch_options(self) -> dict[str, str | int | bool]:
-        """`sbatch` as options: a flag that is false is left out, but for `requeue`, which we ask for."""
+        """`sbatch` as options: a flag that is false is left out, except `requeue`, which we ask for."""
         options = {key: value for key, value in self.sbatch.items() if value is not False}
         return options if self.requeue else {**options, "no-requeue": True}
 
@@ -78,7 +84,7 @@ class Profile(Strict):
         for key in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise ValueError(f"environment: {key!r} is not the name of a variable")
-        # what a command or another variable gives does not stand in the script
+        # values from a command or another variable are not in the script
         written = [name for line in self.setup for name in re.findall(r"\b(\w+)=(?![\"']?[$`])", line)]
         for place, names in (("environment", [*self.environment]), ("setup", written)):
             for name in names:

@@ -20,31 +20,39 @@ class TimeGrid(Strict):
 
 class Trajectories(Strict):
     num_samples: PositiveInt = Field(
-        description="trajectories in all, a multiple of samples_per_shard; more can be added later"
+        description="number of trajectories, a multiple of samples_per_shard; more can be added later"
     )
-    samples_per_shard: PositiveInt = Field(description="trajectories in a file")
-    batch_size: PositiveInt = Field(description="trajectories that an actor solves at a time")
+    samples_per_shard: PositiveInt = Field(description="trajectories in each file")
+    batch_size: PositiveInt = Field(description="trajectories that an actor solves at the same time")
     threads: PositiveInt = Field(
-        1, description="CPU threads of each actor; part of the spec, as bits depend on it"
+        1, description="CPU threads of each actor; part of the spec, because the last bits depend on it"
     )
     solver: Literal["ddim", "heun", "dpmpp-2m", "abm3"] = Field(
-        "abm3", description="of the sampling ODE; heun evaluates the teacher twice a step, the others once"
+        "abm3",
+        description="how the sampling ODE is solved; heun evaluates the teacher twice a step, the others once",
     )
     grid: Literal["auto", "uniform", "fine-end"] = Field(
         "auto",
-        description="how the steps lie in time; auto: the teacher's own where it has some, else what suits the solver",
+        description="how the steps lie in time; auto: the teacher's own steps if it has some, else those that suit the "
+        "solver",
     )
-    steps: PositiveInt = Field(description="intervals from t=1 to t=0")
+    steps: PositiveInt = Field(description="number of intervals from t=1 to t=0")
     times: tuple[float, ...] | TimeGrid = Field(
-        description="times whose states are kept, descending from below 1 to 0; quadratic: ((M-i)/M)^2, uniform: (M-i)/M, "
-        "for i in 1..M"
+        description="times at which states are kept, descending from below 1 to 0; with M points, quadratic: ((M-i)/M)^2, "
+        "uniform: "
+        "(M-i)/M, for i = 1..M"
     )
-    dtype: Literal["float32", "float16"] = Field("float16", description="storage dtype of the states")
+    dtype: Literal["float32", "float16"] = Field(
+        "float16", description="dtype in which the states are stored"
+    )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="classifier-free guidance; 1: none, another needs network.null_class and twice the evaluations",
+        description="scale of classifier-free guidance; 1: none; other values need network.null_class and twice the "
+        "evaluations",
     )
-    clip_denoised: bool = Field(False, description="clamp the teacher's predictions of the image to [-1, 1]")
+    clip_denoised: bool = Field(
+        False, description="whether the teacher's predictions of the image are clamped to [-1, 1]"
+    )
 
     @property
     def time_points(self) -> tuple[float, ...]:
@@ -81,13 +89,15 @@ class Reader(Strict):
 
     shuffle: Literal["window", "none"] = Field(
         "window",
-        description="window: shards, and samples within windows of them; none: in the order of making",
+        description="window: shuffle shards, and samples within windows of shards; none: read samples in the order of "
+        "their numbers",
     )
-    window_shards: PositiveInt = Field(8, description="shards that samples are shuffled among")
+    window_shards: PositiveInt = Field(8, description="shards in a window")
     prefetch_batches: PositiveInt = Field(2, description="batches read ahead in the background")
     cache_dir: NodePath | None = Field(
         None,
-        description="local folder that keeps shards of S3; processes share it. $VARIABLES are those of the node: "
-        "$TMPDIR/shards",
+        description="local folder that keeps shards from S3, shared by the processes of a node; its $VARIABLES are those "
+        "of the node, as "
+        "in $TMPDIR/shards",
     )
-    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size that the cache may have, GB")
+    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="largest size of the cache in GB")
