@@ -39,7 +39,6 @@ def run_stage(
     submission = make_submission(arguments, launcher, stage, config, options)
     if not launcher.takes(submission):
         return stage.run(config, options, getattr(asked, "ray_address", None), checked.found)
-    launcher.check(submission)
     stage.check_ahead(config, _ranks(submission))
     (run,) = launcher.submit([submission])
     if launcher.detached and _as_json(arguments):

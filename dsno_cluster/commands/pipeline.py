@@ -28,7 +28,6 @@ def run_pipeline(arguments: Arguments) -> None:
             launcher.check(submission)
         return
     for submission in submissions:
-        launcher.check(submission)
         profile = submission.profile
         submission.stage.check_ahead(config, profile.nodes * profile.tasks_per_node)
     if not any(launcher.takes(submission) for submission in submissions):
