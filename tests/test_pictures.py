@@ -15,8 +15,9 @@ from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.evaluation.pictures import layout, pictures, solve_pictured
 from dsno_cluster.evaluation.records import Metrics
 from dsno_cluster.images import tile_of, to_uint8
+from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.loop import new_student
-from dsno_cluster.trajectories.plan import open_teacher
+from dsno_cluster.trajectories.spec import spec_of
 
 
 def test_images_of_any_channels_have_a_tile() -> None:
@@ -29,16 +30,16 @@ def test_images_of_any_channels_have_a_tile() -> None:
 def test_each_tile_lies_where_the_layout_says() -> None:
     overrides = ["evaluation.picture_columns=3", "trajectories.steps=6"]
     config = load_config("configs/digits.yaml", overrides)
-    student = new_student(config).eval()
+    student, teacher = new_student(config).eval(), find_teacher(config)
     with torch.no_grad():
-        pictured = solve_pictured(config, student, open_teacher(config))
+        pictured = solve_pictured(config, spec_of(config, teacher), student, teacher.load())
     drawn = pictures(config, pictured, Metrics.model_validate(metrics()))
     plain = layout(config)
     sheets = {name: np.array(Image.open(io.BytesIO(data))) for name, data in drawn.items()}
     noise = sample_noise(config.evaluation.seed, range(30), (1, 8, 8))
     labels = torch.arange(10).repeat_interleave(3)
     times = config.trajectories.time_points
-    theirs = solve(open_teacher(config), noise, times, "dpmpp-2m", 6, labels)
+    theirs = solve(teacher.load(), noise, times, "dpmpp-2m", 6, labels)
     with torch.no_grad():
         ours = student.trajectory(noise, labels, times)
 
