@@ -86,6 +86,7 @@ def metrics_of(root: Path) -> dict[str, Any]:
     return dict(json.loads((root / "evaluation/digits/metrics.json").read_text()))
 
 
+@pytest.mark.slow
 def test_an_actor_that_dies_at_work_is_replaced_and_changes_no_figure(root: Path, tmp_path: Path) -> None:
     fault = "if len(x) == 50 and self.once('died'): os.kill(os.getpid(), 9)"
     words = [*watched(root, tmp_path, call=fault), *HERE, "2"]
@@ -113,6 +114,7 @@ def test_an_actor_that_dies_while_the_cost_is_measured_is_replaced(root: Path, t
     assert (root / "evaluation/digits/samples.png").is_file()
 
 
+@pytest.mark.slow
 def test_actors_on_devices_that_differ_are_refused(root: Path, tmp_path: Path) -> None:
     begin = "import dsno_cluster.device as device; device.device_name = lambda: f'chip {os.getpid()}'"
     refused = dsno(*watched(root, tmp_path, begin), *HERE, "2", PYTHONPATH=str(tmp_path))

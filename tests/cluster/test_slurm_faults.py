@@ -94,6 +94,31 @@ def test_a_node_lost_while_training(
     assert disk_user.row(run)["attempts"] == 2
 
 
+def test_a_node_lost_while_a_student_is_evaluated(
+    disk_user: User, cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The other node finishes in the same attempt, with the figures of an evaluation that nothing disturbs."""
+    (tmp_path / "trajectories").symlink_to(tiny_data / "trajectories")
+    # about a quarter of a minute, in blocks of half a second
+    words = [*TINY, "evaluation.num_samples=1000", "evaluation.teacher_steps=[1, 64]"]
+    for stage in ("train", "eval"):
+        done = dsno(stage, *words, f"storage.root={tmp_path}", "--launcher", "local")
+        assert done.returncode == 0, done.stderr
+    student = disk_user.home / "student"
+    cluster.run("cp", "-r", tmp_path / "students/digits", student)
+    run = disk_user.submit("eval", *words, "--nodes", "2", "--student", str(student))
+    wait_for(lambda: run.attempts() and (last(run).read("progress") or {}).get("done", 0) >= 100)
+    cluster.kill_node("node2")
+    assert disk_user.ends(run)["attempts"] == 1
+    there, here = (
+        json.loads((root / "evaluation/digits/metrics.json").read_text())
+        for root in (disk_user.home / "out", tmp_path)
+    )
+    assert there["teacher_rows"] == here["teacher_rows"] and len(here["teacher_rows"]) == 3
+    for figure in ("fid", "agreement", "trajectory_error"):
+        assert there["student"][figure] == here["student"][figure]
+
+
 def test_scancel_saves_and_does_not_requeue(
     disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
 ) -> None:
