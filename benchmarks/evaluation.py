@@ -32,12 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from inception import Images, save_random_inception
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import KEEP_MEMORY, import_ray, local_ray, run_pool
+from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.evaluation.actor import Block, EvaluationActor, Source
 from dsno_cluster.evaluation.features import Reading, file_sha256, find_all_weights, readings
-from dsno_cluster.evaluation.metrics import BlockResult, Collected, Reference, figures
-from dsno_cluster.evaluation.statistics import BlockMerger, moments_of
 from dsno_cluster.evaluation.table import INCEPTION
 
 SIZE = 64  # pixels
@@ -114,6 +111,10 @@ def inception(count: int, rounds: int) -> None:
 
 def actors_seconds(config: Config, file: Path, count: int) -> float:
     """Seconds from the first block handed out to the last result merged; actors are ready before."""
+    from dsno_cluster.cluster.ray_pool import import_ray, local_ray, run_pool
+    from dsno_cluster.evaluation.actor import Block, EvaluationActor, Source
+    from dsno_cluster.evaluation.metrics import Collected
+
     source, size = Source("images", address=str(file)), config.evaluation.batch_size
     read = {source: readings(config.evaluation)}
     weights = find_all_weights(config.evaluation)
@@ -151,6 +152,8 @@ def torch_fidelity_seconds(file: str, weights: str, threads: int) -> float:
 
 def merge_time() -> None:
     """Seconds to make moments of blocks and to merge them, by the number of samples."""
+    from dsno_cluster.evaluation.statistics import BlockMerger, moments_of
+
     block = 250
     rows = np.random.default_rng(0).standard_normal((block, WIDTH)).astype(np.float32)
     moments = moments_of(rows)
@@ -171,6 +174,9 @@ def merge_time() -> None:
 
 def memory() -> None:
     """Peak memory of the driver's part for 50 000 samples and 50 000 real images."""
+    from dsno_cluster.evaluation.metrics import BlockResult, Collected, Reference, figures
+    from dsno_cluster.evaluation.statistics import moments_of
+
     settings = load_config(
         "configs/cifar10.yaml", ["evaluation.metrics=[fid, kid, inception_score, precision_recall]"]
     ).evaluation
