@@ -59,6 +59,7 @@ lint: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## every benchmark; each prints the figure that it is for

@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -36,15 +36,17 @@ from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
+from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.beginning import find_trajectories, new_student
 from dsno_cluster.training.objectives import Student
 from dsno_cluster.training.objectives.losses import weighted
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.training.torch_internals import lerp_all
-from dsno_cluster.trajectories.generate import generate, solve_batch
-from dsno_cluster.trajectories.plan import open_teacher
+from dsno_cluster.trajectories.generate import generate
+from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
+from dsno_cluster.trajectories.spec import solve_samples, spec_of
 
 DATA = [
     "storage.root=runs/operator-study",
@@ -112,10 +114,13 @@ def main(argv: list[str]) -> None:
     if options.one:
         print(json.dumps(run(options.one[0], int(options.one[1]), options.seconds, overrides)))
         return
-    generate(load_config("configs/digits.yaml", DATA))
+    config = load_config("configs/digits.yaml", [*DATA, *overrides])
+    generate(config, make_plan(config))
     if not TRUTH.is_file():
         exact = load_config("configs/digits.yaml", ["trajectories.solver=abm3", "trajectories.steps=64"])
-        states, _ = solve_batch(exact, open_teacher(exact), exact.evaluation.seed, range(HELD_OUT))
+        teacher = find_teacher(exact)
+        spec, network = spec_of(exact, teacher), teacher.load()
+        states, _ = solve_samples(spec, network, exact.evaluation.seed, range(HELD_OUT))
         safetensors.torch.save_file({"states": states}, TRUTH)
     done = (
         [json.loads(line) for line in options.log.read_text().splitlines()]
@@ -130,7 +135,7 @@ def main(argv: list[str]) -> None:
         found = subprocess.run(
             [sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True, text=True
         )
-        return json.loads(found.stdout.splitlines()[-1])
+        return cast(dict[str, Any], json.loads(found.stdout.splitlines()[-1]))
 
     with ThreadPoolExecutor(2) as pool, console.progress("studying", len(tasks), "runs") as advance:
         for row in pool.map(start, tasks):
@@ -149,7 +154,7 @@ def run(name: str, seed: int, seconds: float, overrides: list[str]) -> dict[str,
     points, changes = VARIANTS[name]
     at = f"trajectories.times={list(time_points('quadratic', points))}"
     config = load_config("configs/digits.yaml", [*DATA, *changes, at, f"seed={seed + 10}", *overrides])
-    everything = read_all()
+    everything = read_all(overrides)
     positions = [time_points("quadratic", POINTS).index(t) for t in config.trajectories.time_points]
     torch.manual_seed(seed)
     student = new_student(config)
@@ -171,15 +176,16 @@ class NormalisedObjective(TrajectoryObjective):
         return weighted(distances_M, self.means_M.mean() / self.means_M), distances_M.detach()
 
 
-def read_all() -> Batch:
+def read_all(overrides: list[str]) -> Batch:
     """The whole data set as one batch."""
-    config = load_config("configs/digits.yaml", DATA)
+    config = load_config("configs/digits.yaml", [*DATA, *overrides])
     folder, manifest = find_trajectories(config)
     batches = read_batches(
         ShardReader(open_storage(config.storage.root), folder, manifest),
         seed=0, first_sample=0, batch_size=manifest.num_samples, rank=0, world_size=1,
     )  # fmt: skip
     (batch,) = next(batches)
+    batches.close()  # it reads ahead
     return batch
 
 
@@ -232,7 +238,7 @@ def measure(student: DSNO, config: Config) -> dict[str, Any]:
         agreeing += int((found["logits"].argmax(1) == labels).sum())
     ours = moments_of(np.concatenate(features))
     times = [t for t in REPORTED if t in student.times]
-    teacher, indices = open_teacher(config), range(HELD_OUT)
+    teacher, indices = find_teacher(config).load(), range(HELD_OUT)
     target = safetensors.torch.load_file(TRUTH)["states"]
     noise, labels = sample_noise(seed, indices, (1, 8, 8)), sample_labels(seed, indices, 10)
     states = student.trajectory(noise, labels, times)

@@ -17,6 +17,7 @@ import contextlib
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,21 +27,19 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from data_sets import a_spec
+
 from dsno_cluster import console
 from dsno_cluster.config import Reader
-from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.reader import ShardReader, epoch_order, read_batches
-from dsno_cluster.trajectories.shards import Manifest, write_shard
+from dsno_cluster.trajectories.shards import Manifest, make_manifest, write_shard
 
 SAMPLES, PER_SHARD, BATCH = 20_000, 1000, 64
 SHAPE = (5, 3, 32, 32)
-SPEC: dict[str, Any] = {
-    "seed": 0,
-    "shape": list(SHAPE[1:]),
-    "times": [0.8, 0.6, 0.4, 0.2, 0.0],
-    "noise": {"generator": GENERATOR, "first_sample_sha256": noise_checksum(0, SHAPE[1:])},
-}
+SPEC = a_spec(SHAPE[1:], (0.8, 0.6, 0.4, 0.2, 0.0), seed=0, per_shard=PER_SHARD, classes=10)
 Read = Callable[[int], int]  # (round) -> samples read
 
 
@@ -109,7 +108,7 @@ def write_ours(storage: Storage, samples: np.ndarray) -> Manifest:
         part = samples[index * PER_SHARD : (index + 1) * PER_SHARD]
         tensors = {"states": torch.from_numpy(part).transpose(0, 1), "labels": torch.arange(PER_SHARD) % 10}
         lines.append(write_shard(storage, "d/", index, index * PER_SHARD, tensors))
-    return Manifest(SPEC, tuple(lines), {})
+    return make_manifest(SPEC, lines, NOWHERE)
 
 
 def ours(storage: Storage, manifest: Manifest) -> dict[str, Read]:

@@ -116,7 +116,7 @@ def published_network(config: Config, folder: Path) -> nn.Module:
 
     network = config.network
     model = {
-        "nf": network.width, "temb_dim": network.embedding_dim, "ch_mult": list(network.multipliers),
+        "nf": network.width, "temb_dim": network.embedding_dim, "ch_mult": list(network.multipliers or ()),
         "num_res_blocks": network.blocks_per_level, "attn_resolutions": list(network.attention_resolutions),
         "num_attn_heads": network.heads, "head_dim": network.head_dim, "num_classes": network.class_slots,
         "dropout": network.dropout, "time_conv": True, "with_nin": False, "num_modes": 2, "pred_eps": False,
@@ -125,7 +125,7 @@ def published_network(config: Config, folder: Path) -> nn.Module:
     }  # fmt: skip
     data = {"image_size": network.image_size, "num_channels": network.channels}
     torch.manual_seed(0)
-    built = TDDPMm(SimpleNamespace(model=SimpleNamespace(**model), data=SimpleNamespace(**data)))
+    built: nn.Module = TDDPMm(SimpleNamespace(model=SimpleNamespace(**model), data=SimpleNamespace(**data)))
     randomise(built)
     return built
 

@@ -85,10 +85,10 @@ def tiny_shards(count: int, actors: int) -> None:
             )  # fmt: skip
             before = requests(metrics)
             with head_seconds() as head:
-                seconds, cpu = timed(lambda: generate(config, actors))
+                seconds, cpu = timed(lambda: generate(config, make_plan(config), actors))
             made = {kind: n - before.get(kind, 0) for kind, n in requests(metrics).items()}
             manifest = open_storage(config.storage.root, url).stat(make_plan(config).folder + "manifest.json")
-            again, _ = timed(lambda: generate(config, actors))
+            again, _ = timed(lambda: generate(config, make_plan(config), actors))
         finally:
             server.kill()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -114,7 +114,8 @@ def busy_actors(actors: int, tasks: int, pause: float) -> None:
         class Idle:
             def make_shard(self, index: int) -> tuple[Shard, str]:
                 time.sleep(pause)
-                return Shard(f"shard-{index:06d}.safetensors", index, index + 1, 1000, "0" * 64), "0" * 32
+                key = f"shard-{index:06d}.safetensors"
+                return Shard(key=key, start=index, stop=index + 1, size=1000, sha256="0" * 64), "0" * 32
 
         remote = ray.remote(max_concurrency=2, num_cpus=1)(Idle)
         handles = [remote.remote() for _ in range(actors)]

@@ -79,7 +79,8 @@ def runge_kutta(teacher: Teacher, noise: Tensor, labels: Tensor, steps: int) -> 
     @torch.no_grad()
     def slope(x: Tensor, t: float) -> Tensor:
         level = logsnr(torch.full((len(x), 1), t, dtype=torch.float64))
-        return network(x, level, labels)[:, 0]  # the shipped teacher predicts v
+        v: Tensor = network(x, level, labels)[:, 0]  # what the shipped teacher predicts
+        return v
 
     x, states = noise.double(), []
     grid = refine(TIMES, steps)

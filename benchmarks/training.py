@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, help="global batch (default: the config's)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
-    options, options.changes = parser.parse_known_args(argv)
+    options, changes = parser.parse_known_args(argv)
+    options.changes = changes
     options.config = options.config or f"configs/{'cifar10' if options.part == 'memory' else 'digits'}.yaml"
     print(f"{options.part}: {options.config}, {device_name()}")
     {"overhead": overhead, "recipe": recipe, "memory": memory, "wait": wait}[options.part](options)
@@ -240,7 +241,8 @@ def quartiles(ratios: list[float]) -> str:
 
 
 def spawn(work: Callable[..., None], world: int, *arguments: Any) -> None:
-    torch.multiprocessing.spawn(_spawned, (work, world, free_ports(1)[0], *arguments), world)
+    arguments = (work, world, free_ports(1)[0], *arguments)
+    torch.multiprocessing.spawn(_spawned, arguments, world)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _spawned(rank: int, work: Callable[..., None], world: int, port: int, *arguments: Any) -> None:

@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 
-from dsno_cluster import console, load_teacher
+from dsno_cluster import console, load_teacher, solve
 from dsno_cluster.cluster.ray_pool import import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.trajectories.generate import SolveActor, solve_batch
-from dsno_cluster.trajectories.plan import make_plan, teacher_path
+from dsno_cluster.teachers import find_teacher
+from dsno_cluster.trajectories.generate import SolveActor
+from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.trajectories.spec import solve_shard, spec_of
 
 ROUNDS = 5
 SHARDS_A_ROUND = 16
@@ -50,7 +52,10 @@ def machinery(config: Config, actors: int) -> None:
     rates: dict[str, list[float]] = {"bare loop": [], "actors, shards, storage": []}
     with bare_workers(config, actors) as bare, open_ray(None, actors, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        handles = [remote.remote(config, make_plan(config)) for _ in range(actors)]
+        plan = make_plan(config)
+        handles = [
+            remote.remote(plan.spec, config.teacher, config.storage, plan.folder) for _ in range(actors)
+        ]
         import_ray().get([handle.environment.remote() for handle in handles])
         for number in range(ROUNDS):
             began = time.perf_counter()
@@ -116,29 +121,26 @@ class bare_workers:
 
 
 def _solve_on_demand(config: Config, pipe: Any) -> None:
-    settings = config.trajectories
-    torch.set_num_threads(settings.threads)
-    teacher = load_teacher(teacher_path(config))
+    torch.set_num_threads(config.trajectories.threads)
+    found = find_teacher(config)
+    spec, teacher = spec_of(config, found), found.load()
     pipe.send("ready")
     while True:
-        for _ in range(pipe.recv()):
-            for first in range(0, settings.samples_per_shard, settings.batch_size):
-                solve_batch(config, teacher, config.seed, range(first, first + settings.batch_size))
+        for index in range(pipe.recv()):
+            solve_shard(spec, teacher, index)
         pipe.send("done")
 
 
 def against_diffusers(evaluations: int | None) -> None:
     """Question 2."""
     try:
-        from diffusers import DDIMScheduler, UNet2DModel
+        import diffusers
     except ImportError:
         print("diffusers is not installed: pip install diffusers for the second question")
         return
-    from dsno_cluster import solve
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = UNet2DModel(
+    network: Any = diffusers.UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
@@ -147,7 +149,7 @@ def against_diffusers(evaluations: int | None) -> None:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler: Any = diffusers.DDIMScheduler(clip_sample=False)
     noise = torch.randn(16, 3, 32, 32)
     times = (0.5625, 0.25, 0.0625, 0.0)
     steps = 32

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import DATA, dsno
+from tiny import DATA, answer, dsno
 from torch import Tensor
 
-from dsno_cluster import load_student
+from dsno_cluster import load_student, load_teacher, solve
 from dsno_cluster.errors import UserError
 
 RELEASE = DATA / "release_1"
 STUDENTS = Path("runs/students/release")
+TRAJECTORIES = Path("runs/trajectories/1c6b6ab28439a2bd")
 EXPECTED = safetensors.torch.load_file(RELEASE / "expected.safetensors")
 # of what CPUs of other makes compute from the same weights, and of where thirty steps of Adam then end
 TOLERANCE, TRAINED_TOLERANCE = 1e-4, 3e-4
@@ -129,3 +130,64 @@ def test_what_a_newer_version_says_more_is_kept_and_another_schema_is_refused(re
     (folder / "meta.json").write_text(json.dumps(meta | {"model": more}))
     with pytest.raises(UserError, match=r"meta\.json: model: unknown key colour"):
         load_student(str(folder))
+
+
+# ---- its data set and teacher --------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Times and bytes of all files."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+def test_its_data_set_is_finished_and_right(release: Path) -> None:
+    before = tree(release)
+    again = answer("gen-trajectories", "release.yaml", "--launcher", "local", cwd=release)
+    assert again.returncode == 0 and "all 4 shards are there already" in again.stderr, again.stderr
+    verified = answer("verify", "release.yaml", cwd=release)
+    assert verified.returncode == 0, verified.stderr
+    assert tree(release) == before
+
+
+def test_the_same_data_set_has_its_bytes_today(release: Path) -> None:
+    one_shard = [f"storage.root={release / 'fresh'}", "trajectories.num_samples=128", "--actors", "1"]
+    made = dsno("gen-trajectories", "release.yaml", *one_shard, "--launcher", "local", cwd=release)
+    assert made.returncode == 0, made.stderr
+    folder = release / "fresh/trajectories" / TRAJECTORIES.name
+    ours, theirs = (json.loads((at / "manifest.json").read_text()) for at in (folder, release / TRAJECTORIES))
+    assert (ours["spec"], ours["spec_hash"]) == (theirs["spec"], theirs["spec_hash"])
+    shards = [
+        safetensors.torch.load_file(at / ours["shards"][0]["key"]) for at in (folder, release / TRAJECTORIES)
+    ]
+    assert relative(*(shard["states"].float() for shard in shards)) < TOLERANCE
+    assert torch.equal(*(shard["labels"] for shard in shards))
+    if same_arithmetic(ours["environment"], theirs["environment"]):
+        assert ours["shards"][0] == theirs["shards"][0]  # its sha256 too
+
+
+def same_arithmetic(*environments: dict) -> bool:
+    """Whether device model and the versions of the libraries that compute are equal."""
+    one, other = ((e["device"], *(e["versions"][name] for name in ("torch", "numpy"))) for e in environments)
+    return one == other
+
+
+def test_its_teacher_answers_as_it_did(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(release)
+    teacher = load_teacher("runs/teachers/release")
+    noise, labels = EXPECTED["noise"], EXPECTED["labels"]
+    assert relative(teacher(noise, 0.5, labels), EXPECTED["teacher_x0_at_0.5"]) < TOLERANCE
+    states = solve(teacher, noise, (0.5625, 0.25, 0.0625, 0.0), "abm3", 12, labels)
+    assert relative(states, EXPECTED["teacher_states"]) < TOLERANCE
+
+
+def test_its_student_is_evaluated(release: Path) -> None:
+    few = ["evaluation.num_samples=100", "evaluation.batch_size=50", "evaluation.trajectory_samples=20"]
+    few += ["evaluation.teacher_steps=[1]", "--actors", "1", "--launcher", "local", "--json"]
+    student = str(
+        STUDENTS / "step-000000020"
+    )  # `latest` names step 10: the run was killed before it was changed
+    done = dsno("eval", "release.yaml", "--student", student, *few, cwd=release)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)
+    assert metrics["checkpoint"]["step"] == 20 and 0 < metrics["student"]["trajectory_error"]["0.0"] < 1
