@@ -19,7 +19,7 @@ from report_runs import curve, history, metrics, write_curve, write_evaluation
 from dsno_cluster.cli import main
 from dsno_cluster.cluster.runs import config_of_run, create_run
 from dsno_cluster.cluster.stage import Submission
-from dsno_cluster.config import load_config, load_profile, with_absolute_paths
+from dsno_cluster.config import load_config, load_profile
 from dsno_cluster.stages import TRAIN
 
 VOID = {"meta", "input", "img", "br", "link", "hr"}
@@ -272,7 +272,7 @@ def test_a_submitted_run_is_found_from_anywhere(
     monkeypatch.chdir(here)
     config = load_config("configs/digits.yaml", ["storage.root=results", "trajectories.num_samples=256"])
     words = "dsno-cluster train configs/digits.yaml storage.root=results"
-    submission = Submission(TRAIN, with_absolute_paths(config), load_profile(TRAIN.name, {}), words)
+    submission = Submission(TRAIN, config, load_profile(TRAIN.name, {}), words)
     run = create_run(submission, snapshot=False)
     monkeypatch.chdir(elsewhere)
     for word in (run.id, str(run.folder)):
