@@ -44,6 +44,7 @@ from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.training.torch_internals import lerp_all
 from dsno_cluster.trajectories.generate import generate
+from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 from dsno_cluster.trajectories.spec import solve_samples, spec_of
 
@@ -113,7 +114,8 @@ def main(argv: list[str]) -> None:
     if options.one:
         print(json.dumps(run(options.one[0], int(options.one[1]), options.seconds, overrides)))
         return
-    generate(load_config("configs/digits.yaml", [*DATA, *overrides]))
+    config = load_config("configs/digits.yaml", [*DATA, *overrides])
+    generate(config, plan=make_plan(config))
     if not TRUTH.is_file():
         exact = load_config("configs/digits.yaml", ["trajectories.solver=abm3", "trajectories.steps=64"])
         teacher = find_teacher(exact)
