@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(run(options.one[0], int(options.one[1]), options.seconds, overrides)))
         return
     config = load_config("configs/digits.yaml", [*DATA, *overrides])
-    generate(config, make_plan(config))
+    generate(config, plan=make_plan(config))
     if not TRUTH.is_file():
         exact = load_config("configs/digits.yaml", ["trajectories.solver=abm3", "trajectories.steps=64"])
         teacher = find_teacher(exact)

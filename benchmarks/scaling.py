@@ -85,10 +85,10 @@ def tiny_shards(count: int, actors: int) -> None:
             )  # fmt: skip
             before = requests(metrics)
             with head_seconds() as head:
-                seconds, cpu = timed(lambda: generate(config, make_plan(config), actors))
+                seconds, cpu = timed(lambda: generate(config, plan=make_plan(config), actors=actors))
             made = {kind: n - before.get(kind, 0) for kind, n in requests(metrics).items()}
             manifest = open_storage(config.storage.root, url).stat(make_plan(config).folder + "manifest.json")
-            again, _ = timed(lambda: generate(config, make_plan(config), actors))
+            again, _ = timed(lambda: generate(config, plan=make_plan(config), actors=actors))
         finally:
             server.kill()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -213,7 +213,7 @@ def test_evaluations_on_the_native_grid_are_counted(
 def test_a_native_schedule_from_the_command_line(unet: Any, tmp_path: Path) -> None:
     path, _ = saved(unet, tmp_path, set_alpha_to_one=False, timestep_spacing="trailing")
     words = experiment(path, "teacher.options={schedule: native}", f"storage.root={tmp_path / 'root'}")
-    planned = dsno("plan", *words, "--json")
+    planned = answer("plan", *words, "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["evaluations_per_sample"] == 11
     assert json.loads(planned.stdout)["note"] is None
@@ -223,7 +223,7 @@ def test_a_native_schedule_from_the_command_line(unet: Any, tmp_path: Path) -> N
         noted = answer("plan", *words, *more, cwd=tmp_path)
         assert ("unless trajectories.clip_denoised=true" in noted.stdout) == told, noted.stdout
     for command in ("plan", "gen-trajectories"):
-        refused = dsno(command, *words, "trajectories.steps=2000")
+        refused = answer(command, *words, "trajectories.steps=2000")
         assert refused.returncode == 2, refused.stderr
         assert "trajectories.steps: 2000 steps, where the model has 1000 levels" in refused.stderr
         assert len(refused.stderr.splitlines()) == 1

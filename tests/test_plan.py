@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny import DATA, TINY, dsno
+from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster.config import load_config
 from dsno_cluster.teachers import compared_samplings, find_teacher
@@ -47,7 +47,7 @@ def test_the_arithmetic_of_the_paper_needs_no_teacher_and_no_torch() -> None:
 
 
 def test_the_plan_is_what_is_made(tiny_data: Path) -> None:
-    planned = json.loads(dsno("plan", *TINY, f"storage.root={tiny_data}", "--json").stdout)
+    planned = json.loads(answer("plan", *TINY, f"storage.root={tiny_data}", "--json").stdout)
     assert planned["teacher_problem"] is None and planned["files_not_there"] == {}
     (folder,) = (tiny_data / "trajectories").iterdir()
     assert Path(planned["folder"]) == folder
@@ -58,10 +58,10 @@ def test_the_plan_is_what_is_made(tiny_data: Path) -> None:
 
 @pytest.mark.slow
 def test_the_cheapest_solver_within_a_tolerance_is_named_and_works(tmp_path: Path) -> None:
-    found = dsno("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--nodes", "3")
+    found = answer("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--nodes", "3")
     assert found.returncode == 0, found.stderr
     assert "off by" in found.stderr and "device-hours" in found.stdout
-    told = json.loads(dsno("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--json").stdout)
+    told = json.loads(answer("plan", *TINY, *GAUSSIAN, "--tolerance", "1e-3", "--json").stdout)
     use = next(line for line in found.stdout.splitlines() if line.startswith("use")).split()[1:]
     assert use == [f"trajectories.{key}={told[key]}" for key in ("solver", "steps", "grid")]
     root = [f"storage.root={tmp_path}", "--launcher", "local", "--actors", "1"]
@@ -82,7 +82,7 @@ def test_the_cheapest_solver_within_a_tolerance_is_named_and_works(tmp_path: Pat
 
 
 def test_measuring_says_seconds_and_errors() -> None:
-    measured = json.loads(dsno("plan", *TINY, *GAUSSIAN, "--measure", "--nodes", "2", "--json").stdout)
+    measured = json.loads(answer("plan", *TINY, *GAUSSIAN, "--measure", "--nodes", "2", "--json").stdout)
     cost = measured["measured"]
     assert cost["seconds_per_evaluation"] > 0 and cost["devices"] >= 2
     assert cost["device_hours"] == pytest.approx(
@@ -99,7 +99,7 @@ def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
     published = DATA / "published" / "teacher_flax_x"
     config = tmp_path / "distilled.yaml"
     out = tmp_path / "teacher"
-    imported = dsno(
+    imported = answer(
         "import-weights", str(published / "teacher"), "--config", str(published / "config.yaml"), "--out", str(out)
     )  # fmt: skip
     assert imported.returncode == 0, imported.stderr
@@ -126,26 +126,26 @@ def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     spec = json.loads(next(tmp_path.glob("root/trajectories/*/manifest.json")).read_text())["spec"]
     assert spec["grid"] == [(steps - i) / steps for i in range(steps + 1)]
-    wrong = dsno("gen-trajectories", str(config), f"trajectories.steps={steps * 2}", *root)
+    wrong = answer("gen-trajectories", str(config), f"trajectories.steps={steps * 2}", *root)
     assert wrong.returncode == 2 and f"has {steps} steps of its own" in wrong.stderr, wrong.stderr
     for solver in ("abm3", "dpmpp-2m", "heun"):
-        other = dsno("gen-trajectories", str(config), f"trajectories.solver={solver}", *root)
+        other = answer("gen-trajectories", str(config), f"trajectories.solver={solver}", *root)
         assert other.returncode == 2 and "set trajectories.solver=ddim" in other.stderr, other.stderr
-    grid = dsno("gen-trajectories", str(config), "trajectories.grid=uniform", *root)
+    grid = answer("gen-trajectories", str(config), "trajectories.grid=uniform", *root)
     assert grid.returncode == 2 and "set trajectories.grid=auto" in grid.stderr, grid.stderr
     chosen = load_config(str(config), [f"evaluation.teacher_steps=[1, 3, {steps // 2}, 64]"])
     rows = compared_samplings(chosen, find_teacher(chosen))
     assert [row.method.steps for row in rows] == [1, steps // 2, steps]  # through levels that it knows
-    off = dsno("gen-trajectories", str(config), "trajectories.times=[0.51, 0.0]", *root)
+    off = answer("gen-trajectories", str(config), "trajectories.times=[0.51, 0.0]", *root)
     assert off.returncode == 2 and "0.51 is not on the grid" in off.stderr, off.stderr
-    asked = dsno("plan", str(config), "--tolerance", "1e-3")
+    asked = answer("plan", str(config), "--tolerance", "1e-3")
     assert asked.returncode == 2 and "steps of its own" in asked.stderr, asked.stderr
 
 
 def test_inspect_tells_what_is_there(tiny_data: Path, tmp_path: Path) -> None:
     folder = next((tiny_data / "trajectories").iterdir())
     picture = tmp_path / "trajectories.png"
-    found = dsno("inspect", str(folder), "--json", "--shards", "99", "--out", str(picture))
+    found = answer("inspect", str(folder), "--json", "--shards", "99", "--out", str(picture))
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout)
     files = [safetensors.numpy.load_file(path) for path in sorted(folder.glob("shard-*"))]
@@ -157,9 +157,9 @@ def test_inspect_tells_what_is_there(tiny_data: Path, tmp_path: Path) -> None:
     labels = np.concatenate([file["labels"] for file in files])
     assert told["classes"] == np.bincount(labels, minlength=10).tolist()
     assert picture.read_bytes().startswith(b"\x89PNG")
-    people = dsno("inspect", str(folder / "manifest.json"))
+    people = answer("inspect", str(folder / "manifest.json"))
     assert people.returncode == 0 and "96 trajectories of 1x8x8" in people.stdout
-    assert dsno("inspect", str(tmp_path)).returncode == 2
+    assert answer("inspect", str(tmp_path)).returncode == 2
 
 
 def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,5 +200,5 @@ def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("words", [["--tolerance", "2"], ["--tolerance", "small"], ["--probes", "0"]])
 def test_wrong_options_of_plan_are_one_line(words: list[str]) -> None:
-    refused = dsno("plan", *words)
+    refused = answer("plan", *words)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from tiny import DATA, dsno
+from tiny import DATA, answer
 
 from dsno_cluster import load_student
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights
@@ -54,12 +54,12 @@ def test_outputs_of_the_published_network(name: str, tmp_path: Path) -> None:
 
 def test_an_imported_student_samples_from_the_command_line(tmp_path: Path) -> None:
     folder = PUBLISHED / "five_points"
-    made = dsno(
+    made = answer(
         "import-weights", str(folder / CHECKPOINT), "--config", str(folder / "config.yaml"), "--out", str(tmp_path / "s")
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert "student written" in made.stderr
-    drawn = dsno("sample", str(tmp_path / "s"), "--num", "3", "--out", str(tmp_path / "grid.png"))
+    drawn = answer("sample", str(tmp_path / "s"), "--num", "3", "--out", str(tmp_path / "grid.png"))
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 

@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
             refused()
         assert len(str(caught.value).splitlines()) == 1
     storage.delete("folder/file/below")  # there is none, as on S3
-    failed = dsno("verify", str(tmp_path / name))
+    failed = answer("verify", str(tmp_path / name))
     assert failed.returncode == 1 and "File name too long" in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -258,12 +258,12 @@ def test_a_password_in_an_endpoint_is_refused_and_not_repeated(endpoint: str, tm
     as_option = ["verify", "s3://bucket/x", "--endpoint-url", endpoint]
     as_key = ["plan", "storage.root=s3://bucket/x", f"storage.endpoint_url={endpoint}"]
     for words in (as_option, as_key):
-        refused = dsno(*words, cwd=tmp_path)
+        refused = answer(*words, cwd=tmp_path)
         assert refused.returncode == 2 and "storage.endpoint_url: must not carry" in refused.stderr
         assert "hunter2" not in refused.stderr + refused.stdout
     (tmp_path / "profile").write_text(f"[default]\nendpoint_url = {endpoint}\n")
     for source in ({"AWS_ENDPOINT_URL": endpoint}, {"AWS_CONFIG_FILE": str(tmp_path / "profile")}):
-        refused = dsno("verify", "s3://bucket/x", cwd=tmp_path, **KEYS, **source)
+        refused = answer("verify", "s3://bucket/x", cwd=tmp_path, **KEYS, **source)
         assert refused.returncode == 2 and "AWS_ENDPOINT_URL" in refused.stderr, refused.stderr
         assert "hunter2" not in refused.stderr and len(refused.stderr.splitlines()) == 1
 
@@ -310,7 +310,7 @@ def test_shards_on_s3_are_those_of_a_folder(s3_endpoint: str, tiny_data: Path, t
     assert made.returncode == 0, made.stderr
     folder = next((tiny_data / "trajectories").iterdir())
     url = f"s3://bucket/tiny/trajectories/{folder.name}"
-    verified = dsno("verify", url, "--endpoint-url", s3_endpoint, "--json", **KEYS)
+    verified = answer("verify", url, "--endpoint-url", s3_endpoint, "--json", cwd=tmp_path, **KEYS)
     assert verified.returncode == 0 and json.loads(verified.stdout)["samples"] == 96
     there = json.loads(_read(f"{url}/manifest.json", s3_endpoint))
     here = json.loads((folder / "manifest.json").read_text())
@@ -321,7 +321,7 @@ def test_shards_on_s3_are_those_of_a_folder(s3_endpoint: str, tiny_data: Path, t
     assert trained.returncode == 0, trained.stderr
     grid = "s3://bucket/tiny/grid.png"
     address = ["s3://bucket/tiny/students/digits", "--endpoint-url", s3_endpoint]
-    sampled = dsno("sample", *address, "--num", "4", "--out", grid, **KEYS)
+    sampled = answer("sample", *address, "--num", "4", "--out", grid, cwd=tmp_path, **KEYS)
     assert sampled.returncode == 0, sampled.stderr
     assert _read(grid, s3_endpoint).startswith(b"\x89PNG")
 

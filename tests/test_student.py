@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DATA, TINY, dsno
+from tiny import DATA, TINY, answer, dsno
 from torch import Tensor
 
 from dsno_cluster import load_student, load_teacher, solve
@@ -279,7 +279,9 @@ def test_the_path_of_a_diffusers_student(tmp_path: Path) -> None:
         float((student.trajectory(noise, labels)[:, 0] - student.trajectory(noise, labels)[:, 3]).norm())
         > 1e-3
     )
-    drawn = dsno("sample", str(tmp_path / "students/digits"), "--num", "2", "--out", str(tmp_path / "x.npz"))
+    drawn = answer(
+        "sample", str(tmp_path / "students/digits"), "--num", "2", "--out", str(tmp_path / "x.npz")
+    )
     assert drawn.returncode == 0, drawn.stderr
     wrong = dsno("train", *words, "teacher.path=package:digits-teacher", "--launcher", "local", "name=x")
     assert wrong.returncode == 2, wrong.stderr

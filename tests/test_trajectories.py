@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from data_sets import a_spec
-from tiny import TINY, dsno
+from tiny import TINY, answer, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
@@ -64,7 +64,7 @@ def test_the_manifest_names_every_shard_and_no_secret(tiny_data: Path) -> None:
     assert [s["key"] for s in manifest["shards"]] == [f"shard-{i:06d}.safetensors" for i in range(6)]
     assert manifest["num_samples"] == 96 and manifest["spec"]["teacher"]["sha256"]
     assert manifest["spec_hash"] == data_set(tiny_data).name
-    verified = dsno("verify", str(data_set(tiny_data)), "--json")
+    verified = answer("verify", str(data_set(tiny_data)), "--json")
     assert verified.returncode == 0 and json.loads(verified.stdout)["samples"] == 96
 
 
@@ -86,17 +86,14 @@ def test_same_bytes_from_one_actor_and_a_longer_run_adds_shards(tiny_data: Path,
     assert len(names) == 6
 
 
-def test_same_sha256_from_one_and_from_four_actors(tmp_path: Path) -> None:
-    made = {}
-    for actors in ("1", "4"):
-        root = tmp_path / actors
-        run = dsno(
-            "gen-trajectories", *TINY, f"storage.root={root}", "--launcher", "local", "--actors", actors
-        )
-        assert run.returncode == 0, run.stderr
-        lines = json.loads((data_set(root) / "manifest.json").read_text())["shards"]
-        made[actors] = {line["key"]: line["sha256"] for line in lines}
-    assert made["1"] == made["4"] and len(made["1"]) == 6
+def test_same_sha256_from_two_and_from_four_actors(tiny_data: Path, tmp_path: Path) -> None:
+    words = ["gen-trajectories", *TINY, f"storage.root={tmp_path}", "--launcher", "local", "--actors", "4"]
+    run = dsno(*words)
+    assert run.returncode == 0, run.stderr
+    ours, theirs = (
+        json.loads((data_set(root) / "manifest.json").read_text()) for root in (tmp_path, tiny_data)
+    )
+    assert ours["shards"] == theirs["shards"] and len(ours["shards"]) == 6
 
 
 def test_a_damaged_data_set_is_mended_by_the_same_command(tiny_data: Path, tmp_path: Path) -> None:
@@ -107,13 +104,13 @@ def test_a_damaged_data_set_is_mended_by_the_same_command(tiny_data: Path, tmp_p
     mended = dsno(*words)
     assert mended.returncode == 0 and "1 to make" in mended.stderr, mended.stderr
     assert shard_bytes(root) == shard_bytes(tiny_data)
-    assert dsno("verify", str(data_set(root))).returncode == 0
+    assert answer("verify", str(data_set(root))).returncode == 0
 
     manifest = data_set(root) / "manifest.json"
     content = json.loads(manifest.read_text())
     content["spec"]["seed"] = 1
     manifest.write_text(json.dumps(content))
-    changed = dsno("verify", str(data_set(root)))
+    changed = answer("verify", str(data_set(root)))
     assert changed.returncode == 1 and "changed after it was written" in changed.stderr
 
 
@@ -144,7 +141,7 @@ def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
     assert not list(tmp_path.glob("trajectories/*/manifest.json"))
     note = json.loads((data_set(tmp_path) / "progress.json").read_text())
     assert note["environment"]["device"]  # from before the first shard
-    assert dsno("verify", str(data_set(tmp_path))).returncode == 2  # unfinished: there is no manifest
+    assert answer("verify", str(data_set(tmp_path))).returncode == 2  # unfinished: there is no manifest
     done = shard_bytes(tmp_path)
     assert done and done == {k: v for k, v in shard_bytes(tiny_data).items() if k in done}
 
@@ -153,8 +150,8 @@ def test_killed_driver_leaves_whole_shards_and_the_same_command_finishes(
     manifest = json.loads((data_set(tmp_path) / "manifest.json").read_text())
     assert manifest["environment"]["seconds"] > note["environment"]["seconds"]  # those of both runs
     assert shard_bytes(tmp_path) == shard_bytes(tiny_data)
-    assert dsno("verify", str(data_set(tmp_path))).returncode == 0
-    third = dsno(*words)
+    assert answer("verify", str(data_set(tmp_path))).returncode == 0
+    third = answer(*words)
     assert third.returncode == 0 and "there already" in third.stderr
 
 
@@ -189,7 +186,7 @@ def test_a_shard_that_no_note_names_must_vouch_for_itself(tiny_data: Path, tmp_p
     assert again.returncode == 0, again.stderr
     assert changed == ([flipped.name, misplaced.name] if note == "of this device" else sorted(before))
     assert shard_bytes(root) == shard_bytes(tiny_data)
-    assert dsno("verify", str(folder)).returncode == 0
+    assert answer("verify", str(folder)).returncode == 0
 
 
 def test_the_first_writer_of_a_shard_wins(tmp_path: Path) -> None:
@@ -234,7 +231,7 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
         bad.write_bytes(data[:-1])
     else:
         bad.unlink()
-    result = dsno("verify", str(folder / "manifest.json"), "--json")
+    result = answer("verify", str(folder / "manifest.json"), "--json")
     report = json.loads(result.stdout)
     assert result.returncode == 1 and not report["ok"]
     assert len(report["problems"]) == 1 and "shard-000003" in report["problems"][0]
@@ -260,7 +257,7 @@ def test_verify_compares_the_sample_ranges(tiny_data: Path, tmp_path: Path, last
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][-1]["stop"] = manifest["num_samples"] = last
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    result = dsno("verify", str(folder), "--json")
+    result = answer("verify", str(folder), "--json")
     assert result.returncode == 1, result.stdout
     (problem,) = json.loads(result.stdout)["problems"]
     assert problem == f"shard-000005.safetensors holds 16 samples, the manifest says 80 to {last - 1}"
@@ -268,11 +265,11 @@ def test_verify_compares_the_sample_ranges(tiny_data: Path, tmp_path: Path, last
 
 def test_verify_compares_a_folder_named_by_a_hash_with_the_spec(tiny_data: Path, tmp_path: Path) -> None:
     wrong = shutil.copytree(data_set(tiny_data), tmp_path / "0123456789abcdef")
-    result = dsno("verify", str(wrong))
+    result = answer("verify", str(wrong))
     assert result.returncode == 1 and data_set(tiny_data).name in result.stderr, result.stderr
     copied = shutil.copytree(wrong, tmp_path / "my-copy")
-    assert dsno("verify", str(copied)).returncode == 0
-    assert dsno("verify", ".", cwd=data_set(tiny_data)).returncode == 0
+    assert answer("verify", str(copied)).returncode == 0
+    assert answer("verify", ".", cwd=data_set(tiny_data)).returncode == 0
 
 
 def test_commit_is_conditional_and_never_shrinks(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def dsno(
     )
 
 
-def answer(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """What `dsno-cluster` answers at once, such as a refusal, from this process: without seconds of imports."""
+def answer(*words: str, cwd: Path = Path(), **env: str) -> subprocess.CompletedProcess[str]:
+    """What `dsno-cluster` answers from this process, without seconds of imports: refusals, and commands without a launcher."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
         for name, value in env.items():
