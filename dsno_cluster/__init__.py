@@ -1,7 +1,7 @@
 """dsno-cluster: teacher trajectories, DSNO training and honest evaluation, on a laptop or a Slurm cluster.
 
-The Python door: `load_teacher`, `solve`, `count_evaluations` and `load_student`. Importing this package is
-light; torch is imported when one of them is first used.
+The Python interface: `load_teacher`, `solve`, `count_evaluations` and `load_student`. Importing this package
+is cheap; torch is imported when one of them is first used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What people see: rich progress on a terminal, plain lines in a log, tables.
+"""Output for people: progress bars on a terminal, plain lines in a log, tables.
 
-Everything goes to standard error except results that a command was asked for, so that `--json` output stays
-clean.
+Everything is printed to standard error, except the results that a command was asked for, so `--json` output
+stays clean.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dsno_cluster.errors import without_passwords
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Let the command line deal with it, as with that of a plain print."""
+        """Leave it to the command line, as after a plain print."""
         raise
 
 
 _console = _Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_EVERY_SECONDS = 10.0
-_WRAPPED = 24  # columns that a cell of many words needs at least
+_WRAPPED = 24  # smallest width of a column that may wrap
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
 _record: Callable[[Tally], None] | None = None
@@ -36,9 +36,10 @@ _record: Callable[[Tally], None] | None = None
 
 @dataclass(frozen=True)
 class Tally:
-    """How far long work has come.
+    """The progress of long work.
 
-    `start`: what a former run had done, `reached`: how far former runs had come (see `progress`); `rate`: a second.
+    `start`: units done by an earlier run; `reached`: how far earlier runs came (see `progress`); `rate`:
+    units per second.
     """
 
     title: str
@@ -52,12 +53,12 @@ class Tally:
 
 
 def say(message: str) -> None:
-    """One line of what is going on, or is about to."""
+    """Print one line about what is happening or about to happen."""
     _console.print(without_passwords(message), markup=False)
 
 
 def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """A duration as text, such as 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -68,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def error(message: str) -> None:
-    """One line that says what went wrong and what to do."""
+    """Print one line that says what went wrong and what to do."""
     _console.print(
         f"dsno-cluster: {without_passwords(' '.join(message.split()))}",
         markup=False,
@@ -80,12 +81,12 @@ def error(message: str) -> None:
 def progress(
     title: str, total: int, unit: str, *, done: int = 0, reached: int | None = None, quiet: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """Progress of long work; yields `advance(count, **figures)`.
+    """Show the progress of long work; yields `advance(count, **figures)`.
 
-    On a terminal a bar; elsewhere a plain line at most every ten seconds. `figures` are shown at the end of
-    the line. `done` is what a former run had done: it does not count in the rate. `reached` (default: `done`) says how far
-    former runs had come where `total` is of this one alone; it is recorded, not shown. `quiet` shows nothing, for all ranks
-    but one.
+    On a terminal this is a bar, elsewhere a plain line at most every ten seconds. `figures` appear at the end
+    of the line. `done` units were done by an earlier run and do not count towards the rate. `reached`
+    (default: `done`) says how far earlier runs came if `total` is only that of this run; it is recorded, not
+    shown. `quiet` shows nothing, for all ranks except one.
     """
     if quiet:
         yield lambda count, **figures: None
@@ -100,7 +101,7 @@ def progress(
 
 
 def record_progress(record: Callable[[Tally], None]) -> None:
-    """From now on `record` also gets this process's progress, every two seconds, for those who watch from elsewhere."""
+    """From now on also pass this process's progress to `record`, every two seconds."""
     global _record
     _record = record
 
@@ -115,7 +116,7 @@ def _recorded(
         written = time.time()
         rate = (tally.done - tally.start) / max(written - began, 1e-9)
         tally = replace(tally, rate=rate, figures=_figures(figures))
-        with contextlib.suppress(OSError):  # a full disk: those who need the space report it
+        with contextlib.suppress(OSError):  # a full disk is reported by the work itself
             record(tally)
 
     def advance_and_record(count: int, **figures: Any) -> None:
@@ -172,9 +173,9 @@ def _figures(figures: Mapping[str, object]) -> str:
 def table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = True
 ) -> None:
-    """A table of results. Its first column, which names the rows, stays whole.
+    """Print a table of results. Its first column, which names the rows, is never wrapped.
 
-    Where the terminal is too narrow for it, a list: each row's name, and below it what is known of it.
+    If the terminal is too narrow, print a list: each row's name, and below it the row's known values.
     """
     wide = None if sys.stdout.isatty() else _LOG_WIDTH
     console = _Console(file=sys.stdout, width=wide, highlight=False) if to_stdout else _console
@@ -190,5 +191,5 @@ def table(
     drawn = Table(Column(header[0], no_wrap=True), *header[1:])
     for row in rows:
         drawn.add_row(*row)
-    console.print(title, markup=False, soft_wrap=True)  # of a table rich would wrap it
+    console.print(title, markup=False, soft_wrap=True)  # as the table's title, rich would wrap it
     console.print(drawn)

@@ -1,4 +1,4 @@
-"""Real images: scikit-learn's handwritten digits, 1797 of 8x8 in 10 classes, with a fixed split."""
+"""Real images: scikit-learn's handwritten digits, 1797 images of 8x8 in 10 classes, with a fixed split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Split:
 
 
 def load_digits() -> tuple[Split, Split]:
-    """1500 digits to train and 297 held out, split by `numpy.random.RandomState(0).permutation(1797)`."""
+    """1500 training and 297 held-out digits, split by `numpy.random.RandomState(0).permutation(1797)`."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     raw = sklearn_digits()

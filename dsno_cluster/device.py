@@ -1,4 +1,4 @@
-"""Which device this process computes on."""
+"""The device that this process computes on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def compute_device() -> torch.device:
-    """The GPU that this process sees first, or the CPU; float32 on it is float32 from now on.
+    """The first GPU that this process sees, or the CPU; disables TensorFloat-32.
 
-    Convolutions on a GPU would otherwise round their inputs to TensorFloat-32, whose 10 bits of mantissa are good
-    to 5e-4: as much as the errors that solvers are chosen by, and nothing in a spec would say so.
+    Convolutions on a GPU would otherwise round their inputs to TensorFloat-32, whose 10 bits of mantissa are
+    accurate to 5e-4: as large as the errors by which solvers are chosen, and no spec would record it.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -20,14 +20,14 @@ def compute_device() -> torch.device:
 
 
 def device_name() -> str:
-    """Model of the device, for the record beside what it made."""
+    """The model of the device, recorded beside results."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return _cpu_model() or platform.machine()
 
 
 def gpu_versions() -> dict[str, str]:
-    """Versions of `cuda`, `cudnn` and the `driver` that this process computes with; empty without a GPU."""
+    """Versions of `cuda`, `cudnn` and the `driver` that this process uses; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     found = {
@@ -39,7 +39,7 @@ def gpu_versions() -> dict[str, str]:
 
 
 def _driver_version() -> str | None:
-    """That of the kernel's module, as Linux has it."""
+    """The version of the kernel module, as Linux reports it."""
     try:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that people are told of in one line; anything else is a bug with a traceback."""
+"""The two kinds of failure that are reported in one line; anything else is a bug and shows a traceback."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ class WorkError(Exception):
 
 
 class StorageError(WorkError):
-    """The storage failed, and what can heal was tried again: the next thing to store will fail as well."""
+    """The storage failed, after retries if the error was transient: further writes will fail as well."""
 
 
 class Preempted(KeyboardInterrupt):
-    """The surroundings ask for the node: time is nearly up, or another job needs it. What is done is saved.
+    """The node must be given up: the time limit is near, or another job needs it. The work so far is saved.
 
-    Whoever started the work may start it again. Like Ctrl-C, it is no Exception, so that nothing takes it for a failure.
+    The work may be started again. Like KeyboardInterrupt, this is not an Exception, so no handler takes it
+    for a failure.
     """
 
 
-LOST_RANK = "another rank was lost"  # how a rank says that it is not to blame
+LOST_RANK = "another rank was lost"  # how a rank reports that it is not the cause
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The one of `choices` that was probably meant by `word`, for `did you mean ...?`; None if none is near."""
+    """The one of `choices` nearest to `word`, for `did you mean ...?`; None if none is near."""
     return next(iter(difflib.get_close_matches(word, choices, n=1)), None)
 
 
 def without_passwords(text: str) -> str:
-    """`text` with user:password of every URL in it left out; what is shown to people goes through here."""
+    """`text` without the user:password of its URLs; every message shown to people passes through here."""
     return re.sub(r"://[^\s/@]*:[^\s@]*@", "://***@", text)

@@ -1,4 +1,4 @@
-"""Files of this machine: how paths are shown, files that appear whole, locks between processes."""
+"""Local files: how paths are shown, atomic writes, locks between processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def shown_path(path: str | Path) -> str:
-    """A path or address as people read it: what lies below the working directory without that."""
+    """A path or address as shown to people: relative if it lies below the working directory."""
     try:
         below = Path(path).relative_to(Path.cwd())
     except (ValueError, OSError):  # elsewhere, an address; or the working directory was deleted
@@ -21,7 +21,7 @@ def shown_path(path: str | Path) -> str:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all. Raises OSError."""
+    """Write `data` to `path` atomically. Raises OSError."""
     with written_aside(path) as aside:
         aside.write_bytes(data)
         os.replace(aside, path)
@@ -29,15 +29,15 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A hidden, empty file beside `path` to write and then to rename or link to it; removed at the end if it still exists.
+    """A hidden, empty file beside `path`, to be written and then renamed or linked to `path`.
 
-    It has the permissions of a new file. Raises OSError.
+    It has the permissions of a new file, and is removed at the end if it still exists. Raises OSError.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     aside = Path(name)
     try:
-        aside.chmod(0o666 & ~_umask())  # mkstemp's 0600 would shut out the rest of a group
+        aside.chmod(0o666 & ~_umask())  # mkstemp's 0600 would exclude the rest of a group
         yield aside
     finally:
         aside.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # which names no file by itself
+    except OSError as error:  # it does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
@@ -63,7 +63,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock `file` within. Errors as `lock`."""
+    """Hold the lock `file` in the block. Raises as `lock` does."""
     held = lock(file, wait=wait)
     try:
         yield
@@ -74,8 +74,8 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
 def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     """Lock `file` against other processes; returns a descriptor that holds the lock until it is closed or the process ends.
 
-    Raises BlockingIOError if another holds it and this one is not to `wait`, and other OSErrors, as for a symbolic link,
-    which somebody may have put in a folder where all may write.
+    Raises BlockingIOError if another process holds it and `wait` is false, and other OSErrors, for example if
+    `file` is a symbolic link, which somebody may have put into a folder that everybody can write to.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     held = os.open(file, flags, 0o666)
@@ -83,7 +83,7 @@ def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:
         os.close(held)
-        if isinstance(error, OSError):  # which names no file by itself
+        if isinstance(error, OSError):  # it does not name the file
             raise OSError(error.errno, error.strerror, str(file)) from error
         raise
     return held

@@ -1,4 +1,4 @@
-"""Images as pixels and pictures: 8 bit, enlarged without smoothing, in a grid, as PNG."""
+"""Images as 8-bit pixels and as PNG pictures: enlarged without smoothing, in a grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid_png(images: Tensor, columns: int) -> bytes:
-    """Images (N, C, H, W) in [-1, 1] as a plain grid."""
+    """Images (N, C, H, W) in [-1, 1] as a PNG grid with `columns` columns."""
     count = len(images)
     rows = -(-count // columns)
     scale = pixel_scale(images)
@@ -31,7 +31,7 @@ def grid_png(images: Tensor, columns: int) -> bytes:
 
 
 def pixel_scale(images: Tensor) -> int:
-    """A whole factor that brings an image to about 48 pixels, so that its own pixels stay sharp."""
+    """The integer factor that enlarges an image to about 48 pixels, so that its own pixels stay sharp."""
     return max(1, round(48 / images.shape[-1]))
 
 

@@ -1,7 +1,7 @@
 """Model folders: `model.safetensors`, `config.yaml` and `meta.json`, on disk or on S3.
 
-`meta.json` says in `model` what the weights are, and carries their sha256. It is written last, so a folder
-that has it is complete.
+`meta.json` describes the weights in `model` and carries their sha256. It is written last, so a folder that
+has it is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LATEST, BEST = "latest", "best"  # text files that name a step folder beside the
 
 
 class ModelDescription(BaseModel):
-    """What the weights are: a kind, the sizes of its network, and further keys that the kind knows."""
+    """A description of the weights: their kind, the sizes of the network, and keys that depend on the kind."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: str
@@ -43,7 +43,7 @@ class ModelDescription(BaseModel):
 
 
 class SettingChange(BaseModel):
-    """A setting of a training that was changed on the way, after `step`."""
+    """A setting of a training that was changed after `step`."""
 
     model_config = ConfigDict(frozen=True)
     step: int
@@ -53,18 +53,18 @@ class SettingChange(BaseModel):
 
 
 class AboutModel(SparseRecord):
-    """What the maker of a model says of it; None is left unsaid."""
+    """What the maker of a model says about it; keys whose value is None are omitted."""
 
     schema_version: Literal[1] = 1
     model: ModelDescription
     made_by: str | None = None
-    imported: Values | None = None  # the published file: its name, sha256 and config
-    seed: int | None = None  # of the noise that it was trained on
+    imported: Values | None = None  # name, sha256 and config of the published file
+    seed: int | None = None  # seed of the noise that it was trained on
     train_seconds: float | None = None
-    # of a teacher that was trained here
+    # for a teacher that was trained here
     settings: Values | None = None
     threads: int | None = None
-    # of a student
+    # for a student
     name: str | None = None
     step: int | None = None
     ema_decay: float | None = None
@@ -75,7 +75,7 @@ class AboutModel(SparseRecord):
 
 
 class ModelMeta(AboutModel):
-    """`meta.json`: what its maker says, the sha256 of the weights, and what made them."""
+    """`meta.json`: what the maker says about the model, the sha256 of the weights, and their provenance."""
 
     sha256: str
     averages: dict[str, str] = Field(
@@ -88,7 +88,7 @@ class ModelMeta(AboutModel):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a model folder holds: weights by name, and `meta.json`."""
+    """The contents of a model folder: weights by name, and `meta.json`."""
 
     weights: dict[str, Tensor]
     meta: ModelMeta
@@ -118,12 +118,12 @@ class FoundModel:
 
 
 def step_name(step: int) -> str:
-    """The folder of a checkpoint there."""
+    """The name of a checkpoint's folder."""
     return f"step-{step:09d}"
 
 
 def package_path(path: str) -> str:
-    """`package:NAME` as the folder of the file or folder NAME that ships inside the package."""
+    """The path of the file or folder NAME inside the package, for `package:NAME`; any other path as it is."""
     if not path.startswith("package:"):
         return path
     name = path.removeprefix("package:")
@@ -165,7 +165,7 @@ def find_model(path: str, endpoint_url: str | None = None, ema: float | None = N
 
 
 def model_address(path: str, endpoint_url: str | None = None) -> str:
-    """Where the model at `path` itself lies: of a run folder the step folder that its `latest` names now.
+    """The address of the model folder itself: for a run folder, the step folder that its `latest` names now.
 
     Raises UserError if there is no model.
     """
@@ -174,7 +174,7 @@ def model_address(path: str, endpoint_url: str | None = None) -> str:
 
 
 def read_config_of(path: str, endpoint_url: str | None = None) -> Values:
-    """The config that a model's folder holds, as plain values; empty if it holds none.
+    """The config in a model's folder, as plain values; empty if there is none.
 
     Raises UserError if there is no model.
     """
@@ -187,7 +187,7 @@ def read_config_of(path: str, endpoint_url: str | None = None) -> Values:
 
 
 def _weights_file(meta: ModelMeta) -> str:
-    """The file that holds the weights of the average that `meta` is about."""
+    """The file with the weights of the moving average that `meta` describes."""
     average = "" if meta.ema_decay is None else f"{meta.ema_decay:g}"
     return _average_file(average) if average in meta.averages else WEIGHTS
 
@@ -225,7 +225,7 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
 
 
 def _no_model(path: str) -> str:
-    """Why there is no model at a path, with the nearest folder that is there."""
+    """Why there is no model at a path, with the nearest folder that exists."""
     folder = Path(package_path(path))
     if "://" in path or folder.exists():
         return f"no model here: neither {META} nor {LATEST} in it"
@@ -247,7 +247,7 @@ def write_model(
 ) -> str:
     """Write a model folder below `prefix` (ending in /), meta last. Returns the sha256 of the weights.
 
-    `averages` are further moving averages of the same weights by decay, each in a file of its own.
+    `averages` are further moving averages of the same weights by decay, each in its own file.
     """
     import safetensors.torch
 

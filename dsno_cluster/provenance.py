@@ -1,4 +1,4 @@
-"""What made something: the device, the versions of what could change a number, and the code; recorded beside results."""
+"""Provenance of results: device, versions and code, recorded beside them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsno_cluster.records import SparseRecord
 
 
 class Code(SparseRecord):
-    """The package's version, and the git commit if it is a checkout; `dirty`: with changes on top."""
+    """The package's version, and the git commit if it is a checkout; `dirty`: with uncommitted changes."""
 
     version: str
     commit: str | None = None
@@ -25,22 +25,23 @@ class Code(SparseRecord):
 
 
 class Environment(SparseRecord):
-    """What made a file: device model, versions and code; not part of any spec.
+    """The device model, versions and code that made a file; not part of any spec.
 
-    `versions` are by name: of packages, and with a GPU of `cuda`, `cudnn` and `driver` (not in older files).
+    `versions` is keyed by name: packages, and with a GPU also `cuda`, `cudnn` and `driver` (not in older
+    files).
     """
 
     device: str
     versions: dict[str, str] = Field(default_factory=dict)
     code: Code | None = None
-    seconds: float | None = None  # that the work took
+    seconds: float | None = None  # duration of the work
 
 
-NOWHERE = Environment(device="none", versions={})  # of what is planned and not made yet
+NOWHERE = Environment(device="none", versions={})  # for files that are planned, not made yet
 
 
 def environment() -> Environment:
-    """That of this process."""
+    """The environment of this process."""
     from dsno_cluster.device import device_name, gpu_versions
 
     versions = software_versions() | gpu_versions()
@@ -48,7 +49,7 @@ def environment() -> Environment:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of packages recorded beside results: what could change a number."""
+    """Versions of the packages that can change a result."""
     versions = {"dsno-cluster": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "ray", "deepspeed", "diffusers", "safetensors", "torch-fidelity"):
         try:
@@ -60,7 +61,7 @@ def software_versions() -> dict[str, str]:
 
 @cache
 def code_version() -> Code:
-    """What this process runs; in the copy of a run folder that of the checkout it was made from."""
+    """The code that this process runs; in a run folder's copy of it, the checkout that was copied."""
     package = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, ValueError, KeyError):
         return Code.model_validate(json.loads((package.parents[1] / "run.json").read_text())["code"])
@@ -68,7 +69,7 @@ def code_version() -> Code:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                # an installation of another user's is code that we run anyway
+                # this code runs anyway, even if another user owns the installation
                 ["git", "-c", "safe.directory=*", "-C", str(package), *words],
                 capture_output=True,
                 text=True,
@@ -78,7 +79,7 @@ def code_version() -> Code:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or git is not there
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed, or without git
         return Code(version=__version__)
     dirty = bool(git("status", "--porcelain", "."))
     return Code(version=__version__, commit=git("rev-parse", "HEAD"), dirty=dirty)

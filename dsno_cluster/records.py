@@ -1,8 +1,8 @@
-"""Records: the JSON files that this project writes, each a frozen model that its readers and writers share.
+"""Records: the JSON files of this project, each a frozen model that its readers and writers share.
 
-A record declares `schema_version: Literal[1] = 1`, and a file of another version is refused. Within a version keys are only
-added, with defaults: a reader ignores those that it does not know, so that an older program reads what a newer one wrote,
-and fills in those that an older file lacks.
+A record declares `schema_version: Literal[1] = 1`, and a file of another version is refused. Within a
+version, keys are only added, with defaults: a reader ignores keys that it does not know, so an older program
+can read newer files, and it fills in keys that an older file lacks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import (
 
 from dsno_cluster.errors import UserError, WorkError
 
-Values = dict[str, JsonValue]  # a JSON object whose keys are another's business
+Values = dict[str, JsonValue]  # a JSON object whose keys are not ours
 
 
 class Record(BaseModel):
@@ -38,7 +38,7 @@ class Record(BaseModel):
 
 
 class SparseRecord(Record):
-    """A record that leaves out the keys that may be left out and have no value: None, or nothing in them."""
+    """A record that omits optional keys whose value is None or empty."""
 
     @model_serializer(mode="wrap")
     def _only_known(self, dump: SerializerFunctionWrapHandler) -> Values:
@@ -56,7 +56,10 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def read_record(
     model: type[AnyRecord], data: bytes, where: str, error: type[UserError] | type[WorkError] = UserError
 ) -> AnyRecord:
-    """The record that the JSON `data` of the file `where` holds. Raises `error`, in one line, if it holds another thing."""
+    """The record in the JSON `data` of the file `where`.
+
+    Raises `error`, in one line, if `data` is not such a record.
+    """
     try:
         return model.model_validate_json(data)
     except ValidationError as problem:
@@ -70,12 +73,12 @@ def read_record(
 
 
 def record_bytes(record: Record) -> bytes:
-    """The record as indented JSON, its keys as the model declares them."""
+    """The record as indented JSON, its keys in the model's order."""
     return (json.dumps(record.values(), indent=2) + "\n").encode()
 
 
 def canonical_hash(content: Mapping[str, JsonValue]) -> str:
-    """Sixteen hexadecimal digits; equal for equal values, whatever their order."""
+    """A hash of 16 hexadecimal digits, equal for equal values whatever the order of their keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""YAML text to plain values."""
+"""Parsing of YAML text to plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsno_cluster.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1e-4 as a number (YAML 1.1 makes it a string) and repeated keys refused."""
+    """YAML in which 1e-4 is a number (a string in YAML 1.1) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -30,7 +30,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that YAML text stands for. Raises UserError, naming `where`, for what is not YAML."""
+    """The value of a YAML text. Raises UserError, naming `where`, if the text is not YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

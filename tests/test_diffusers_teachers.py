@@ -225,7 +225,7 @@ def test_a_native_schedule_from_the_command_line(unet: Any, tmp_path: Path) -> N
     for command in ("plan", "gen-trajectories"):
         refused = answer(command, *words, "trajectories.steps=2000")
         assert refused.returncode == 2, refused.stderr
-        assert "trajectories.steps: 2000 steps, where the model has 1000 levels" in refused.stderr
+        assert "trajectories.steps: 2000 steps, but the model has 1000 levels" in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
 
 

@@ -157,7 +157,7 @@ def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
     log.write_text(
         "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
     )
-    assert why(attempt, 137).startswith("task 1 on node2 was killed, perhaps for want of memory")
+    assert why(attempt, 137).startswith("task 1 on node2 was killed, perhaps for lack of memory")
     # another rank that was lost in another way: srun ends the others after the first
     log.write_text(
         "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"
@@ -179,7 +179,7 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     )
     assert attempt.failure() is None
     assert [lost.host for lost in attempt.node_losses()] == ["node3"]
-    assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for want of memory")
+    assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for lack of memory")
     (run.folder / "batch.log").write_text(
         "old\nsrun: error: node2: task 1: Killed\nsrun: error: Node failure on node4\n"
         "srun: error: Node failure on node2\n"  # which is told of already

@@ -1,1 +1,1 @@
-"""Where things run: Ray pools and submitit. Nothing here looks at tensors."""
+"""Running stages on this machine or on a cluster: Ray pools, Slurm jobs, run folders. Nothing here uses tensors."""

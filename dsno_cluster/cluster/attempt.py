@@ -1,8 +1,8 @@
-"""Run by the batch script before and after each attempt at a job: `python -m dsno_cluster.cluster.attempt begin|end RUN`.
+"""Beginning and end of an attempt at a job. The batch script runs `python -m dsno_cluster.cluster.attempt begin|end RUN`.
 
-`begin` makes the attempt's folder, or refuses where former attempts gained nothing too often. `end STATUS` says how the
-attempt ended: the job is done, is started again (a node, a network or a library failed it, and it may do better), or is
-given up. Its exit status is the job's, which is what Slurm's `afterok` goes by.
+`begin` makes the attempt's folder, or refuses if too many earlier attempts made no progress. `end RUN STATUS`
+decides whether the job is done, is started again (if a node, a network or a library failed) or is given up.
+Its exit status becomes that of the job, on which Slurm's `afterok` depends.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 T = TypeVar("T")
 
 KILLED = 128
-WAS_KILLED = "was killed, perhaps for want of memory (mem_gb)"
-OUTAGE_SECONDS = 900.0  # a controller may restart while a job wants to be requeued
-REFUSED_SECONDS = 60.0  # or refuse for a moment, as while a job is completing
+WAS_KILLED = "was killed, perhaps for lack of memory (mem_gb)"
+OUTAGE_SECONDS = 900.0  # a controller may be restarting when a job asks to be requeued
+REFUSED_SECONDS = 60.0  # or it may refuse for a moment, for example while a job is completing
 PAUSE_SECONDS = 10.0
 
 
 def begin(run: Run) -> int:
-    """Open this attempt; returns 0, or the status to leave with."""
+    """Open this attempt; returns the exit status, 0 if the job may run."""
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
     attempt.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def end(run: Run, status: int) -> int:
     print(f"dsno-cluster: {reason}; the job is started again", flush=True)
 
     def requeue() -> None:
-        if who_ends(job, attempt.number) != "requeued":  # somebody else was quicker
+        if who_ends(job, attempt.number) != "requeued":  # nobody requeued it meanwhile
             requeue_job(job)
 
     try:
@@ -90,13 +90,17 @@ def end(run: Run, status: int) -> int:
         reason += f"; and Slurm did not requeue the job: {error}"
         _note(attempt, Outcome(state="failed", reason=reason))
         return 1
-    # A script that ends by itself before Slurm's signal arrives can make the job a failed one (seen with 22.05): wait for it.
+    # If the script ends before Slurm's signal arrives, the job may count as failed (seen with 22.05): wait
+    # for it.
     time.sleep(OUTAGE_SECONDS)
     return 1
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """The answer of a controller that may be restarting. Raises WorkError sooner where it refuses, and holds no nodes for it."""
+    """The answer of a controller that may be restarting.
+
+    Raises WorkError if it stays silent, or sooner if it refuses.
+    """
     began = time.monotonic()
     while True:
         try:
@@ -109,7 +113,7 @@ def _patiently(ask: Callable[[], T]) -> T:
 
 
 def _note(attempt: Attempt, record: AttemptRecord) -> None:
-    """Write a record; a full disk changes nothing of what becomes of the job."""
+    """Write a record; a full disk must not change the outcome of the job."""
     try:
         attempt.write(record)
     except OSError as error:
@@ -124,7 +128,7 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
 
 
 def why(attempt: Attempt, status: int | None) -> str:
-    """What is known of why an attempt ended, in a line. `status` None: its batch script did not live to see it."""
+    """Why an attempt ended, in a line. `status` None: its batch script was killed with it."""
     failure, stopped = attempt.failure(), attempt.read(Stopped)
     missed_another = failure is not None and failure.reason.startswith(LOST_RANK)
     if failure is not None and not missed_another:
@@ -143,13 +147,13 @@ def why(attempt: Attempt, status: int | None) -> str:
         return lost[0]
     if status > KILLED:
         name = signal.Signals(status - KILLED).name if status - KILLED in set(signal.Signals) else "a signal"
-        memory = ", perhaps for want of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
+        memory = ", perhaps for lack of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
         return f"a task was killed by {name}{memory}; see {attempt.folder}"
     return f"srun ended with status {status} and no task said why; see {attempt.folder} and {BATCH_LOG}"
 
 
 def lost_nodes(attempt: Attempt) -> list[str]:
-    """Why a Ray stage continues without each of its other nodes that is gone: what the node said, or what srun reported."""
+    """Why a Ray stage lost other nodes, a reason for each: what the node reported, or what srun did."""
     if not attempt.run.is_ray_stage:
         return []
     said = _said_by_srun(attempt)
@@ -164,20 +168,21 @@ def lost_nodes(attempt: Attempt) -> list[str]:
             names = host_names(hosts) if "[" in hosts else [hosts]
         except (UserError, WorkError):
             names = [hosts]
-        for name in names:  # a node may be lost after its task
+        for name in names:  # a node may be lost after its task was killed
             reasons.setdefault(name, f"Slurm lost {name}")
     return list(reasons.values())
 
 
 def _short(host: str) -> str:
-    """A host's name as Slurm has it, without a domain."""
+    """A host's name as Slurm uses it, without a domain."""
     return host.partition(".")[0]
 
 
 def _killed_task(attempt: Attempt) -> str | None:
-    """The task that was killed and so ended the attempt, as srun reported it: which one, and where; None if none was.
+    """The task, and its host, whose death ended the attempt, as srun reported it; None if none was killed.
 
-    In a training it is the first that ended, as srun then ends the others; in a Ray stage its driver, task 0.
+    In a training it is the first that ended, after which srun ends the others; in a Ray stage it is the
+    driver, task 0.
     """
     ends = _ends(_said_by_srun(attempt))
     ends = [end for end in ends if end[1] == 0] if attempt.run.is_ray_stage else ends
@@ -185,13 +190,13 @@ def _killed_task(attempt: Attempt) -> str | None:
 
 
 def _ends(said: str) -> list[tuple[str, int, str]]:
-    """Host, task and a word for each task that did not end well, in the order in which srun reported it."""
+    """Host, number and kind of end of each task that failed, in the order in which srun reported them."""
     ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
     return [(host, int(task), how) for host, task, how in ends]
 
 
 def _said_by_srun(attempt: Attempt) -> str:
-    """What the batch log holds of an attempt."""
+    """An attempt's part of the batch log."""
     before = (attempt.read(Begin) or Begin()).batch_log_bytes
     try:
         return (attempt.run.folder / BATCH_LOG).read_bytes()[before:].decode(errors="replace")
@@ -203,7 +208,7 @@ def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
     try:
         return begin(run) if words[0] == "begin" else end(run, int(words[2]))
-    except (UserError, WorkError, OSError) as error:  # a full disk is an OSError, and names its file
+    except (UserError, WorkError, OSError) as error:  # a full disk raises OSError, which names the file
         print(f"dsno-cluster: {error}", flush=True)
         return 1
 

@@ -1,8 +1,9 @@
-"""The folder of one Ray on one node, which nobody else can enter, and its end.
+"""The private folder of a Ray on a node, and its removal.
 
-Ray makes the folder that it is given writable for everybody (mode 777), its sockets and logs in it too. So it is given one
-inside of a folder of ours, which is the user's alone (700). That one is locked as long as its process lives: what a killed
-process left is told from what is in use, and removed by the user's next Ray on that node.
+Ray makes its folder, and the sockets and logs in it, writable for everybody (mode 777). So it gets one inside
+a folder of ours that only the user can enter (700). Ours is locked while its process lives, so that the
+user's next Ray on that node can distinguish the leftovers of a killed process from a folder in use, and
+remove them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from dsno_cluster.files import lock
 
 LOCK, INSIDE = "lock", "ray"
 REMOVALS = 20
-# of the 107 bytes that a socket's path may have; Ray adds session_<time>_<pid>/sockets/...
+# a socket's path may have 107 bytes; Ray appends session_<time>_<pid>/sockets/...
 LONGEST = 45
-# file systems, by the names of stat(1), on which one folder is seen by several nodes
+# file systems, as stat(1) names them, that several nodes may share
 SHARED = (
     "nfs",
     "lustre",
@@ -43,9 +44,9 @@ SHARED = (
 
 
 def place_for(name: str) -> Path:
-    """Where a Ray of that name has its folder: on the node's own disk, and nobody else's.
+    """The folder of a Ray of that name, on the node's own disk.
 
-    Below TMPDIR, unless that is too long for the Unix sockets that Ray keeps there, or seen by all nodes.
+    It is below TMPDIR, unless that is too long for Ray's Unix sockets or on a file system that nodes share.
     """
     base = Path(tempfile.gettempdir())
     folder = f"{_prefix()}{name}"
@@ -55,16 +56,16 @@ def place_for(name: str) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
-    """Make `folder`, as `place_for` named it; yields the one inside of it that is for Ray, which makes it. Both are removed.
+    """Make `folder`, as `place_for` named it; yields the path inside it at which Ray makes its own. Both are removed.
 
-    Raises WorkError where something has that name already: the folder for temporary files is everybody's.
+    Raises WorkError if that name is taken: everybody can write to the folder for temporary files.
     """
     _sweep(folder.parent)
     held = _made(folder)
     try:
         yield folder / INSIDE
     finally:
-        for _ in range(REMOVALS):  # the last of Ray's processes may be writing still
+        for _ in range(REMOVALS):  # the last of Ray's processes may still be writing
             shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():
                 break
@@ -73,7 +74,7 @@ def claimed(folder: Path) -> Iterator[Path]:
 
 
 def _made(folder: Path) -> int:
-    """Make the folder, locked before it has its name; returns the lock's descriptor, held as long as this process lives."""
+    """Make the folder, locked before it gets its name; returns the lock's descriptor."""
     try:
         aside = Path(tempfile.mkdtemp(prefix=".dsno-ray-", dir=folder.parent))
         held = lock(aside / LOCK)
@@ -95,10 +96,10 @@ def _sweep(base: Path) -> None:
     for folder in base.glob(f"{_prefix()}*"):
         try:
             held = lock(folder / LOCK, wait=False, create=False)
-        except FileNotFoundError:  # its removal was cut off; a new one has its lock before its name
+        except FileNotFoundError:  # its removal was interrupted: a new folder has its lock before its name
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        except OSError:  # another's, or still in use
+        except OSError:  # another user's, or still in use
             continue
         shutil.rmtree(folder, ignore_errors=True)
         os.close(held)
@@ -109,6 +110,6 @@ def _prefix() -> str:
 
 
 def _file_system(folder: Path) -> str:
-    """The kind of file system that a folder is on, as stat(1) names it; empty where it does not say."""
+    """The kind of file system that a folder is on, as stat(1) names it; empty if unknown."""
     asked = ["stat", "--file-system", "--format=%T", str(folder)]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().lower()

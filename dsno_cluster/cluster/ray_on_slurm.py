@@ -1,9 +1,9 @@
-"""A Ray cluster inside one Slurm allocation: the first node's task runs the head, every other's a worker.
+"""A Ray cluster inside one Slurm allocation: the first node's task runs the head, every other task a worker.
 
-Two such jobs can be on one node at the same time: ports are free ones, files are in a folder of the attempt's own, and
-each task ends the processes that it started and no others. The token that Ray's processes show each other is made by the
-batch script for one attempt and handed on in the environment, which other users cannot see; no command line, file or log
-has it. The dashboard listens on loopback.
+Two such jobs can share a node: ports are chosen among the free ones, files are in the attempt's own folder,
+and each task ends only the processes that it started. The batch script makes the token with which Ray's
+processes authenticate, for one attempt, and passes it in the environment, which other users cannot see; no
+command line, file or log contains it. The dashboard listens on loopback.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
 from dsno_cluster.cluster.slurm_commands import job_nodes, node_timeout, requeue_job
 from dsno_cluster.errors import WorkError
 
-START_SECONDS = 180.0  # nodes that start Python from a network file system all at once are slow
+START_SECONDS = 180.0  # many nodes that start Python from a network file system at once are slow
 END_SECONDS = 5.0
 LOST_HEAD_SECONDS = 20.0
-# the worker that is first in line asks Slurm so often, the others a second less often each: many must not ask at once
+# how often the first worker asks Slurm; each further one waits a second longer, so that many do not ask at
+# once
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
-# when we end Ray its tasks are done or given back: there is nothing to drain, and Slurm allows little time
+# when we end Ray, its tasks are done or returned: there is nothing to drain, and Slurm allows little time
 RAY_ENVIRONMENT = {
     **KEEP_MEMORY,
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    # Slurm bounds the job's memory; Ray sees the node's, and would kill actors for what a neighbour takes
+    # Slurm bounds the job's memory; Ray sees the node's, and would kill actors for a neighbour's usage
     "RAY_memory_monitor_refresh_ms": "0",
-    # metrics are served by plain HTTP to everybody, two of them at fixed ports, which a second job would want too: at these
-    # no server can start, which Ray takes for a reason to go without
+    # Ray serves metrics by plain HTTP to everybody, two of them at fixed ports, which would collide with a
+    # second job's. At these invalid ports no server can start, and Ray continues without it.
     "RAY_enable_metrics_collection": "0",
     "AUTOSCALER_METRIC_PORT": "65536",
     "DASHBOARD_METRIC_PORT": "65536",
@@ -65,9 +66,9 @@ class Node:
 
 @contextlib.contextmanager
 def ray_head(node: Node, attempt: Path) -> Iterator[str]:
-    """Run Ray's head on this node; yields its address, host:port. At the end no process of it is left.
+    """Run Ray's head on this node; yields its address, host:port. All its processes end with the context.
 
-    Raises WorkError where it does not start.
+    Raises WorkError if it does not start.
     """
     address = own_address(node.hosts, node.index, node.interface)
     port, client, dashboard, *agents = free_ports(7)  # in one call, so that they differ
@@ -86,18 +87,19 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
         try:
             yield f"{address}:{port}"
         finally:
-            with contextlib.suppress(OSError):  # a full disk: the workers then wait for Slurm's word
+            with contextlib.suppress(OSError):  # a full disk: the workers then wait for Slurm's answer
                 tell(attempt, RayEnded())
 
 
 def ray_worker(node: Node, attempt: Path) -> None:
     """Run a Ray worker on this node until the head is gone.
 
-    Where the head's node is lost, the job is requeued: Slurm leaves a job that goes on without a lost node (--no-kill) without
-    its batch script then. Raises WorkError where no head appears and where this node's Ray ends by itself.
+    If the head's node is lost, this requeues the job: with --no-kill Slurm lets a job continue without a lost
+    node, even if its batch script was lost with it. Raises WorkError if no head appears or this node's Ray
+    ends by itself.
     """
     started = hear(attempt, RayStarted)
-    head, folder = started.address, Path(started.folder)  # Ray has its workers use the head's folder
+    head, folder = started.address, Path(started.folder)  # Ray's workers use the head's folder
     address = own_address(node.hosts, node.index, node.interface)
     with _ray_processes([f"--address={head}", *_common(node, address, free_ports(4))], folder) as ray:
         console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
@@ -114,17 +116,18 @@ def ray_worker(node: Node, attempt: Path) -> None:
                     )
             time.sleep(1.0)
     if state == "closed":
-        # its node answers, so its process was killed alone: the batch script has the job requeued once this task has ended
-        console.say(f"the head at {head} has ended without a word; this node's Ray ends")
+        # its node answers, so only its process was killed: the batch script requeues the job once this task
+        # has ended
+        console.say(f"the head at {head} has ended without notice; this node's Ray ends")
         return
     _hear_of_first_node(node, attempt, head)
 
 
 def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
-    """The head's node is silent. Requeue the job once Slurm has found out that it is lost."""
+    """Requeue the job once Slurm reports that the head's node, which is silent, is lost."""
     first, patience = node.hosts[0], node_timeout() + SPARE_SECONDS
     console.say(
-        f"the head at {head} is silent; waiting for what Slurm says of {first}, up to {patience:.0f} s"
+        f"the head at {head} is silent; waiting up to {patience:.0f} s for what Slurm says about {first}"
     )
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not (attempt / RayEnded.FILE).is_file():
@@ -139,7 +142,8 @@ def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
 
 
 def _common(node: Node, address: str, agents: list[int]) -> list[str]:
-    # what is not named here (node manager, object manager, workers) is chosen by Ray among the free ports
+    # Ray chooses the ports that are not named here (node manager, object manager, workers) among the free
+    # ones
     agent, grpc, metrics, runtime_env = agents
     shared_memory = shutil.disk_usage("/dev/shm").free
     object_store = max(100 << 20, min(int(0.2 * node.memory_gb * 2**30), int(0.8 * shared_memory)))
@@ -159,9 +163,9 @@ def _common(node: Node, address: str, agents: list[int]) -> list[str]:
 
 @contextlib.contextmanager
 def _ray_processes(options: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`ray start` as a child in a process group of its own; at the end it and all that it started are gone."""
+    """`ray start` as a child in its own process group; at the end it and all that it started are gone."""
     libc = ctypes.CDLL(None, use_errno=True)
-    # Ray's daemons are then ours when `ray start` has ended, and can be found
+    # Ray's daemons become our children when `ray start` ends, so that they can be found
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def end_with_parent() -> None:
@@ -172,7 +176,7 @@ def _ray_processes(options: list[str], folder: Path) -> Iterator[subprocess.Pope
             [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            # sockets of Ray's dashboard, which nobody removes, go the way of the folder too
+            # the sockets of Ray's dashboard, which nobody removes, are then deleted with the folder
             env={**os.environ, **RAY_ENVIRONMENT, "TMPDIR": str(folder)},
             start_new_session=True,
             preexec_fn=end_with_parent,
@@ -184,7 +188,7 @@ def _ray_processes(options: list[str], folder: Path) -> Iterator[subprocess.Pope
 
 
 def _end(ray: subprocess.Popen[bytes]) -> None:
-    """End every process that descends from `ray start`: kindly, then by force, until none is left."""
+    """End every process that descends from `ray start`: by SIGTERM, then by force, until none is left."""
     import psutil
 
     def descendants() -> list[psutil.Process]:
@@ -220,7 +224,7 @@ def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> Non
 
 
 def _knock(address: str) -> str:
-    """What host:port does: `open`, `closed` (the host answers that nobody listens there) or `silent`."""
+    """The state of host:port: `open`, `closed` (the host answers that nothing listens there) or `silent`."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()

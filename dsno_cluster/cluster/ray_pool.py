@@ -1,4 +1,4 @@
-"""A Ray (our own on this machine, or a cluster that is given) and a pool of its actors that pull work."""
+"""A Ray cluster (our own on this machine, or an existing one) and a pool of its actors that pull tasks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from dsno_cluster.errors import StorageError, UserError, WorkError
 
 Task = TypeVar("Task", bound=Hashable)
 
-ATTEMPTS = 3  # a task that raised so often is given up
-# a task under which so many actors died: a machine may be killed now and then, a crash comes again
+ATTEMPTS = 3  # a task that raised this often is given up
+# a task is given up after this many of its actors died: machines fail now and then, but a crash repeats
 DEATHS = 6
-PROBES = 16  # so many tasks, spread over a long list, are tried first: where all of them fail alike, all others would
-# glibc's malloc keeps what is freed. Else the kernel maps and zeroes a layer's activations anew each time, which takes a quarter
-# of the time of Inception on a CPU
+PROBES = (
+    16  # this many tasks, spread over a long list, are tried first: if all fail alike, so would the others
+)
+# makes glibc's malloc keep freed memory. Otherwise the kernel maps and zeroes a layer's activations anew each
+# time, which takes a quarter of Inception's time on a CPU
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
-MEMORY = "actors mostly die for want of memory: fewer of them at a time (--actors), or more memory (mem_gb)"
+MEMORY = "actors mostly die for lack of memory: use fewer of them (--actors), or more memory (mem_gb)"
 POLL_SECONDS = 1.0
 SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
@@ -40,11 +42,11 @@ WAITING_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class RayCluster:
-    """The Ray in use. `num_gpus` is what an actor asks for: 1 where the cluster has any GPU."""
+    """The Ray cluster in use. `num_gpus` is what an actor asks for: 1 if the cluster has any GPU."""
 
     threads: int
     num_gpus: int
-    fixed: int | None  # actors, where their number was given
+    fixed: int | None  # number of actors, if it was given
 
     def actor_options(self) -> dict[str, int]:
         return {"num_cpus": self.threads, "num_gpus": self.num_gpus}
@@ -58,13 +60,13 @@ class RayCluster:
 
 
 def actors_that_fit(node: Mapping[str, float], threads: int, num_gpus: int) -> int:
-    """How many actors a node of so many `CPU` and `GPU` has room for: each takes `threads` CPUs, and `num_gpus`, 0 or 1."""
+    """How many actors fit on a node with its `CPU` and `GPU` resources: each takes `threads` CPUs and `num_gpus` GPUs."""
     fit = int(node.get("CPU", 0)) // threads
     return min(fit, int(node.get("GPU", 0))) if num_gpus else fit
 
 
 def default_actors(threads: int) -> int:
-    """As many actors as this machine has GPUs, or else as its cores hold at `threads` each."""
+    """One actor per GPU of this machine, or else as many as its cores hold at `threads` each."""
     import torch
 
     if torch.cuda.is_available():
@@ -73,24 +75,26 @@ def default_actors(threads: int) -> int:
 
 
 def actor_count(actors: int | None, threads: int) -> str:
-    """How many actors there will be, for the line that says what is about to be done."""
+    """How many actors there will be, in words, for the line that announces the work."""
     many = f"{actors} actor(s)" if actors else "as many actors"
     return f"{many} of {threads} thread(s){'' if actors else ' as there is room for'}"
 
 
 def import_ray(own: bool = False) -> Any:
-    """The ray module. `own`: for a Ray of this process alone, set up before the first import, when it reads these.
+    """The ray module. `own`: for a Ray used only by this process; it reads its settings at the first import.
 
-    Token authentication is then on, with a token made for this process. A cluster that is given has its own
-    way of authentication, which Ray reads from RAY_AUTH_MODE and RAY_AUTH_TOKEN or ~/.ray/auth_token.
+    Token authentication is then on, with a token made for this process. For an existing cluster Ray reads the
+    way of authentication from RAY_AUTH_MODE and RAY_AUTH_TOKEN or ~/.ray/auth_token.
     """
     if "ray" not in sys.modules:
         if own:
-            os.environ.update(KEEP_MEMORY)  # actors inherit it; this process has read its own already
+            os.environ.update(
+                KEEP_MEMORY
+            )  # for the actors, which inherit it; this process has read its own already
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        # what Ray does with the GPUs of actors that ask for none; without it, it warns of a change to come
+        # hides no GPUs from actors that ask for none; without this setting Ray warns of a coming change
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -98,7 +102,7 @@ def import_ray(own: bool = False) -> Any:
 
 
 def given_address(option: str | None) -> str | None:
-    """The Ray cluster to use: the one named by an option, or else by RAY_ADDRESS as Ray itself reads it."""
+    """The existing Ray cluster to use: the one named by an option, or else by RAY_ADDRESS; None: our own."""
     address = option or os.environ.get("RAY_ADDRESS") or None
     return None if address == "local" else address
 
@@ -106,9 +110,9 @@ def given_address(option: str | None) -> str | None:
 def open_ray(
     address: str | None, actors: int | None, threads: int
 ) -> contextlib.AbstractContextManager[RayCluster]:
-    """The Ray cluster at `address`, or a Ray of our own on this machine; released at the end.
+    """The Ray cluster at `address`, or our own Ray on this machine; released at the end.
 
-    `actors` None: as many as there is room for, on a given cluster also on nodes that join later.
+    `actors` None: as many as there is room for, on an existing cluster also on nodes that join later.
     """
     if address is None:
         return local_ray(actors or default_actors(threads), threads)
@@ -117,9 +121,9 @@ def open_ray(
 
 @contextlib.contextmanager
 def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
-    """A Ray of our own on this machine, with room for `actors` of `threads` CPU threads; gone at the end.
+    """Our own Ray on this machine, with room for `actors` of `threads` CPU threads; it ends with the context.
 
-    It has no dashboard. Raises UserError for more actors than GPUs, WorkError where Ray does not start.
+    It has no dashboard. Raises UserError for more actors than GPUs, WorkError if Ray does not start.
     """
     import torch
 
@@ -139,7 +143,7 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
                     configure_logging=True,
                     _temp_dir=str(folder),
                 )
-        except Exception as error:  # Ray raises bare ones, as where a node is slow to start
+        except Exception as error:  # Ray raises plain Exceptions, for example if a node is slow to start
             raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
         try:
             yield RayCluster(threads, num_gpus, actors)
@@ -149,9 +153,9 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
 
 @contextlib.contextmanager
 def _sigterm_as_before() -> Iterator[None]:
-    """ray.init leaves a handler by which each SIGTERM raises SystemExit, the second in the midst of what the first began.
+    """Restore our SIGTERM handler after ray.init, whose own raises SystemExit at each SIGTERM, even while unwinding.
 
-    A handler of ours holds again after it. Where there is none Ray's stays: by default the process would die at once.
+    If we have no handler, Ray's stays: by default the process would die at once.
     """
     ours = signal.getsignal(signal.SIGTERM)
     yield
@@ -173,7 +177,7 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus = 1 if any(node.get("GPU") for node in nodes) else 0
-        # however many actors are asked for, not one would start
+        # whatever number of actors is asked for, none would start
         if not any(actors_that_fit(node, threads, num_gpus) for node in nodes):
             raise UserError(
                 f"Ray cluster {address}: no node has the {threads} CPUs that one actor takes (threads of the config); start "
@@ -187,14 +191,16 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
 
 
 def _off_the_path() -> contextlib.AbstractContextManager[None]:
-    """Ray puts the current folder before all else on its actors' path. Where Python was told not to (PYTHONSAFEPATH), as in a
-    job that runs the code of its submission, the package's own folder is there in its place."""
+    """Enter the package's own folder if PYTHONSAFEPATH is set, as in a job that runs the code of its submission.
+
+    Ray puts the current folder first on its actors' path, despite that setting.
+    """
     safe = getattr(sys.flags, "safe_path", False)
     return contextlib.chdir(Path(__file__).parents[2]) if safe else contextlib.nullcontext()
 
 
 def _check_listening(address: str) -> None:
-    """Raises WorkError at once where nothing listens at host:port, which Ray would try for minutes."""
+    """Raises WorkError at once if nothing listens at host:port, which Ray would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:  # "auto"
         return
@@ -219,7 +225,7 @@ class _Attempt(Generic[Task]):
 
 @dataclass
 class _Failures(Generic[Task]):
-    """What went wrong so far, by task."""
+    """The failures so far, by task."""
 
     raised: dict[Task, list[BaseException]] = field(default_factory=dict)
     died: dict[Task, int] = field(default_factory=dict)
@@ -234,13 +240,13 @@ class _Failures(Generic[Task]):
             self.given_up[task] = error
 
     def alike(self, tasks: Sequence[Task]) -> bool:
-        """Whether each of the tasks raised, and always for the same cause but for the numbers in it."""
+        """Whether each of the tasks raised, always with the same message except for the numbers in it."""
         errors = [error for task in tasks for error in self.raised.get(task, ())]
         causes = {(type(error), re.sub(r"\d+", "", _last_line(error))) for error in errors}
         return all(task in self.raised for task in tasks) and len(causes) == 1
 
     def all_died(self, tasks: Sequence[Task]) -> bool:
-        """Whether each of the tasks took two actors with it: no machine is killed that often by chance."""
+        """Whether two actors died under each of the tasks: machines do not fail that often by chance."""
         return all(self.died.get(task, 0) >= 2 for task in tasks)
 
 
@@ -256,16 +262,19 @@ def run_pool(
     welcome: Callable[[Any], None] = lambda answer: None,
     release: Callable[[Any], None] | None = None,
 ) -> Generator[tuple[Task, Any], None, None]:
-    """Results of `call(actor, task)`, each task's once, in the order they finish.
+    """Results of `call(actor, task)`, once for each task, in the order in which they finish.
 
-    Idle actors pull the next task, `in_flight` at a time; as many actors as `capacity()` says, asked again and
-    again, so nodes that join are used. `greet(actor)` is called first and `welcome` sees its answer: it raises
-    for an actor that does not belong here. Near the end idle actors run the slowest tasks a second time (tasks
-    must be idempotent) and the first answer counts. At the end every actor goes to `release` (default: it is
-    killed). A task whose actor died or raised goes back to the queue; one that raised three times stops the run, with
-    its reason, after the others are finished. What no task is to blame for stops it at once: a UserError, three
-    StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all fail alike, or whose
-    actors die, before any task succeeds. `in_order`: without such probes, so that tasks begin in their own order.
+    Actors pull tasks, `in_flight` at a time. There are as many actors as `capacity()` says, which is asked
+    repeatedly, so that nodes that join are used. `greet(actor)` is called first, and `welcome` gets its
+    answer and raises for an actor that does not belong here. Near the end idle actors run the slowest tasks a
+    second time (tasks must be idempotent) and the first answer counts. At the end every actor is passed to
+    `release` (default: it is killed).
+
+    A task whose actor died or raised returns to the queue; one that raised three times stops the run, with
+    its reason, after the others are finished. Failures that are no task's fault stop it at once: a UserError,
+    three StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all
+    fail alike, or whose actors die, before any task succeeds. `in_order`: without such probes, so that tasks
+    begin in their own order.
     """
     ray = import_ray()
     greet = greet or (lambda actor: actor.__ray_ready__.remote())
@@ -284,7 +293,7 @@ def run_pool(
         while open_tasks:
             if time.monotonic() - polled > POLL_SECONDS:
                 before, room, polled = room, capacity(), time.monotonic()
-                if room == before and room != told:  # not each of many nodes that come or go at once
+                if room == before and room != told:  # say it once if many nodes join or leave together
                     console.say(f"Ray has room for {room} actor(s) now, {told} before")
                     told = room
             while len(starting) + len(workers) < min(room, len(open_tasks)):
@@ -299,7 +308,7 @@ def run_pool(
                 continue
             refs = [*running, *starting]
             ready, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
-            # all that are ready by now at once: with thousands of actors each look at them takes its time
+            # take all that are ready by now: with thousands of actors each call of ray.wait takes time
             if ready:
                 ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             for ref in ready:
@@ -331,7 +340,7 @@ def run_pool(
                         continue
                     failures.add(task, cause, died=died)
                     storage_failures += isinstance(cause, StorageError)
-                    if storage_failures >= ATTEMPTS:  # no task's fault; the others would work for nothing
+                    if storage_failures >= ATTEMPTS:  # no task's fault; the others would work in vain
                         raise cause from error
                     if task in failures.given_up:
                         open_tasks.discard(task)
@@ -370,7 +379,7 @@ def run_pool(
 
 
 def _spread(tasks: Sequence[Task]) -> list[Task]:
-    """At most PROBES of the tasks, evenly spread, the first and the last among them."""
+    """At most PROBES of the tasks, evenly spread, including the first and the last."""
     if len(tasks) <= PROBES:
         return list(tasks)
     return [tasks[i * (len(tasks) - 1) // (PROBES - 1)] for i in range(PROBES)]
@@ -385,7 +394,7 @@ def _hand_out(
     durations: list[float],
     call: Callable[[Any, Task], Any],
 ) -> None:
-    """Give waiting tasks to the least loaded workers, and slow ones a second time to idle workers."""
+    """Give waiting tasks to the least loaded workers, and start slow ones a second time on idle workers."""
 
     def start(worker: _Worker, task: Task) -> None:
         running[call(worker.actor, task)] = _Attempt(worker, task, time.monotonic())
@@ -413,7 +422,7 @@ def _start_failure(error: BaseException) -> Exception:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
         return cause
-    # of what an actor's __init__ raised Ray hands on the text alone
+    # of an error in an actor's __init__ Ray passes on only the text
     line, user_error = _last_line(cause), f"{UserError.__module__}.{UserError.__name__}: "
     if line.startswith(user_error):
         return UserError(line.removeprefix(user_error))

@@ -1,6 +1,6 @@
-"""What the JSON files of a run folder hold: a frozen model for each file.
+"""The JSON files of a run folder: a frozen model for each file.
 
-Files of versions before 0.2 name no schema version, and are read with the defaults of what they lack.
+Files of versions before 0.2 name no schema version; keys that they lack get their defaults.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsno_cluster.provenance import Code
 from dsno_cluster.records import SparseRecord, read_record, record_bytes
 
 WhyStopped = Literal["time limit", "preempted", "cancelled", "signal"]
-_RANKS_BEFORE_SCHEMAS = "train"  # the one stage of ranks while run.json did not name the kind
+_RANKS_BEFORE_SCHEMAS = "train"  # the only stage of ranks in versions whose run.json did not name the kind
 
 
 class Note(SparseRecord):
@@ -36,7 +36,10 @@ class Note(SparseRecord):
 
 
 class RunRecord(Note):
-    """What was submitted, by which command, as which job. `root` is the storage's; `after` the job that it waits for."""
+    """What was submitted, by which command, as which job.
+
+    `root` is the storage root, `after` the job it waits for.
+    """
 
     FILE = "run.json"
 
@@ -64,13 +67,16 @@ class RunRecord(Note):
 
 
 class AttemptRecord(Note):
-    """A note in an attempt's folder, and when it was written."""
+    """A note in an attempt's folder, with the time when it was written."""
 
     time: float = Field(default_factory=time.time)
 
 
 class Begin(AttemptRecord):
-    """The batch script began. `batch_log_bytes` is what its log held of former attempts."""
+    """The batch script began.
+
+    `batch_log_bytes` is the length of its log then, written by earlier attempts.
+    """
 
     FILE = "begin.json"
 
@@ -80,7 +86,7 @@ class Begin(AttemptRecord):
 
 
 class AttemptProgress(AttemptRecord):
-    """How far the attempt's work has come: `console.Tally`."""
+    """The progress of the attempt's work: `console.Tally`."""
 
     FILE = "progress.json"
 
@@ -107,7 +113,7 @@ class Result(AttemptRecord):
 
 
 class Stopped(AttemptRecord):
-    """The attempt was told to end, and saved what it had done."""
+    """The attempt was asked to end, and saved what it had done."""
 
     FILE = "stopped.json"
 
@@ -130,7 +136,7 @@ class Failure(AttemptRecord):
 
 
 class Outcome(AttemptRecord):
-    """What became of the attempt, as its batch script saw it; `again`: the job was started again."""
+    """The outcome of the attempt, as its batch script saw it; `again`: the job was started again."""
 
     FILE = "outcome.json"
 
@@ -139,7 +145,7 @@ class Outcome(AttemptRecord):
 
 
 class Meeting(Note):
-    """Where rank 0 of a training waits for the others."""
+    """The address at which rank 0 of a training waits for the others."""
 
     FILE = "rendezvous.json"
 
@@ -148,7 +154,7 @@ class Meeting(Note):
 
 
 class RayStarted(Note):
-    """Ray's head listens at `address`; its workers, too, keep their files in `folder`."""
+    """Ray's head listens at `address`; its workers also keep their files in `folder`."""
 
     FILE = "ray-started.json"
 
@@ -166,7 +172,7 @@ AnyNote = TypeVar("AnyNote", bound=Note)
 
 
 def read_note(model: type[AnyNote], folder: Path, name: str | None = None) -> AnyNote | None:
-    """The note in a folder, or None if its file (`name`, or the model's) does not exist or, from a full disk, is empty."""
+    """The note in a folder, or None if its file (`name`, or the model's) is missing or, after a full disk, unreadable."""
     file = folder / (name or model.FILE)
     for last in (False, True):
         try:
@@ -180,5 +186,5 @@ def read_note(model: type[AnyNote], folder: Path, name: str | None = None) -> An
 
 
 def write_note(note: Note, folder: Path) -> None:
-    """Write the note's file, whole or not at all."""
+    """Write the note's file atomically."""
     replace_file(folder / note.file_name, record_bytes(note))

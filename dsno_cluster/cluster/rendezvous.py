@@ -1,4 +1,4 @@
-"""How the tasks of a multi-node job find each other: addresses, interfaces, free ports, and a note on the shared disk."""
+"""How the tasks of a multi-node job find each other: addresses, interfaces, free ports, notes on the shared disk."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 from dsno_cluster.cluster.records import AnyNote, Note, read_note, write_note
 from dsno_cluster.errors import UserError, WorkError
 
-MEET_SECONDS = 300.0  # a node may be slow to start, and a network file system slow to show a new file
+MEET_SECONDS = 300.0  # a node may start slowly, and a network file system may be slow to show a new file
 
 
 def address_towards(host: str) -> str | None:
-    """This host's own IPv4 address on the route to `host`; None where there is no way. Nothing is sent.
+    """This host's own IPv4 address on the route to `host`; None if there is no route. Nothing is sent.
 
-    A host's own name often resolves to a loopback address on the host itself, so each asks for the way to another.
+    A host's own name often resolves to a loopback address there, so each host looks for its route to another
+    one.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -39,7 +40,7 @@ def interface_of(address: str) -> str | None:
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of an interface. Raises UserError, naming those that are there, where it has none."""
+    """The IPv4 address of an interface. Raises UserError, naming those that exist, if it has none."""
     import psutil
 
     found = psutil.net_if_addrs()
@@ -47,15 +48,15 @@ def address_of(interface: str) -> str:
         if address.family == socket.AF_INET:
             return str(address.address)
     raise UserError(
-        f"interface {interface}: {socket.gethostname()} has none with an IPv4 address by that name; it has {', '.join(found)}"
+        f"interface {interface}: {socket.gethostname()} has no such interface with an IPv4 address; it has {', '.join(found)}"
     )
 
 
 def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
     """This node's IPv4 address as the others reach it. `hosts` are all nodes' names, `node` this one's index.
 
-    By the interface named, or else the one that leads to the first node (from the first: to the second). Raises WorkError where
-    none does.
+    It is the address of the interface named, or else of the one that leads to the first node (on the first
+    node: to the second). Raises WorkError if none does.
     """
     if interface is not None:
         return address_of(interface)
@@ -64,14 +65,14 @@ def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
         return address
     if len(hosts) > 1:
         raise WorkError(
-            f"{socket.gethostname()} finds no IPv4 way to {peer}; name the network between the nodes as `interface`"
+            f"{socket.gethostname()} finds no IPv4 route to {peer}; name the network between the nodes as `interface`"
         )
     return "127.0.0.1"
 
 
 def free_ports(count: int) -> list[int]:
-    """Different free TCP ports of this host. Take them at once: nothing holds them."""
-    with contextlib.ExitStack() as held:  # all at a time, so that none is given out twice
+    """Distinct free TCP ports of this host. Use them at once: nothing reserves them."""
+    with contextlib.ExitStack() as held:  # all bound together, so that none is returned twice
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
             s.bind(("", 0))
@@ -84,7 +85,7 @@ def tell(attempt: Path, note: Note) -> None:
 
 
 def hear(attempt: Path, what: type[AnyNote]) -> AnyNote:
-    """The note that another task leaves. Raises WorkError if it does not come."""
+    """Wait for the note that another task leaves. Raises WorkError if it does not appear in time."""
     deadline = time.monotonic() + MEET_SECONDS
     while (note := read_note(what, attempt)) is None:
         if time.monotonic() > deadline:
@@ -94,5 +95,5 @@ def hear(attempt: Path, what: type[AnyNote]) -> AnyNote:
             )
         time.sleep(0.5)
         with contextlib.suppress(OSError):
-            os.listdir(attempt)  # has NFS look again
+            os.listdir(attempt)  # makes NFS look again
     return note

@@ -1,16 +1,16 @@
-"""The run folder: what one submitted stage is, and what became of each attempt at it. Plain files, no database.
+"""The run folder: plain files that describe a submitted stage and each attempt at it.
 
     <run.dir>/jobs/<name>-<stage>-<date>-<time>/
       run.json        what was submitted, by which command, as which job, with which code
       config.yaml     the experiment that the job runs, its paths absolute        profile.yaml   where it runs
-      script.sh       what sbatch was given             batch.log      what the batch script itself printed
+      script.sh       the script given to sbatch        batch.log      what the batch script itself printed
       code/           the package as it was at submission, which is what the job runs
       submitit/       submitit's pickles
       attempts/0/     the first attempt; a requeued job makes 1, 2, ...
         begin.json  progress.json  result.json  failure-<rank>.json  stopped.json  outcome.json  task-<rank>.log
 
-`records.py` says what the JSON files hold. A link to each run folder is kept below the user's state folder, so that
-`status`, `logs` and `cancel` find it from any terminal.
+`records.py` has the models of the JSON files. A link to each run folder is kept below the user's state
+folder, so that `status`, `logs` and `cancel` find it from any terminal.
 """
 
 from __future__ import annotations
@@ -68,12 +68,15 @@ class Run:
 
     @property
     def is_ray_stage(self) -> bool:
-        """Whether its first task drives actors, so that it continues without another node; a training does not."""
+        """Whether its first task drives actors, so that it can continue if another node is lost.
+
+        A training cannot.
+        """
         return self.record().kind == "ray"
 
     @property
     def owner(self) -> str:
-        """The user whose folder, and job, it is."""
+        """The user who owns the folder and the job."""
         return user_name(self.folder.stat().st_uid)
 
     def note(self, **values: str | float | None) -> None:
@@ -81,8 +84,11 @@ class Run:
         write_note(RunRecord.model_validate(self.record().model_dump() | values), self.folder)
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
-        """The experiment, with `overrides`. Relative paths are those of the folder that it was submitted from."""
-        # those of overrides, and of older run folders
+        """The experiment, with `overrides`.
+
+        Relative paths are relative to the folder from which it was submitted.
+        """
+        # only overrides and older run folders have relative paths
         return load_config(str(self.folder / CONFIG), overrides, Path(self.record().cwd))
 
     def profile(self) -> Profile:
@@ -127,16 +133,16 @@ class Attempt:
         return Run(self.folder.parents[1])
 
     def failure(self) -> Failure | None:
-        """Why the attempt failed: what a rank said that did not merely miss another one.
+        """Why the attempt failed: the report of a rank, preferably one that did not merely lose another rank.
 
-        Of a Ray stage what its driver said: it continues without another node.
+        In a Ray stage only the driver's report counts: it continues if another node is lost.
         """
         only_driver = self.run.is_ray_stage
         spoke = [f for f in self._failures() if f.rank == 0 or not only_driver]
         return min(spoke, key=lambda f: (f.reason.startswith(LOST_RANK), f.rank), default=None)
 
     def node_losses(self) -> list[Failure]:
-        """What the other nodes said that a Ray stage continues without."""
+        """What the nodes reported that a Ray stage lost and continues without."""
         if not self.run.is_ray_stage:
             return []
         return sorted((f for f in self._failures() if f.rank), key=lambda f: f.time)
@@ -147,7 +153,7 @@ class Attempt:
 
     @property
     def position(self) -> tuple[str, int] | None:
-        """Where the attempt's work began, as its progress says: what the former ones had finished."""
+        """Where the attempt's work began, by its progress: what earlier attempts had finished."""
         progress = self.read(AttemptProgress)
         return (progress.title, progress.reached) if progress else None
 
@@ -156,30 +162,30 @@ class Attempt:
 
 
 def fruitless(attempts: Sequence[Attempt]) -> int:
-    """How many of the last attempts, in a row, began where the one before had begun: nothing was gained between them.
+    """How many of the last attempts, in a row, began where the one before had begun, so that no progress was made.
 
-    Preempted ones that said so do not count: that is the cluster's doing.
+    Attempts that report their preemption do not count: that is the cluster's doing.
     """
     counted = [a for a in attempts if (stopped := a.read(Stopped)) is None or stopped.why != "preempted"]
-    positions = [attempt.position for attempt in counted]  # None: it ended before its work began
+    positions = [attempt.position for attempt in counted]  # None: the attempt ended before its work began
     reached = [position for position in positions if position is not None]
     return len(positions) - (positions.index(reached[-1]) if reached else 0)
 
 
 def jobs_folder(config: Config) -> Path:
-    """Where the run folders of an experiment are."""
+    """The folder of an experiment's run folders."""
     return config.run_dir.absolute() / "jobs"
 
 
 def create_run(submission: Submission, *, snapshot: bool) -> Run:
-    """A new run folder; `snapshot`: with a copy of the code, for a job that may start much later."""
+    """Make a run folder; `snapshot`: with a copy of the code, for a job that may start much later."""
     config, stage = submission.config, submission.stage
     jobs = jobs_folder(config)
     begin = f"{config.name}-{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = jobs / f"{begin}{suffix}"
         try:
-            # the environment that the profile sets stands in the script
+            # only for the user: the script contains the environment that the profile sets
             folder.mkdir(parents=True, mode=0o700)
             break
         except FileExistsError:
@@ -203,7 +209,7 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
     if snapshot:
         package = Path(__file__).resolve().parent.parent
         shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    # a home folder that is full or read-only: the run is found by its path
+    # if the home folder is full or read-only, the run can still be found by its path
     with contextlib.suppress(OSError):
         index().mkdir(parents=True, exist_ok=True)
         (index() / run.id).symlink_to(folder)
@@ -211,22 +217,20 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
 
 
 def index() -> Path:
-    """Where links to the user's run folders are: $XDG_STATE_HOME/dsno-cluster/runs, or below ~/.local/state."""
+    """The folder of links to the user's run folders: $XDG_STATE_HOME/dsno-cluster/runs, or below ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state) / "dsno-cluster" / "runs"
 
 
 def all_runs() -> list[Run]:
-    """The user's runs whose folders are still there, newest first."""
+    """The user's runs whose folders still exist, newest first."""
     submitted: dict[Run, float] = {}
     for link in index().glob("*") if index().is_dir() else ():
         run = Run(link.resolve())
         try:
             if (run.folder / RunRecord.FILE).is_file():
                 submitted[run] = run.record().submitted
-        except (
-            OSError
-        ) as error:  # of a project that one was taken off, or on a disk that fails: the others are there
+        except OSError as error:  # no longer permitted, or on a disk that fails: show the others
             console.say(f"{run.folder}: left out: {error.strerror}")
     return sorted(submitted, key=lambda run: submitted[run], reverse=True)
 
@@ -234,22 +238,22 @@ def all_runs() -> list[Run]:
 def find_run(word: str) -> Run:
     """The run of an id, the beginning of one, a job id, or the path of a run folder.
 
-    Raises UserError where there is none, or more than one.
+    Raises UserError if there is none, or more than one.
     """
     return the_only_run(word, matching_runs(word))
 
 
 def the_only_run(word: str, runs: Sequence[Run]) -> Run:
-    """The one of `runs` where it is one; UserError where `word` stands for several."""
+    """The only one of `runs`. Raises UserError if `word` matches several."""
     if len(runs) > 1:
-        raise UserError(f"{word}: stands for {len(runs)} runs, the newest {runs[0].id}; name one whole")
+        raise UserError(f"{word}: stands for {len(runs)} runs, the newest {runs[0].id}; name one in full")
     return runs[0]
 
 
 def matching_runs(word: str) -> list[Run]:
     """The runs, newest first, of an id, the beginning of one, a job id, or the path of a run folder.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     try:
         if (Path(word) / RunRecord.FILE).is_file():
@@ -265,7 +269,10 @@ def matching_runs(word: str) -> list[Run]:
 
 
 def config_file_of_run(word: str) -> str:
-    """The YAML file that a config's path, or the id or folder of a submitted run, stands for. Errors as `find_run`."""
+    """The YAML file of a config's path, or of the id or folder of a submitted run.
+
+    Raises as `find_run` does.
+    """
     if is_config_file(word):
         return word
     try:
@@ -279,7 +286,7 @@ def config_file_of_run(word: str) -> str:
 def config_of_run(word: str, overrides: Sequence[str] = ()) -> Config:
     """The experiment of a config's path, or of the id or folder of a submitted run, with `overrides`.
 
-    Raises UserError for a word that is neither and as `load_config`.
+    Raises UserError for a word that is neither, and as `load_config` does.
     """
     file = config_file_of_run(word)
     return load_config(file, overrides) if file == word else Run(Path(file).parent).config(overrides)

@@ -1,4 +1,4 @@
-"""What we ask Slurm and what we tell it, through its own commands. Works with accounting (sacct) and without."""
+"""Questions and requests to Slurm, through its own commands. Works with and without accounting (sacct)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMAND_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm sees it: its state (PENDING, RUNNING, ...), why it waits or where it runs, and its end, as local time."""
+    """A job as Slurm reports it: its state (PENDING, RUNNING, ...), why it waits, where it runs, and its end (local time)."""
 
     state: str
     reason: str = ""
@@ -30,7 +30,7 @@ class JobState:
     end: str = ""
 
     def seconds_over(self) -> float:
-        """How long it has been over; infinite where Slurm does not say."""
+        """How long ago it ended; infinite if Slurm does not say."""
         try:
             return time.time() - time.mktime(time.strptime(self.end, "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
@@ -38,7 +38,7 @@ class JobState:
 
 
 def controller_silence() -> str | None:
-    """Why Slurm's controller cannot be used, or None where it answers."""
+    """Why Slurm's controller cannot be used, or None if it answers."""
     try:
         ping = subprocess.run(
             ["scontrol", "ping"], capture_output=True, text=True, timeout=CONTROLLER_SECONDS, check=False
@@ -51,14 +51,14 @@ def controller_silence() -> str | None:
 
 
 def check_profile(profile: Profile, where: str) -> None:
-    """Raises UserError for what no node of the partition could ever run, before anything is submitted."""
+    """Raises UserError for a profile that no node of the partition could ever run, before anything is submitted."""
     listing = _ask("sinfo", "-a", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G")
     rows = [line.split("|") for line in listing.splitlines() if line.count("|") == 5]
     names = [row[0].rstrip("*") for row in rows]
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), None)
     asked = profile.partition or os.environ.get("SBATCH_PARTITION") or default
     if asked is None:
-        return  # the cluster chooses one when it sees the job
+        return  # the cluster chooses one for the job
     partitions = asked.split(",")  # Slurm takes the first that fits
     for name in partitions:
         if name not in names:
@@ -74,7 +74,7 @@ def check_profile(profile: Profile, where: str) -> None:
 
 
 def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Sequence[str]]) -> str | None:
-    """What a profile asks for that no node of a partition has, in a line; None where it fits."""
+    """What a profile asks for that no node of a partition has, in a line; None if it fits."""
     total = sum(_number(row[1]) for row in rows)
     if profile.nodes > total:
         return f"--nodes {profile.nodes}: partition {partition} has {total} node(s)"
@@ -95,7 +95,7 @@ def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Seque
 
 
 def refusal(said: str) -> Exception:
-    """What to raise for what sbatch said: UserError for a job that it will never take, WorkError where it may later."""
+    """The error for what sbatch said: UserError for a job that it will never take, WorkError if it may take it later."""
     words = " ".join(re.sub(r"\b(sbatch|error|Batch job submission failed): ", "", said).split())
     if may_heal(words):
         return WorkError(f"Slurm does not take the job now: {words}; nothing was submitted")
@@ -103,7 +103,7 @@ def refusal(said: str) -> Exception:
 
 
 def may_heal(said: str) -> bool:
-    """Whether what a command of Slurm said is about its controller's state, and may be another later."""
+    """Whether an error of a Slurm command is about its controller's state, which may change."""
     return (
         re.search("contact|timed out|did not answer|temporarily|connection|Zero Bytes", said, re.IGNORECASE)
         is not None
@@ -111,10 +111,11 @@ def may_heal(said: str) -> bool:
 
 
 def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
-    """What Slurm knows of jobs of a user, by id; those it knows nothing of are left out.
+    """The states of a user's jobs, by id; jobs that Slurm does not know are omitted.
 
-    From squeue; of jobs that are over from sacct, where there is accounting, and else from what the controller still
-    remembers (for MinJobAge, five minutes as a rule). Raises WorkError where the controller does not answer.
+    They come from squeue, and for finished jobs from sacct if there is accounting; without it the controller
+    remembers them only for a while (MinJobAge, usually five minutes). Raises WorkError if the controller does
+    not answer.
     """
     wanted = set(jobs)
     if not wanted:
@@ -131,7 +132,7 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
             listing = _ask(
                 "sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,End", "-j", ",".join(forgotten)
             )
-        except WorkError as error:  # what squeue said holds all the same
+        except WorkError as error:  # squeue's answer is still valid
             console.say(f"accounting does not answer: {error}")
             return found
         for line in listing.splitlines():
@@ -142,32 +143,33 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
 
 @functools.cache
 def _configuration() -> dict[str, str]:
-    """What `scontrol show config` says."""
+    """The output of `scontrol show config`."""
     pairs = re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", _ask("scontrol", "show", "config"), re.MULTILINE)
     return dict(pairs)
 
 
 def cluster_name() -> str:
-    """The cluster whose controller answers."""
+    """The name of the cluster whose controller answers."""
     return _configuration().get("ClusterName", "")
 
 
 def node_timeout() -> float:
-    """Seconds after which Slurm gives a silent node up."""
+    """Seconds after which Slurm gives up a silent node."""
     return float(_number(_configuration().get("SlurmdTimeout", "300")))
 
 
 def has_accounting() -> bool:
-    """Whether sacct has anything to answer from."""
+    """Whether sacct can answer."""
     storage = _configuration().get("AccountingStorageType", "")
     return storage.endswith("/slurmdbd") and shutil.which("sacct") is not None
 
 
 def who_ends(job: str, attempt: int) -> str | None:
-    """Why Slurm is ending a job that still has processes: `requeued`, `time limit` or `cancelled`; None where it is not.
+    """Why Slurm is ending a job that still has processes: `requeued`, `time limit` or `cancelled`; None if it is not.
 
-    Slurm says COMPLETING of all three. A requeue has counted one more restart than this attempt knows of; a time limit
-    has been reached; what is left is scancel. Raises WorkError where the controller does not answer.
+    In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
+    attempt; at a time limit the limit is reached; otherwise it was scancel. Raises WorkError if the
+    controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -181,9 +183,9 @@ def who_ends(job: str, attempt: int) -> str | None:
 
 
 def why_told(job: str, save_seconds: int) -> str:
-    """Why a running job was told to end: `preempted`, `time limit`, or `signal` where it is neither.
+    """Why a running job was asked to end: `preempted`, `time limit`, or `signal` if it is neither.
 
-    Raises WorkError where the controller does not answer.
+    Raises WorkError if the controller does not answer.
     """
     fields = _fields(job)
     if fields.get("PreemptTime", "None") not in ("None", "N/A"):
@@ -193,7 +195,7 @@ def why_told(job: str, save_seconds: int) -> str:
 
 
 def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
-    """The nodes that a job has now; `otherwise` where Slurm does not say."""
+    """The nodes that a job has now; `otherwise` if Slurm does not say."""
     try:
         return host_names(_fields(job)["NodeList"]) or list(otherwise)
     except (KeyError, UserError, WorkError):
@@ -201,17 +203,17 @@ def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
 
 
 def host_names(hosts: str) -> list[str]:
-    """The names that Slurm writes as node[1-3]. Raises WorkError or UserError where it does not say."""
+    """The names that Slurm abbreviates as node[1-3]. Raises WorkError or UserError if it does not answer."""
     return _ask("scontrol", "show", "hostnames", hosts).split()
 
 
 def requeue_job(job: str) -> None:
-    """scontrol requeue. Raises WorkError where Slurm does not, as for one that waits already."""
+    """Requeue a job. Raises WorkError if Slurm refuses, as for one that waits already."""
     _ask("scontrol", "requeue", job)
 
 
 def cancel_job(job: str) -> None:
-    """scancel; one that is over stays so. Raises WorkError where Slurm says no."""
+    """Cancel a job; one that has ended stays as it is. Raises WorkError if Slurm refuses."""
     try:
         _ask("scancel", job)
     except WorkError as error:
@@ -220,7 +222,7 @@ def cancel_job(job: str) -> None:
 
 
 def _fields(job: str) -> dict[str, str]:
-    """What `scontrol show job` says."""
+    """The output of `scontrol show job`."""
     return dict(
         word.split("=", 1) for word in _ask("scontrol", "show", "job", "-o", job).split() if "=" in word
     )
@@ -239,7 +241,7 @@ def _ask(*command: str) -> str:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # a user's defaults for these commands would change what we read
+    # a user's defaults for these commands would change their output
     filters = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(filters)}
     return subprocess.run(
@@ -248,7 +250,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def user_name(uid: int) -> str:
-    """A user's name, or the number where it has none here."""
+    """A user's name, or the number if it has no name here."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -256,7 +258,7 @@ def user_name(uid: int) -> str:
 
 
 def _number(text: str) -> int:
-    """The number of a column such as `64` or `64+`."""
+    """The number in a column such as `64` or `64+`."""
     digits = re.match(r"\d+", text)
     assert digits is not None, text
     return int(digits[0])

@@ -1,4 +1,4 @@
-"""What `cluster/` knows of a stage: an entry of the table in `stages.py`, which hands it down."""
+"""The type of a stage as `cluster/` sees it; the table in `stages.py` has the entries."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 if TYPE_CHECKING:
     from dsno_cluster.config import Config, Profile
 
-# ray: the first task drives actors, so the stage continues without another node; ranks: all tasks work in step
+# ray: the first task drives actors, so the stage survives the loss of another node; ranks: all tasks work in
+# step
 Kind = Literal["ray", "ranks"]
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """What a stage is asked for besides its experiment. A stage with options of its own has a subclass."""
+    """The options of a stage besides its experiment. A stage with its own options has a subclass."""
 
     @property
     def subject(self) -> str:
-        """What it works on besides the experiment: two jobs of one stage and subject would do the same work."""
+        """What the stage works on besides the experiment: two jobs of the same stage and subject do the same work."""
         return ""
 
 
@@ -28,7 +29,7 @@ Options = TypeVar("Options", bound=StageOptions)
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found: what the stage `would` do, in a sentence, and what it `found` for a run in the same process."""
+    """The result of a check: a sentence on what the stage `would` do, and what it `found`, for a run in this process."""
 
     would: str
     found: Any = None
@@ -36,7 +37,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class StageResult:
-    """Where the results of a stage are, what the command that asked for them shows of them, and what it hands on."""
+    """The address of a stage's results, details that its command shows, and the teacher for the next stage."""
 
     address: str
     details: Any = None
@@ -45,13 +46,13 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Stage(Generic[Options]):
-    """A stage. Its functions stand in a module, so that a submitted task names them.
+    """A stage. Its functions are defined in a module, so that a submitted task can be pickled by their names.
 
-    `check(config, options, processes)` raises UserError for what the stage lacks, and says in a sentence what it would do in
-    so many processes on this machine. `check_ahead(config, ranks)` raises for what can be known before the stages before it
-    are done, and may download weights. `run(config, options, ray_address, found)` does the work; `found` is that of a check
-    in the same process, or None. `section` is the group of the config's keys that has the CPU `threads` of an actor,
-    `options` the class of its options.
+    `check(config, options, processes)` raises UserError if the stage lacks something, and says in a sentence
+    what it would do in that many processes on this machine. `check_ahead(config, ranks)` raises for problems
+    that can be known before the earlier stages are done, and may download weights. `run(config, options,
+    ray_address, found)` does the work; `found` comes from a check in the same process, or is None. `section`
+    is the group of config keys that has the CPU `threads` of an actor, `options` the class of its options.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How runs fare, by their folders and their launchers: `status`, `logs`, `cancel`."""
+"""The commands `status`, `logs` and `cancel`, on run folders and through launchers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import Code
 
 CANCEL_SECONDS = 120.0
-SHOWN = 20  # runs, where no more are asked for
+SHOWN = 20  # number of runs by default
 
 
 class Row(BaseModel):
-    """What `status` says of a run; its JSON is a row of `status --json`."""
+    """What `status` reports about a run; its JSON is a row of `status --json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ def _row(run: Run, state: State) -> Row:
     ]
     error = state.why if state.word == "failed" else (_reason(over[-1]) if over else "")
     if last is not None and state.word == "running" and (lost := lost_nodes(last)):
-        error = f"goes on without {len(lost)} node(s): {lost[-1]}"
+        error = f"continues without {len(lost)} node(s): {lost[-1]}"
     left = None
     if progress and state.word == "running" and progress.rate > 0:
         left = (progress.total - progress.done) / progress.rate
@@ -111,7 +111,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterator[str]:
-    """Lines of a task's log, of the newest attempt unless one is named; `follow`: until the run ends, over new attempts.
+    """Lines of a task's log in the newest attempt, or in `attempt`; `follow`: until the run ends, over new attempts.
 
     Raises UserError if there is none.
     """
@@ -125,7 +125,7 @@ def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterato
         file = launcher.logs(run, rank, current) if launcher is not None else None
         if file is None and not follow:
             raise UserError(_no_log(run, rank, attempt, numbers))
-        if file != shown:  # the batch script's log until the task has one of its own
+        if file != shown:  # the batch script's log until the task has its own
             place, shown = 0, file
         text = _text(file)
         complete = text if over else text[: text.rfind("\n") + 1]
@@ -160,9 +160,9 @@ def _text(file: Path | None) -> str:
 
 
 def run_to_cancel(word: str) -> Run:
-    """The run of a word, as `find_run` takes it; of several with that beginning the one that has not ended.
+    """The run of a word, as `find_run` takes it; if several match, the one that has not ended.
 
-    Raises UserError where there is none, or more than one.
+    Raises UserError if there is none, or more than one.
     """
     runs = matching_runs(word)
     alive = [run for run, state in states_of(runs).items() if state.live] if len(runs) > 1 else []
@@ -170,22 +170,22 @@ def run_to_cancel(word: str) -> Run:
 
 
 def cancel(run: Run) -> str:
-    """End a run and wait until it has; returns what became of it, in words. What is done is kept.
+    """End a run and wait until it has ended; returns its outcome, in words. Finished work is kept.
 
-    Raises WorkError where it does not end within two minutes.
+    Raises WorkError if it does not end within two minutes.
     """
     state = states_of([run])[run]
     launcher = launcher_of(run)
     if not state.live or launcher is None:
-        return f"{state.word} already; nothing is to be cancelled"
+        return f"{state.word} already; there is nothing to cancel"
     if state.word == "state unknown":
         raise WorkError(f"{run.id}: cannot be cancelled from here now: {state.why}")
-    with contextlib.suppress(OSError):  # a full disk: Slurm is told all the same
+    with contextlib.suppress(OSError):  # a full disk: cancel the job all the same
         run.cancel()
     launcher.cancel(run)
     deadline = time.monotonic() + CANCEL_SECONDS
     while (state := states_of([run])[run]).live:
         if time.monotonic() > deadline:
-            raise WorkError(f"{run.id}: is {state.word} still, {CANCEL_SECONDS:.0f} s after it was cancelled")
+            raise WorkError(f"{run.id}: is still {state.word}, {CANCEL_SECONDS:.0f} s after it was cancelled")
         time.sleep(1.0)
     return f"{state.word}; what is done is kept, the same command continues"

@@ -1,7 +1,8 @@
-"""What is used of submitit beyond its public interface, in one place.
+"""All uses of submitit beyond its public interface.
 
-`pyproject.toml` bounds submitit's version, and a test compares what is used here with the library. Two things have no public
-door: the text of a batch script before it is submitted, and a local job whose processes have a session of their own.
+`pyproject.toml` bounds submitit's version, and a test compares what is used here with the library. Two things
+have no public interface: the text of a batch script before it is submitted, and a local job in its own
+session.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import submitit
 from submitit.local.local import LocalJob
 
 MOST_REQUEUES = 1000
-MINUTES = 30 * 24 * 60  # a local job needs no limit of time, but submitit does
-CONTROLLER = "submitit.local._local"  # the module that starts the ranks of a local job, and ends with them
+MINUTES = 30 * 24 * 60  # submitit requires a time limit, even for a local job
+CONTROLLER = "submitit.local._local"  # the module that starts the ranks of a local job and ends with them
 
 
 def script_text(executor: submitit.SlurmExecutor) -> str:
@@ -31,8 +32,8 @@ def start_on_this_machine(
 ) -> str:
     """Start a picklable task in several processes, with environment `variables`; returns the id of their controller.
 
-    They have a session of their own, so that Ctrl-C at a terminal does not reach them. The controller writes its standard
-    error, a traceback when it is interrupted, to `errors`.
+    They have their own session, so that Ctrl-C at a terminal does not reach them. The controller writes its
+    standard error, such as a traceback when it is interrupted, to `errors`.
     """
     executor = _OwnSession(folder, errors, variables)
     executor.update_parameters(tasks_per_node=tasks, timeout_min=MINUTES)
@@ -40,7 +41,7 @@ def start_on_this_machine(
 
 
 class _OwnSession(submitit.LocalExecutor):
-    """submitit's local executor, except for the session and the standard error of what it starts."""
+    """submitit's local executor, with a new session and a file for standard error."""
 
     def __init__(self, folder: Path, errors: Path, variables: dict[str, str]) -> None:
         super().__init__(folder, max_num_timeout=MOST_REQUEUES)
@@ -61,7 +62,7 @@ class _OwnSession(submitit.LocalExecutor):
 
 
 def controller_variables(command: str, tasks: int) -> dict[str, str]:
-    """What the controller reads from its environment."""
+    """The environment variables that the controller reads."""
     return {
         "SUBMITIT_EXECUTOR": "local",
         "SUBMITIT_LOCAL_COMMAND": command,

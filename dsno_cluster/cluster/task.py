@@ -1,8 +1,9 @@
-"""What one task of a submitted job does: the picklable `StageTask`, and how it ends.
+"""One task of a submitted job: the picklable `StageTask`, and how it ends.
 
-A task finds its place among the others, runs its stage, and notes in the attempt's folder how it ended, so that the batch
-script, `status` and whoever waits can tell. A signal that asks for the node (SIGUSR2: time is nearly up; SIGTERM: another
-job needs it, or scancel) becomes `Preempted`, which unwinds the stage; then the job is requeued, unless it was cancelled.
+A task finds its place among the others, runs its stage, and notes in the attempt's folder how it ended, for
+the batch script, `status` and waiting commands. A signal that asks for the node (SIGUSR2: the time limit is
+near; SIGTERM: another job needs it, or scancel) becomes `Preempted`, which unwinds the stage; then the job is
+requeued, unless it was cancelled.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 STOPS = {
     "time limit": "its time limit was near",
-    "preempted": "its nodes were wanted by another job or an administrator",
+    "preempted": "another job or an administrator needed its nodes",
     "cancelled": "it was cancelled",
-    "signal": "something on its node told it to end",
+    "signal": "a process on its node signalled it to end",
 }
 
 
@@ -53,7 +54,7 @@ class StageTask:
         attempt = run.attempt(attempt_number())
         rank = JobEnvironment().global_rank
         attempt.folder.mkdir(parents=True, exist_ok=True)
-        requeue = signal.getsignal(signal.SIGUSR2)  # what submitit installed
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler
         if rank == 0:
             console.record_progress(lambda tally: attempt.write(AttemptProgress.of(tally)))
         received: list[int] = []
@@ -62,14 +63,14 @@ class StageTask:
                 address = self._run(run, attempt)
         except (KeyboardInterrupt, SystemExit) as stopped:
             _ignore_signals()
-            # what Ray makes of a SIGTERM while it starts
+            # Ray turns a SIGTERM into SystemExit while it starts
             told = received or (isinstance(stopped, SystemExit) and stopped.code == signal.SIGTERM)
             if not told and not isinstance(stopped, Preempted):
                 sys.exit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code)
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
-            sys.exit(0)  # rank 0 speaks for all; an error status here would have Slurm end it too early
-        except (UserError, WorkError) as error:  # leaves no traceback, and ends the other ranks
+            sys.exit(0)  # rank 0 reports for all; an error status here would make Slurm end it too early
+        except (UserError, WorkError) as error:  # no traceback; the exit status ends the other ranks
             users = isinstance(error, UserError)
             attempt.write(_failure("user" if users else "work", str(error), rank))
             console.error(str(error))
@@ -82,7 +83,7 @@ class StageTask:
         return address
 
     def checkpoint(self) -> Any:
-        """What submitit submits again when the job is requeued: the same task, which continues from its own checkpoint."""
+        """What submitit submits when the job is requeued: the same task, which continues from its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -92,7 +93,7 @@ class StageTask:
         config, profile = run.config(), run.profile()
         on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
         if on_slurm and not profile.gpus_per_node:
-            # Slurm gave none, so those that can be seen are a neighbour's
+            # Slurm allocated none, so visible GPUs are a neighbour's
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
         if self.stage.kind == "ranks":
             _set_rank_variables(attempt, profile, on_slurm)
@@ -113,16 +114,17 @@ def _failure(kind: Literal["user", "work", "bug"], reason: str, rank: int) -> Fa
 
 
 def attempt_number() -> int:
-    """Which start of its job this is, from 0."""
+    """The number of this start of its job, from 0."""
     on_this_machine = os.environ.get("SUBMITIT_EXECUTOR") == "local"
     return 0 if on_this_machine else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 @contextlib.contextmanager
 def _signals_unwind(received: list[int]) -> Iterator[None]:
-    """Within, the signals that ask for the node raise Preempted; while that unwinds, more of them change nothing.
+    """In this context the signals that ask for the node raise Preempted; further ones are ignored while that unwinds.
 
-    They are added to `received` too, as Ray, waited for in C, makes a plain KeyboardInterrupt of what a handler raises.
+    They are also added to `received`: while Ray waits in C, it turns what a handler raises into a plain
+    KeyboardInterrupt.
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
@@ -136,7 +138,7 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
     for number in REQUEUE_SIGNALS:
         signal.signal(number, unwind)
     yield
-    _ignore_signals()  # done: what is left to do takes a moment
+    _ignore_signals()  # done: the rest takes only a moment
 
 
 def _ignore_signals() -> None:
@@ -145,7 +147,10 @@ def _ignore_signals() -> None:
 
 
 def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
-    """Note why this attempt stops; the batch script has the job requeued. On this machine submitit does; never returns then."""
+    """Note why this attempt stops.
+
+    The batch script then requeues the job. A local job exits here, through submitit.
+    """
     from dsno_cluster.cluster.slurm_commands import who_ends, why_told
 
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
@@ -160,14 +165,14 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
         ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
         why = "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
     except (UserError, WorkError) as error:
-        console.say(f"Slurm does not say why this job shall end: {error}")
+        console.say(f"Slurm does not say why this job must end: {error}")
         why = "signal"
     attempt.write(Stopped(why=why))
     console.say(f"{STOPS[why]}: what is done is kept")
 
 
 def _set_rank_variables(attempt: Attempt, profile: Profile, on_slurm: bool) -> None:
-    """RANK, WORLD_SIZE and the like, as torch and DeepSpeed read them."""
+    """Set RANK, WORLD_SIZE and the other variables that torch and DeepSpeed read."""
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
@@ -192,7 +197,7 @@ def _set_rank_variables(attempt: Attempt, profile: Profile, on_slurm: bool) -> N
         MASTER_PORT=str(meeting.port),
     )
     interface = profile.interface or interface_of(address)
-    for library in ("GLOO", "NCCL"):  # what the profile's environment or the user's shell says wins
+    for library in ("GLOO", "NCCL"):  # the profile's environment and the user's shell take precedence
         if interface is not None:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
 

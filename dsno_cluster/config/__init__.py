@@ -1,7 +1,7 @@
-"""What to compute: strict pydantic models, read from YAML and dotted overrides into one frozen object.
+"""The configuration of an experiment: strict, frozen pydantic models, read from YAML and dotted overrides.
 
-`load_config("configs/digits.yaml", ["training.lr=1e-4"])` is the door. Every mistake in the input is a
-`UserError` of one line that names the key and the nearest right one. Where to run stands in `Profile`.
+Start with `load_config("configs/digits.yaml", ["training.lr=1e-4"])`. Every mistake in the input is a
+`UserError` of one line that names the key and the nearest valid one. `Profile` describes where a stage runs.
 """
 
 from dsno_cluster.config.evaluation import Evaluation, MetricName

@@ -1,4 +1,4 @@
-"""What the models of the config share: strictness, and the types of their numbers."""
+"""The base classes and number types of the config's models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-StrictNumber = int | float  # kept as it was written: 1 and 1.0 are different bytes of JSON
+StrictNumber = int | float  # kept as written: 1 and 1.0 are different bytes in JSON
 
 
 def _sha256_start(digits: str) -> str:
@@ -37,15 +37,15 @@ class Strict(BaseModel):
 
 
 def later(default: Any, **field: Any) -> Any:
-    """A field that was added to a `Named` model after values of it were written: `Field` with a default."""
+    """A field with a default that was added to a `Named` model after its first release."""
     return Field(default, json_schema_extra={"later": True}, **field)
 
 
 class Named(Strict):
-    """A model whose canonical hash names what users made, such as a data set.
+    """A model whose canonical hash identifies what users made, such as a data set.
 
-    Its dump must not change with a new version. A field that is added later (`later`) is left out of it as long as it has
-    its default, which must mean what earlier versions did.
+    Its dump must not change in a new version. A field that is added later (`later`) is omitted from the dump
+    while it has its default, which must mean what earlier versions did.
     """
 
     @model_serializer(mode="wrap")

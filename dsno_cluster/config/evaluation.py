@@ -1,4 +1,4 @@
-"""Keys of the evaluation."""
+"""Config keys of the evaluation."""
 
 from __future__ import annotations
 
@@ -121,5 +121,5 @@ class Evaluation(Strict):
 
     @property
     def judged_by(self) -> MetricName:
-        """The metric that the best checkpoint is chosen by."""
+        """The metric by which the best checkpoint is chosen."""
         return self.best_metric or self.metrics[0]

@@ -1,4 +1,4 @@
-"""A whole experiment, and what must hold between its groups of keys."""
+"""The config of an experiment, and the rules between its groups of keys."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class Config(Strict):
 
     @property
     def student_prefix(self) -> str:
-        """Where its students lie below the root of its storage."""
+        """The prefix of its students below the storage root."""
         return f"students/{self.name}/"
 
     @property
     def student_address(self) -> str:
-        """Folder or S3 address of its students, for `load_student` and the like."""
+        """The folder or S3 address of its students, as `load_student` takes it."""
         return f"{self.storage.root.rstrip('/')}/{self.student_prefix.rstrip('/')}"
 
     @model_validator(mode="after")
@@ -97,7 +97,9 @@ class Config(Strict):
         if self.training.online and self.reader.shuffle != "none":
             raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
         ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size
-        shards = 2 * (-(-ahead // self.trajectories.samples_per_shard) + 1)  # half of them are made at a time
+        shards = 2 * (
+            -(-ahead // self.trajectories.samples_per_shard) + 1
+        )  # half of them are made at the same time
         if self.training.online and self.training.online_staged_shards < shards:
             raise ValueError(
                 f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"

@@ -1,4 +1,4 @@
-"""Experiments and profiles read from YAML files and overrides, and written as YAML."""
+"""Reading of experiments and profiles from YAML files and overrides, and writing them as YAML."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference"
 def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path()) -> Config:
     """Read an experiment. `overrides` are `dotted.key=value`, the value read as YAML.
 
-    Its paths are absolute (`config.paths`): relative ones are those of `folder`, by default the working directory.
-    Raises UserError, in one line, for a file that is missing or not YAML and for anything in it that is
-    unknown, of the wrong type or impossible together.
+    Its paths become absolute (`config.paths`); relative ones are relative to `folder`, by default the working
+    directory. Raises UserError, in one line, if the file is missing or not YAML, and for keys that are
+    unknown, of the wrong type or inconsistent with each other.
     """
     file = find_file(path, "configs")
     data = _read_yaml(file)
@@ -34,16 +34,18 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
         _set(data, key, parse_yaml(text, override), override)
     data.setdefault("name", Path(path).stem)
     config = validate(Config, data, str(path), folder)
-    if config.run.dir is None and "://" in config.storage.root:  # the default lies in the working directory
+    if (
+        config.run.dir is None and "://" in config.storage.root
+    ):  # the default is relative to the working directory
         run = RunConfig(dir=str((folder / config.run_dir).absolute()))
         config = config.model_copy(update={"run": run})
     return config
 
 
 def load_profile(stage: str, changes: Mapping[str, int | None]) -> Profile:
-    """The profile `jobs/<stage>.yaml`, with the values of `changes` that are not None in place of its own.
+    """The profile `jobs/<stage>.yaml`, overridden by the values of `changes` that are not None.
 
-    Raises UserError, in one line, as `load_config`.
+    Raises UserError, in one line, as `load_config` does.
     """
     path = f"jobs/{stage}.yaml"
     data = _read_yaml(find_file(path, "jobs"))
@@ -66,14 +68,14 @@ def dump_config(config: Config) -> str:
 
 
 def is_config_file(word: str) -> bool:
-    """Whether a word of a command line is a config's path, and not a run or an address."""
+    """Whether a command-line word is the path of a config, not a run or an address."""
     return word.endswith((".yaml", ".yml"))
 
 
 def files_not_there(config: Config) -> dict[str, str]:
-    """Files and folders that training and evaluation read, by key as they are shown, that are not on this machine."""
+    """The files and folders, by key, that training and evaluation need and that are not on this machine."""
     evaluation = {key: getattr(config.evaluation, key) for key in EVALUATION_FILES}
-    if set(config.evaluation.metrics) == {"trajectory_error"}:  # which compares with the teacher alone
+    if set(config.evaluation.metrics) == {"trajectory_error"}:  # it compares only with the teacher
         evaluation = {}
     named = {f"evaluation.{key}": path for key, path in evaluation.items() if path not in NAMED_IMAGES}
     named["training.lpips_weights"] = config.training.lpips_weights
@@ -85,7 +87,10 @@ def files_not_there(config: Config) -> dict[str, str]:
 
 
 def find_file(path: str, folder: str) -> Path:
-    """`path` in the working directory, or the copy of it that travels with the package."""
+    """`path` in the working directory, or the copy of it in the package.
+
+    Raises UserError if neither exists.
+    """
     here = Path(path)
     if here.is_file():
         return here

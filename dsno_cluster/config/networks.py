@@ -1,4 +1,4 @@
-"""Keys of the networks: network, teacher, student."""
+"""Config keys of the networks: network, teacher, student."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
 
 
 class Network(Named):
-    """The images, and our U-Net: that of the student, and of a teacher that is trained here or imported."""
+    """The images, and our U-Net: the student's, and that of a teacher that is trained here or imported."""
 
     image_size: PositiveInt = Field(description="height and width of the images in pixels")
     channels: PositiveInt = Field(description="colour channels of the images")
@@ -56,7 +56,7 @@ class Network(Named):
 
     @property
     def missing_sizes(self) -> list[str]:
-        """What a U-Net of ours needs and is left out."""
+        """The sizes that our U-Net needs and that are not set."""
         return [name for name in UNET_SIZES if getattr(self, name) is None]
 
     @model_validator(mode="after")
@@ -105,8 +105,7 @@ class TeacherConfig(Strict):
     @field_validator("options")
     @classmethod
     def _published_config(cls, options: TeacherOptions, info: ValidationInfo) -> TeacherOptions:
-        """`config`, the YAML of a published teacher, is a path; the options of a factory are its own, and part of the "
-        "spec."""
+        """Resolve `config`, the path of a published teacher's YAML; a factory's options, part of the spec, stay."""
         path, config = info.data.get("path"), options.get("config")
         if path is None or not is_file_path(path) or not isinstance(config, str):
             return options
@@ -114,7 +113,7 @@ class TeacherConfig(Strict):
 
 
 def too_many_modes(operator: str, modes: int, points: int) -> str | None:
-    """What is wrong with so many modes on M = `points` time points, or None: more of them no M points determine."""
+    """What is wrong with this number of modes, or None: M = `points` time points do not determine more."""
     most, formula = (points, "M") if operator == "series" else (points // 2 + 1, "M//2+1")
     return f"modes {modes} is above {most} = {formula} for M={points} time points" if modes > most else None
 

@@ -1,8 +1,9 @@
-"""Paths of a config, as types.
+"""The types of paths in a config.
 
-Where a config is loaded, `~` and `$VARIABLES` are expanded and relative paths become absolute, so that a process that
-starts in another folder or on another node finds the same files. Addresses (`s3://...`, `package:NAME`) stay as they are.
-Relative paths are those of the working directory, or of the `folder` that `validate` is given.
+When a config is loaded, `~` and `$VARIABLES` are expanded and relative paths become absolute, so that a
+process that starts in another folder or on another node finds the same files. Addresses (`s3://...`,
+`package:NAME`) stay as they are. Relative paths are relative to the working directory, or to the `folder`
+passed to `validate`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pydantic import AfterValidator, ValidationInfo
 from dsno_cluster.errors import UserError
 from dsno_cluster.storage import absolute_address, split_address
 
-FOLDER = "folder"  # of pydantic's validation context: what relative paths are relative to
-NAMED_IMAGES = ("data", "held-out")  # references that are no paths
+FOLDER = "folder"  # key of pydantic's validation context: the folder that relative paths are relative to
+NAMED_IMAGES = ("data", "held-out")  # references that are not paths
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def resolved(path: str, info: ValidationInfo) -> str:
-    """A path as an absolute one, an address as it is."""
+    """A path made absolute; an address as it is."""
     if "://" in path or path.startswith("package:"):
         return path
     return absolute_address(_expanded(path), _folder(info))
@@ -34,7 +35,7 @@ def _root(path: str, info: ValidationInfo) -> str:
         if "://" in path:
             split_address(path)
     except UserError as error:
-        raise ValueError(str(error)) from None  # which pydantic gathers with the key's name
+        raise ValueError(str(error)) from None  # pydantic adds the key's name
     return resolved(path, info)
 
 
@@ -58,17 +59,20 @@ StorageRoot = Annotated[str, AfterValidator(_root)]
 """A folder, or s3://bucket/prefix."""
 
 TeacherPath = Annotated[str, AfterValidator(_teacher)]
-"""A folder, a file or an address; or what is no path: package.module:function, closed-form:NAME."""
+"""A folder, a file or an address; or package.module:function or closed-form:NAME, which are not paths."""
 
 ReferencePath = Annotated[str, AfterValidator(_reference)]
 """Files, a folder or an address; or one of NAMED_IMAGES."""
 
 NodePath = Annotated[str, AfterValidator(_node_path)]
-"""A folder whose `$VARIABLES` are those of the node that uses it: they stay as written until `on_this_node`."""
+"""A folder whose `$VARIABLES` belong to the node that uses it: they are expanded only by `on_this_node`."""
 
 
 def on_this_node(path: str, key: str) -> Path:
-    """A `NodePath` with this node's variables. Raises UserError, naming the `key`, for one that is not set here."""
+    """A `NodePath` with this node's variables.
+
+    Raises UserError, naming the `key`, if a variable is not set here.
+    """
     try:
         return Path(_expanded(path)).absolute()
     except ValueError as error:
@@ -76,7 +80,7 @@ def on_this_node(path: str, key: str) -> Path:
 
 
 def is_file_path(path: str) -> bool:
-    """Whether a resolved path or address leads to files, and is not the name of something inside Python."""
+    """Whether a resolved path or address refers to files, not to something inside Python."""
     return "://" in path or os.path.isabs(path)
 
 

@@ -1,4 +1,4 @@
-"""Keys of where results live: storage, run."""
+"""Config keys of where results are kept: storage, run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _endpoint(value: str) -> str:
 
 
 class StorageConfig(Strict):
-    """Where shared results live."""
+    """Where shared results are kept."""
 
     root: StorageRoot = Field("runs", validate_default=True, description="a folder, or s3://bucket/prefix")
     endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = Field(

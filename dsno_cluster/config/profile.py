@@ -1,4 +1,4 @@
-"""Where one stage runs: a job profile."""
+"""Job profiles: where a stage runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsno_cluster.config.base import PositiveInt, Strict
 
 SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
 _OURS = "dsno-cluster sets it itself"
-# options of sbatch that another key of a profile sets, or by which a job is run and followed
+# options of sbatch that another key of a profile sets, or that dsno-cluster needs to run and follow a job
 OWN_OPTIONS = {
     **{key: f"is {key} of the profile" for key in ("nodes", "partition", "account", "qos", "constraint")},
     "time": "is time_minutes of the profile",
@@ -28,7 +28,7 @@ OWN_OPTIONS = {
 
 
 class Profile(Strict):
-    """Where one stage runs: a file of `jobs/`. Options of the command line take precedence over it."""
+    """Where a stage runs: a file of `jobs/`. Options of the command line take precedence over it."""
 
     nodes: PositiveInt = Field(1, description="number of nodes; --nodes takes precedence")
     tasks_per_node: PositiveInt = Field(
@@ -70,7 +70,7 @@ class Profile(Strict):
 
     @property
     def sbatch_options(self) -> dict[str, str | int | bool]:
-        """`sbatch` as options: a flag that is false is left out, except `requeue`, which we ask for."""
+        """`sbatch` as options: false flags are omitted, except that `requeue: false` becomes `no-requeue`."""
         options = {key: value for key, value in self.sbatch.items() if value is not False}
         return options if self.requeue else {**options, "no-requeue": True}
 
@@ -84,7 +84,7 @@ class Profile(Strict):
         for key in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise ValueError(f"environment: {key!r} is not the name of a variable")
-        # values from a command or another variable are not in the script
+        # values taken from a command or another variable do not appear in the script
         written = [name for line in self.setup for name in re.findall(r"\b(\w+)=(?![\"']?[$`])", line)]
         for place, names in (("environment", [*self.environment]), ("setup", written)):
             for name in names:

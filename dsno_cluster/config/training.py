@@ -1,4 +1,4 @@
-"""Keys of the two trainings: training, teacher_training."""
+"""Config keys of the two trainings: training, teacher_training."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Training:
-        if len({f"{decay:g}" for decay in self.ema_decays}) < len(self.ema_decays):  # files are named so
+        if len({f"{decay:g}" for decay in self.ema_decays}) < len(self.ema_decays):  # the names of the files
             raise ValueError(f"ema_decay {list(self.ema_decays)}: two are the same to six digits")
         if self.batch_size % self.accumulation:
             raise ValueError(
@@ -133,7 +133,7 @@ class Training(Strict):
 
 
 class TeacherTraining(Strict):
-    """`train-teacher`: a denoiser trained on `data` with v-prediction."""
+    """Settings of `train-teacher`, which trains a denoiser on `data` with v-prediction."""
 
     steps: PositiveInt = Field(3000, description="optimiser steps")
     batch_size: PositiveInt = Field(128, description="images in a step")

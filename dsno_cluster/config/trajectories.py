@@ -1,4 +1,4 @@
-"""Keys of how trajectories are made and read: trajectories, reader."""
+"""Config keys of making and reading trajectories: trajectories, reader."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Trajectories(Strict):
 
     @property
     def method(self) -> Method:
-        """How the ODE is solved; its grid may be `auto`, which the teacher decides."""
+        """How the ODE is solved; a grid of `auto` is decided by the teacher."""
         return Method(self.solver, self.steps, self.grid, self.guidance_scale, self.clip_denoised)
 
     @property
@@ -80,7 +80,7 @@ class Trajectories(Strict):
             t = self.times
             if not t or t[-1] != 0.0 or t[0] >= 1.0 or any(a <= b for a, b in itertools.pairwise(t)):
                 raise ValueError("times must descend strictly from below 1 to exactly 0")
-        grid_points(self.time_points, self.solver, self.steps, self.grid)  # says if steps are too few
+        grid_points(self.time_points, self.solver, self.steps, self.grid)  # raises if there are too few steps
         return self
 
 

@@ -1,4 +1,4 @@
-"""Plain values to a model; its first mistake told in one line, with the nearest right key."""
+"""Validation of plain values as a model; reports the first mistake in one line, with the nearest valid key."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Model = TypeVar("Model", bound=Strict)
 
 
 def validate(model: type[Model], data: Any, where: str, folder: Path = Path()) -> Model:
-    """`data` (plain YAML values) as `model`; UserError with one line for the first mistake.
+    """`data` (plain YAML values) as a `model`. Raises UserError, in one line, for the first mistake.
 
-    Relative paths become those of `folder`, by default the working directory.
+    Relative paths are relative to `folder`, by default the working directory.
     """
     try:
-        # JSON mode is strict about types, yet takes lists for tuples and whole numbers for floats
+        # JSON mode is strict about types, but accepts lists for tuples and whole numbers for floats
         return model.model_validate_json(json.dumps(data), context={FOLDER: folder})
     except ValidationError as error:
         raise UserError(f"{where}: {_one_line(error, model, data)}") from None
@@ -40,7 +40,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], data: Any) -> str:
     errors = error.errors(include_url=False)
     first = errors[0]
     keys = _keys_of(first, data)
-    for other in errors[1:]:  # of a union's alternatives, the one that agrees furthest with what was written
+    for other in errors[1:]:  # among a union's alternatives, take the one that matches the input most deeply
         deeper = _keys_of(other, data)
         if len(deeper) > len(keys) and deeper[: len(keys)] == keys:
             first, keys = other, deeper
@@ -64,7 +64,10 @@ def _one_line(error: ValidationError, model: type[BaseModel], data: Any) -> str:
 
 
 def _keys_of(error: ErrorDetails, data: Any) -> list[int | str]:
-    """Where in `data` an error is. Its own location also names the alternatives of unions, which nobody wrote."""
+    """Where in `data` an error is.
+
+    Pydantic's location also names a union's alternatives, which are not in `data`.
+    """
     keys: list[int | str] = []
     for part in error["loc"]:
         children = dict(enumerate(data)) if isinstance(data, list) else data
@@ -105,7 +108,7 @@ def _all_keys(model: type[BaseModel], prefix: Sequence[int | str] = ()) -> list[
 
 
 def nearest(word: str, choices: Sequence[str], also: type[BaseModel] | None = None) -> str:
-    """'; did you mean X?', looking first among `choices`, then at every key of `also`."""
+    """'; did you mean X?', searching `choices` first, then every key of `also`."""
     for pool in (choices, _all_keys(also) if also else ()):
         if near := closest(word, pool):
             return f"; did you mean {near}?"

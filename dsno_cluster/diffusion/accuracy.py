@@ -1,4 +1,4 @@
-"""How exact a solver is on a teacher, and the cheapest one that is exact enough."""
+"""The error of a solver on a teacher, and the cheapest solver that is accurate enough."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsno_cluster.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-REFERENCE_STEPS = 1024  # six to a period of the fastest term of the usual level embedding
+REFERENCE_STEPS = 1024  # six per period of the fastest term of the usual level embedding
 CANDIDATES = (("abm3", "fine-end"), ("dpmpp-2m", "uniform"))
 STEPS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 52, 56, 60, 64, 72, 80, 96, 112, 128, 160, 192, 256)
 
@@ -26,7 +26,7 @@ class Choice:
 
 
 def reference_method(method: Method, times: Sequence[float]) -> Method:
-    """`method` made so fine that what is left is far below any error measured against its states."""
+    """`method` with so many steps that its own error is far below any error measured against its states."""
     return replace(method, solver="abm3", steps=max(REFERENCE_STEPS, len(times)), grid="uniform")
 
 
@@ -45,11 +45,11 @@ def cheapest(
     labels: Tensor | None = None,
     tried: Callable[[Choice], None] = lambda choice: None,
 ) -> Choice:
-    """The choice of fewest evaluations whose error on these samples is within `tolerance` at every time point.
+    """The choice with the fewest evaluations whose error is within `tolerance` at every time point.
 
-    Guidance and clipping are those of `method`; solver, steps and grid are chosen. Errors do not fall steadily with the
-    steps (see `schedule.fine_end`), so each number of steps is tried, from the cheapest on. Raises UserError if none is
-    good enough.
+    Guidance and clipping are those of `method`; solver, steps and grid are chosen. Errors do not fall
+    steadily with the steps (see `schedule.fine_end`), so each number of steps is tried, starting from the
+    cheapest. Raises UserError if none is accurate enough.
     """
     reference = solve_with(reference_method(method, times), teacher, noise, times, labels)
     best: Choice | None = None

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def noise_levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
     """log(abar_n / (1 - abar_n)), strictly descending, (num_train_timesteps,).
 
-    Betas and abar in float32 as diffusers has them (the model was trained on those: 1 - abar_0 is off by 2e-4
-    of itself); squaredcos_cap_v2 is that of Nichol & Dhariwal 2021, eq. 17.
+    Betas and abar are float32, as in diffusers, because the model was trained on those (1 - abar_0 has a
+    relative error of 2e-4); squaredcos_cap_v2 is that of Nichol & Dhariwal 2021, eq. 17.
     """
     import torch
 
@@ -49,9 +49,9 @@ def noise_levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
 
 
 def timesteps_at(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
-    """The timesteps, real numbers, of log-SNRs of any shape, among the model's descending `levels`; float64.
+    """Real-valued timesteps for log-SNRs of any shape, given the model's descending `levels`; float64.
 
-    Interpolated linearly in log-SNR; outside the levels, the nearest.
+    They are interpolated linearly in log-SNR; outside the levels, the nearest level is taken.
     """
     import torch
 

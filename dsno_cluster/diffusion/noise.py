@@ -1,4 +1,4 @@
-"""Randomness belongs to the sample: the noise and label of sample i are functions of (seed, i) alone.
+"""Random numbers per sample: the noise and label of sample i depend only on (seed, i).
 
 A counter-based generator (Philox) is keyed with (seed, i), so neither batch size, actor, rank nor restart can
 change a number. The fourth counter word keeps the uses of one key apart.
@@ -46,6 +46,6 @@ def sample_labels(seed: int, indices: Iterable[int], num_classes: int) -> Tensor
 
 
 def noise_checksum(seed: int, shape: tuple[int, ...]) -> str:
-    """sha256 of sample 0's noise: tells whether this machine regenerates the noise a data set was made with."""
+    """sha256 of sample 0's noise, by which a machine checks that it regenerates the noise of a data set."""
     first = _generator(seed, 0, _NOISE).standard_normal(shape, np.float32)
     return hashlib.sha256(first.tobytes()).hexdigest()

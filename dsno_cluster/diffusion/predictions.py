@@ -1,4 +1,4 @@
-"""What a denoising U-Net predicts and how that gives clean images."""
+"""What a denoising U-Net predicts, and how clean images follow from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREDICTIONS = ("x", "eps", "v", "both")
 
 
 def out_channels(prediction: str, channels: int) -> int:
-    """Channels of the last layer: twice the image's where the network predicts both x0 and eps."""
+    """Channels of the last layer: twice the image's if the network predicts both x0 and eps."""
     return 2 * channels if prediction == "both" else channels
 
 

@@ -65,10 +65,10 @@ def refine(times: Sequence[float], steps: int) -> list[float]:
     """A grid of `steps` intervals from t=1 down to t=0 that passes exactly through every one of `times`.
 
     The intervals are shared out between the stretches [1, times[0]], [times[0], times[1]], ..., [.., 0] in
-    proportion to their length (largest remainder, at least one each) and are equal within a stretch. Where
+    proportion to their length (largest remainder, at least one each) and are equal within a stretch. If
     `times` lie on the uniform grid of 1/steps, the result is that grid.
 
-    Raises ValueError where `times` do not descend strictly within [0, 1) or `steps` is below their number.
+    Raises ValueError if `times` do not descend strictly within [0, 1) or `steps` is below their number.
     """
     check_times(times)
     return _between(_stretches(times), [a - b for a, b in _stretches(times)], steps, last_power=1.0)
@@ -81,12 +81,12 @@ def fine_end(times: Sequence[float], steps: int) -> list[float]:
     """Like `refine`, but with twice the share below t = 1/16, and steps that shrink towards t=0 there.
 
     The ODE bends most near the data. Within that last stretch, from t0 down to 0, point j of n is
-    t0 (1 - j/n)^1.5; it starts at the lowest of `times` where that lies in (0, 1/8], else at 1/16. Above it
+    t0 (1 - j/n)^1.5; it starts at the lowest of `times` if that lies in (0, 1/8], else at 1/16. Above it
     equal steps are kept on purpose: a denoiser's level embedding oscillates in t (the fastest term of the usual one has
     about 160 periods from t=1 to t=0), and a grid of steadily changing steps passes through lengths that are
     a whole number of periods, where the oscillation is not averaged out (measured: benchmarks/solvers.py).
 
-    Raises ValueError as `refine`; up to one interval more than time points may be needed.
+    Raises ValueError as `refine` does; up to one interval more than time points may be needed.
     """
     check_times(times)
     stretches = _stretches(times)
@@ -113,7 +113,7 @@ def _between(
     counts = [max(1, math.floor(x + 1e-9)) for x in ideal]
     while sum(counts) < steps:
         counts[max(range(len(counts)), key=lambda i: (ideal[i] - counts[i], -i))] += 1
-    while sum(counts) > steps:  # only where several stretches were raised to one interval
+    while sum(counts) > steps:  # only if several stretches were raised to one interval
         counts[max((i for i in range(len(counts)) if counts[i] > 1), key=lambda i: counts[i] - ideal[i])] -= 1
     grid = [1.0]
     for (start, end), count in zip(stretches, counts, strict=True):
@@ -140,7 +140,7 @@ def check_times(times: Sequence[float]) -> None:
 
 
 def same_time(a: float, b: float) -> bool:
-    """Whether two times are one except for rounding: formulas of one grid differ in the last bit, float32 in the eighth digit."""
+    """Whether two times are equal up to rounding, to float32 or between formulas of the same grid."""
     return abs(a - b) <= TIME_TOLERANCE
 
 

@@ -30,10 +30,11 @@ class TeacherLike(Protocol):
 class Method:
     """How the sampling ODE is solved.
 
-    `steps` is the number of intervals from t=1 to t=0. `grid` is `uniform`, `fine-end`, `auto` (the teacher's own steps if
-    it has any, else what suits the solver) or the times themselves, descending. `guidance_scale` other than 1 is
-    classifier-free guidance. `clip_denoised` clamps every prediction of x0 to [-1, 1]. With `clean_end` the state at t=0 is
-    the last prediction of x0 itself, as samplers of published teachers and of diffusers end: they take sigma(0) as 0.
+    `steps` is the number of intervals from t=1 to t=0. `grid` is `uniform`, `fine-end`, `auto` (the teacher's
+    own steps if it has any, else the usual grid of the solver) or the times themselves, descending.
+    `guidance_scale` other than 1 is classifier-free guidance. `clip_denoised` clamps every prediction of x0
+    to [-1, 1]. With `clean_end` the state at t=0 is the last prediction of x0 itself, as in the samplers of
+    published teachers and of diffusers, which take sigma(0) as 0.
     """
 
     solver: str = "ddim"
@@ -44,7 +45,7 @@ class Method:
     clean_end: bool = False
 
     def on(self, own_steps: tuple[float, ...] | None) -> Method:
-        """This method with its grid decided: `own_steps` of the teacher, if `auto` and it has some."""
+        """This method with its grid decided: for `auto`, the teacher's `own_steps` if it has any."""
         if self.grid != "auto":
             return self
         if own_steps is None:
@@ -126,8 +127,10 @@ def native_grid(teacher: Any, steps: int) -> tuple[float, ...] | None:
 def grid_points(
     times: Sequence[float], solver: str, steps: int, grid: str | Sequence[float] = "auto"
 ) -> list[float]:
-    """The points that `solve` goes through, from the first, descending. `grid` as there, except for native steps,
-    which are given as a sequence. Raises ValueError as `solve`.
+    """The points that `solve` passes through, descending.
+
+    `grid` is as for `solve`, except that a teacher's own steps are given as a sequence. Raises ValueError as
+    `solve` does.
     """
     if grid == "auto":
         grid = usual_grid(solver)
@@ -162,8 +165,8 @@ def count_evaluations(
 ) -> int:
     """Network evaluations (NFE) that `solve` uses for one sample; guidance needs two at a time.
 
-    `times` matter if they end before 0, since the intervals after the last one are not solved. For a
-    teacher with steps of its own pass those as `grid`.
+    `times` matter if they end before 0, since the intervals after the last one are not solved. For a teacher
+    with its own steps, pass those as `grid`.
     """
     points = grid_points(times, solver, steps, grid)
     intervals = next(i for i, point in enumerate(points) if same_time(point, float(times[-1])))
@@ -208,8 +211,7 @@ def ddim(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: boo
 def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
     """Second order, two evaluations a step: Heun's method on dx / dtheta = v (Karras et al. 2022, alg. 1).
 
-    v = (alpha x - x0) / sigma. The last interval is one DDIM step, since v loses its digits where sigma
-    vanishes.
+    v = (alpha x - x0) / sigma. The last interval is one DDIM step, since v loses precision as sigma vanishes.
     """
     x = noise
     for i, (t, s) in enumerate(itertools.pairwise(grid)):
@@ -227,8 +229,8 @@ def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: boo
 def dpmpp_2m(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
     """Second order, one evaluation a step: DPM-Solver++(2M) (Lu et al. 2022, alg. 2).
 
-    First and last steps are first order: the extrapolation of x0 across the last, huge step in log-SNR is
-    what spoils the end point otherwise.
+    The first and last steps are first order: extrapolating x0 across the last, huge step in log-SNR would
+    spoil the end point.
     """
     x, previous = noise, None
     last_h = math.nan
@@ -254,7 +256,7 @@ def abm3(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: boo
     last one, for which no evaluation follows, as predicted.
     """
     x = noise
-    start: tuple[Tensor, float] | None = None  # state and angle that the present prediction was made from
+    start: tuple[Tensor, float] | None = None  # state and angle from which the current prediction was made
     past: list[tuple[float, Tensor]] = []  # (angle, v), newest first
     for i, (t, s) in enumerate(itertools.pairwise(grid)):
         theta = angle(t)

@@ -1,1 +1,1 @@
-"""Torch modules: U-Nets, temporal convolutions, backbones of other libraries. What they are used for stands above."""
+"""Torch modules: U-Nets, temporal convolutions, backbones of other libraries."""

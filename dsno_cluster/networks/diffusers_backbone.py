@@ -1,8 +1,8 @@
-"""A diffusers UNet2DModel as the backbone of a student: the same call as our U-Net's, with temporal convolutions.
+"""A diffusers UNet2DModel as the backbone of a student, with temporal convolutions and our U-Net's interface.
 
-One stands after each residual (+ attention) block, and in the middle between attention and the second block, as in
-our own (Zheng et al. 2023, figure 3). They hang on diffusers' own blocks as a part `temporal` and a forward hook, so the
-tensors of the model keep diffusers' names, below `unet.`.
+A temporal convolution follows each residual (+ attention) block; in the middle it lies between attention and
+the second block, as in our own U-Net (Zheng et al. 2023, figure 3). It is attached to diffusers' blocks as a
+submodule `temporal` and a forward hook, so the model's tensors keep diffusers' names, below `unet.`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ PAIRED = (
 
 
 def unet2d_model(config: Values, where: str) -> Any:
-    """A diffusers UNet2DModel of that config, at initialisation. Raises UserError where diffusers is missing."""
+    """A freshly initialised diffusers UNet2DModel of that config.
+
+    Raises UserError if diffusers is not installed.
+    """
     try:
         from diffusers import UNet2DModel
     except ImportError:
@@ -60,7 +63,7 @@ class DiffusersBackbone(nn.Module):
         basis: FourierBasis | None = None,
         last_basis: FourierBasis | None = None,
     ) -> Tensor:
-        """As `UNet.forward`. Levels outside the scheduler's are taken as its nearest."""
+        """As `UNet.forward`. Levels outside the scheduler's range are replaced by its nearest."""
         count, points = x_NCHW.shape[0], logsnr.shape[1]
         timestep_B = timesteps_at(self.levels, logsnr).expand(count, points).reshape(-1).float()
         x_BCHW = x_NCHW.contiguous(memory_format=torch.channels_last).repeat_interleave(points, dim=0)
@@ -74,7 +77,7 @@ class DiffusersBackbone(nn.Module):
 
 
 class _BlockTemporal(TemporalConv):
-    """A temporal convolution that is told its basis before a pass: diffusers' blocks cannot hand it down."""
+    """A temporal convolution whose basis is set before a pass: diffusers' blocks cannot pass it on."""
 
     basis: FourierBasis | None = None
 
@@ -87,7 +90,10 @@ def _after_block(block: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
 
 
 def _add_temporal(unet: Any, modes: int, init: str) -> None:
-    """Raises UserError for kinds of blocks whose residual and attention blocks do not come in pairs."""
+    """Add temporal convolutions.
+
+    Raises UserError if a level's residual and attention blocks do not come in pairs.
+    """
     for level in (*unet.down_blocks, *unet.up_blocks):
         kind = type(level).__name__
         if kind not in PAIRED:

@@ -1,4 +1,4 @@
-"""What a diffusers UNet2DModel is built from; without torch, as `meta.json` and specs hold it."""
+"""The description of a diffusers UNet2DModel in `meta.json` and specs; needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dsno_cluster.records import Values
 
 
 class DiffusersModel(Strict):
-    """A diffusers model: `config` is that of the UNet2DModel, `scheduler` that of its noise levels."""
+    """A diffusers model: configs of the UNet2DModel and of the scheduler that defines its noise levels."""
 
     config: Values
     scheduler: Values

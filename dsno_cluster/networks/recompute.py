@@ -1,4 +1,4 @@
-"""Activation checkpointing: what backward computes again in place of keeping it."""
+"""Activation checkpointing: the backward pass recomputes activations instead of keeping them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dsno_cluster.networks.unet import Attention, ResidualBlock
 
-# Results that are dear to compute: kept by `cheap`, which computes only what lies between them again.
+# Results that are expensive to compute: `cheap` keeps them and recomputes only what lies between them.
 _DEAR = [
     torch.ops.aten.convolution.default,
     torch.ops.aten.addmm.default,
@@ -25,10 +25,11 @@ _DIFFUSERS_BLOCKS = ("ResnetBlock2D", "Attention")
 
 
 def recompute_in_backward(backbone: nn.Module, what: str) -> None:
-    """Have the residual and attention blocks of a backbone keep less for backward; their results stay the same.
+    """Make the residual and attention blocks of a backbone keep less for backward, without changing results.
 
-    none: keep all. cheap: keep the results of convolutions and matrix products, compute norms and activations
-    again, at a few per cent of time. blocks: keep each block's input alone, at about a third more time.
+    none: keep everything. cheap: keep the results of convolutions and matrix products and recompute norms and
+    activations, for a few per cent more time. blocks: keep only each block's input, for about a third more
+    time.
     """
     if what == "none":
         return

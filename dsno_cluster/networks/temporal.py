@@ -1,9 +1,10 @@
-"""Time in the student: the published Fourier temporal convolution as a real operator, and the cosine series.
+"""The student's time axis: the published Fourier convolution as a real operator, and the cosine series.
 
 Published form (Zheng et al. 2023, section 3.2): u + LeakyReLU(irfft(R . rfft(u))), the transform taken over
-the M time points, only the lowest K modes kept, R complex. For given points that is a real linear map: an analysis
-into Fourier modes, a real channel mix for each mode, and a synthesis. Written so, it has no complex parameters
-(DeepSpeed cannot partition those), needs no float32 detour, and works in bfloat16 and under compile.
+the M time points, only the lowest K modes kept, R complex. For given points that is a real linear map: an
+analysis into Fourier modes, a real channel mix for each mode, and a synthesis. In this form it has no complex
+parameters (DeepSpeed cannot partition those), needs no detour through float32, and works in bfloat16 and
+under compile.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 
 
 class FourierBasis(NamedTuple):
-    """Functions of time that temporal convolutions work in, for given points.
+    """The basis functions of time of the temporal convolutions, for given points.
 
-    `analysis` (F, M) takes values at M points to real coefficients, `synthesis` (P, F) takes those to values at the
-    points `wanted` (P positions among the M). The first `real` coefficients belong to modes with a real coefficient
-    (the mean; the Nyquist mode), the others are real and imaginary parts of one mode after the other. `modes` are their
-    numbers.
+    `analysis` (F, M) maps values at M points to real coefficients, `synthesis` (P, F) maps those to values at
+    the points `wanted` (P positions among the M). The first `real` coefficients belong to modes with a real
+    coefficient (the mean and the Nyquist mode); the others are the real and imaginary parts of one mode after
+    the other. `modes` are the numbers of the modes in this order.
     """
 
     analysis: Tensor
@@ -46,10 +47,10 @@ def fourier_basis(
 ) -> FourierBasis:
     """The lowest `modes` Fourier modes at M points, `phases` in units of one period.
 
-    On a uniform grid this is the truncated discrete Fourier transform, elsewhere the least-squares fit of the same
-    modes. Modes that M points do not determine are left out. `nyquist` is the mode whose imaginary part
-    the model's own grid cannot see (M/2 for an even M), so it never reaches the output of `irfft`. `wanted`: the
-    points to give (default: all).
+    On a uniform grid this is the truncated discrete Fourier transform, elsewhere the least-squares fit of the
+    same modes. Modes that M points do not determine are omitted. `nyquist` is the mode whose imaginary part
+    vanishes on the model's own grid (M/2 for an even M), so that it never reaches the output of `irfft`.
+    `wanted`: the points to evaluate (default: all).
     """
     real: list[int] = []
     other: list[int] = []
@@ -63,7 +64,7 @@ def fourier_basis(
         angle_M = 2 * math.pi * k * phase_M
         columns += [angle_M.cos(), -angle_M.sin()]
     synthesis_MF = torch.stack(columns, dim=1)
-    # the cut-off keeps points that lie close together from asking for modes that they cannot tell apart
+    # the cut-off drops modes that points lying close together cannot distinguish
     analysis_FM = torch.linalg.pinv(synthesis_MF, rtol=1e-3)
     wanted = tuple(range(len(phases))) if wanted is None else wanted
     analysis, synthesis = (x.to(device, dtype) for x in (analysis_FM, synthesis_MF[list(wanted)]))
@@ -74,7 +75,7 @@ class TemporalConv(nn.Module):
     """u + LeakyReLU(0.01)(irfft(R . rfft(u))) over time, channels kept.
 
     `weight` is R as real numbers, (C_in, C_out, K, 2). `init` published: uniform in [0, 1 / (C_in C_out)); zero: the
-    layer begins as the identity, and a student as its backbone.
+    layer starts as the identity, and the student as its backbone.
     """
 
     def __init__(self, channels: int, modes: int, init: str = "published") -> None:
@@ -86,7 +87,7 @@ class TemporalConv(nn.Module):
     def forward(self, u_BCHW: Tensor, basis: FourierBasis) -> Tensor:
         """(N*M, C, H, W), the M points of a sample adjacent -> (N*P, C, H, W) at the basis' wanted points.
 
-        Channels-last inside: what lies so already is not copied.
+        It works in channels-last; input that is channels-last already is not copied.
         """
         batch, channels, height, width = u_BCHW.shape
         points = basis.analysis.shape[1]

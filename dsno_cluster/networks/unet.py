@@ -1,10 +1,10 @@
 """A DDPM++-style U-Net over images, with a time axis.
 
-The network answers M time points of the same input at once: `forward(x, logsnr, labels)` gives (N, M, C, H, W).
-A denoiser is the case M = 1. Inside, the M points of a sample lie next to each other in the batch, so every
-block but the temporal convolution sees plain images; what does not depend on time is computed once a sample.
-Structure, normalisation and embeddings are those of the published DSNO network (Zheng et al. 2023; Salimans & Ho
-2022), so published weights fit. Activations are channels-last.
+The network evaluates M time points of the same input at once: `forward(x, logsnr, labels)` gives (N, M, C, H,
+W). A denoiser is the case M = 1. Inside, the M points of a sample lie next to each other in the batch, so
+every block except the temporal convolution sees plain images; what does not depend on time is computed once
+per sample. Structure, normalisation and embeddings are those of the published DSNO network (Zheng et al.
+2023; Salimans & Ho 2022), so published weights fit. Activations are channels-last.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ResidualBlock(nn.Module):
 
 
 def repeat(x_NCHW: Tensor, batch: int) -> Tensor:
-    """Each image as often as makes `batch` of them, its copies adjacent, channels-last."""
+    """Each image repeated so that there are `batch` of them, its copies adjacent, channels-last."""
     if len(x_NCHW) == batch:
         return x_NCHW
     copies_NMHWC = x_NCHW.permute(0, 2, 3, 1)[:, None].expand(-1, batch // len(x_NCHW), -1, -1, -1)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, then attention and temporal convolution where the network has them."""
+    """A residual block, then attention and temporal convolution if the network has them here."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Level(nn.Module):
 
 
 def _sizes(network: Network) -> tuple[int, tuple[int, ...], int, int]:
-    """(width, multipliers, blocks_per_level, embedding_dim). Raises UserError where one is left out."""
+    """(width, multipliers, blocks_per_level, embedding_dim). Raises UserError if one is not set."""
     width, multipliers = network.width, network.multipliers
     blocks, dim = network.blocks_per_level, network.embedding_dim
     if width is None or multipliers is None or blocks is None or dim is None:
@@ -171,10 +171,10 @@ def _sizes(network: Network) -> tuple[int, tuple[int, ...], int, int]:
 
 
 class UNet(nn.Module):
-    """See the module's first lines. `modes` 0 means no temporal convolutions (a plain denoiser).
+    """The U-Net described at the top of this module.
 
-    `out_channels` is the images' own number unless given: a denoiser may predict x0 and eps at once. `init` is that of
-    the temporal convolutions.
+    `modes` 0 means no temporal convolutions (a plain denoiser). `out_channels` defaults to the images'
+    channels; a denoiser may predict x0 and eps together. `init` is that of the temporal convolutions.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class UNet(nn.Module):
         self.width = width
         self.num_classes = network.num_classes
         self.embed_level_in, self.embed_level_out = _linear(width, dim), _linear(dim, dim)
-        # A class embedding is a linear map of the one-hot class; the null class, where there is one, is last.
+        # A class embedding is a linear map of the one-hot class; the null class, if there is one, is last.
         self.embed_class = nn.Linear(network.class_slots, dim) if network.num_classes else None
         self.conv_in = _conv(network.channels, width, 3)
 
@@ -231,10 +231,10 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Images (N, C, H, W) and levels (N, M), or (1, M) shared by all -> (N, M, C_out, H, W).
 
-        `labels_N` are int64 class indices, needed where the network has classes; `basis` is what temporal
-        convolutions work in, needed where there are any. After the last of them points no longer meet: with a
+        `labels_N` are int64 class indices, needed if the network has classes; `basis` is that of the temporal
+        convolutions, needed if there are any. After the last of them the points no longer interact: with a
         `last_basis` that wants P of the points, only those are computed from there on -> (N, P, C_out, H, W).
-        Raises ValueError where labels are missing or not wanted.
+        Raises ValueError if labels are missing or not wanted.
         """
         if (labels_N is not None) != (self.embed_class is not None):
             raise ValueError(
@@ -246,7 +246,7 @@ class UNet(nn.Module):
         if self.embed_class is not None and labels_N is not None:
             one_hot = F.one_hot(labels_N, self.embed_class.in_features).to(x_NCHW.dtype)
             embedding = embedding + self.embed_class(one_hot)[:, None]
-        # silu is the first thing every block does to the embedding: once here instead of once a block
+        # every block begins by applying silu to the embedding: done once here instead of once per block
         e = F.silu(embedding).expand(count, points, -1).reshape(count * points, -1)
 
         # time enters in the middle of the first block: (N, C, H, W) until there, then (N*M, C, H, W), M fastest

@@ -1,8 +1,9 @@
-"""Where bytes live: a folder or s3://bucket/prefix behind one small protocol that behaves the same.
+"""Storage of bytes under keys: a folder or s3://bucket/prefix, behind one small protocol.
 
-A key is a relative path with forward slashes. An object that can be seen is complete: folders write aside and
-rename, S3 puts are atomic and carry a sha256 that the server checks. What can heal on S3 is tried again, with
-growing, random pauses; what cannot, and what did not, is a StorageError that names bucket, key and attempts.
+A key is a relative path with forward slashes. An object that can be seen is complete: in a folder it is
+written to a temporary file and renamed; S3 puts are atomic and carry a sha256 that the server checks.
+Transient errors of S3 are retried with growing, random pauses; permanent ones, and those that outlast the
+attempts, raise a StorageError that names bucket, key and attempts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
 
 
 def absolute_address(address: str, folder: Path = Path()) -> str:
-    """The same folder or S3 address, for a process that may have been started in another folder than `folder`."""
+    """The folder or S3 address as an absolute one; a relative path is relative to `folder`."""
     if "://" in address or address.startswith("package:"):
         return address
     return str((folder / Path(address).expanduser()).absolute())
@@ -44,8 +45,8 @@ def absolute_address(address: str, folder: Path = Path()) -> str:
 def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
     """The storage at a folder path or at s3://bucket/prefix.
 
-    Raises UserError for any other scheme, for what cannot be a bucket, and for an endpoint that is not a URL;
-    also where either carries a password.
+    Raises UserError for any other scheme, for an invalid bucket name, for an endpoint that is not a URL, and
+    if either contains a password.
     """
     if "://" not in url:
         return FolderStorage(Path(url))
@@ -59,7 +60,7 @@ def split_path(path: str) -> tuple[str, str]:
 
 
 def read_file(path: str, endpoint_url: str | None) -> bytes:
-    """The bytes at a path or S3 address. Raises UserError where there is no such file."""
+    """The bytes at a path or S3 address. Raises UserError if the file does not exist."""
     parent, name = split_path(path)
     try:
         return open_storage(parent, endpoint_url).read(name)
@@ -68,7 +69,10 @@ def read_file(path: str, endpoint_url: str | None) -> bytes:
 
 
 def write_file(path: str, data: bytes, endpoint_url: str | None = None) -> None:
-    """Put a file at a path or S3 address, whole. Raises UserError as `open_storage`, and WorkError where it cannot be written."""
+    """Write a file at a path or S3 address atomically.
+
+    Raises UserError as `open_storage` does, and WorkError if the file cannot be written.
+    """
     if re.fullmatch(r"\w+://[^/]*/*", path):
         raise UserError(f"{path}: names a bucket and no file in it")
     parent, name = split_path(path)

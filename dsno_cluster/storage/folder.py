@@ -1,4 +1,4 @@
-"""Objects as files below a folder: written aside, then renamed or linked."""
+"""Objects as files below a folder: written to a temporary file, then renamed or linked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFail
 
 
 class FolderStorage:
-    """Objects as files below a folder, which is made when first written to."""
+    """Objects as files below a folder, which the first write creates."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -40,7 +40,7 @@ class FolderStorage:
                 aside.write_bytes(data)
                 sync(aside)
                 if if_absent:
-                    os.link(aside, path)  # fails where the file exists, in one step
+                    os.link(aside, path)  # atomic; fails if the file exists
                 elif if_match is not None:
                     with locked(path.with_name(f".{path.name}.lock")):
                         now = self.stat(key)
@@ -71,7 +71,7 @@ class FolderStorage:
                         os.rename(path, old)
                     os.rename(new, path)
                 finally:
-                    if old.exists() and not path.exists():  # an error, or Ctrl-C, came between
+                    if old.exists() and not path.exists():  # an error or Ctrl-C came between the two renames
                         os.rename(old, path)
             sync(path.parent)
         except OSError as error:
@@ -81,7 +81,7 @@ class FolderStorage:
         path = self.root / key
         try:
             return self._stat(path) if path.is_file() else None
-        except FileNotFoundError:  # it went meanwhile
+        except FileNotFoundError:  # deleted meanwhile
             return None
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
@@ -122,12 +122,13 @@ class FolderStorage:
                     path.unlink()
 
     def _stat(self, path: Path) -> Stat:
-        # every write makes a new file and renames it, so inode and time tell one content from the next
+        # every write creates a new file and renames it, so inode and time distinguish one content from the
+        # next
         found = path.stat()
         etag = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
         return Stat(path.relative_to(self.root).as_posix(), found.st_size, etag)
 
 
 def _may_be_replaced(path: Path, last: str) -> bool:
-    """Whether nothing is at `path`, or an empty folder, or a whole one that `write_folder` wrote."""
+    """Whether `path` does not exist, or is an empty folder or a complete one that `write_folder` wrote."""
     return not path.exists() or (path.is_dir() and ((path / last).is_file() or not any(path.iterdir())))

@@ -1,4 +1,4 @@
-"""What every storage answers, and the errors that it raises beside StorageError."""
+"""The protocol of a storage, and the errors that it raises besides StorageError."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Protocol
 
 from dsno_cluster.errors import WorkError
 
-STALE = timedelta(days=1)  # what an interrupted write left is removed when it is older
+STALE = timedelta(days=1)  # leftovers of interrupted writes are removed once they are older than this
 
 
 class MissingObject(WorkError):
-    """There is no object of that key."""
+    """No object has that key."""
 
 
 class PreconditionFailed(WorkError):
-    """The object was there already, or is no longer the one that was read."""
+    """The object exists already, or is no longer the one that was read."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,32 @@ class Storage(Protocol):
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of an object, or all of it. Raises MissingObject.
 
-        Of a range that reaches beyond the end, the bytes that exist: none if it begins there or is empty.
+        If the range extends beyond the end, the result is the bytes that exist; it is empty if the range
+        begins at the end or after it.
         """
         ...
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
-        """Put an object whole. Raises PreconditionFailed where the condition does not hold."""
+        """Write an object atomically. Raises PreconditionFailed if the condition does not hold."""
         ...
 
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
-        """Put several objects below `prefix` (ending in /), the last one named last.
+        """Write several objects below `prefix` (ending in /); the last of `files` is written last.
 
-        In a folder they appear together, in place of such a folder that was there; PreconditionFailed where one without that
-        last object would be replaced. On S3, where nothing else below `prefix` is touched, the last object says that the
-        others are there.
+        In a folder they appear together and replace an earlier such folder; raises PreconditionFailed if the
+        existing folder lacks that last object. On S3 nothing else below `prefix` is touched, and the last
+        object marks the others as complete.
         """
         ...
 
     def stat(self, key: str) -> Stat | None: ...
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """Objects whose key starts with `prefix`, in key order; folders and S3's markers of them are none."""
+        """Objects whose key starts with `prefix`, in key order, without folders and S3's folder markers."""
         ...
 
     def delete(self, key: str) -> None: ...
 
     def tidy(self, prefix: str) -> None:
-        """Remove what interrupted writes below `prefix` left more than a day ago."""
+        """Remove what writes below `prefix` left behind that were interrupted more than a day ago."""
         ...

@@ -1,4 +1,4 @@
-"""Objects of an S3 bucket: puts checked by sha256, large ones in parts, and one owner of trying again."""
+"""Objects of an S3 bucket: puts checked by sha256, large ones in parts, and one place for retries."""
 
 from __future__ import annotations
 
@@ -20,38 +20,40 @@ from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFail
 
 Result = TypeVar("Result")
 
-# bytes; S3 takes at most 5 GiB in one put, and a part that fails is sent again alone
+# bytes; S3 accepts at most 5 GiB in one put, and only a part that failed is sent again
 MULTIPART_ABOVE = 64 << 20
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
 
-# what S3 and its kin answer while they are busy or broken for a moment; every 5xx status is taken so too
+# errors of S3 and compatible servers that are transient; so is every 5xx status
 _HEALING_CODES = {
     "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "RequestTimeout",
     "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable", "BadDigest", "XAmzContentSHA256Mismatch",
     "XAmzContentChecksumMismatch", "OperationAborted",
 }  # fmt: skip
 
-# Endpoints (None: Amazon's, or the environment's) that have answered this process: what fails there now may heal.
+# Endpoints (None: Amazon's, or the environment's) that have answered this process: a failure there may be
+# transient.
 _answered: set[str | None] = set()
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long S3 is tried: attempts, the pause after the first one and the longest one, and the socket's time-out."""
+    """How S3 is retried: attempts, the first and the longest pause between them, the socket's time-out."""
 
     attempts: int = 8
     first_pause_seconds: float = 0.25
     longest_pause_seconds: float = 8.0
     timeout_seconds: float = 60.0
-    first_attempts: int = 4  # for an endpoint that has not answered yet: it may well be written wrong
+    first_attempts: int = 4  # for an endpoint that has not answered yet: its URL may be wrong
 
 
 class S3Storage:
     """Objects of a bucket below a prefix. Credentials come only from the usual AWS sources.
 
-    Objects above 64 MiB go up in parts. A process that is killed meanwhile leaves an unfinished upload, which no
-    reader sees; `tidy` removes it, as does a lifecycle rule of the bucket (AbortIncompleteMultipartUpload).
+    Objects above 64 MiB are uploaded in parts. A process that is killed during the upload leaves it
+    unfinished and invisible to readers; `tidy` removes it, as does a lifecycle rule of the bucket
+    (AbortIncompleteMultipartUpload).
     """
 
     def __init__(self, bucket: str, prefix: str, endpoint_url: str | None, patience: Patience) -> None:
@@ -61,7 +63,7 @@ class S3Storage:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket_is_there = False
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a client cannot travel to another process; its address can
+    def __reduce__(self) -> tuple[Any, ...]:  # a client cannot be pickled; its address can
         return S3Storage, (self.bucket, self.prefix, self.endpoint_url, self.patience)
 
     @functools.cached_property
@@ -70,27 +72,27 @@ class S3Storage:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
-        # one owner of retrying, `_try`: botocore would not try again a body that broke off
+        # only `_try` retries: botocore would not retry a body that broke off
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=min(10.0, self.patience.timeout_seconds),
             read_timeout=self.patience.timeout_seconds,
             max_pool_connections=16,
         )
-        # a session of its own: the default one is not safe across threads and never reads credentials again
+        # a separate session: the default one is not thread-safe and never reads credentials again
         session, found_there = boto3.session.Session(), "AWS_ENDPOINT_URL, or endpoint_url of the AWS profile"
         try:
             client = session.client("s3", endpoint_url=self.endpoint_url, config=config)
         except BotoCoreError:
             raise
-        except ValueError:  # of the endpoint; its text may hold a password
+        except ValueError:  # about the endpoint; its text may contain a password
             raise UserError(f"{found_there}: is not a URL like https://host:port") from None
         if problem := endpoint_problem(client.meta.endpoint_url):
             raise UserError(f"{found_there}: {problem}")
         return client
 
     def _asked_amazon(self) -> str:
-        """A hint for those whose bucket is elsewhere and who named no endpoint."""
+        """A hint for users whose bucket is not Amazon's and who named no endpoint."""
         if self.endpoint_url is not None or "amazonaws.com" not in self._client.meta.endpoint_url:
             return ""
         return " (Amazon was asked, as no endpoint is named: --endpoint-url, storage.endpoint_url or AWS_ENDPOINT_URL)"
@@ -99,7 +101,7 @@ class S3Storage:
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _try(self, action: str, key: str, call: Callable[[int], Result]) -> Result:
-        """`call(attempt)`, again and again where a failure can heal; botocore's errors as ours, in one line."""
+        """The result of `call(attempt)`, retried after transient errors; botocore's errors become our own."""
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,
@@ -144,7 +146,7 @@ class S3Storage:
                 )
                 problem, cause = f"{code} (HTTP {status}){denied}", error
                 heals = status >= 500 or status == 429 or code in _HEALING_CODES
-                if not heals or status == 501:  # 501: this server will never do it
+                if not heals or status == 501:  # 501: this server does not support it
                     raise StorageError(
                         f"{where}: {action} failed after {attempt} attempt(s): {problem}"
                     ) from error
@@ -183,7 +185,7 @@ class S3Storage:
                 raise IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
             return data
 
-        if end is not None and end <= start:  # which no header can ask for
+        if end is not None and end <= start:  # no header can ask for an empty range
             self._try("head", key, self._head(key))
             return b""
         return self._try("get", key, get)
@@ -207,7 +209,7 @@ class S3Storage:
                     **condition,
                 )
             except self._client.exceptions.ClientError as error:
-                # an earlier attempt may have succeeded and its answer been lost: then what is there is ours
+                # an earlier attempt may have succeeded although its answer was lost: then the object is ours
                 refused = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
                 if not (attempt > 1 and refused and self._holds(key, data)):
                     raise
@@ -248,7 +250,7 @@ class S3Storage:
                 parts = list(threads.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
             self._try("put", key, complete)
         except BaseException:
-            with contextlib.suppress(WorkError):  # what failed is what must be told; `tidy` comes again
+            with contextlib.suppress(WorkError):  # report the first failure; `tidy` cleans up later
                 self._abort(key, target)
             raise
 
@@ -257,7 +259,7 @@ class S3Storage:
         return found is not None and found.size == len(data) and self.read(key) == data
 
     def write_folder(self, prefix: str, files: dict[str, bytes]) -> None:
-        # nothing under the old last object may be taken for whole meanwhile
+        # while the old last object exists, the folder would be taken for complete
         self.delete(prefix + [*files][-1])
         for key, data in files.items():
             self.write(prefix + key, data)
@@ -272,13 +274,17 @@ class S3Storage:
         return Stat(key, answer["ContentLength"], answer["ETag"])
 
     def _check_bucket(self) -> None:
-        """Raises WorkError where there is no bucket: the 404 of a head, which has no body, does not tell. Asks once."""
+        """Raises StorageError if the bucket does not exist, which the 404 of an object's head does not say.
+
+        Asks once.
+        """
 
         def head(attempt: int) -> None:
             try:
                 self._client.head_bucket(Bucket=self.bucket)
             except self._client.exceptions.ClientError as error:
-                # any other answer, such as 403 for want of a permission, says nothing against the bucket
+                # any other answer, such as 403 for lack of a permission, does not mean that the bucket is
+                # missing
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
                     raise
 
@@ -300,7 +306,7 @@ class S3Storage:
             page = self._try("list", prefix, next_page)
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")
-                if not item["Key"].endswith("/"):  # the marker of a folder, as consoles make them
+                if not item["Key"].endswith("/"):  # a folder marker, as consoles create them
                     yield Stat(key, item["Size"], item["ETag"])
             if not page.get("IsTruncated"):
                 return

@@ -1,1 +1,1 @@
-"""The student: the solution operator in its forms, and readers of published students."""
+"""Students: the solution operator in its forms, and readers of published students."""

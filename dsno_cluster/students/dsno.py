@@ -1,14 +1,15 @@
-"""The student: the solution operator of the sampling ODE, from noise to states at any of its times, in one evaluation.
+"""The student: the solution operator of the sampling ODE, from noise to states, in one evaluation.
 
-`load_student(path)` is the door; `student.sample(noise, labels)` and `student.trajectory(noise, labels)` are
-what it is for. How time is in the network is its `operator`:
+Load one with `load_student(path)`, then call `student.sample(noise, labels)` or `student.trajectory(noise,
+labels)`. Its `operator` is the way in which the network depends on time:
 
     convolution   as published: the backbone is evaluated at M time points, which temporal convolutions mix
     series        the backbone is evaluated once; its last layer gives the coefficients of a cosine series in time
 
-and what the last layer means its `prediction`: the state itself, as published, or `data`, the clean image F that the
-chord from the noise through the state points at, x_t = alpha_t F + sigma_t x_1. That holds x_1 by construction, F hardly
-changes with t, and at t = 0 it is the state: nothing is multiplied by a sigma that vanishes there.
+Its `prediction` is the meaning of the last layer: the state itself, as published, or `data`, the clean image
+F at which the chord from the noise through the state points, x_t = alpha_t F + sigma_t x_1. The form `data`
+contains x_1 by construction, F hardly changes with t, and at t = 0 it is the state: the network's output is
+not multiplied by the sigma that vanishes there.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from dsno_cluster.networks.temporal import cosine_series, fourier_basis
 from dsno_cluster.networks.unet import UNet
 
 KIND: Literal["dsno"] = "dsno"
-FINEST = 16  # most points between two of its own that a published-form student is asked for
+FINEST = 16  # a published-form student is evaluated on grids of at most this many times its own points
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a student has time: see the module's first lines.
+    """How a student depends on time: see the top of this module.
 
-    `modes`: Fourier modes of the convolutions (0: none of them), or terms of the series. `points`: whether the
-    convolutions were trained on `all` time points together, so that they must be asked that way, or on drawn
-    ones, so that any of them, even a single one, is a question that the student knows.
+    `modes`: Fourier modes of the convolutions (0: no convolutions), or terms of the series. `points`: whether
+    the convolutions were trained on `all` time points together, and must be evaluated that way, or on `drawn`
+    ones, and can be evaluated at any subset, even a single point.
     """
 
     modes: int
@@ -54,7 +55,7 @@ class Form:
 
 
 class StudentModel(Strict):
-    """What `meta.json` says under `model` of a student: enough to build its network again."""
+    """The `model` entry of a student's `meta.json`: enough to build its network again."""
 
     kind: Literal["dsno"] = KIND
     network: Network
@@ -71,7 +72,10 @@ class StudentModel(Strict):
 
 
 def student_model(meta: ModelMeta, where: str) -> StudentModel:
-    """What `meta.json` says of a student. Raises UserError if it is of another model, or does not describe one."""
+    """The description of a student in `meta.json`.
+
+    Raises UserError if it describes another kind of model, or none.
+    """
     if meta.model.kind != KIND:
         raise UserError(f"{shown_path(where)}: holds a {meta.model.kind!r} model, not a student")
     return validate(StudentModel, meta.model.values(), f"{where}/{META}: model")
@@ -80,8 +84,9 @@ def student_model(meta: ModelMeta, where: str) -> StudentModel:
 class DSNO(nn.Module):
     """The solution operator of the probability-flow ODE (Zheng et al. 2023), on a backbone of `network`'s shape.
 
-    The backbone is our U-Net or, where `diffusers` gives its config and scheduler, a diffusers UNet2DModel. `init` is
-    that of temporal convolutions. `precision` bfloat16 runs it in autocast; states are float32 all the same.
+    The backbone is our U-Net or, if `diffusers` gives its config and scheduler, a diffusers UNet2DModel.
+    `init` is that of the temporal convolutions. With `precision` bfloat16 it runs in autocast; states remain
+    float32.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class DSNO(nn.Module):
     def forward(
         self, noise_NCHW: Tensor, labels_N: Tensor | None = None, points: Sequence[int] | None = None
     ) -> Tensor:
-        """Noise (N, C, H, W) at t=1 -> states at `self.times`, or only at those at positions `points`, (N, M, C, H, W)."""
+        """Noise (N, C, H, W) at t=1 -> states (N, M, C, H, W) at `self.times`, or only at its `points`."""
         times = self.times if points is None else tuple(self.times[i] for i in points)
         return self._states(noise_NCHW, labels_N, times)
 
@@ -119,9 +124,9 @@ class DSNO(nn.Module):
     ) -> Tensor:
         """States at `times` (default: the model's own), (N, M, C, H, W), in the noise's dtype.
 
-        A series answers at any time in [0, 1], convolutions at the model's own times and between them: see
-        `docs/operator.md`. Raises ValueError for a time that the model cannot answer, naming those it can, and for
-        labels that are missing or out of range.
+        A series can be evaluated at any time in [0, 1], convolutions at the model's own times and between
+        them: see `docs/operator.md`. Raises ValueError for a time at which the model has no state, naming
+        those it has, and for labels that are missing or out of range.
         """
         if times is None:
             return self._states(noise, labels, self.times)
@@ -143,10 +148,10 @@ class DSNO(nn.Module):
 
     @torch.no_grad()
     def warm_start(self, teacher: dict[str, Tensor]) -> None:
-        """Take over a teacher's weights, whose last layer gives x0 at t=1 (`warm_start_weights`).
+        """Start from a teacher's weights, whose last layer gives x0 at t=1 (`teachers.warm_start`).
 
-        A series takes them as its constant term: at first every state is the teacher's one DDIM step from the noise.
-        Raises UserError for tensors that the backbone does not have.
+        They become a series' constant term: at first every state is one DDIM step of the teacher from the
+        noise. Raises UserError for tensors that the backbone does not have.
         """
         own = self.backbone.state_dict()
         for name, tensor in teacher.items():
@@ -167,17 +172,17 @@ class DSNO(nn.Module):
         """This student with its network run in `precision` (float32 or bfloat16 autocast) and, if asked, compiled."""
         self.precision = precision
         if compile:
-            # static shapes: with a symbolic number of time points tracing does not come to an end
+            # static shapes: with a symbolic number of time points, tracing does not terminate
             self.backbone.compile(dynamic=False)
         return self
 
     def recompute(self, what: str) -> DSNO:
-        """This student with less kept for backward (`training.recompute`), which it then computes again."""
+        """This student with activation checkpointing, as `training.recompute` names it."""
         recompute_in_backward(self.backbone, what)
         return self
 
     def describe(self) -> ModelDescription:
-        """What `meta.json` says under `model`, enough to build the network again (`StudentModel`)."""
+        """The `model` entry of `meta.json`, enough to build the network again (`StudentModel`)."""
         known = {
             "network": self.network,
             **asdict(self.form),
@@ -191,7 +196,10 @@ class DSNO(nn.Module):
     def _states(
         self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
     ) -> Tensor:
-        """States at `times`, computed together, (N, M, C, H, W), or (N, 1, C, H, W) of only the last."""
+        """States at `times`, computed together, (N, M, C, H, W).
+
+        Only the last, (N, 1, C, H, W), if `last_only`.
+        """
         device, dtype = noise.device, noise.dtype
         if tuple(noise.shape[1:]) != self.network.image_shape:
             raise ValueError(
@@ -232,7 +240,7 @@ class DSNO(nn.Module):
         return make(), make(wanted=(len(times) - 1,)) if last_only else None
 
     def _points_apart(self) -> bool:
-        """Whether any set of times is a question by itself, so that nothing else need be computed with it."""
+        """Whether any set of times can be evaluated by itself, without the other points."""
         return self.form.points == "drawn" or self.form.modes == 0
 
     def _spacing(self) -> str | None:
@@ -246,8 +254,8 @@ class DSNO(nn.Module):
     def _phase(self, time: float) -> float:
         """Where `time` lies on the period of the Fourier modes; the model's own times at 0, 1/M, 2/M, ...
 
-        A grid of M points that starts at phase 0 ends one interval before the period does, so the first interval,
-        from the pure noise, is the one that is left out and closes the circle.
+        A grid of M points that starts at phase 0 ends one interval before the period does. The missing
+        interval, which closes the circle, is the first one in time, from pure noise.
         """
         own = len(self.times)
         if time in self.times:
@@ -256,7 +264,10 @@ class DSNO(nn.Module):
         return (1.0 - root - 1.0 / own) % 1.0
 
     def _together(self, asked: tuple[float, ...]) -> tuple[float, ...]:
-        """The times that must be computed together to answer at `asked`. Raises ValueError if there are none."""
+        """The times that must be computed together to evaluate `asked`.
+
+        Raises ValueError if there are none.
+        """
         spacing, own = self._spacing(), len(self.times)
         if self._points_apart() and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
             return tuple(sorted(set(asked), reverse=True))
@@ -295,12 +306,12 @@ class DSNO(nn.Module):
 
 
 def _nearest(time: float, times: Sequence[float]) -> float:
-    """The one of `times` that `time` is except for rounding, else `time` itself."""
+    """The one of `times` that equals `time` up to rounding, else `time` itself."""
     return next((t for t in times if same_time(t, time)), time)
 
 
-# What depends only on times is computed once for each set of them, device and dtype: never as inference tensors, which
-# a later training step could not use.
+# Tensors that depend only on times are computed once per set of times, device and dtype; never as inference
+# tensors, which a later training step could not use.
 
 
 @functools.lru_cache(maxsize=256)
@@ -334,13 +345,13 @@ def load_student(
 ) -> DSNO:
     """The student of a run folder (its `latest`), a step folder or an import folder, on CPU, for inference.
 
-    `ema` is the decay of the moving average wanted, if it was trained with several (default: the first of them).
-    `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError if the folder
-    holds no such student, and WorkError if its weights are not those of `sha256`, if that is given.
+    `ema` is the decay of the moving average to load, if it was trained with several (default: the first of
+    them). `precision` (float32, bfloat16) and `compile` are those of `DSNO.accelerate`. Raises UserError if
+    the folder holds no such student, and WorkError if `sha256` is given and its weights have another one.
     """
     folder = read_model(str(path), endpoint_url, ema, sha256)
     model = student_model(folder.meta, str(path))
     student = DSNO(model.network, model.form, model.times, diffusers=model.diffusers)
     student.load_state_dict(folder.weights)
-    student.to(memory_format=torch.channels_last)  # not in training: DeepSpeed wants weights contiguous
+    student.to(memory_format=torch.channels_last)  # not in training: DeepSpeed needs contiguous weights
     return student.eval().requires_grad_(False).accelerate(precision=precision, compile=compile)

@@ -1,4 +1,4 @@
-"""What published checkpoints share: recognising one, the switches of its YAML, the order of its parts."""
+"""The format of published checkpoints: how one is recognised, its YAML's switches, its parts' order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dsno_cluster.networks.unet import UNet
 
 
-# The values of the published YAML's `model` that this network implements; other values are refused by name.
+# The values in the published YAML's `model` that this network implements; other values are refused by name.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "pred_eps": (False,),
     "with_nin": (False,),
@@ -30,7 +30,7 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 
 
 def recognise(head: bytes) -> str:
-    """What a checkpoint is, by its first bytes: 'flax', 'torch', 'pickle' or 'unknown'."""
+    """The kind of a checkpoint by its first bytes: 'flax', 'torch', 'pickle' or 'unknown'."""
     if head[:4] == b"PK\x03\x04":
         return "torch"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
@@ -40,7 +40,10 @@ def recognise(head: bytes) -> str:
 
 
 def published_settings(config: bytes, path: str) -> dict[str, Any]:
-    """The YAML with its sections `data` and `model`; UserError names a switch that is not implemented."""
+    """The published YAML, with its sections `data` and `model`.
+
+    Raises UserError for a switch that is not implemented.
+    """
     try:
         settings: dict[str, Any] = parse_yaml(config.decode(), path)
     except UnicodeDecodeError as error:
@@ -61,7 +64,7 @@ def _lower(value: Any) -> Any:
 
 
 def whole_number(settings: dict[str, Any], key: str, path: str) -> int:
-    """The whole number at `section.name` of the published YAML. Raises UserError where it is none."""
+    """The whole number at `section.name` of the published YAML. Raises UserError if it is not one."""
     section, name = key.split(".")
     value = settings[section].get(name)
     if type(value) is not int or value < 0:
@@ -71,7 +74,7 @@ def whole_number(settings: dict[str, Any], key: str, path: str) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the network: what it is, our name, and flax's (empty where the teachers have none)."""
+    """A part of the network: its kind, our name, and flax's (empty if the teachers do not have it)."""
 
     kind: str
     ours: str
@@ -79,7 +82,7 @@ class Part:
 
 
 def published_parts(unet: UNet) -> Iterator[Part]:
-    """The parts of a published network of these sizes, in its order (the published torch modules' numbers)."""
+    """The parts of a published network of these sizes, in the order of the published torch modules."""
     levels = len(unet.down)
 
     def stage(block: Any, ours: str, flax: str) -> Iterator[Part]:
@@ -121,7 +124,7 @@ RESIDUAL = {  # ours: (kind, flax, published torch)
 
 
 def say_wrong(where: str, wrong: list[str], left: Iterable[str]) -> None:
-    """Raises UserError that names tensors, four at most, where there are wrong ones or any are left over."""
+    """Raises UserError, naming at most four tensors, if any are wrong or left over."""
     wrong = wrong + [f"{name} is not of this network" for name in left]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""

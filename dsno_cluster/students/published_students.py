@@ -1,4 +1,4 @@
-"""DSNO's published students: torch zip -> our student."""
+"""Reading of DSNO's published students (torch zip files) as students of ours."""
 
 from __future__ import annotations
 
@@ -27,19 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PublishedStudent:
-    """`model` is what our `meta.json` says under `model`; weights carry our names, float32."""
+    """A published student: the `model` entry for our `meta.json`, and float32 weights under our names."""
 
     model: Values
     weights: dict[str, Tensor]
 
 
 def read_published_student(data: bytes, where: str, config: bytes, config_path: str) -> PublishedStudent:
-    """A published DSNO checkpoint (`solver-model_*.pt`), its `ema`, as a student of ours.
+    """The `ema` of a published DSNO checkpoint (`solver-model_*.pt`), as a student of ours.
 
-    Sizes that the tensors tell must agree with the published YAML; heads, time points and the resolutions of
-    attention stand in the YAML alone.
-
-    Raises UserError as `import_weights` does.
+    Sizes that follow from the tensors must agree with the published YAML; heads, time points and the
+    resolutions of attention are known only from the YAML. Raises UserError as `import_weights` does.
     """
     import torch
 
@@ -71,7 +69,7 @@ def _published_times(settings: dict[str, Any], path: str) -> tuple[float, ...]:
     """The time points of a published student, descending: the last num_t of its t_idx, on its grid of t_dim.
 
     Quadratic t = (i / (t_dim - 1))^2 over reversed t_idx, uniform t = 1 - i / (t_dim - 1) over t_idx, both
-    stretched to [epsilon, 1]. (The published index formula gives these for its own two configs only.)
+    stretched to [epsilon, 1]. (The published index formula gives these only for its own two configs.)
     """
     data = settings["data"]
     indices, points = data.get("t_idx"), whole_number(settings, "model.num_t", path)
@@ -134,7 +132,7 @@ def _student_network(theirs: dict[str, Tensor], settings: dict[str, Any], where:
 
 
 def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
-    """The tensors of `ema` by name. Raises UserError where the file is not a published checkpoint."""
+    """The tensors of `ema` by name. Raises UserError if the file is not a published checkpoint."""
     import argparse
     import pickle
     import zipfile
@@ -158,7 +156,7 @@ def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
     ema = saved.get("ema") if isinstance(saved, dict) else None
     if not isinstance(ema, dict) or not ema or not all(isinstance(v, torch.Tensor) for v in ema.values()):
         raise UserError(f"{where}: holds no tensors `ema`; it is not a published DSNO checkpoint")
-    # as saved under DDP
+    # DDP prefixes the names
     tensors = {str(name).removeprefix("module."): tensor for name, tensor in ema.items()}
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.layout != torch.strided:
@@ -171,7 +169,7 @@ def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
 def from_published_torch(theirs: dict[str, Tensor], unet: UNet, where: str) -> dict[str, Tensor]:
     """The published torch network's `all_modules.N.*`, under our names and layouts.
 
-    Raises UserError that begins with `where` and names the tensors that are missing, surplus or misshapen.
+    Raises UserError, beginning with `where`, that names the tensors that are missing, surplus or misshapen.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     left, ours, wrong = dict(theirs), {}, []

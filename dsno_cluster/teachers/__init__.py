@@ -1,16 +1,18 @@
 """Teachers: pretrained denoisers behind one interface, `teacher(x, t, labels) -> x0`.
 
-`load_teacher(path, options={...})` is the door. A module here is a family of checkpoints, which recognises its own:
+Load one with `load_teacher(path, options={...})`. Each module is a family of checkpoints and recognises its
+own:
 
     own.py               a folder or URL of ours: model.safetensors, config.yaml, meta.json; package:NAME for one that ships
-    diffusers_folder.py  a UNet2DModel, alone or in a pipeline folder
+    diffusers_folder.py  a UNet2DModel, by itself or in a pipeline folder
     published.py         progressive distillation's flax file, with option `config`, or the folder of it and its config.yaml
     factories.py         package.module:function, called with the options
     closed_forms.py      closed-form:gaussian, options mean, std, shape
                          closed-form:mixture, options means, stds, shape, weights, classes, null_class
 
-`loading.py` has the list of them; `of_config.py` finds the teacher that a config names. A teacher's `identity` is what a
-trajectory spec records: everything about it that can change a byte. Importing this package does not import torch.
+`loading.py` lists the families; `of_config.py` finds the teacher that a config names. A trajectory spec
+records the teacher's `identity`: everything about it that can change a byte. Importing this package does not
+import torch.
 """
 
 from dsno_cluster.teachers.closed_forms import (

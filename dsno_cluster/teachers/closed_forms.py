@@ -1,4 +1,4 @@
-"""Teachers whose exact denoiser can be written down: a Gaussian and a mixture of them."""
+"""Teachers with an exact denoiser in closed form: a Gaussian and a mixture of Gaussians."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ PREFIX = "closed-form:"
 
 
 class ClosedForm:
-    """`closed-form:gaussian` and `closed-form:mixture`; options are the arguments of the function of that name."""
+    """`closed-form:gaussian` and `closed-form:mixture`.
+
+    The options are the arguments of the function of that name.
+    """
 
     kind: ClassVar[str] = "closed-form"
     identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (GaussianIdentity, MixtureIdentity)
@@ -75,7 +78,7 @@ def _closed_form(path: str, options: Options) -> Teacher:
 
 
 def gaussian_teacher(mean: float, std: float, shape: Shape) -> Teacher:
-    """The exact denoiser of data N(mean, std^2 I): its trajectories are known, `gaussian_trajectory`.
+    """The exact denoiser of data N(mean, std^2 I); its exact trajectories are `gaussian_trajectory`.
 
     x0 = (alpha std^2 x + sigma^2 mean) / (alpha^2 std^2 + sigma^2)
     """
@@ -112,9 +115,9 @@ def mixture_teacher(
 ) -> Teacher:
     """The exact denoiser of data drawn from sum_k weights[k] N(means[k], stds[k]^2 I).
 
-    A mean is a number (all pixels alike) or nested lists of `shape`; `weights` default to equal ones.
-    `classes[k]` is the class of component k: a label then leaves only its own components, and with
-    `null_class` the label max(classes)+1 means all of them.
+    A mean is a number (the same for all pixels) or nested lists of `shape`; `weights` default to equal ones.
+    `classes[k]` is the class of component k: a label then selects only its own components, and with
+    `null_class` the label max(classes)+1 selects all of them.
 
     x0 = sum_k r_k(x) (alpha s_k^2 x + sigma^2 m_k) / (alpha^2 s_k^2 + sigma^2), with responsibilities r_k in
     proportion to weights[k] N(x; alpha m_k, (alpha^2 s_k^2 + sigma^2) I), in float64.
@@ -169,7 +172,7 @@ def mixture_teacher(
 
 
 def _flat_mean(mean: Any, shape: Shape) -> list[float]:
-    """A mean, (C, H, W) nested lists or one number, as C*H*W numbers."""
+    """A mean, given as (C, H, W) nested lists or one number, as C*H*W numbers."""
 
     def flatten(value: Any) -> list[float]:
         return [n for v in value for n in flatten(v)] if isinstance(value, (list, tuple)) else [value]

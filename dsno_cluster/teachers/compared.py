@@ -1,4 +1,4 @@
-"""The teacher at several costs: the ways to draw its images that an evaluation compares a student with."""
+"""The samplings of the teacher, at several costs, with which an evaluation compares a student."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dsno_cluster.teachers.of_config import ConfiguredTeacher
 class Sampling:
     """How images are drawn from a teacher: its ODE solved by `method`, whose grid is decided, to the last of `times` (M,).
 
-    `as_trajectories`: this is what made the trajectories. `same` are samplings that this one stands for, since they pass
-    through the same points.
+    `as_trajectories`: this sampling made the trajectories. `same` are samplings that this one replaces, since
+    they pass through the same points.
     """
 
     method: Method
@@ -31,16 +31,16 @@ class Sampling:
 
     @property
     def points(self) -> Sequence[float]:
-        """The times that it passes through, descending from the first."""
+        """The times that it passes through, descending."""
         return grid_points(self.times, self.method.solver, self.method.steps, self.method.grid)
 
 
 def compared_samplings(config: Config, teacher: ConfiguredTeacher | None) -> list[Sampling]:
-    """DDIM with `evaluation.teacher_steps`, and what made the trajectories, by cost; each once, however it is spelt.
+    """DDIM with `evaluation.teacher_steps`, and what made the trajectories, by cost; each only once.
 
-    A distilled teacher knows the levels of its own steps only, so of its costs those that leave some of them out. DDIM
-    through all of a teacher's own steps is its own sampler, and ends as that does (`clean_end`). `teacher` None: as far as the
-    config says it.
+    A distilled teacher knows only the levels of its own steps, so only numbers of steps that divide its own
+    are kept. DDIM through all of a teacher's own steps is its own sampler, and ends as that does
+    (`clean_end`). If `teacher` is None, only the config decides.
     """
     settings, costs = config.trajectories, dict.fromkeys(config.evaluation.teacher_steps)
     method = teacher.method if teacher else settings.method.on(None)

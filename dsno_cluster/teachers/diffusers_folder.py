@@ -1,10 +1,11 @@
 """Teachers from a diffusers folder: a UNet2DModel and its scheduler's discrete noise levels.
 
-A model trained on levels n = 0..N-1 of cumulative signal abar_n (diffusers' alphas_cumprod) is asked at any
-log-SNR between log(abar / (1 - abar)) of its first and last level: its timestep n, a real number, is
-interpolated linearly in log-SNR. A state outside that range is taken as one of the nearest level: the
-network's timestep and the alpha and sigma that turn its output into x0 are all that level's, so what it
-answers is what it learned to answer, and no division by an alpha that it has never met blows up.
+A model trained on levels n = 0..N-1 of cumulative signal abar_n (diffusers' alphas_cumprod) can be evaluated
+at any log-SNR between log(abar / (1 - abar)) of its first and last level: its timestep n, a real number, is
+interpolated linearly in log-SNR. A state outside that range is treated as one at the nearest level: the
+network's timestep, and the alpha and sigma that turn its output into x0, are those of that level. So the
+network is only used where it was trained, and its output is never divided by an alpha smaller than those it
+was trained with.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
 SPACINGS = ("leading", "trailing", "linspace")
 
-# What is read of a scheduler's config, with diffusers' own defaults; each is also an option of load_teacher.
+# The keys that are read from a scheduler's config, with diffusers' own defaults; each is also an option of
+# load_teacher.
 SCHEDULER_CONFIG = "scheduler_config.json"
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -56,13 +58,13 @@ SCHEDULER = {
 }
 OPTIONS = ("schedule", "null_class", "sample_size", *SCHEDULER)
 
-# Attention's layers as early versions of diffusers saved them, and as they are called now.
+# Names of attention layers in early versions of diffusers, and their names now.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 @dataclass(frozen=True)
 class Folder:
-    """`config` of the model and `scheduler` as plain values; `files` are the weights, by name."""
+    """A folder as read: the model's `config` and `scheduler` as plain values, the weights' `files` by name."""
 
     config: dict[str, Any]
     scheduler: dict[str, Any]
@@ -77,7 +79,7 @@ class Folder:
 
 
 class DiffusersFolder:
-    """A folder of `save_pretrained`: a UNet2DModel and its scheduler, alone or in a pipeline."""
+    """A folder of `save_pretrained`: a UNet2DModel and its scheduler, by itself or in a pipeline."""
 
     kind: ClassVar[str] = "diffusers"
     identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (DiffusersIdentity,)
@@ -105,7 +107,7 @@ class DiffusersFolder:
         folder, dtype = self._folder, getattr(torch, precision)
         unet, prediction, levels = _network(folder, self.source.path), folder.prediction, folder.levels
         unet.eval().requires_grad_(False)
-        for parameter in unet.parameters():  # not unet.to(dtype), which warns of models that this is not
+        for parameter in unet.parameters():  # not unet.to(dtype), whose warnings do not apply to this model
             parameter.data = parameter.data.to(dtype)
 
         def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
@@ -128,7 +130,7 @@ class DiffusersFolder:
 
 
 def _network(folder: Folder, path: str) -> Any:
-    """The UNet2DModel with its weights. Raises UserError where the files are not of this network."""
+    """The UNet2DModel with its weights. Raises UserError if the files do not fit this network."""
     import safetensors.torch
 
     from dsno_cluster.networks.diffusers_backbone import unet2d_model
@@ -259,7 +261,7 @@ def _scheduler(found: dict[str, Any] | None, path: str, options: Options) -> dic
 
 
 def _weights(source: Source, prefix: str) -> dict[str, bytes]:
-    """The safetensors files, one or several with an index. UserError for pickles and missing parts."""
+    """The safetensors files, one or several with an index. Raises UserError for pickles and missing parts."""
     path, index = source.path, _json(source, f"{prefix}{WEIGHTS}.index.json")
     names = [WEIGHTS]
     if index is not None:
@@ -283,10 +285,10 @@ def _weights(source: Source, prefix: str) -> dict[str, bytes]:
 def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
     """The times of the model's own DDIM steps, as diffusers' DDIMScheduler takes them, then 0.
 
-    Where the scheduler sets set_alpha_to_one false, what it returns is the state at the model's first level,
-    and the grid passes through that before 0. (diffusers' DDIM steps by N // steps, also where `linspace` or
-    a `trailing` spacing that does not divide N puts the next timestep elsewhere; here each step ends where
-    the next begins.)
+    If the scheduler sets set_alpha_to_one to false, it returns the state at the model's first level, and the
+    grid passes through that level before 0. (diffusers' DDIM steps by N // steps even if `linspace`, or a
+    `trailing` spacing that does not divide N, puts the next timestep elsewhere; here each step ends where the
+    next begins.)
     """
     from dsno_cluster.diffusion.schedule import angle
 
@@ -298,7 +300,7 @@ def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
 
     def grid(steps: int) -> tuple[float, ...]:
         if not 1 <= steps <= count:
-            raise ValueError(f"{steps} steps, where the model has {count} levels of its own; take fewer")
+            raise ValueError(f"{steps} steps, but the model has {count} levels of its own; take fewer")
         if scheduler["timestep_spacing"] == "leading":
             timesteps = [i * (count // steps) + offset for i in reversed(range(steps))]
         elif scheduler["timestep_spacing"] == "trailing":

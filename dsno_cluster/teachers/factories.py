@@ -1,4 +1,4 @@
-"""Teachers that a user's Python function makes: `package.module:function`, called with the options."""
+"""Teachers made by a user's Python function: `package.module:function`, called with the options."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Factory:
-    """What the function returns answers (x, t, labels) with x0.
+    """A function of the user's that returns a teacher: a callable that maps (x, t, labels) to x0.
 
-    It has the attributes shape (C, H, W) and num_classes, and may have null_class, native_grid(steps), and
-    network, if it is not itself a torch module.
+    The teacher has the attributes shape (C, H, W) and num_classes, and may have null_class,
+    native_grid(steps), and network, if it is not itself a torch module.
     """
 
     kind: ClassVar[str] = "factory"
@@ -68,7 +68,10 @@ class Factory:
 
 
 def _find_module(path: str) -> tuple[str, str]:
-    """Module name and the sha256 of its source; the working directory is searched last. Imports only parents."""
+    """The module's name and the sha256 of its source.
+
+    The working directory is searched last. Imports only parents.
+    """
     module, _, _ = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
@@ -83,7 +86,7 @@ def _find_module(path: str) -> tuple[str, str]:
 
 
 def _made(path: str, info: TeacherInfo, options: Options) -> Teacher:
-    """Call the function; `info` is completed by what its result says of itself."""
+    """Call the function and complete `info` from the attributes of its result."""
     from torch import nn
 
     module, _, name = path.partition(":")

@@ -1,4 +1,4 @@
-"""Flax msgpack checkpoints, read without flax: data only, no code executed, every length bounded by the file."""
+"""Flax msgpack checkpoints, read without flax: data only, no code executed, lengths bounded by the file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FLOATS = ("float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Packed:
-    """An array as it stands in the file: decoded only where it is wanted."""
+    """An array as it is in the file; it is decoded only when needed."""
 
     code: int
     data: bytes
 
 
 def read_flax(data: bytes, where: str) -> tuple[dict[str, Tensor], int | None]:
-    """`ema_params` flattened to names with slashes, and `num_sample_steps` (None where it says none).
+    """`ema_params` flattened to names with slashes, and `num_sample_steps` (None if it has none).
 
     Optimiser state is skipped undecoded. Raises UserError for anything but nested maps of arrays.
     """
@@ -53,7 +53,7 @@ def read_flax(data: bytes, where: str) -> tuple[dict[str, Tensor], int | None]:
 
 
 def _unpack(data: bytes, where: str) -> Any:
-    """msgpack with limits: a length can never exceed the file, a map or list never `MAX_KEYS`."""
+    """Unpack msgpack with limits: no length exceeds the file, no map or list exceeds `MAX_KEYS`."""
     import msgpack
 
     try:
@@ -83,7 +83,7 @@ def _array(data: bytes, where: str) -> np.ndarray[Any, Any]:
 
 
 def _tensor(data: bytes, where: str) -> Tensor:
-    """A flax array of floating-point numbers as a float32 tensor of its own memory."""
+    """A flax array of floating-point numbers as a float32 tensor with its own memory."""
     import numpy as np
     import torch
 

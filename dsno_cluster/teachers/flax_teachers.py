@@ -1,4 +1,4 @@
-"""Progressive distillation's teachers (Salimans & Ho 2022): flax msgpack -> our U-Net."""
+"""Reading of progressive distillation's teachers (Salimans & Ho 2022), flax msgpack files, as our U-Net."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PublishedTeacher:
-    """What the network is, and its weights under our names, float32."""
+    """The description of the network, and its float32 weights under our names."""
 
     description: UNetDescription
     weights: dict[str, Tensor]
 
 
 def read_published_teacher(data: bytes, where: str, config: bytes, config_path: str) -> PublishedTeacher:
-    """A progressive-distillation teacher (Salimans & Ho 2022), its `ema_params`, as a network of ours.
+    """The `ema_params` of a progressive-distillation teacher (Salimans & Ho 2022), as a network of ours.
 
-    What the tensors tell is inferred from them and must agree with the published YAML. An output layer of
-    2C channels is parametrised as `both`, whatever the YAML's mean_type says.
+    Sizes are inferred from the tensors and must agree with the published YAML. An output layer of 2C channels
+    is parametrised as `both`, whatever the YAML's mean_type says.
 
     Raises UserError as `import_weights` does.
     """
@@ -66,7 +66,7 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
 
 
 def _network(params: dict[str, Tensor], settings: dict[str, Any], where: str, path: str) -> Network:
-    """The network that the tensors describe, after agreeing with the YAML. The YAML alone has image sizes."""
+    """The network that the tensors describe, checked against the YAML. Only the YAML has the image size."""
     model, data = settings["model"], settings["data"]
     size = data.get("image_size")
     if not isinstance(size, int) or size < 1:
@@ -102,10 +102,10 @@ def _network(params: dict[str, Tensor], settings: dict[str, Any], where: str, pa
         "model.attn_resolutions": sorted(size // 2**i for i in attending),
     }
     given = {f"data.{k}": v for k, v in data.items()} | {f"model.{k}": v for k, v in model.items()}
-    if isinstance(given.get("model.attn_resolutions"), list):  # sizes that no level has do nothing
+    if isinstance(given.get("model.attn_resolutions"), list):  # sizes that no level has mean nothing
         sizes = [size // 2**i for i in range(levels)]
         given["model.attn_resolutions"] = sorted(s for s in given["model.attn_resolutions"] if s in sizes)
-    if given.get("model.num_classes") == 1:  # how the flax code says unconditional
+    if given.get("model.num_classes") == 1:  # in the flax code this means unconditional
         given["model.num_classes"] = inferred["model.num_classes"] if inferred["model.num_classes"] else 0
     for key, found in inferred.items():
         if given.get(key) is not None and given[key] != found:
@@ -167,7 +167,10 @@ def _prediction(
 
 
 def _from_flax(params: dict[str, Tensor], unet: UNet, where: str) -> dict[str, Tensor]:
-    """Flax's tensors under our names and layouts. UserError names what is missing, surplus or misshapen."""
+    """Flax's tensors under our names and layouts.
+
+    Raises UserError for missing, surplus or misshapen tensors.
+    """
     import torch
 
     from dsno_cluster.networks.unet import Attention
@@ -200,7 +203,10 @@ def _from_flax(params: dict[str, Tensor], unet: UNet, where: str) -> dict[str, T
         keep(f"{name}.bias", take(f"{flax}/bias", wanted[f"{name}.bias"]))
 
     def attention(name: str, flax: str) -> None:
-        """q, k, v of (C, heads, head_dim) and the output (heads, head_dim, C); ours packs [q|k|v] per head."""
+        """q, k, v of (C, heads, head_dim) and the output (heads, head_dim, C).
+
+        Our layout packs [q|k|v] per head.
+        """
         channels = wanted[f"{name}.norm.weight"][0]
         block = unet.get_submodule(name)
         assert isinstance(block, Attention)
@@ -237,7 +243,7 @@ def _from_flax(params: dict[str, Tensor], unet: UNet, where: str) -> dict[str, T
 
 
 def _without_leading_ones(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """`shape` with leading dimensions of 1 dropped down to `rank`: old flax pads norms to (1, 1, 1, C)."""
+    """`shape` without leading ones in excess of `rank` dimensions: old flax pads norms to (1, 1, 1, C)."""
     while len(shape) > rank and shape[0] == 1:
         shape = shape[1:]
     return shape

@@ -1,7 +1,7 @@
-"""What tells one teacher from another: everything about it that can change a byte of a trajectory.
+"""The identity of a teacher: everything about it that can change a byte of a trajectory.
 
-An identity is part of a trajectory spec, whose hash names a data set, so its dump must stay what it was: see
-`config.base.Named`. Each family of teachers has a model of its own.
+An identity is part of a trajectory spec, whose hash names a data set, so its dump must never change: see
+`config.base.Named`. Each family of teachers has its own model.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dsno_cluster.config.base import Named, PositiveInt, StrictNumber, later
 
 Prediction = Literal["x", "eps", "v", "both"]
 
-DENOISER: Final = "denoiser"  # the kind of a U-Net of ours, in `meta.json` and in its identity
+DENOISER: Final = "denoiser"  # the kind of our own U-Net, in `meta.json` and in its identity
 
 
 class TeacherIdentity(Named):
-    """`kind` names the family's form."""
+    """The base of all identities; `kind` names the form."""
 
     kind: str
 
 
 class UNetDescription(TeacherIdentity):
-    """What `meta.json` says under `model` of a U-Net of ours: enough to build it and to read its output.
+    """The `model` entry of `meta.json` for our own U-Net: enough to build it and to interpret its output.
 
     `num_steps` is the number of steps that it was distilled to or sampled with, if its publisher names one.
     """
@@ -38,16 +38,16 @@ class UNetDescription(TeacherIdentity):
 
 
 class UNetIdentity(UNetDescription):
-    """A U-Net of ours and the sha256 of its weights (of a published checkpoint: of its file).
+    """Our own U-Net and the sha256 of its weights (for a published checkpoint: of its file).
 
-    Dropout is 0 in it: it acts in training only. Versions before 0.2 kept the network's own.
+    Dropout acts only in training and is 0 here. Versions before 0.2 kept the network's own.
     """
 
     sha256: str
 
 
 class DiffusersIdentity(TeacherIdentity):
-    """A diffusers model: its config, what is read of its scheduler, and its weights' sha256, of several files by name."""
+    """A diffusers model: its config, the scheduler's keys that matter, and its weights' sha256 (by file name)."""
 
     kind: Literal["diffusers"] = "diffusers"
     sha256: str | dict[str, str]
@@ -59,7 +59,7 @@ class DiffusersIdentity(TeacherIdentity):
 
 
 class FactoryIdentity(TeacherIdentity):
-    """A Python function by its name, its module's source and the options it is called with."""
+    """A Python function: its name, the sha256 of its module's source, and the options it is called with."""
 
     kind: Literal["factory"] = "factory"
     name: str

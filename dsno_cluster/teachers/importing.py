@@ -1,4 +1,4 @@
-"""The door: a published checkpoint, of either kind, as a model folder of ours."""
+"""Import of a published checkpoint, student or teacher, as a model folder of ours."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from dsno_cluster.teachers.flax_teachers import read_published_teacher
 def import_weights(
     src: str, published_yaml: str, out_dir: str, endpoint_url: str | None = None, command: str = ""
 ) -> str:
-    """Write the published student or teacher at `src`, told apart by its first bytes, as the model folder `out_dir`.
+    """Write the published student or teacher at `src` as the model folder `out_dir`.
 
-    `src`, `published_yaml` and `out_dir` are paths or S3 addresses. Returns what it was, "student" or "teacher".
-    Raises UserError for a file of another kind, a switch that is not implemented, tensors that are missing, surplus or
-    misshapen, by name, and if `out_dir` is a folder of something else.
+    `src`, `published_yaml` and `out_dir` are paths or S3 addresses. The kind is recognised by the first bytes
+    and returned: "student" or "teacher". Raises UserError for a file of another kind, a switch that is not
+    implemented, tensors that are missing, surplus or misshapen, and if `out_dir` is a folder of something
+    else.
     """
     data, text = read_file(src, endpoint_url), read_file(published_yaml, endpoint_url)
     if is_student := recognise(data[:4]) == "torch":

@@ -1,4 +1,4 @@
-"""The doors to a teacher by its path: the network, or what is known without it."""
+"""Opening a teacher by its path: the network, or only what is known without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsno_cluster.teachers.own import OwnFolder
 from dsno_cluster.teachers.published import PublishedFile
 from dsno_cluster.teachers.teacher import PRECISIONS, Options, Source, Teacher, TeacherFamily, TeacherInfo
 
-# The first that recognises a source reads it. The last is asked for what none does: it says what is missing.
+# The first family that recognises a source reads it; if none does, OwnFolder says what is missing.
 FAMILIES: tuple[type[TeacherFamily], ...] = (
     ClosedForm,
     Factory,
@@ -24,7 +24,7 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (
 
 
 def open_teacher(path: str, endpoint_url: str | None = None, options: Options | None = None) -> TeacherFamily:
-    """The teacher at `path`, as its family has it: nothing is read yet that `info` or `load` need.
+    """The teacher at `path`, as its family represents it; `info` and `load` read its files later.
 
     Raises UserError for options that its family does not take.
     """
@@ -36,7 +36,7 @@ def open_teacher(path: str, endpoint_url: str | None = None, options: Options | 
 def load_teacher(
     path: str, endpoint_url: str | None = None, *, precision: str = "float32", options: Options | None = None
 ) -> Teacher:
-    """The teacher at `path`, on CPU. What `path` and `options` may be is said at the top of this package.
+    """The teacher at `path`, on CPU. The package's docstring lists the possible `path` and `options`.
 
     `precision` (float32, bfloat16, float16) is that of a network's weights and layers; states, noise levels and x0 stay
     float32. Raises UserError if there is none, and for options that its family does not take.
@@ -56,7 +56,7 @@ def teacher_info(path: str, endpoint_url: str | None = None, options: Options | 
 
 
 def read_identity(content: dict[str, JsonValue]) -> TeacherIdentity:
-    """The identity that a file holds, by its family's model. Raises ValueError for one that no family has."""
+    """The identity in a file, as its family's model. Raises ValueError if no family has that kind."""
     import json
 
     kinds = {}

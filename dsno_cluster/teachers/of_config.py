@@ -1,4 +1,4 @@
-"""The teacher that a config names, found once: what is known of it, and its network when that is wanted."""
+"""The teacher that a config names, found once: what is known about it, and its network when needed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class NoTeacher(UserError):
 
 @dataclass(frozen=True)
 class ConfiguredTeacher:
-    """A config's teacher. Whoever finds it hands it on, so that its files are read once in a process.
+    """A config's teacher. It is passed on after it is found, so that a process reads its files only once.
 
-    `method` is how the config solves its ODE, its grid decided: the teacher's own steps if the config leaves the grid to it
-    and it has some.
+    `method` is how the config solves its ODE, with its grid decided: the teacher's own steps if the config's
+    grid is `auto` and the teacher has any.
     """
 
     config: Config
@@ -45,7 +45,10 @@ class ConfiguredTeacher:
         return None if isinstance(self.method.grid, str) else self.method.grid
 
     def solved_as(self, config: Config) -> ConfiguredTeacher:
-        """This teacher solved as another config says that names it too. Raises UserError as `find_teacher`."""
+        """This teacher, solved as another config that names it says.
+
+        Raises UserError as `find_teacher` does.
+        """
         return replace(self, config=config, method=_method(config, self.path, self.info))
 
     def load(self) -> Teacher:
@@ -62,11 +65,17 @@ class ConfiguredTeacher:
         return loaded
 
     def warm_start(self) -> dict[str, Tensor]:
-        """The weights that a student begins with. Raises UserError if none can."""
+        """The weights that a student starts from.
+
+        Raises UserError if no student can start from this teacher.
+        """
         return self.opened.warm_start()
 
     def backbone(self) -> DiffusersModel | None:
-        """What `student.backbone` names besides our own U-Net. Raises UserError if this teacher has no such network."""
+        """The diffusers model that `student.backbone` asks for.
+
+        None for our U-Net. Raises UserError if it has none.
+        """
         if self.config.student.backbone == "unet":
             return None
         if self.info.backbone is None:
@@ -79,8 +88,8 @@ class ConfiguredTeacher:
 def find_teacher(config: Config) -> ConfiguredTeacher:
     """The config's teacher, without its network.
 
-    Raises NoTeacher, which says how to get one, if there is none, and UserError for one whose images, classes or own
-    steps are not those of the config, or whose own steps are for another solver.
+    Raises NoTeacher, which says how to get one, if there is none, and UserError if its images, classes or own
+    steps are not those of the config, or its own steps are for another solver.
     """
     path = config.teacher.path
     if path is None:

@@ -1,4 +1,4 @@
-"""Teachers of ours: model folders as `train-teacher` and `import-weights` write them, and those that ship."""
+"""Our own teachers: model folders of `train-teacher` and `import-weights`, and those in the package."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ class OwnFolder:
 
 
 def _described(path: str, model: Values) -> UNetDescription:
-    """What `meta.json` says under `model`. Raises UserError if that is no teacher's, or one of a later version."""
+    """The `model` entry of `meta.json`.
+
+    Raises UserError if it is not a teacher's, or is of a later version.
+    """
     if model["kind"] != DENOISER:
         raise UserError(f"{path}: holds a {model['kind']!r} model, not a teacher")
     if model.get("prediction") not in PREDICTIONS or model.get("schedule") != SCHEDULE:

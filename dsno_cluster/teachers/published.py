@@ -1,4 +1,4 @@
-"""Teachers of progressive distillation (Salimans & Ho 2022) as they were published: a flax file and its YAML."""
+"""Progressive distillation's teachers (Salimans & Ho 2022) as published: a flax file and its YAML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PublishedFile:
-    """A file, with option `config` for its YAML, or the folder of such a file and its config.yaml."""
+    """A flax file, with its YAML as option `config`, or a folder with such a file and its config.yaml."""
 
     kind: ClassVar[str] = "published"
     identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (UNetIdentity,)
@@ -50,7 +50,7 @@ class PublishedFile:
 
     @functools.cached_property
     def _read(self) -> tuple[UNetDescription, dict[str, Tensor], str]:
-        """What the network is, its weights, and the sha256 of the file."""
+        """The network's description, its weights, and the sha256 of the file."""
         path, endpoint_url = self.source.path, self.source.endpoint_url
         config = self.options.get("config")
         if self.source.is_file and config is None:
@@ -66,7 +66,10 @@ class PublishedFile:
 
 
 def _only_checkpoint(path: str, endpoint_url: str | None) -> str:
-    """The one file of a folder that is a flax msgpack checkpoint by its content."""
+    """The only file of a folder that is a flax msgpack checkpoint by its content.
+
+    Raises UserError if not exactly one is.
+    """
     storage = open_storage(path, endpoint_url)
     keys = [s.key for s in storage.list("") if "/" not in s.key]
     found = [key for key in keys if recognise(storage.read(key, 0, 4)) == "flax"]

@@ -1,4 +1,4 @@
-"""A teacher as the rest of the package sees it, what is known of one without its network, and what a family of them is."""
+"""The interface of a teacher, what is known about one without its network, and the protocol of a family."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ Shape = tuple[int, int, int]
 NativeGrid = Callable[[int], tuple[float, ...]]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-# A model whose meta says that it has at most so many steps was distilled to them, and knows no other levels.
+# A model whose meta names at most this many steps was distilled to them, and knows no other levels.
 MOST_DISTILLED_STEPS = 128
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What is known of a teacher without its network.
+    """What is known about a teacher without its network.
 
-    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; `null_class` is the label that
-    means none, if there is one. `native` gives the times of the teacher's own steps; `num_steps` is set if it has that one
-    number of them, whatever number is asked for. `clips`: its usual sampler bounds the clean image, which is left to
-    `trajectories.clip_denoised` here. `backbone`: what a student can be built on. `former_identities` are those by which
-    earlier versions named it: data sets that they made are found by them.
+    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; `null_class` is the
+    label that means "no class", if there is one. `native` gives the times of the teacher's own steps;
+    `num_steps` is set if it always has that number of them, whatever number is asked for. `clips`: its usual
+    sampler bounds the clean image, which only `trajectories.clip_denoised` does here. `backbone`: the
+    diffusers model that a student can be built on. `former_identities` are those that earlier versions
+    recorded, by which their data sets are found.
     """
 
     identity: TeacherIdentity
@@ -63,7 +64,7 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A denoiser: `denoise(x, t_N, labels)` gives x0. `network` is what moves to a GPU, if there is one."""
+    """A denoiser: `denoise(x, t_N, labels)` gives x0. `network` is the module that `to` moves, if there is one."""
 
     info: TeacherInfo
     denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -72,7 +73,7 @@ class Teacher:
     @property
     def shape(self) -> Shape:
         """(C, H, W)."""
-        assert self.info.shape is not None  # known of every teacher that is loaded
+        assert self.info.shape is not None  # known once a teacher is loaded
         return self.info.shape
 
     @property
@@ -117,7 +118,7 @@ class Teacher:
         """Noisy images (N, C, H, W) at time t (a float, a 0-d tensor or (N,)) -> clean images x0, unclipped.
 
         `t` is the cosine time: 0 is data, 1 pure noise. `labels` are int64 (N,) in 0..num_classes-1, or
-        `null_class`. Without labels a teacher with a null class answers unconditionally. Raises ValueError
+        `null_class`. Without labels a teacher with a null class is unconditional. Raises ValueError
         if labels are missing or not wanted.
         """
         import torch
@@ -134,7 +135,7 @@ class Teacher:
 
 
 class Source:
-    """Where a teacher is: its path as it was given and, if that is a folder or an address, its files, each read once."""
+    """Where a teacher is: its path as given and, for a folder or an address, its files, each read only once."""
 
     def __init__(self, path: str, endpoint_url: str | None) -> None:
         self.path, self.endpoint_url = path, endpoint_url
@@ -147,16 +148,16 @@ class Source:
 
     @functools.cached_property
     def is_file(self) -> bool:
-        """Whether the path is that of a file, not of a folder."""
+        """Whether the path is a file, not a folder."""
         parent, name = split_path(self.path)
         return name not in ("", ".", "..") and open_storage(parent, self.endpoint_url).stat(name) is not None
 
     def has(self, key: str) -> bool:
-        """Whether the folder has a file of that key."""
+        """Whether the folder has a file with that key."""
         return self._read.get(key) is not None or self.storage.stat(key) is not None
 
     def read(self, key: str) -> bytes | None:
-        """A file of the folder, or None if it has none of that key."""
+        """The bytes of a file of the folder, or None if it does not exist."""
         if key not in self._read:
             try:
                 self._read[key] = self.storage.read(key)
@@ -166,9 +167,9 @@ class Source:
 
 
 class TeacherFamily(Protocol):
-    """Teachers of one kind of checkpoint. An instance is one of them, at a source and with its options.
+    """A family of teachers: one kind of checkpoint. An instance is a teacher at a source, with its options.
 
-    What an instance has read it keeps, so that files are read and hashed once, whatever is asked for.
+    An instance keeps what it has read, so that files are read and hashed only once.
     """
 
     kind: ClassVar[str]  # for people: "diffusers", "factory"
@@ -180,32 +181,35 @@ class TeacherFamily(Protocol):
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
-        """Whether this family reads what is at the source: by its content, if it is a file or a folder."""
+        """Whether this family can read the source, judged by its content if it is a file or a folder."""
         ...
 
     def info(self) -> TeacherInfo:
-        """What is known without building the network. Raises UserError for what cannot be a teacher."""
+        """What is known without building the network. Raises UserError if the source is not a teacher."""
         ...
 
     def load(self, precision: str) -> Teacher:
-        """The teacher, on CPU. Raises UserError for a precision that it cannot have and for weights that do not fit."""
+        """The teacher, on CPU.
+
+        Raises UserError for an unsupported precision and for weights that do not fit.
+        """
         ...
 
     def warm_start(self) -> dict[str, Tensor]:
-        """The weights by a student's names, its last layer turned to give x0 at t=1; see `warm_start.py`.
+        """The weights under a student's names, with a last layer that gives x0 at t=1; see `warm_start.py`.
 
-        Raises UserError if no student can begin with them.
+        Raises UserError if no student can start from them.
         """
         ...
 
 
 def is_distilled(num_steps: int | None) -> bool:
-    """Whether a model whose meta says `num_steps` knows no other levels than those steps."""
+    """Whether a model whose meta names `num_steps` knows only the levels of those steps."""
     return num_steps is not None and num_steps <= MOST_DISTILLED_STEPS
 
 
 def check_fits(network: Network, teacher: TeacherInfo, path: str) -> None:
-    """Raises UserError unless a teacher's images and classes, as far as they are known, are the network's."""
+    """Raises UserError unless the teacher's images and classes, if they are known, are the network's."""
     if teacher.shape is None:
         return
     channels, height, width = teacher.shape
@@ -234,20 +238,20 @@ def check_options(options: Options, allowed: Sequence[str], path: str) -> None:
 
 
 def check_schedule(schedule: Any, path: str) -> str:
-    """The teacher option `schedule`. Raises UserError if it is neither of the two."""
+    """The teacher option `schedule`. Raises UserError if it is neither native nor continuous."""
     if schedule not in ("native", "continuous"):
         raise UserError(f"{path}: schedule {schedule!r} is not one of: native, continuous")
     return str(schedule)
 
 
 def only_float32(precision: str, path: str, kind: str) -> None:
-    """Raises UserError for another precision, which only networks that are read from files can have."""
+    """Raises UserError unless the precision is float32; only networks read from files support others."""
     if precision != "float32":
         raise UserError(f"{path}: precision {precision} is for networks read from files, not a {kind}")
 
 
 def plain(value: Any) -> Any:
-    """Options as JSON has them: tuples and sequences become lists."""
+    """Options as JSON values: tuples become lists."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""A U-Net of ours as a denoiser: what is known of it, and the teacher that it makes."""
+"""Our own U-Net as a denoiser: what is known about it, and the teacher made from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def unet_info(path: str, description: UNetDescription, sha256: str, schedule: Any) -> TeacherInfo:
-    """What is known of a U-Net teacher. `schedule` None: its own steps if it was distilled to few.
+    """What is known about a U-Net teacher. `schedule` None: its own steps if it was distilled to few.
 
     Raises UserError for an unknown schedule, and for native if the teacher names no steps of its own.
     """

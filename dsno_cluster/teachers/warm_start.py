@@ -1,7 +1,8 @@
-"""A teacher's weights as the beginning of a student.
+"""A teacher's weights as the starting point of a student.
 
-A student answers states. At t=1, where x is pure noise, x0 is the output of a network that predicts x0 (or both: its first
-half) and minus that of one that predicts v; one that predicts eps says nothing of x0, so its last layer is left out.
+A student predicts states. At t=1, where x is pure noise, x0 is the output of a network that predicts x0 (for
+`both`: its first half) and minus the output of one that predicts v; eps contains no information on x0, so
+that last layer is dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def with_last_layer_of_x0(
     weights: dict[str, Tensor], last_layer: str, prediction: str, channels: int
 ) -> dict[str, Tensor]:
-    """The weights with the last layer, named `last_layer`, turned to give x0 at t=1; without it for eps."""
+    """The weights with the last layer, named `last_layer`, changed to give x0 at t=1; without it for eps."""
     last = {name: tensor for name, tensor in weights.items() if name.startswith(last_layer)}
     others = {name: tensor for name, tensor in weights.items() if name not in last}
     if prediction == "eps":
@@ -27,7 +28,7 @@ def with_last_layer_of_x0(
 
 
 def no_unet(path: str, kind: str) -> UserError:
-    """What to raise for a teacher whose weights no student can begin with."""
+    """The error for a teacher whose weights no student can start from."""
     return UserError(
         f"student.warm_start: the {kind} teacher at {path} is not a U-Net of this project; set student.warm_start=false"
     )

@@ -287,7 +287,7 @@ def test_ranks_and_drivers_killed(
     wait_for(lambda: made.attempts() and done_by(made) >= 32)
     cluster.run("pkill", "-9", "-x", "raylet", host="node2")
     said = wait_for(lambda: disk_user.row(made)["last_error"])
-    assert said.startswith("goes on without 1 node(s): Ray on node2 ended by itself"), said
+    assert said.startswith("continues without 1 node(s): Ray on node2 ended by itself"), said
     cluster.run("pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit", host="node1")
     row = disk_user.ends(made)
     assert row["attempts"] == 2 and "task 0 on node1 was killed" in row["last_error"], row

@@ -1,4 +1,4 @@
-"""Where stages run: this machine or Slurm, behind one protocol."""
+"""Launchers of stages, on this machine or on Slurm, behind one protocol."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LAUNCHERS = {launcher.name: launcher for launcher in (LOCAL, SLURM)}
 def choose_launcher(asked: str, nodes: int, profile_nodes: int = 1) -> Launcher:
     """The launcher that was asked for. auto is Slurm if sbatch is on PATH and the controller answers within 2 s.
 
-    Raises UserError for slurm without sbatch and for several `nodes` on this machine, and WorkError for slurm whose controller
-    does not answer, and for auto with such a one if the profile asks for several nodes: work of that size does not belong
-    on a login node.
+    Raises UserError for slurm without sbatch and for several `nodes` on this machine. Raises WorkError if the
+    controller does not answer, for slurm, and for auto if the profile asks for several nodes: work of that
+    size does not belong on a login node.
     """
     sbatch = shutil.which("sbatch")
     if asked == SLURM.name:
@@ -49,7 +49,7 @@ def choose_launcher(asked: str, nodes: int, profile_nodes: int = 1) -> Launcher:
                 f"{silence}, and the profile asks for {profile_nodes} nodes; try again when it answers"
             )
         why = silence
-        console.say(f"running on this machine: {silence} (--launcher local asks nobody)")
+        console.say(f"running on this machine: {silence} (--launcher local does not ask Slurm)")
     if nodes > 1:
         raise UserError(
             f"--nodes {nodes}: the local launcher ({why}) has one node; several need --launcher slurm"
@@ -58,12 +58,12 @@ def choose_launcher(asked: str, nodes: int, profile_nodes: int = 1) -> Launcher:
 
 
 def launcher_of(run: Run) -> Launcher | None:
-    """The launcher that a run was submitted to; None if it never was."""
+    """The launcher that a run was submitted to; None if it was never submitted."""
     return LAUNCHERS.get(run.record().launcher or "")
 
 
 def states_of(runs: Sequence[Run]) -> dict[Run, State]:
-    """The state of each run, in the order of `runs`: by its folder, or as its launcher sees it."""
+    """The state of each run, in the order of `runs`: from its folder if final, else from its launcher."""
     found: dict[Run, State] = {}
     asked: dict[str, list[Run]] = {}
     for run in runs:

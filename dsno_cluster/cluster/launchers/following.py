@@ -1,4 +1,4 @@
-"""Following a run whose job is elsewhere, to its end."""
+"""Following a run whose job is on another machine, to its end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from dsno_cluster.cluster.runs import Run
 
 POLL_SECONDS = 2.0
-ASK_SECONDS = 15.0  # so often a launcher is asked by those who follow a run, for days perhaps
+ASK_SECONDS = 15.0  # how often a launcher is asked while a run is followed, perhaps for days
 
 
 def followed(run: Run, ask: Callable[[], State]) -> Callable[[], State]:
-    """The state of a run for those who look again and again: `ask` is called when an attempt begins, and now and then."""
+    """A function that gives the state of a run.
+
+    It calls `ask` only when an attempt begins, and every `ASK_SECONDS`.
+    """
     asked, begun, state = float("-inf"), -1, State("state unknown")
 
     def look() -> State:

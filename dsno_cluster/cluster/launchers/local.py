@@ -1,4 +1,4 @@
-"""This machine: a training of several processes is a run of its own, everything else is done by the command itself."""
+"""This machine: a training with several processes becomes a run; the command itself does everything else."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 STARTED_SECONDS = (
-    60.0  # a process that began so long after its run was submitted is another's, of the same number
+    60.0  # a process that began later than this after its run was submitted is another one with the same id
 )
-ENDING_SECONDS = 10.0  # the ranks have a second to end by themselves
+ENDING_SECONDS = 10.0  # the ranks get a second to end by themselves
 
 
 class LocalLauncher:
@@ -38,7 +38,10 @@ class LocalLauncher:
     detached = False
 
     def profile(self, stage: Stage[Any], nodes: int | None, tasks_per_node: int | None) -> Profile:
-        """The profile is a cluster's; here are one node, and one process unless more were asked for."""
+        """The profile describes a cluster.
+
+        Here it has one node, and one process unless more were asked for.
+        """
         return load_profile(stage.name, {"nodes": 1, "tasks_per_node": tasks_per_node or 1})
 
     def takes(self, submission: Submission) -> bool:
@@ -51,7 +54,7 @@ class LocalLauncher:
         return None
 
     def submit(self, submissions: Sequence[Submission]) -> list[Run]:
-        """Start one stage; several are run one after the other by the command itself."""
+        """Start one stage; the command itself runs several one after the other."""
         import torch
 
         from dsno_cluster.cluster.submitit_internals import start_on_this_machine
@@ -61,7 +64,7 @@ class LocalLauncher:
         run, tasks = create_run(submission, snapshot=False), submission.profile.tasks_per_node
         task = StageTask(submission.stage, submission.options, str(run.folder))
         variables = {
-            "MASTER_PORT": str(free_ports(1)[0]),  # where the ranks find each other
+            "MASTER_PORT": str(free_ports(1)[0]),  # the port at which the ranks find each other
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(torch.cuda.device_count()))),
         }
         job = start_on_this_machine(task, run.folder / "submitit", tasks, run.folder / BATCH_LOG, variables)
@@ -84,7 +87,7 @@ class LocalLauncher:
         if run.cancelled:
             return State("cancelled")
         failure = last.failure() if last is not None else None
-        return State("failed", failure.reason if failure else "its processes ended without a word")
+        return State("failed", failure.reason if failure else "its processes ended without a reason")
 
     def follow(self, run: Run) -> str:
         """Show what rank 0 prints until the run ends; returns its result.
@@ -127,7 +130,7 @@ class LocalLauncher:
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             if (controller := _controller(run)) is not None:
-                controller.send_signal(signal.SIGINT)  # which kills the ranks after a second
+                controller.send_signal(signal.SIGINT)  # it kills the ranks after a second
             for _ in range(int(ENDING_SECONDS / POLL_SECONDS)):
                 if _controller(run) is None:
                     break

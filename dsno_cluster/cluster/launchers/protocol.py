@@ -1,4 +1,4 @@
-"""What a launcher does, whichever it is, and the state of a run as people read it."""
+"""The protocol of launchers, and the state of a run in plain words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIVE = ("waiting", "starting", "running", "ending", "suspended", "state unknown"
 
 @dataclass(frozen=True)
 class State:
-    """What a run is doing, in a plain word, and why."""
+    """The state of a run: a plain word, and why."""
 
     word: str
     why: str = ""
@@ -41,35 +41,38 @@ class Launcher(Protocol):
         """The stage's profile here, with the values that were asked for. Raises UserError if it does not suit the stage."""
 
     def takes(self, submission: Submission) -> bool:
-        """Whether the stage becomes a run; if not, the command that was given does the work itself."""
+        """Whether the stage becomes a run; if not, the command itself does the work."""
 
     def describe(self, submission: Submission) -> str | None:
-        """For a dry run: what `submit` hands on, or None if that is nothing to read."""
+        """For a dry run: the text that `submit` would submit, or None if there is none."""
 
     def check(self, submission: Submission) -> None:
-        """Raises UserError for what could never run here."""
+        """Raises UserError for a stage that could never run here."""
 
     def submit(self, submissions: Sequence[Submission]) -> list[Run]:
-        """Start stages, each to begin when the one before is done. All are submitted, or none.
+        """Start stages, each of which begins when the one before is done. All are submitted, or none.
 
-        Raises UserError for what could never run, WorkError for what cannot run now.
+        Raises UserError for a stage that could never run, WorkError for one that cannot run now.
         """
 
     def states(self, runs: Sequence[Run]) -> dict[Run, State]:
         """The states of runs of this launcher whose last attempt left no final one."""
 
     def follow(self, run: Run) -> str:
-        """Show how a run fares until it ends; returns its result. Raises UserError or WorkError if it fails."""
+        """Show the progress of a run until it ends.
+
+        Returns its result. Raises UserError or WorkError if it fails.
+        """
 
     def logs(self, run: Run, rank: int, attempt: int | None) -> Path | None:
         """The file with what a task of an attempt prints, if there is one yet."""
 
     def cancel(self, run: Run) -> None:
-        """Ask for the end of a run. What is done is kept."""
+        """Ask for the end of a run. Finished work is kept."""
 
 
 def final_state(run: Run) -> State | None:
-    """The state that the last attempt's batch script left, if it is a final one."""
+    """The state that the last attempt's batch script noted, if it is final."""
     attempts = run.attempts()
     outcome = attempts[-1].read(Outcome) if attempts else None
     if outcome is None or outcome.state == "again":

@@ -1,4 +1,7 @@
-"""Slurm: a stage becomes a batch script, which submitit hands to sbatch, and is looked at through Slurm's own commands."""
+"""Slurm: a stage becomes a batch script that submitit passes to sbatch.
+
+Slurm's own commands report its state.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 MOST_REQUEUES = 1000
 SETTLE_SECONDS = 15.0
-# keys of a profile for which sbatch has the user's own defaults
+# keys of a profile for which sbatch has defaults of the user's
 LEFT_OUT = ("partition", "account", "qos", "constraint")
 
 WORDS = {
@@ -87,7 +90,7 @@ ENDS = {
 
 
 class SlurmLauncher:
-    """Jobs of Slurm."""
+    """Runs as jobs of Slurm."""
 
     name = "slurm"
     detached = True
@@ -101,7 +104,7 @@ class SlurmLauncher:
         return True
 
     def describe(self, submission: Submission) -> str:
-        """The script for sbatch; RUN stands for the run folder to come."""
+        """The script for sbatch; RUN stands for the run folder, which does not exist yet."""
         from dsno_cluster.cluster.submitit_internals import script_text
 
         return script_text(_executor(submission, jobs_folder(submission.config) / "RUN", None))
@@ -119,7 +122,7 @@ class SlurmLauncher:
             with _undisturbed():
                 for submission in submissions:
                     runs.append(_submit(submission, runs[-1].record().job if runs else None))
-        except BaseException:  # Ctrl-C among them
+        except BaseException:  # including Ctrl-C
             for run in runs:
                 _take_back(run)
             raise
@@ -158,7 +161,7 @@ class SlurmLauncher:
                 job: state for owner, ids in by_owner.items() for job, state in job_states(ids, owner).items()
             }
         except (UserError, WorkError) as error:
-            console.say(f"Slurm does not say how jobs fare now: {error}")
+            console.say(f"Slurm does not report the states of jobs now: {error}")
             jobs = None
         return {run: _state(run, jobs) for run in runs}
 
@@ -169,7 +172,7 @@ class SlurmLauncher:
         return wait_for(run, ask)
 
     def logs(self, run: Run, rank: int, attempt: int | None) -> Path | None:
-        """Rank 0's is what the batch script printed until the task has a log of its own."""
+        """The task's log; for rank 0 the batch script's log until the task has its own."""
         file = run.attempt(attempt).log(rank) if attempt is not None else None
         if file is not None and file.is_file():
             return file
@@ -181,7 +184,7 @@ class SlurmLauncher:
 
 
 def check_tasks(stage: Stage[Any], profile: Profile) -> None:
-    """Raises UserError for tasks that do not suit the kind of the stage."""
+    """Raises UserError for a number of tasks that does not suit the kind of the stage."""
     tasks, gpus = profile.tasks_per_node, profile.gpus_per_node
     if stage.kind == "ray" and tasks != 1:
         raise UserError(
@@ -195,7 +198,7 @@ def check_tasks(stage: Stage[Any], profile: Profile) -> None:
 
 
 def check_room(stage: Stage[Any], config: Config, profile: Profile) -> None:
-    """Raises UserError if a node's CPUs hold no actor of a Ray stage, or fewer than it has GPUs."""
+    """Raises UserError if a node has too few CPUs for an actor of a Ray stage, or for one actor per GPU."""
     if stage.kind != "ray":
         return
     threads: int = getattr(config, stage.section).threads
@@ -222,7 +225,7 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
     job = jobs.get(str(record.job))
     attempts = run.attempts()
     if job is None and run.owner != user_name(os.getuid()):
-        return State("state unknown", f"Slurm tells {user_name(os.getuid())} nothing of {run.owner}'s jobs")
+        return State("state unknown", f"Slurm does not show {run.owner}'s jobs to {user_name(os.getuid())}")
     if job is None:
         last = why(attempts[-1], None) if attempts else "it never began"
         return State("cancelled" if run.cancelled else "failed", f"Slurm no longer knows the job; {last}")
@@ -237,9 +240,9 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
-        return State("ending")  # so Slurm says for a moment of a job that it is about to requeue
+        return State("ending")  # for a moment Slurm reports this for a job that it is about to requeue
     if word == "cancelled" and record.after and not attempts and not run.cancelled:
-        return State(word, "the stage that it waited for did not end well")
+        return State(word, "the stage that it waited for did not succeed")
     return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
 
 
@@ -255,7 +258,7 @@ def _submit(submission: Submission, after: str | None) -> Run:
         executor = _executor(submission, run.folder, after)
         with _clean_environment(submission.profile):
             (run.folder / "script.sh").write_text(script_text(executor))
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
                 job = executor.submit(StageTask(submission.stage, submission.options, str(run.folder)))
         run.note(job=str(job.job_id), launcher=SlurmLauncher.name, cluster=cluster, after=after)
     except FailedJobError as error:
@@ -276,13 +279,14 @@ def _executor(submission: Submission, folder: Path, after: str | None) -> submit
     srun = [
         *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
         f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
-        # a Ray stage continues without a lost node; in training a lost rank is no reason for the others to wait
+        # a Ray stage continues without a lost node; in a training the other ranks must not wait for a lost
+        # one
         *(("--no-kill", "--kill-on-bad-exit=0") if ray else ("--kill-on-bad-exit=1",)),
     ]
     python = shlex.quote(sys.executable)
     executor = submitit.SlurmExecutor(
         folder=folder / "submitit",
-        max_num_timeout=MOST_REQUEUES,  # it takes any signal to a job of under ten minutes for a time-out
+        max_num_timeout=MOST_REQUEUES,  # submitit takes any signal to a job of under ten minutes for a time-out
         python=f"{' '.join(srun)} {python}",
     )
     executor.update_parameters(
@@ -300,7 +304,7 @@ def _executor(submission: Submission, folder: Path, after: str | None) -> submit
         signal_delay_s=profile.save_seconds,
         dependency=f"afterok:{after}" if after else None,
         wckey=None,
-        use_srun=False,  # the srun line is ours: its log files tell attempts apart
+        use_srun=False,  # our own srun line has log files per attempt
         setup=_setup_lines(folder, profile, ray),
         teardown=[f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
         additional_parameters={
@@ -316,7 +320,7 @@ def _executor(submission: Submission, folder: Path, after: str | None) -> submit
 
 
 def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
-    """What the batch script does before srun: the owner's lines, then ours."""
+    """The lines of the batch script before srun: the profile's setup, then ours."""
     run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
     here = shlex.quote(os.getcwd())
     lines = [*profile.setup, *(["set +e  # what follows reads exit statuses"] if profile.setup else [])]
@@ -352,10 +356,10 @@ def _take_back(run: Run) -> None:
 
 @contextlib.contextmanager
 def _clean_environment(profile: Profile) -> Iterator[None]:
-    """What the profile says holds: sbatch would take SBATCH_ variables before the script's own lines.
+    """Hide SBATCH_ variables, which would take precedence over the script's own lines and so over the profile.
 
-    Those for what a profile leaves out stay. A job that is submitted from within another does not inherit its sizes. (submitit's
-    own clean_env would also take SLURM_CONF away.)
+    Those for keys that the profile omits stay. A job that is submitted from within another does not inherit
+    its sizes. (submitit's own clean_env would also remove SLURM_CONF.)
     """
     left_out = {f"SBATCH_{key.upper()}" for key in LEFT_OUT if getattr(profile, key) is None}
     kept = {*left_out, "SBATCH_RESERVATION", "SLURM_CONF"}
@@ -370,10 +374,10 @@ def _clean_environment(profile: Profile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end: a job that sbatch has taken is one that `status` and `cancel` know.
+    """Delay Ctrl-C and SIGTERM to the end, so that `status` and `cancel` know every job that sbatch has taken.
 
-    sbatch, whom Ctrl-C at a terminal reaches too, inherits that the signals are blocked. Here they are noted besides, as
-    they may come to another thread.
+    sbatch, which Ctrl-C at a terminal also reaches, inherits the blocked signals. They are also noted here,
+    because they may be delivered to another thread.
     """
     heard: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
