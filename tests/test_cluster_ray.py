@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tiny import DATA, TINY, dsno
+from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
@@ -107,7 +107,7 @@ def test_actors_killed_nodes_lost_and_nodes_that_join(ray_cluster: Any, tmp_path
         found = safetensors.torch.load(made[f"shard-{index:06d}.safetensors"])["states"]
         assert torch.equal(found, states.transpose(0, 1).half())
     folder = next((root / "trajectories").iterdir())
-    assert dsno("verify", str(folder)).returncode == 0
+    assert answer("verify", str(folder)).returncode == 0
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp") == [
         "manifest.json",
         *shards(root),
@@ -142,4 +142,4 @@ def test_relative_paths_are_those_of_who_calls(ray_cluster: Any, tmp_path: Path)
     words = ["sample", "student", "--num", "8", "--batch-size", "4", "--shards", "drawn"]
     drawn = dsno(*words, "--ray-address", ray_cluster.address, cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
-    assert dsno("verify", str(tmp_path / "drawn")).returncode == 0
+    assert answer("verify", str(tmp_path / "drawn")).returncode == 0

@@ -253,7 +253,7 @@ def test_dry_runs_start_nothing(tmp_path: Path, tiny_data: Path) -> None:
 
     before = sorted(tiny_data.rglob("*"))
     for command in ("gen-trajectories", "train", "train-teacher", "demo"):
-        result = dsno(command, *TINY, f"storage.root={tiny_data}", "--dry-run", cwd=tmp_path)
+        result = answer(command, *TINY, f"storage.root={tiny_data}", "--dry-run", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip()
     assert sorted(tiny_data.rglob("*")) == before

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny import TINY, dsno, small_disk
+from tiny import TINY, answer, dsno, small_disk
 
 # A teacher that misbehaves on some samples, as long as a file says so: how it does stands in that file.
 FAULTY = """
@@ -80,7 +80,7 @@ def test_a_shard_that_always_fails_stops_the_run_after_the_others(faulty: Path) 
     assert healed.returncode == 0 and "1 to make" in healed.stderr, healed.stderr
     assert {name: when for name, when in shards(root).items() if name in made} == made  # nothing made twice
     folder = next((root / "trajectories").iterdir())
-    assert dsno("verify", str(folder)).returncode == 0
+    assert answer("verify", str(folder)).returncode == 0
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *shards(root)]
 
 
@@ -130,7 +130,7 @@ def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Pat
     (faulty / "fault").unlink()
     again = dsno(*words(root, faulty), PYTHONPATH=str(faulty))  # which sees that it is no shard
     assert again.returncode == 0 and "1 to make" in again.stderr, again.stderr
-    assert dsno("verify", str(theirs.parent)).returncode == 0
+    assert answer("verify", str(theirs.parent)).returncode == 0
 
 
 def factory(folder: Path, words: str) -> list[str]:
@@ -218,7 +218,7 @@ def test_two_runs_of_one_spec_do_no_harm(tiny_data: Path, tmp_path: Path) -> Non
         _, stderr = run.communicate(timeout=240)
         assert run.returncode == 0, stderr
     folder = next((tmp_path / "trajectories").iterdir())
-    assert json.loads(dsno("verify", str(folder), "--json").stdout)["ok"]
+    assert json.loads(answer("verify", str(folder), "--json").stdout)["ok"]
     theirs = next((tiny_data / "trajectories").iterdir())
     for path in theirs.glob("shard-*"):
         assert path.read_bytes() == (folder / path.name).read_bytes()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import TINY, dsno, small_disk
+from tiny import TINY, answer, dsno, small_disk
 from training_runs import (
     STUDENT,
     checkpoints,
@@ -81,7 +81,7 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     assert checkpoints(out) == [25, 30]
     third = dsno(*command[3:])
     assert third.returncode == 0 and "finished already" in third.stderr
-    nothing = dsno(*command[3:], "--dry-run")
+    nothing = answer(*command[3:], "--dry-run")
     assert "nothing to do: digits is at step 30 already" in nothing.stdout, nothing.stderr
     slower = dsno(*command[3:], "training.lr=1e-5")
     assert slower.returncode == 2 and "now it is 1e-05; a new run needs another name=" in slower.stderr
@@ -102,7 +102,7 @@ def test_a_learning_rate_that_is_changed_on_the_way_is_told(tiny_data: Path, tmp
         assert said == (steps == 4), done.stderr
     meta = json.loads((out / STUDENT / "step-000000006/meta.json").read_text())
     assert meta["changes"] == [{"step": 2, "key": "training.lr", "before": 0.0002, "after": 0.001}]
-    assert dsno("report", *TINY, f"storage.root={out}", "--out", str(out / "x.html")).returncode == 0
+    assert answer("report", *TINY, f"storage.root={out}", "--out", str(out / "x.html")).returncode == 0
     assert "training.lr was 0.0002 until step 2" in (out / "x.html").read_text()
 
 

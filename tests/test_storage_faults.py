@@ -15,7 +15,7 @@ import pytest
 from faulty_s3 import FaultyS3, faulty_s3
 from s3_server import KEYS
 from test_storage import s3_endpoint  # noqa: F401
-from tiny import TINY, dsno
+from tiny import TINY, answer, dsno
 
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.storage import MissingObject, Patience, PreconditionFailed, Storage, open_storage, s3
@@ -254,7 +254,7 @@ def test_a_run_through_a_bad_network_gives_the_same_bytes(
     assert {fault for _, _, fault in proxy.seen} >= {*kinds}
     folder = next((tiny_data / "trajectories").iterdir())
     url = f"s3://bucket/badnet/trajectories/{folder.name}"
-    verified = dsno("verify", url, "--endpoint-url", proxy.url, "--json", **KEYS)
+    verified = answer("verify", url, "--endpoint-url", proxy.url, "--json", **KEYS)
     assert verified.returncode == 0, verified.stderr
     proxy.fault = lambda method, path, number: ""
     manifest = json.loads(open_storage(url, proxy.url).read("manifest.json"))
