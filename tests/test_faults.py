@@ -123,7 +123,7 @@ def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Pat
     root = faulty / "root"
     failed = dsno(*words(root, faulty), PYTHONPATH=str(faulty))
     assert failed.returncode == 1, failed.stderr
-    assert "shard-000002.safetensors: is there, made with other bits" in failed.stderr, failed.stderr
+    assert "shard-000002.safetensors: exists, made with other bits" in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr and len(shards(root)) == 6
     (theirs,) = root.glob("trajectories/*/shard-000002*")
     assert theirs.read_bytes() == b"theirs" and not list(root.glob("trajectories/*/manifest.json"))

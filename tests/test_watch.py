@@ -148,7 +148,7 @@ def test_uploads_are_tried_again_and_never_stop_training(
         assert failed.returncode == 1 and "a student is not uploaded, step-000000002" in failed.stderr, (
             failed.stderr
         )
-        assert "training goes on" in failed.stderr and "bucket" in failed.stderr
+        assert "training continues" in failed.stderr and "bucket" in failed.stderr
         assert checkpoints(run) == [4]
         assert storage.read("students/digits/latest").decode().strip() == "step-000000004"
         here = [p.name for p in sorted((run / STUDENT).glob("step-*"))]

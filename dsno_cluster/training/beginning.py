@@ -1,6 +1,6 @@
-"""What a training begins from: the data set, the checkpoint to resume from, the student and its weights.
+"""The starting point of a training: the data set, the checkpoint to resume from, the student and its weights.
 
-Rank 0 reads it, the teacher above all, and the other ranks hear of it.
+Rank 0 reads it, above all the teacher, and passes it to the other ranks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dsno_cluster.trajectories.shards import Manifest
 
 @dataclass(frozen=True)
 class Beginning:
-    """`folder` and `manifest` are the data set's; `diffusers` describes the backbone if it is a diffusers model.
+    """Where a training begins: the data set's `folder` and `manifest`, `diffusers` if the backbone is such a model.
 
-    `state` is that of the newest checkpoint, None if the training begins anew.
+    `state` is that of the newest checkpoint, None for a new training.
     """
 
     folder: str
@@ -34,15 +34,15 @@ class Beginning:
 
     @property
     def step(self) -> int:
-        """The steps that are done already."""
+        """The number of steps that are done."""
         return 0 if self.state is None else self.state.step
 
 
 def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginning:
-    """What is there for a run of this config.
+    """Where a run of this config begins.
 
     Raises UserError if there are no finished trajectories, if the teacher does not fit, and if students or checkpoints of
-    the config's name are of another run; WorkError if the newest checkpoint cannot be read.
+    the config's name belong to another run; WorkError if the newest checkpoint cannot be read.
     """
     assert teacher is not None  # on rank 0
     folder, manifest = find_trajectories(config, teacher)
@@ -73,9 +73,9 @@ def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:
 
 
 def new_student(config: Config) -> DSNO:
-    """A student at initialisation: the teacher's backbone if `student.warm_start`, new layers of time.
+    """A student at initialisation: with the teacher's backbone if `student.warm_start`, and new temporal layers.
 
-    Raises UserError if the teacher's shapes are not the config's, or it is no network that a student can start from.
+    Raises UserError if the teacher's shapes are not the config's, or no student can start from its network.
     """
     teacher = find_teacher(config)
     student = make_student(config, teacher.backbone())

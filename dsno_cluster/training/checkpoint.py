@@ -1,7 +1,8 @@
 """Checkpoints of training, to resume from.
 
-They lie below `<run.dir>/students/<name>/resume/`, one folder a step; a folder that can be seen is complete. It holds
-each rank's fragments (`fragments.py`), so any ZeRO stage on any number of ranks continues from it, and `state.json`.
+They are below `<run.dir>/students/<name>/resume/`, one folder per step; a folder that can be seen is
+complete. It holds `state.json` and each rank's fragments (`fragments.py`), from which any ZeRO stage on any
+number of ranks can continue.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.ranks import Ranks
 
 STATE = "state.json"
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks says
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
 class Best(BaseModel):
@@ -60,7 +61,7 @@ class Best(BaseModel):
 
 
 class CheckpointState(SparseRecord):
-    """`state.json`: what is saved beside the fragments. Everything after `loss_scaler` may be missing in older files."""
+    """`state.json`, beside the fragments. Older files may lack everything from `loss_scaler` on."""
 
     schema_version: Literal[1] = 1
     identity: RunIdentity
@@ -68,7 +69,7 @@ class CheckpointState(SparseRecord):
     zero_stage: int
     world_size: int
     precision: str
-    optimizer_steps: int  # without those that float16's overflows skipped
+    optimizer_steps: int  # without those skipped after float16 overflows
     loss_scaler: dict[str, float] = Field(default_factory=dict)
     seconds: float = 0.0
     best: Best | None = None
@@ -79,7 +80,7 @@ class CheckpointState(SparseRecord):
 
 @dataclass
 class RunNotes:
-    """What a run notes of itself beside its tensors, step by step; `about` is what its students say."""
+    """A run's notes beside its tensors, updated step by step; `about` goes into its students' `meta.json`."""
 
     about: AboutModel
     seconds: float = 0.0
@@ -87,7 +88,10 @@ class RunNotes:
     divergence: NormalDistances | None = None
 
     def compare(self, step: int, errors: Sequence[float] | None) -> None:
-        """Record the checkpoint of `step` as the best if its held-out errors by time point, where measured, are."""
+        """Record the checkpoint of `step` as the best if it has the smallest held-out error at t=0.
+
+        `errors` by time.
+        """
         if errors is not None and (self.best is None or errors[-1] < self.best.error):
             self.best = Best(step=step, error=errors[-1])
 
@@ -98,9 +102,9 @@ def resume_dir(config: Config) -> Path:
 
 @contextlib.contextmanager
 def only_run(config: Config) -> Iterator[None]:
-    """Hold the run's folder for this process. Raises WorkError if another training has it.
+    """Lock the run's folder for this process. Raises WorkError if another training holds it.
 
-    A job's processes may outlive the command that started them; two of them would overwrite each other.
+    A job's processes may outlive the command that started them, and two trainings would overwrite each other.
     """
     folder = resume_dir(config)
     with contextlib.ExitStack() as held:
@@ -123,7 +127,7 @@ def newest_step(config: Config) -> int | None:
 
 
 def _saved_steps(config: Config) -> list[int]:
-    """The steps of the complete resume states, ascending; other files and folders beside them do not count."""
+    """The steps of the complete resume states, ascending; other files and folders are ignored."""
     folder = resume_dir(config)
     names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d{9})", name)))
@@ -141,9 +145,9 @@ def save(
 ) -> None:
     """Save the state of all ranks to resume from, and the averaged student; collective: every rank must call it.
 
-    `students` are the whole averages by decay, on rank 0. Written aside, then renamed by rank 0 once all ranks have
-    written. Raises WorkError on every rank if one of them could not write, or if the weights are no longer finite;
-    the checkpoint before is then whole.
+    `students` are the whole averages by decay, on rank 0. The checkpoint is written to a temporary folder,
+    which rank 0 renames once all ranks have written. Raises WorkError on every rank if one of them could not
+    write, or if the weights are no longer finite; the previous checkpoint is then intact.
     """
     folder = resume_dir(config)
     aside, before = folder / f".{step_name(step)}.tmp", newest_step(config)
@@ -152,9 +156,9 @@ def save(
 
     with _agreed(ranks, good):
         if ranks.rank == 0:
-            for left in folder.glob(".step-*.tmp"):  # of a run that was killed
+            for left in folder.glob(".step-*.tmp"):  # left by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            FolderStorage(aside).write("begun", b"")  # makes the folder, or says why it cannot be made
+            FolderStorage(aside).write("begun", b"")  # makes the folder, or raises the reason why not
     with _agreed(ranks, good):
         file = aside / f"rank-{ranks.rank:05d}.safetensors"
         write_fragments(file, ema.fragments, averages)
@@ -166,7 +170,7 @@ def save(
             ]
             if bad:
                 raise WorkError(f"step {step}: the weights of {bad[0]} are not finite")
-            # before the state can be seen: a run that is finished has its student
+            # before the state becomes visible: a finished run always has its student
             about = notes.about.model_copy(update={"train_seconds": round(notes.seconds, 1), "step": step})
             publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
             state = _state(engine, config, ranks, step, notes)
@@ -199,7 +203,7 @@ def _state(engine: Any, config: Config, ranks: Ranks, step: int, notes: RunNotes
 
 @contextlib.contextmanager
 def _agreed(ranks: Ranks, good: str) -> Iterator[None]:
-    """What is done within must succeed on every rank; else WorkError on all, with the reason if it is known."""
+    """The block must succeed on every rank; otherwise all raise WorkError, with the reason if it is known."""
     problem: Exception | None = None
     try:
         yield
@@ -219,7 +223,7 @@ def _reason(error: Exception) -> str:
 
 
 def _drop_old(config: Config, best: Best | None) -> None:
-    """Delete all but the newest checkpoints and the best one."""
+    """Delete all checkpoints except the newest ones and the best."""
     kept = {best.step} if best else set()
     for step in _saved_steps(config)[: -config.training.keep_checkpoints]:
         if step not in kept:
@@ -227,7 +231,7 @@ def _drop_old(config: Config, best: Best | None) -> None:
 
 
 def read_state(config: Config, step: int, trajectories: str) -> CheckpointState:
-    """`state.json` of a checkpoint. Raises UserError unless it is of this very run (`RunIdentity`)."""
+    """`state.json` of a checkpoint. Raises UserError unless it belongs to this run (`RunIdentity`)."""
     folder = resume_dir(config) / step_name(step)
     try:
         state = read_record(CheckpointState, (folder / STATE).read_bytes(), STATE)
@@ -242,12 +246,12 @@ def read_state(config: Config, step: int, trajectories: str) -> CheckpointState:
 def check_published(config: Config, trajectories: str) -> None:
     """Raises UserError if the storage holds students of another run under the config's name.
 
-    `latest` would name one of theirs until this run has come further, and the two would be mixed.
+    Otherwise `latest` would name one of theirs until this run has come further, and the two would be mixed.
     """
     address = config.student_address
     try:
         published = read_meta(address, config.storage.endpoint_url)
-    except (UserError, MissingObject):  # there is none, or the one that `latest` names was deleted
+    except (UserError, MissingObject):  # there is none, or the student that `latest` names was deleted
         return
     if published.run is not None:
         saved = validate(RunIdentity, published.run, f"{address}: its run")
@@ -255,7 +259,7 @@ def check_published(config: Config, trajectories: str) -> None:
 
 
 def check_finished_alike(config: Config, step: int) -> None:
-    """Raises UserError if the run of that name finished at `step` with other settings than the config has now."""
+    """Raises UserError if the run of this name finished at `step` with settings other than the config's."""
     address = config.student_address
     try:
         trained = read_config_of(address, config.storage.endpoint_url).get("training")
@@ -280,7 +284,7 @@ def open_fragments(config: Config, step: int) -> SavedFragments:
 
 
 def load(engine: Any, ema: EMA, saved: SavedFragments, state: CheckpointState) -> None:
-    """Take up a checkpoint, whatever stage and number of ranks saved it; the engine's model has its weights already."""
+    """Load a checkpoint of any stage and number of ranks; the engine's model has its weights already."""
     saved.load(fragments_of(engine, replicas=True))
     ema.load(saved)
     set_optimizer_steps(engine, state.optimizer_steps)
@@ -291,7 +295,7 @@ def load(engine: Any, ema: EMA, saved: SavedFragments, state: CheckpointState) -
 def begin_notes(
     student: DSNO, config: Config, trajectories: str, world_size: int, state: CheckpointState | None
 ) -> RunNotes:
-    """The notes of a run that continues from `state`; its changes include the settings that are others from here on."""
+    """The notes of a run that continues from `state`; its changes include the settings that change now."""
     about = AboutModel(
         model=student.describe(),
         name=config.name,

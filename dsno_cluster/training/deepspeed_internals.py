@@ -1,6 +1,6 @@
-"""Everything of DeepSpeed that it does not promise: which attributes hold master weights, moments and the scale of a loss.
+"""All uses of DeepSpeed's internals: the attributes that hold master weights, moments and the loss scale.
 
-Read from the sources of 0.17 to 0.19; `pyproject.toml` has the upper bound.
+They follow the sources of versions 0.17 to 0.19; `pyproject.toml` has the upper bound.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dsno_cluster.training.fragments import MASTER, MOMENTS, Fragment
 def import_deepspeed() -> Any:
     """The deepspeed module, quiet, and without its shared-memory kernel for inference on CPU.
 
-    Training never calls that kernel, yet DeepSpeed would compile it on first use: half a minute, and a C++
-    compiler that a laptop may not have.
+    Training never calls that kernel, but DeepSpeed would compile it on first use, which takes half a minute
+    and a C++ compiler that a laptop may not have.
     """
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # it calls torch by names that torch is about to give up
+    # it uses names that torch has deprecated
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
@@ -36,7 +36,7 @@ def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:
     """This rank's fragment of every parameter of a DeepSpeed engine, by name; an empty one has count 0.
 
     If the stage replicates a parameter, each rank owns an equal share of it; with `replicas` a fragment is all that the
-    rank has. The engine must have its moments (`begin_moments`).
+    rank holds. The engine must have its moments (`begin_moments`).
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     masters = _replicated_masters(optimizer) if stage == 0 else {}
@@ -50,15 +50,15 @@ def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter that ZeRO-3 may have cut."""
+    """The full shape of a parameter, which ZeRO-3 may have partitioned."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def begin_moments(engine: Any) -> None:
-    """Zero moments and a step count of 0, before the first step.
+    """Create zero moments and a step count of 0, before the first step.
 
-    The optimiser would make them at its first step; some stages make them with a step of their own, which they count.
+    The optimiser would create them at its first step; some stages do so with an extra step, which they count.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
@@ -81,7 +81,7 @@ def _of_stage_0(optimizer: Any, master: Tensor, *, share: bool) -> Fragment:
     return Fragment(start, stop - start, {k: tensor.view(-1)[start:stop] for k, tensor in whole.items()})
 
 
-# Parameters are Any where DeepSpeed has given them attributes of its own.
+# Parameters are Any if DeepSpeed has given them attributes of its own.
 
 
 def _of_stage_1_and_2(optimizer: Any, parameter: Any) -> Fragment:
@@ -97,7 +97,7 @@ def _of_stage_1_and_2(optimizer: Any, parameter: Any) -> Fragment:
 def _of_stage_3(optimizer: Any, parameter: Any) -> Fragment:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     numel = int(parameter.ds_numel)
-    start = min(size * dist.get_rank(), numel)  # the last partitions are padded, or nothing but padding
+    start = min(size * dist.get_rank(), numel)  # the last partitions are padded, or only padding
     return _cut(
         optimizer, optimizer.fp32_partitioned_groups_flat[group], offset, start, min(size, numel - start)
     )
@@ -110,7 +110,7 @@ def _cut(optimizer: Any, flat: Tensor, offset: int, start: int, count: int) -> F
 
 
 def _replicated_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """The float32 weights that stage 0 steps, by parameter: themselves, or copies of those in half precision."""
+    """The float32 weights that stage 0 updates, by parameter: the parameter itself, or the copy of a half-precision one."""
     if not hasattr(optimizer, "fp32_groups"):
         return {p: p for group in optimizer.param_groups for p in group["params"]}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -123,7 +123,7 @@ def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def optimizer_steps(engine: Any) -> int:
-    """Steps that the optimiser itself has counted: without those that fp16's overflows skipped."""
+    """Steps that the optimiser itself has counted, without those skipped after float16 overflows."""
     states = list(_torch_optimizer(engine.optimizer).state.values())
     return int(states[0]["step"]) if states else 0
 
@@ -137,7 +137,7 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
-    """Where the dynamic loss scaling of float16 stands; empty without it."""
+    """The state of float16's dynamic loss scaling; empty without it."""
     scaler = _loss_scaler(engine)
     return {name: float(getattr(scaler, name)) for name in SCALER_FIELDS if hasattr(scaler, name)}
 
@@ -152,7 +152,8 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
 def _loss_scaler(engine: Any) -> Any:
     if not engine.fp16_enabled():
         return None
-    # the name for stages 1 to 3; stage 0 has a config of the same fields, or in older versions fields of its own
+    # the attribute of stages 1 to 3; stage 0 has a config with the same fields, or in older versions its own
+    # fields
     for name in ("loss_scaler", "loss_scale_config"):
         if getattr(engine.optimizer, name, None) is not None:
             return getattr(engine.optimizer, name)

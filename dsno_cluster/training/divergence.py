@@ -1,4 +1,4 @@
-"""When a training must stop: its loss is not finite, or far above what it was."""
+"""Detection of divergence: a loss that is not finite, or far above its running mean."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dsno_cluster.trajectories.reader import Batch
 from dsno_cluster.trajectories.shards import Manifest
 
 NAMED = 8  # samples and shards of a bad batch
-SETTLED = 50  # steps that a time point was seen in, before its running mean says what is normal
+SETTLED = 50  # steps that must have seen a time point before its running mean counts as normal
 
 
 class NormalDistances(BaseModel):
-    """The running mean of the distance at each time point, and the steps that it was seen in."""
+    """The running mean of the distance at each time point, and the number of steps that saw it."""
 
     model_config = ConfigDict(frozen=True)
     means: tuple[float, ...]
@@ -26,7 +26,7 @@ class NormalDistances(BaseModel):
 
 
 class DivergenceWatch:
-    """Knows what distance is normal at each of `points` time points; `before` is what a checkpoint knew."""
+    """Tracks the normal distance at each of `points` time points; `before` is the state from a checkpoint."""
 
     def __init__(self, factor: float, points: int, before: NormalDistances | None = None) -> None:
         before = before or NormalDistances(means=(0.0,) * points, seen=(0,) * points)
@@ -36,7 +36,7 @@ class DivergenceWatch:
         return NormalDistances(means=tuple(self.means), seen=tuple(self.seen))
 
     def problem(self, distances: Sequence[float | None]) -> str | None:
-        """What is wrong with a step's distances, None at points that it did not see; None if nothing is."""
+        """What is wrong with a step's distances (None at points that it did not see), or None if nothing is."""
         if not all(math.isfinite(distance) for distance in distances if distance is not None):
             return "the loss is not finite"
         for i, distance in enumerate(distances):
@@ -54,9 +54,9 @@ class DivergenceWatch:
 
 
 def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -> str:
-    """Samples and shards of a step's global batch; only those whose states are not finite, if any. Collective.
+    """Samples and shards of a step's global batch, in one line; only those with states that are not finite, if any.
 
-    In words that fit a line: the first `NAMED` of each.
+    It names the first `NAMED` of each. Collective.
     """
     indices = torch.cat([torch.from_numpy(batch.indices) for batch in batches])
     finite = torch.cat([batch.states.isfinite().flatten(1).all(1) for batch in batches])

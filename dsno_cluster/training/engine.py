@@ -1,4 +1,4 @@
-"""DeepSpeed set-up, and exponential moving averages of the weights under every ZeRO stage."""
+"""The DeepSpeed engine, and exponential moving averages of the weights under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from dsno_cluster.training.optim import ema_decay_at, make_optimizer
 from dsno_cluster.training.ranks import Ranks
 from dsno_cluster.training.torch_internals import lerp_all
 
-# Elements sent at once. DeepSpeed's own 500 million are for networks of a hundred times the size: buffers of the whole of ours,
-# which is what partitioning shall save.
+# Elements sent at once. DeepSpeed's default of 500 million suits networks a hundred times larger: it would
+# buffer all of ours, which partitioning is meant to avoid.
 BUCKET = 10_000_000
 
 
 def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
-    """The DeepSpeed engine of a model. The loop sets the learning rate itself, step by step.
+    """The DeepSpeed engine of a model. The training loop sets the learning rate itself, step by step.
 
-    Raises UserError for a precision that this device does not have.
+    Raises UserError for a precision that this device does not support.
     """
     settings = config.training
     deepspeed = import_deepspeed()
-    # one rank has nothing to partition, and stage 0 is faster; half precision needs the others' float32 masters in one piece
+    # one rank has nothing to partition, and stage 0 is faster; half precision needs the flat float32 masters
+    # of the others
     only_one = ranks.world_size == 1 and settings.precision == "float32"
     if settings.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(
@@ -64,9 +65,9 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
 
 
 class EMA:
-    """Float32 moving averages of the master weights; each rank averages just what it owns of them.
+    """Float32 moving averages of the master weights, one for each of `decays`; each rank averages what it owns.
 
-    One for each of `decays`. Where training is in half precision the masters are averaged, not the rounded weights.
+    In half-precision training the masters are averaged, not the rounded weights.
     """
 
     def __init__(self, fragments: dict[str, Fragment], decays: Sequence[float]) -> None:
@@ -83,7 +84,7 @@ class EMA:
 
     @torch.no_grad()
     def load(self, saved: SavedFragments) -> None:
-        """Take back the averages that a checkpoint holds."""
+        """Load the averages from a checkpoint."""
         for decay, average in self.averages.items():
             for name, fragment in self.fragments.items():
                 average[name].copy_(saved.read(ema_kind(decay), name, fragment.start, fragment.count))
@@ -94,16 +95,16 @@ class EMA:
 
 
 def ema_kind(decay: float) -> str:
-    """What an average is called in a checkpoint."""
+    """The name of an average in a checkpoint."""
     return f"ema-{decay:g}"
 
 
 def whole_on_rank_0(
     model: nn.Module, fragments: dict[str, Fragment], parts: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Whole tensors, put together on rank 0 from every rank's `parts`, by parameter; collective.
+    """Whole tensors by parameter, assembled on rank 0 from every rank's `parts`; collective.
 
-    On the CPU; other ranks get an empty dict.
+    They are on the CPU; other ranks get an empty dict.
     """
     whole = {}
     for name, parameter in model.named_parameters():
@@ -111,7 +112,7 @@ def whole_on_rank_0(
         flat = torch.zeros(shape.numel(), device=parts[name].device)
         fragment = fragments[name]
         flat[fragment.start : fragment.start + fragment.count] = parts[name]
-        dist.reduce(flat, 0)  # each element is one rank's, and 0 on all others
+        dist.reduce(flat, 0)  # each element belongs to one rank and is 0 on all others
         if dist.get_rank() == 0:
             whole[name] = flat.view(shape).cpu()
     return whole

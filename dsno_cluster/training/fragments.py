@@ -1,8 +1,8 @@
-"""What a rank holds of the training state, as named fragments, and the files that they are saved in.
+"""A rank's part of the training state, as named fragments, and the files in which they are saved.
 
-Under any ZeRO stage a rank owns, of each parameter, one run of its elements: master weights in float32, and the
-optimiser's moments. Checkpoints are written fragment by fragment, each rank its own, without any communication, and
-read back into whatever fragments another stage or another number of ranks has.
+Under any ZeRO stage a rank owns one contiguous range of each parameter's elements: float32 master weights and
+the optimiser's moments. Each rank writes its own fragments to the checkpoint, without communication, and they
+can be read back into the fragments of another stage or another number of ranks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from dsno_cluster.errors import WorkError
 
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, AdamW and RAdam alike
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, AdamW and RAdam
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements `start` to `start + count` of a flattened parameter.
 
-    `tensors` are (count,) float32 views of what training itself changes: `master`, and the moments by name.
+    `tensors` are (count,) float32 views of the tensors that training changes: `master`, and the moments by
+    name.
     """
 
     start: int
@@ -38,10 +39,10 @@ class Fragment:
 def write_fragments(
     file: Path, fragments: dict[str, Fragment], averages: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Write this rank's fragments, and of each moving average by name the same elements, as safetensors.
+    """Write this rank's fragments, and the same elements of each moving average by name, as safetensors.
 
-    Tensors are called KIND/PARAMETER; where each parameter's fragment starts stands in the file's metadata. Raises
-    WorkError if the disk does not take it.
+    Tensors are called KIND/PARAMETER; the file's metadata has the start of each parameter's fragment. Raises
+    WorkError if the file cannot be written.
     """
     held = {name: fragment for name, fragment in fragments.items() if fragment.count}
     tensors = {f"{kind}/{name}": t for name, part in held.items() for kind, t in part.tensors.items()}
@@ -58,7 +59,7 @@ def write_fragments(
 
 
 class SavedFragments:
-    """The fragment files of one checkpoint, whatever stage and number of ranks wrote them."""
+    """The fragment files of a checkpoint, written by any stage and number of ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,13 +89,13 @@ class SavedFragments:
 
     @torch.no_grad()
     def load(self, fragments: dict[str, Fragment]) -> None:
-        """Copy what was saved into the fragments of the running training."""
+        """Copy the saved state into the fragments of the running training."""
         for name, fragment in fragments.items():
             for kind, tensor in fragment.tensors.items():
                 tensor.copy_(self.read(kind, name, fragment.start, fragment.count))
 
     @torch.no_grad()
     def load_weights(self, model: nn.Module) -> None:
-        """The whole saved master weights, into a model that no engine has cut yet."""
+        """Copy the whole saved master weights into a model that no engine has partitioned yet."""
         for name, parameter in model.named_parameters():
             parameter.copy_(self.read(MASTER, name, 0, parameter.numel()).view(parameter.shape))

@@ -1,4 +1,4 @@
-"""The student against the teacher on noise that training never sees, while it trains."""
+"""Comparison of the student with the teacher during training, on noise that training never sees."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dsno_cluster.trajectories.spec import solve_samples
 
 
 class HeldOut:
-    """Measures a student's trajectories from held-out noise against the teacher's, and draws its images.
+    """Compares a student's trajectories from held-out noise with the teacher's, and draws its images.
 
-    `student` is changed: it takes the weights that are measured. The teacher's trajectories of the noises of
-    `evaluation.seed` are solved once and kept beside metrics.jsonl.
+    `student` is modified: it takes the weights that are measured. The teacher's trajectories from the noise
+    of `evaluation.seed` are solved once and kept beside metrics.jsonl.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What makes two trainings the same run, and which settings may change on the way."""
+"""The identity of a training run, and the settings that may change during it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dsno_cluster.model_folder import SettingChange
 
 
 class RunIdentity(Strict):
-    """What makes it another run, whose checkpoints must not be continued, if it differs.
+    """The values that identify a run: if one differs, it is another run, whose checkpoints must not be continued.
 
-    Saved identities are validated before they are compared, so a key that is added here or to a part, with the default that
-    says what runs did before, leaves old runs what they were.
+    Saved identities are validated before they are compared, so a key may be added here or to a part, with a
+    default that means what earlier runs did, without changing their identity.
     """
 
     network: Network
@@ -52,7 +52,7 @@ def run_identity(config: Config, trajectories: str) -> RunIdentity:
 
 
 def check_same_run(where: Path | str, saved: RunIdentity, now: RunIdentity) -> None:
-    """Raises UserError that names the first field in which the run saved at `where` is another."""
+    """Raises UserError, naming the first field in which the run saved at `where` differs."""
     for key in RunIdentity.model_fields:
         if getattr(saved, key) != getattr(now, key):
             before, after = (run.model_dump(mode="json")[key] for run in (saved, now))
@@ -63,9 +63,9 @@ def check_same_run(where: Path | str, saved: RunIdentity, now: RunIdentity) -> N
 
 
 class Settings(BaseModel):
-    """Keys of `training` that may change on the way, but make another student of one that has finished.
+    """Keys of `training` that may change during a run, but not after it has finished.
 
-    The defaults are what a file that lacks a key was trained with.
+    The defaults are the values of runs whose file lacks the key.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -84,7 +84,7 @@ def settings_of(config: Config) -> Settings:
 
 
 def changed_settings(step: int, before: Settings, now: Settings) -> tuple[SettingChange, ...]:
-    """The settings that are others now than in the checkpoint of `step`."""
+    """The settings that differ from those of the checkpoint of `step`."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     return tuple(
         SettingChange(step=step, key=f"training.{key}", before=old[key], after=new[key])

@@ -1,4 +1,4 @@
-"""The training of the student, top to bottom: data, network, engine, steps, checkpoints."""
+"""The training loop of the student: data, network, engine, steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 
 
 def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
-    """Train on this rank until `training.steps`; returns the address of the students. `teacher` is found unless it is given.
+    """Train on this rank until `training.steps`; returns the address of the students.
 
-    Continues by itself from the newest complete checkpoint, on any number of ranks and at any ZeRO stage. A signal ends
-    it after its next step and a checkpoint: see `preemption.py`. Raises UserError for input that cannot work and WorkError
-    if training or its surroundings fail.
+    `teacher` is found unless it is given. Training continues from the newest complete checkpoint, on any
+    number of ranks and at any ZeRO stage. A signal ends it after its next step and a checkpoint: see
+    `preemption.py`. Raises UserError for input that cannot work and WorkError if training or its surroundings
+    fail.
     """
     settings = config.training
     address = f"{open_storage(config.storage.root, config.storage.endpoint_url).url}/{config.student_prefix.rstrip('/')}"
@@ -117,12 +118,12 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
 
 @contextlib.contextmanager
 def _failures_in_a_line(config: Config) -> Iterator[None]:
-    """WorkError in place of what torch raises if another rank no longer answers; UserError for too little device memory."""
+    """Turn torch's error if another rank is lost into WorkError, and lack of device memory into UserError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{' '.join(str(error).split())[:200]}; less of it is taken by training.accumulation, training.recompute, more "
+            f"{' '.join(str(error).split())[:200]}; less of it is used with training.accumulation, training.recompute, more "
             "ranks at training.zero_stage 2 or 3, or a smaller training.batch_size"
         ) from error
     except RuntimeError as error:
@@ -135,7 +136,7 @@ def _failures_in_a_line(config: Config) -> Iterator[None]:
 
 
 def _finish_again(config: Config, step: int, address: str) -> None:
-    """What is left to do for a run that is at its last step: students that were not uploaded yet."""
+    """Do what is left for a run that is at its last step: upload students that were not uploaded yet."""
     Publisher(config).finish()
     checkpoint.check_finished_alike(config, step)
     console.say(f"finished already at step {step}: {address} (a new run needs another name=)")
@@ -171,7 +172,7 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
     shards: ShardReader
     if settings.online:
         producer = Producer(config, start) if ranks.rank == 0 else None
-        dist.barrier()  # what stopped a former run is forgotten
+        dist.barrier()  # rank 0 has removed the note of what stopped an earlier run
         shards = StagedShards(config, beginning.folder, beginning.manifest, producer)
     else:
         storage = open_storage(config.storage.root, config.storage.endpoint_url)
@@ -234,7 +235,7 @@ def _take_step(
     rate = _rate(settings, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    # dropout: its masks differ between ranks and do not depend on where a run was resumed
+    # for dropout: its masks differ between ranks and do not depend on where a run was resumed
     torch.manual_seed(((config.seed << 20) + step) * 4096 % 2**63 + ranks.rank)
     figures = torch.zeros(objective.num_figures, device=ranks.device)
     for batch in micro_batches:
@@ -273,9 +274,9 @@ def _agree(figures: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float
 
 
 def _problem(engine: Any, settings: Training, seen: StepFigures, divergence: DivergenceWatch) -> str | None:
-    """Why nothing of a step may be saved: its loss or gradient is not finite, or it has diverged. The same on all ranks."""
+    """Why a step must not be saved: its loss or gradient is not finite, or it has diverged. The same on all ranks."""
     norm = engine.get_global_grad_norm()
-    # overflows of float16 are its loss scaler's business: such a step is left out
+    # overflows of float16 are handled by its loss scaler, which skips the step
     sound = settings.precision == "float16" or norm is None or math.isfinite(float(norm))
     problem = divergence.problem(seen.distance_per_time)
     return problem or (None if sound else "the gradient is not finite")
@@ -293,7 +294,7 @@ def _unsound(config: Config, step: int, problem: str, batch: str) -> WorkError:
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a step; `averages` are the decays whose whole weights that takes."""
+    """What is due after a step; `averages` are the decays whose whole weights are needed for it."""
 
     line: bool
     errors: bool
@@ -305,9 +306,9 @@ class Due:
 def _due_after(settings: Training, done: int, *, last: bool) -> Due:
     saving = done % settings.checkpoint_every == 0 or last
     picture = settings.picture_every is not None and done % settings.picture_every == 0
-    # at each checkpoint too: they decide which one is the best
+    # also at each checkpoint: the errors decide which one is the best
     errors = settings.heldout_every is not None and (saving or done % settings.heldout_every == 0)
-    # gathered once, for what is measured and for the checkpoint
+    # gathered once, for the measurement and the checkpoint
     measured = settings.ema_decays[:1] if errors or picture else ()
     averages = settings.ema_decays if saving else measured
     return Due(done % settings.log_every == 0 or last, errors, picture, saving, averages)
@@ -354,7 +355,7 @@ def _line(
 
 
 def _shown(seen: StepFigures, pace: Pace, ranks: Ranks) -> dict[str, float | str]:
-    """What the line of progress shows."""
+    """The figures that the progress line shows."""
     return {
         "loss": seen.loss,
         "by time": " ".join("-" if x is None else f"{x:.3g}" for x in seen.distance_per_time),

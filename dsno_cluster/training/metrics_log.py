@@ -1,4 +1,4 @@
-"""What a training shows of its steps: lines of metrics.jsonl, TensorBoard's event files, and pictures."""
+"""The log of a training: lines of metrics.jsonl, TensorBoard's event files, and pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def metrics_file(config: Config) -> Path:
 
 
 def trim_metrics(config: Config, step: int) -> None:
-    """Drop lines of steps after `step`, which a resumed run will write again, and one that a crash cut short."""
+    """Drop the lines of steps after `step`, which a resumed run writes again, and a line that a crash truncated."""
     file = metrics_file(config)
     lines = file.read_text().splitlines() if file.is_file() else []
     kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -68,7 +68,7 @@ class MetricsLog:
             self.board.flush()
 
     def picture(self, step: int, png: bytes, images_NCHW: Tensor) -> None:
-        """Samples from fixed noise: `samples/step-000001000.png` beside metrics.jsonl."""
+        """Write samples from fixed noise to `samples/step-000001000.png` beside metrics.jsonl."""
         FolderStorage(self.file.parent / "samples").write(f"{step_name(step)}.png", png)
         if self.board is not None:
             self.board.add_images("samples", (images_NCHW.clamp(-1, 1) + 1) / 2, step)

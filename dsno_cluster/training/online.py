@@ -1,9 +1,9 @@
 """Online mode: Ray actors make trajectories while training reads them, with a bounded number of shards on disk.
 
-The samples are those of an offline run that reads in production order (`reader.shuffle: none`), so the weights are too.
-Rank 0 starts a process that drives the actors; they write shards below `<run.dir>/students/<name>/staging/`, which every
-rank reads, and those that all have read are deleted. The process ends when its standard input does, so also when rank 0
-is killed.
+Samples, and so weights, are those of an offline run that reads in production order (`reader.shuffle: none`).
+Rank 0 starts a process that drives the actors; they write shards below `<run.dir>/students/<name>/staging/`,
+which every rank reads, and shards that all ranks have read are deleted. The process ends when its standard
+input does, and so also when rank 0 is killed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def staging_root(config: Config) -> Path:
 
 
 def planned_manifest(plan: Plan) -> Manifest:
-    """The shards of a plan that are still to be made, as far as they are known before."""
+    """The manifest of a plan whose shards are still to be made, without their sizes and sha256."""
     size = plan.spec.samples_per_shard
     shards = [
         Shard(key=shard_key(index), start=index * size, stop=(index + 1) * size, size=0, sha256="")
@@ -60,7 +60,7 @@ def planned_manifest(plan: Plan) -> Manifest:
 
 
 class StagedShards(ShardReader):
-    """Reads shards from the staging folder, waiting for those that are not there yet."""
+    """Reads shards from the staging folder, waiting for those that do not exist yet."""
 
     def __init__(self, config: Config, folder: str, manifest: Manifest, producer: Producer | None) -> None:
         super().__init__(FolderStorage(staging_root(config)), folder, manifest, config.reader)
@@ -95,19 +95,19 @@ class StagedShards(ShardReader):
 
 
 class Producer:
-    """The process that makes shards ahead of training, started by rank 0, which closes it."""
+    """The process that makes shards ahead of training; rank 0 starts and closes it."""
 
     def __init__(self, config: Config, start: int) -> None:
         FolderStorage(staging_root(config)).delete(FAILED)
         work = {"config": dump_config(config), "start": start}
-        # a session of its own: Ctrl-C reaches only training, which first saves
+        # a new session: Ctrl-C reaches only training, which saves first
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         self._tell(work)
 
     def trained(self, step: int) -> None:
-        """All ranks are done with the batches before `step`."""
+        """Note that all ranks are done with the batches before `step`."""
         self._tell(step)
 
     def _tell(self, message: Any) -> None:
@@ -117,7 +117,7 @@ class Producer:
             self.process.stdin.flush()
 
     def close(self) -> None:
-        """End it, with its actors and its Ray."""
+        """End the process, with its actors and its Ray."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -136,9 +136,10 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
     plan, settings = make_plan(config), config.training
     per_shard, num_shards = config.trajectories.samples_per_shard, plan.size.num_shards
     staged = FolderStorage(staging_root(config))
-    ends = settings.steps + config.reader.prefetch_batches + 1  # read ahead, if not trained on
+    ends = settings.steps + config.reader.prefetch_batches + 1  # some are read ahead and never trained on
     first, last = start * settings.batch_size // per_shard, -(-ends * settings.batch_size // per_shard)
-    # positions along the epochs: the shard at position p is number p % num_shards, and those on disk at once are fewer
+    # positions along the epochs: the shard at position p has number p % num_shards, and not all are on disk
+    # at once
     keeps_all = num_shards <= settings.online_staged_shards
     dropped = first
     positions = range(min(num_shards, last)) if keeps_all else range(first, last)
@@ -147,7 +148,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
         return plan.folder + shard_key(position % num_shards)
 
     def drop_trained() -> int:
-        """Delete the shards that no later step reads; the first position that one does."""
+        """Delete the shards that no later step reads; returns the first position that a later step reads."""
         nonlocal dropped
         needed = trained[0] * settings.batch_size // per_shard
         for position in range(dropped, needed if not keeps_all else dropped):
@@ -157,12 +158,12 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
 
     window = settings.online_staged_shards if keeps_all else max(1, settings.online_staged_shards // 2)
     _drop_strangers(staged, plan, {key(p): p % num_shards for p in positions[: 2 * window]}, per_shard)
-    # the endpoint is that of a teacher on S3
+    # keeps the endpoint, for a teacher on S3
     there = config.storage.model_copy(update={"root": str(staging_root(config))})
     actors_config = config.model_copy(update={"storage": there})
     with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
-        # as SIGUSR2; only now, as Ray sets a handler when it starts
+        # like SIGUSR2, but only now, because Ray sets a handler when it starts
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         idle: list[Any] = []  # actors between one window and the next
         for begin in range(positions.start, positions.stop, window):
@@ -186,7 +187,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
 
 
 def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], per_shard: int) -> None:
-    """Delete what a former run left except whole shards of the `wanted` keys, given with their indices."""
+    """Delete what an earlier run left, except complete shards of the `wanted` keys, which map to their indices."""
     expected = shard_tensors(plan.spec)
     for key in [stat.key for stat in staged.list(plan.folder)]:
         index = wanted.get(key)
@@ -195,8 +196,10 @@ def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], p
 
 
 def main() -> int:
-    """The process of `Producer`: its work, then the steps that are trained, as lines of standard input."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all; training ends us when it has saved
+    """The process of `Producer`: its standard input has a line with the work, then a line for each step trained."""
+    signal.signal(
+        signal.SIGUSR2, signal.SIG_IGN
+    )  # Slurm sends it to all processes; training ends this one when it has saved
     work = json.loads(sys.stdin.readline())
     import yaml
 
@@ -215,8 +218,8 @@ def main() -> int:
             time.sleep(3600)
     except KeyboardInterrupt:
         return 0
-    except Exception as error:  # whatever it is, the ranks must not wait for more
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # `listen` has nothing to interrupt any more
+    except Exception as error:  # whatever it is, the ranks must not wait for more shards
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # `listen` must not interrupt any more
         FolderStorage(staging_root(config)).write(FAILED, str(error).encode())
         if not isinstance(error, UserError | WorkError):
             raise

@@ -1,4 +1,4 @@
-"""The optimiser, and what depends only on the optimiser step: learning rate, EMA decay, drawn time points."""
+"""The optimiser, and the schedules by optimiser step: learning rate, EMA decay, drawn time points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsno_cluster.config import Training
 
 
 def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """torch's optimiser of `training.optimizer`, with betas (0.9, 0.999)."""
+    """The torch optimiser that `training.optimizer` names, with betas (0.9, 0.999)."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -41,8 +41,8 @@ def learning_rate(
 def drawn_points(seed: int, step: int, points: int, end_share: float, most: int) -> list[int]:
     """Positions of the time points that optimiser step `step` (0-based) sees, ascending.
 
-    With probability `end_share` only the last (t=0); else 1 to `most` of all `points`, any set as likely as another of
-    its size. A function of only (seed, step): the same on every rank and after a restart.
+    With probability `end_share` only the last (t=0); else 1 to `most` of all `points`, all sets of a size
+    equally likely. Depends only on (seed, step), so it is the same on every rank and after a restart.
     """
     random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
     if random.random() < end_share:
@@ -52,8 +52,8 @@ def drawn_points(seed: int, step: int, points: int, end_share: float, most: int)
 
 
 def ema_decay_at(step: int, decay: float, ramp: bool) -> float:
-    """Decay after optimiser step `step` (0-based): min(decay, (1 + step) / (10 + step)) where ramped.
+    """Decay after optimiser step `step` (0-based): min(decay, (1 + step) / (10 + step)) if ramped.
 
-    A constant 0.9999 averages over 10 000 steps: useless in a run shorter than that.
+    A constant 0.9999 averages over 10 000 steps, which is useless in a shorter run.
     """
     return min(decay, (1 + step) / (10 + step)) if ramp else decay

@@ -1,4 +1,4 @@
-"""How fast a training is, and how much memory it holds."""
+"""The speed of a training, and its memory use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Pace:
-    """Seconds of training so far, images a second, and the share of time in which the network waited for data."""
+    """Seconds of training so far, images per second, and the share of time in which the network waited for data."""
 
     def __init__(self, before: float) -> None:
         self.before, self.began = before, time.perf_counter()
@@ -40,7 +40,7 @@ class Pace:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Most memory that this rank has held: of the GPU, or of the process."""
+    """Peak memory of this rank in GB: on the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

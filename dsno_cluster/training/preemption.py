@@ -1,9 +1,9 @@
-"""Signals that end a training early: while it steps they set a flag, and the loop stops at its next step boundary.
+"""Signals that end a training early: during steps they set a flag, and the loop stops at the end of its step.
 
-Saving is collective, so it cannot be done in a signal's handler, and a signal may reach only one rank. Every rank
-brings its flag to the all-reduce at the end of each step; all then save together. SIGUSR2 (time is nearly up) and SIGTERM
-(another job needs the nodes) end it as Preempted, which whoever launched it may start again, SIGINT (Ctrl-C) as
-KeyboardInterrupt.
+Saving is collective, so it cannot be done in a signal handler, and a signal may reach only one rank. Every
+rank contributes its flag to the all-reduce at the end of each step; all then save together. SIGUSR2 (the time
+limit is near) and SIGTERM (another job needs the nodes) end it as Preempted, after which it may be started
+again, SIGINT (Ctrl-C) as KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREEMPT_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class StopSignals:
-    """Within its context signals set `preempt` or `interrupt`; a second Ctrl-C raises KeyboardInterrupt at once.
+    """In this context, signals set `preempt` or `interrupt`; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Before `steps_begin` there is nothing to save: the first signal raises Preempted or KeyboardInterrupt.
     """
@@ -33,7 +33,7 @@ class StopSignals:
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # signals cannot be handled in others
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set signal handlers
             for number in (*PREEMPT_SIGNALS, signal.SIGINT):
                 self.before[number] = signal.signal(number, self._set)
         return self
@@ -59,8 +59,8 @@ class StopSignals:
 
 
 def leave(ranks: Ranks, step: int, *, preempted: bool) -> NoReturn:
-    """End this rank after a checkpoint of `step`, which every rank has saved: raises Preempted or KeyboardInterrupt."""
+    """End this rank after all ranks have saved the checkpoint of `step`: raises Preempted or KeyboardInterrupt."""
     if ranks.rank == 0:
         console.say(f"stopped by a signal: saved at step {step}")
-    dist.barrier()  # nobody leaves before all know
+    dist.barrier()  # no rank leaves before all know
     raise Preempted if preempted else KeyboardInterrupt

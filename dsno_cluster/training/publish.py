@@ -1,8 +1,9 @@
-"""The averaged students that others load: written at each checkpoint, uploaded in the background.
+"""Publishing of the averaged students: written at each checkpoint, uploaded in the background.
 
-They lie below `<storage.root>/students/<name>/step-000001000/`, the newest named by the text file `latest` and the best,
-where held-out errors are measured, by `best`. Where storage is not the run's own folder they are written below `run.dir`
-first, so that nothing is lost while the storage does not answer, and training never waits for it.
+They are below `<storage.root>/students/<name>/step-000001000/`. The text file `latest` names the newest, and
+`best` the best one if held-out errors are measured. If the storage is not the run's own folder, they are
+first written below `run.dir`, so that nothing is lost while the storage does not answer, and training never
+waits for it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from dsno_cluster.model_folder import BEST, LATEST, META, AboutModel, step_name,
 from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
-LAST_ATTEMPTS = 3  # at an upload when the training is done
+LAST_ATTEMPTS = 3  # attempts at an upload once the training is done
 
 
 class Publisher:
-    """Writes students where others find them; used by rank 0 only. `finish` waits for what is still to upload."""
+    """Writes and uploads students; used only by rank 0. `finish` waits for pending uploads."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.prefix = config, config.student_prefix
-        # impatient: an upload that fails is tried again and again all the same
+        # few attempts: a failed upload is retried later anyway
         patience = Patience(attempts=3, longest_pause_seconds=2.0)
         self.shared = open_storage(config.storage.root, config.storage.endpoint_url, patience)
         self.local = FolderStorage(config.run_dir)
@@ -41,7 +42,7 @@ class Publisher:
         )
         self.uploads: queue.Queue[str | None] | None = None if own else queue.Queue()
         self.closing = threading.Event()
-        self.uploaded: set[str] = set()  # by this process, or seen in the storage
+        self.uploaded: set[str] = set()  # by this process, or found in the storage
         self.failed: dict[str, Exception] = {}
         if self.uploads is not None:
             self.thread = threading.Thread(target=self._upload_all, name="uploads", daemon=True)
@@ -50,9 +51,9 @@ class Publisher:
     def publish(
         self, step: int, students: dict[float, dict[str, Tensor]], about: AboutModel, *, best: bool = False
     ) -> None:
-        """Write the student of `step`: `students` has its whole weights by EMA decay, the first the one to load.
+        """Write the student of `step`: `students` has its whole weights by EMA decay; the first is loaded by default.
 
-        Raises WorkError if the disk does not take it.
+        Raises WorkError if it cannot be written.
         """
         storage = self.shared if self.uploads is None else self.local
         first, *others = students
@@ -65,7 +66,7 @@ class Publisher:
             self.uploads.put(step_name(step))
 
     def finish(self) -> None:
-        """Wait for the uploads. Raises WorkError if one of them could not be made."""
+        """Wait for the uploads. Raises WorkError if one of them failed."""
         if self.uploads is None:
             return
         self.closing.set()
@@ -79,7 +80,7 @@ class Publisher:
             )
 
     def _upload_all(self) -> None:
-        """What a former run left here, oldest first, then what is put into the queue until its end."""
+        """Upload what an earlier run left here, oldest first, then what is put into the queue until its end."""
         assert self.uploads is not None
         for folder in sorted((self.local.root / self.prefix).glob(f"step-*/{META}")):
             self._upload(folder.parent.name, again=False)
@@ -87,7 +88,10 @@ class Publisher:
             self._upload(name)
 
     def _upload(self, name: str, *, again: bool = True) -> None:
-        """Upload a student, `again` even if the storage has one of that step, and name it there."""
+        """Upload a student and update `latest` and `best`.
+
+        `again`: even if the storage has one of that step.
+        """
         folder, prefix, attempt = self.local.root / self.prefix / name, f"{self.prefix}{name}/", 0
         while folder.is_dir():
             attempt += 1
@@ -99,20 +103,20 @@ class Publisher:
                 self.failed.pop(name, None)
                 self._drop_uploaded()
                 return
-            except Exception as error:  # noqa: BLE001 (of whatever kind: training goes on)
+            except Exception as error:  # noqa: BLE001 (of whatever kind: training continues)
                 self.failed[name] = error
                 if self.closing.is_set() and attempt >= LAST_ATTEMPTS:
                     return
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS)) - 1]
                 console.say(
-                    f"upload of {name}, attempt {attempt}: {error}; training goes on, again in {wait:g} s"
+                    f"upload of {name}, attempt {attempt}: {error}; training continues, next attempt in {wait:g} s"
                 )
                 began = time.monotonic()
                 while time.monotonic() - began < wait and not self.closing.wait(1.0):
                     pass
 
     def _name_newest_and_best(self) -> None:
-        """Bring the storage's `latest` and `best` up to what it holds; never back to an older student."""
+        """Update the storage's `latest` and `best` to what it holds; never back to an older student."""
         newest, best = max(self.uploaded), _named(self.local, self.prefix + BEST)
         if (_named(self.shared, self.prefix + LATEST) or "") < newest:
             self.shared.write(self.prefix + LATEST, (newest + "\n").encode())
@@ -120,7 +124,7 @@ class Publisher:
             self.shared.write(self.prefix + BEST, (best + "\n").encode())
 
     def _drop_uploaded(self) -> None:
-        """Delete students here that the storage has, except for the newest ones."""
+        """Delete local students that the storage has, except the newest ones."""
         folders = sorted(
             p for p in (self.local.root / self.prefix).iterdir() if re.fullmatch(r"step-\d+", p.name)
         )
@@ -135,7 +139,7 @@ def _named(storage: Storage, key: str) -> str | None:
 
 
 def upload_student(folder: Path, storage: Storage, prefix: str) -> None:
-    """Copy a model folder to storage, `meta.json` last. Raises WorkError where either side fails."""
+    """Copy a model folder to storage, `meta.json` last. Raises WorkError if either side fails."""
     try:
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The processes that train together, and how what one of them finds out reaches the others."""
+"""The processes that train together, and the passing of values from rank 0 to the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process's place among those that train together."""
 
     rank: int
     local_rank: int
@@ -33,7 +33,7 @@ class Ranks:
 def join_ranks(config: Config) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Without them this process is the only one. Raises UserError if the batch does not divide.
+    Without them this process is the only one. Raises UserError if the batch does not divide among the ranks.
     """
     if not launched_as_rank():
         only_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -49,7 +49,7 @@ def join_ranks(config: Config) -> Ranks:
         torch.set_num_threads(config.training.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    compute_device()  # float32 is float32 on a GPU too, as where the trajectories were made and where eval measures
+    compute_device()  # no TensorFloat-32, as when trajectories are made and in eval
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world, device)
 
@@ -71,9 +71,9 @@ def check_divides(config: Config, world_size: int) -> None:
 
 
 def on_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found | None:
-    """What `work` returns on rank 0, None on the others, which do not run it; collective.
+    """The result of `work` on rank 0; None on the others, which do not run it; collective.
 
-    If it raises there, every rank raises: none waits for one that has failed.
+    If it raises, every rank raises, so that none waits for one that has failed.
     """
     found, problem = None, None
     if ranks.rank == 0:
@@ -90,13 +90,13 @@ def on_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found | None:
 
 
 def from_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found:
-    """What `work` returns on rank 0, on every rank; collective, and errors as in `on_rank_0`."""
+    """The result of `work` on rank 0, on every rank; collective, with errors as in `on_rank_0`."""
     found = on_rank_0(ranks, work)
     return _broadcast(ranks, found)  # type: ignore[return-value]  # None only on the ranks that receive
 
 
 def broadcast_weights(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the weights that rank 0 has; collective."""
+    """Copy the weights of rank 0 to every rank; collective."""
     if ranks.world_size == 1:
         return
     for tensor in model.state_dict().values():

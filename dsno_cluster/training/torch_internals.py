@@ -1,4 +1,4 @@
-"""Everything of torch that it does not promise; `pyproject.toml` has the bound above."""
+"""All uses of torch's internals; `pyproject.toml` has the upper bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
-    """Move every tensor by `weight` of the way to its end, in place, in few kernels."""
+    """Interpolate every tensor towards its end by `weight`, in place, in few kernels."""
     torch._foreach_lerp_(list(tensors), list(ends), weight)
 
 

@@ -1,4 +1,4 @@
-"""`train-teacher`: a small denoiser on real images, v-prediction on the cosine schedule, one process."""
+"""`train-teacher`: trains a small denoiser on real images, with v-prediction on the cosine schedule, in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsno_cluster.training.optim import ema_decay_at, learning_rate
 
 
 class TeacherRun(Strict):
-    """What makes it another run, whose resume state must not be continued, if it differs."""
+    """The values that identify a run: if one differs, the resume state must not be continued."""
 
     seed: int
     network: Network
@@ -39,7 +39,7 @@ class TeacherRun(Strict):
 
 
 def train_teacher(config: Config, command: str) -> str:
-    """Train, write `<storage.root>/teachers/<name>/`, return its address. Continues from where it was interrupted.
+    """Train and write `<storage.root>/teachers/<name>/`; returns its address. An interrupted run is continued.
 
     Raises UserError if the config names no data or its shape is not the network's.
     """
@@ -47,7 +47,7 @@ def train_teacher(config: Config, command: str) -> str:
     network, settings = config.network, config.teacher_training
     folder = f"teachers/{config.name}/"
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    # beside the model's folder, which appears whole
+    # beside the model's folder, which appears complete
     resume, resume_key = FolderStorage(config.run_dir), f"teachers/{config.name}-resume.pt"
     torch.manual_seed(config.seed)
     unet = UNet(network)
@@ -67,7 +67,7 @@ def train_teacher(config: Config, command: str) -> str:
             rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, "cosine")
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed((config.seed << 31) + step)  # dropout, the same after an interruption
+            torch.manual_seed((config.seed << 31) + step)  # for dropout, the same after an interruption
             loss = velocity_loss(unet, data, config, step)
             optimizer.zero_grad()
             loss.backward()
@@ -112,7 +112,10 @@ def _checked_data(config: Config) -> Split:
 
 
 def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
-    """Mean squared error of v = alpha eps - sigma x0 at uniform times; its draws depend only on (seed, step)."""
+    """Mean squared error of v = alpha eps - sigma x0 at uniform times.
+
+    Random draws depend only on (seed, step).
+    """
     settings = config.teacher_training
     draw = torch.Generator().manual_seed((config.seed << 32) + step)
     pick = torch.randint(len(data.images), (settings.batch_size,), generator=draw)
@@ -135,7 +138,7 @@ def _run(config: Config) -> TeacherRun:
 
 
 def _saved_run(settings: Values, where: str) -> TeacherRun:
-    """The run of a resume state, whose settings stand in one mapping."""
+    """The run of a resume state, whose settings are in one mapping."""
     parts = {key: settings[key] for key in ("seed", "network")}
     return validate(
         TeacherRun, {**parts, "training": {k: v for k, v in settings.items() if k not in parts}}, where
@@ -150,7 +153,10 @@ def _load_resume_state(
     optimizer: torch.optim.Optimizer,
     ema: dict[str, Tensor],
 ) -> tuple[int, float]:
-    """Take up an unfinished run; its steps and seconds so far. Raises MissingObject, and UserError if it is another run."""
+    """Load an unfinished run.
+
+    Returns its steps and seconds. Raises MissingObject, and UserError for another run.
+    """
     where = f"{resume.url}/{key}"
     state = torch.load(io.BytesIO(resume.read(key)), weights_only=True)
     if changed := _run(config).differing(_saved_run(state["settings"], where)):

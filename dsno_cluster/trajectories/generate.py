@@ -1,6 +1,6 @@
 """gen-trajectories: Ray actors solve the teacher's ODE, the driver keeps them busy and commits the manifest.
 
-A shard is a pure function of (spec, index), so any actor may make any shard, again if need be.
+A shard is a pure function of (spec, index), so any actor may make any shard, more than once if necessary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
 
 
 def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
-    """What will be done, in one line."""
+    """The work that a plan means, in one line."""
     settings, size = config.trajectories, plan.size
     return (
         f"{size.num_samples} trajectories of {settings.num_points} time points in {size.num_shards} shards "
@@ -54,11 +54,11 @@ def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
 
 
 def generate(config: Config, plan: Plan, actors: int | None = None, ray_address: str | None = None) -> str:
-    """Make every shard of the config's `plan` that is missing, then commit the manifest; returns the data set's address.
+    """Make the missing shards of the config's `plan`, then commit the manifest; returns the data set's address.
 
-    By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
-    Raises UserError for a teacher that does not fit the config and for devices or library versions that must not
-    be mixed, WorkError where shards cannot be made.
+    The work is done by `actors` Ray actors (None: as many as there is room for), on this machine or on the
+    Ray at `ray_address`. Raises UserError for a teacher that does not fit the config and for devices or
+    library versions that must not be mixed, WorkError if shards cannot be made.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{storage.url}/{plan.folder.rstrip('/')}"
@@ -70,11 +70,13 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
         console.say(f"note: {plan.note}")
     done = {key: shard for key, shard in named.items() if key in found and found[key].size == shard.size}
     if len(named) >= plan.size.num_shards and len(done) == len(named):
-        console.say(f"all {plan.size.num_shards} shards are there already: {address}")
+        console.say(f"all {plan.size.num_shards} shards exist already: {address}")
         return address
     made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
     done |= {key: shard for key, (shard, _) in made.by_key.items()}
-    num_shards = max(plan.size.num_shards, len(named))  # what a manifest names is made again where it is gone
+    num_shards = max(
+        plan.size.num_shards, len(named)
+    )  # a shard that the manifest names is made again if it is missing
     todo = [index for index in range(num_shards) if shard_key(index) not in done]
     if done:
         console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
@@ -99,21 +101,21 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
 
 
 def check_same_environment(ours: Environment, theirs: Sequence[Environment], where: str) -> None:
-    """UserError where bytes made by `ours` may differ from those made by `theirs`: another device model.
+    """Raises UserError if bytes made by `ours` may differ from those made by `theirs`, by another device model.
 
-    Other library versions are refused among the actors of one run only; a data set may outlive an upgrade, and
-    its manifest then names the last.
+    Different library versions are refused only among the actors of one run; a data set may outlive an
+    upgrade, and its manifest then names the last versions.
     """
     for other in theirs:
         if other.device != ours.device:
             raise UserError(
                 f"{where}: was made on {other.device}, this is {ours.device}, whose bits may differ; "
-                "go on with the device that began, or change the seed for a data set of its own"
+                "continue on the device that began, or change the seed to make another data set"
             )
 
 
 def check_alike(environment: Environment, first: Environment, what: str = "a data set") -> None:
-    """UserError if two actors of a run, which makes `what`, differ in what may change bytes."""
+    """Raises UserError if two actors of a run that makes `what` differ in device or versions, which may change bytes."""
     for part in ("device", "versions"):
         one, other = getattr(environment, part), getattr(first, part)
         if one != other:
@@ -124,9 +126,10 @@ def check_alike(environment: Environment, first: Environment, what: str = "a dat
 
 
 def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShards:
-    """Whole shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
+    """The complete shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
 
-    Nothing survives without the note of what made it: that is written before the first shard, so they are not a run's.
+    Without a note of what made them no shards count: a run writes it before its first shard, so they are not
+    a run's.
     """
     noted = read_made_shards(storage, plan.folder)
     if noted.environment is None:
@@ -165,9 +168,10 @@ def _make_shards(
     actors: int | None,
     ray_address: str | None,
 ) -> MadeShards:
-    """Make the shards `todo`; `bad` has the etags of those that are there but wrong, which are replaced.
+    """Make the shards `todo`; `bad` has the etags of those that exist but are wrong, which are replaced.
 
-    The environment of what is returned also says how many `seconds` this took, with those of the runs in `made_by`.
+    The environment in the result also has the `seconds` that this took, including those of the runs in
+    `made_by`.
     """
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
@@ -178,7 +182,7 @@ def _make_shards(
         check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
         if not present:
             present.append(environment)
-            note()  # before the first shard, so that a shard that is there can be told what made it
+            note()  # before the first shard, so that it is known what made each existing shard
         check_alike(environment, present[0])
 
     spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
@@ -194,7 +198,7 @@ def _make_shards(
             write_made_shards(storage, plan.folder, made())
 
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
-        # two calls at a time: while one shard is encoded and uploaded the next is being solved
+        # two calls at a time: while one shard is encoded and uploaded, the next is solved
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
         began, finished = time.monotonic(), 0
         with console.progress(
@@ -227,7 +231,7 @@ def collect_shards(
     note: Callable[[], None],
     finish_one: Callable[[], None],
 ) -> None:
-    """Add the shards that a pool makes to `lines` by key, calling `note` now and then, and where the run is stopped."""
+    """Add the shards that a pool makes to `lines` by key, calling `note` now and then and when the run is stopped."""
     noted = time.monotonic()
     try:
         for _, (shard, etag) in pool:
@@ -238,7 +242,7 @@ def collect_shards(
                 noted = time.monotonic()
     except BaseException:
         pool.close()
-        with contextlib.suppress(WorkError):  # what stopped the run is what must be told
+        with contextlib.suppress(WorkError):  # report what stopped the run
             note()
         raise
 
@@ -257,7 +261,7 @@ class SolveActor:
         from dsno_cluster.device import compute_device
 
         torch.set_num_threads(spec.threads)  # bits depend on it
-        # the number of threads is a property of the calling thread too, so all solving is done in this one
+        # the number of threads is also a property of the calling thread, so all solving is done in this one
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
         self.spec, self.folder = spec, folder
         loaded = load_teacher(
@@ -273,7 +277,7 @@ class SolveActor:
     def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
         """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.
 
-        `replace` is the etag of a bad one that is there. Raises WorkError as `put_shard`.
+        `replace` is the etag of a bad object to replace. Raises WorkError as `put_shard` does.
         """
         tensors = self.compute.submit(solve_shard, self.spec, self.teacher, index).result()
         start = index * self.spec.samples_per_shard

@@ -1,4 +1,4 @@
-"""inspect: what a data set holds - its spec, sizes, ranges, statistics by time point, and a picture."""
+"""inspect: the contents of a data set - its spec, sizes, ranges, statistics by time point, and a picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class StatesAtTime(Record):
 
 
 class Inspection(Record):
-    """What `inspect` found: `samples` in `shards` of `bytes` in all; `classes` counts labels among the `samples_read`."""
+    """The result of `inspect`: `samples` in `shards` of `bytes` in total.
+
+    `classes` counts labels of `samples_read`.
+    """
 
     address: str
     samples: int
@@ -49,10 +52,11 @@ class Inspection(Record):
 def inspect(
     address: str, num_shards: int, picture: str | None, endpoint_url: str | None = None
 ) -> Inspection:
-    """Read `num_shards` shards, evenly spread over the data set at a folder, S3 address or manifest, and describe them.
+    """Read `num_shards` shards, evenly spread over a data set, and describe them.
 
-    `picture` is the .png to write: a row a trajectory, from noise to image. Raises UserError
-    if there is no manifest and WorkError for a shard whose bytes are not those of the manifest.
+    `address` is a folder, an S3 address or a manifest. `picture` is the .png to write, a row per trajectory,
+    from noise to image. Raises UserError if there is no manifest and WorkError for a shard whose bytes are
+    not those of the manifest.
     """
     storage, manifest = open_data_set(address, endpoint_url)
     spec = trajectory_spec(manifest, address)
@@ -63,7 +67,7 @@ def inspect(
         ThreadPoolExecutor(4) as threads,
         console.progress("inspecting", len(chosen), "shards") as advance,
     ):
-        # reduced where it is read: no more shards are in memory than there are threads
+        # reduced in the reading thread: no more shards are in memory than there are threads
         for sums, counts in threads.map(lambda shard: _reduce(spec, read_shard(storage, "", shard)), chosen):
             moments.append(sums)
             if counts is not None:
@@ -75,7 +79,7 @@ def inspect(
     numbers = samples_read * int(np.prod(spec.shape))
     parts = np.stack(moments)
     mean = parts[:, 0].sum(0) / numbers
-    # states are of order one, so the plain sum of squares in float64 loses nothing that is shown
+    # states are of order one, so the plain sum of squares in float64 loses no digit that is shown
     std = np.sqrt(np.maximum(parts[:, 1].sum(0) / numbers - mean**2, 0.0))
     by_time = zip(spec.times, mean, std, parts[:, 2].min(0), parts[:, 3].max(0), strict=True)
     return Inspection(
@@ -127,7 +131,10 @@ def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
 
 
 def _reduce(spec: TrajectorySpec, tensors: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Sum, sum of squares, smallest and largest of a shard's states by time, (4, M) float64; and its class counts."""
+    """Sum, sum of squares, minimum and maximum of a shard's states by time, (4, M) float64.
+
+    And its class counts.
+    """
     sums = []
     for states_NCHW in tensors["states"]:  # one time point at a time, as float64 takes four times the memory
         values = states_NCHW.double().numpy()

@@ -1,4 +1,4 @@
-"""What gen-trajectories will do and cost: arithmetic first, measured seconds and accuracy where asked.
+"""The plan of gen-trajectories: its size by arithmetic, and, if asked for, measured cost and accuracy.
 
 The arithmetic needs neither the teacher nor torch.
 """
@@ -22,12 +22,12 @@ from dsno_cluster.trajectories.spec import TrajectorySpec, former_specs, spec_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGE_ERROR = 0.1  # relative, of a solver: what a student learns from it is visibly another image
+LARGE_ERROR = 0.1  # relative error of a solver above which images differ visibly
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to do; sizes are in bytes."""
+    """The amount of work; sizes are in bytes."""
 
     num_samples: int
     num_shards: int
@@ -45,7 +45,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """`note` is what the user may not expect, or None."""
+    """A data set to make. `note` says what the user may not expect, or is None."""
 
     spec: TrajectorySpec
     teacher: ConfiguredTeacher
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured on `device`: seconds of one network evaluation of one sample, and what that makes of a plan."""
+    """Seconds of one network evaluation of one sample, measured on `device`, and the hours of a plan that follow."""
 
     device: str
     seconds_per_evaluation: float
@@ -71,7 +71,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured for a plan: cost, relative error by time point; `problem` keeps the teacher from being used yet."""
+    """Measurements for a plan: cost, relative error by time point.
+
+    `problem`: why the teacher cannot be used yet.
+    """
 
     measured: Cost | None = None
     error: dict[str, float] | None = None
@@ -79,7 +82,7 @@ class Found:
 
 
 def size_of(config: Config, method: Method | None = None) -> Size:
-    """The arithmetic of a config; `method` is how its teacher is solved, once that is known."""
+    """The size of a config's data set; `method` is how its teacher is solved, once that is known."""
     settings, network = config.trajectories, config.network
     numbers = settings.num_points * network.channels * network.image_size**2
     size = {"float16": 2, "float32": 4}[settings.dtype]
@@ -92,19 +95,19 @@ def size_of(config: Config, method: Method | None = None) -> Size:
 
 
 def make_plan(config: Config, teacher: ConfiguredTeacher | None = None) -> Plan:
-    """The plan of a config; its `teacher` is found if it is not given. Raises UserError as `find_teacher`."""
+    """The plan of a config; its `teacher` is found unless given. Raises UserError as `find_teacher` does."""
     teacher = teacher or find_teacher(config)
     note = None
     if teacher.info.clips and not config.trajectories.clip_denoised:
         note = (
             "the teacher's scheduler bounds the clean image (clip_sample or thresholding), this config does not: its "
-            "trajectories are other ones unless trajectories.clip_denoised=true"
+            "trajectories differ from the scheduler's unless trajectories.clip_denoised=true"
         )
     return Plan(_spec(config, teacher), teacher, size_of(config, teacher.method), note)
 
 
 def _spec(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
-    """The spec of the config's data set: the one by which an earlier version began it, if one did."""
+    """The spec of the config's data set; if an earlier version began the data set, that version's spec."""
     spec = spec_of(config, teacher)
     if former := former_specs(spec, teacher):
         storage = open_storage(config.storage.root, config.storage.endpoint_url)
@@ -122,7 +125,7 @@ def check_reachable(config: Config, folder: str) -> None:
 def measure_cost(plan: Plan, teacher: Teacher, devices: int) -> Cost:
     """Time the teacher on its device, at the config's batch size and threads, for about two seconds.
 
-    `devices` of them (GPUs, or actors of `trajectories.threads` CPU threads) then share the work.
+    The work is to be shared by `devices` (GPUs, or actors of `trajectories.threads` CPU threads).
     """
     import statistics
     import time
@@ -155,7 +158,7 @@ def measure_cost(plan: Plan, teacher: Teacher, devices: int) -> Cost:
 def measure_errors(plan: Plan, teacher: Teacher, probes: int) -> dict[str, float]:
     """Relative error of the config's solver at each time point on `probes` samples, against a very fine solution.
 
-    Raises UserError for a teacher with steps of its own: it is exact on those and has no finer solution.
+    Raises UserError for a teacher with its own steps: it is exact on those and has no finer solution.
     """
     from dsno_cluster.diffusion.accuracy import reference_method, relative_errors
     from dsno_cluster.diffusion.solvers import solve_with
@@ -180,7 +183,8 @@ def choose_solver(
 ) -> tuple[Config, dict[str, float]]:
     """The config with the cheapest solver, grid and steps within `tolerance` at every time point, and its errors.
 
-    Measured on `probes` samples. Raises UserError if none is good enough, or the teacher has steps of its own.
+    Measured on `probes` samples. Raises UserError if none is accurate enough, or the teacher has its own
+    steps.
     """
     from dsno_cluster.diffusion.accuracy import Choice, cheapest, reference_method
 
@@ -222,10 +226,10 @@ def _probes(spec: TrajectorySpec, teacher: Teacher, count: int) -> tuple[Tensor,
 
 
 def _call_seconds(teacher: Teacher, noise: Tensor, labels: Tensor | None) -> float:
-    """How long the teacher takes for these samples together."""
+    """Seconds that the teacher takes for these samples together."""
     import time
 
-    teacher(noise, 0.5, labels).cpu()  # warms up; a GPU is waited for
+    teacher(noise, 0.5, labels).cpu()  # warms up; waits for a GPU
     began = time.perf_counter()
     teacher(noise, 0.5, labels).cpu()
     return time.perf_counter() - began
@@ -236,7 +240,7 @@ def _by_time(spec: TrajectorySpec, errors: tuple[float, ...]) -> dict[str, float
 
 
 def report(config: Config, plan: Plan | None, found: Found) -> str:
-    """The plan as lines for people; `plan` None: there is no teacher yet, so no folder that is named by it."""
+    """The plan as lines for people; `plan` None: there is no teacher yet, and so no folder named after it."""
     settings, size = config.trajectories, plan.size if plan else size_of(config)
     guided = ", guided" if settings.guidance_scale != 1.0 else ""
     rows = sum(
@@ -258,7 +262,7 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         f"evaluations   {size.evaluations_per_sample} a trajectory ({settings.solver}, {settings.steps} steps{guided}), "
         f"{size.evaluations:,} in all",
     ]
-    # with no metric of images the teacher's are not drawn
+    # without a metric on images, the teacher's are not drawn
     if set(config.evaluation.metrics) != {"trajectory_error"}:
         lines.append(
             f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
@@ -286,7 +290,7 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         )
         if max(found.error.values()) > LARGE_ERROR:
             lines.append(
-                "              which is much: raise trajectories.steps, or let --tolerance 1e-2 choose"
+                "              this is large: raise trajectories.steps, or let --tolerance 1e-2 choose"
             )
     return "\n".join(lines)
 
@@ -313,7 +317,7 @@ def as_json(config: Config, plan: Plan | None, found: Found) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """Such as 8.5 MB."""
+    """A number of bytes as text, such as 8.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.4g} {unit}"

@@ -1,10 +1,11 @@
-"""Reading shards for training: each sample once per epoch, in an order that depends on (seed, epoch) alone.
+"""Reading shards for training: each sample once per epoch, in an order that depends only on (seed, epoch).
 
-Where a run is, is one number: how many samples it has read. Global batches are runs of samples along the epochs'
-orders, so batch b is the same samples on 1 rank or on 8, and a run saved on 8 ranks goes on with 4.
+The position of a run is one number: the samples that it has read. Global batches are consecutive samples
+along the epochs' orders, so batch b has the same samples on 1 rank or on 8, and a run saved on 8 ranks can
+continue on 4.
 
-Every shard is checked against the manifest's sha256 before a sample of it is used: once in a process, for a file
-in a folder or in the cache, which is then mapped into memory; at each download otherwise.
+Every shard is checked against the manifest's sha256 before its samples are used: for a file in a folder or in
+the cache, which is then mapped into memory, once per process; otherwise at each download.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
 
 @dataclass(frozen=True)
 class Batch:
-    """Of each sample: its index (N,), starting noise (N, C, H, W), states (N, M, C, H, W) float32, label (N,)."""
+    """Samples: indices (N,), starting noise (N, C, H, W), states (N, M, C, H, W) float32, labels (N,)."""
 
     indices: np.ndarray
     noise: Tensor
@@ -56,7 +57,7 @@ class Batch:
 def open_trajectories(storage: Storage, folder: str, num_samples: int) -> Manifest:
     """The manifest of a finished data set with at least `num_samples`, cut to those.
 
-    Raises UserError where it is missing or too small, and where this machine cannot regenerate its noise.
+    Raises UserError if it is missing or too small, and if this machine cannot regenerate its noise.
     """
     found = read_manifest(storage, folder)
     if found is None:
@@ -108,9 +109,10 @@ def read_batches(
 ) -> Generator[list[Batch], None, None]:
     """This rank's part of the global batch that starts with sample `first_sample`, and of every one after it.
 
-    A list has `accumulation` micro-batches. Global batches are runs of `batch_size` samples along the epochs'
-    orders, one epoch after the other, without end; `first_sample` counts samples read so far, over all epochs and
-    ranks. The next batches are read in the background; what fails there is raised here, at its batch.
+    A list has `accumulation` micro-batches. Global batches are `batch_size` consecutive samples along the
+    epochs' orders, one epoch after the other, without end; `first_sample` counts the samples read so far,
+    over all epochs and ranks. The next batches are read in the background; an error there is raised here, at
+    its batch.
     """
     micro = batch_size // (world_size * accumulation)
     manifest, settings = shards.manifest, shards.settings
@@ -141,7 +143,7 @@ def read_batches(
 
 
 class ShardReader:
-    """Samples by index, from the shards that were used last, which are kept open."""
+    """Samples by index; the most recently used shards are kept open."""
 
     def __init__(
         self,
@@ -163,7 +165,7 @@ class ShardReader:
         return Batch(indices, noise, states.float(), labels)
 
     def samples(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """States (N, M, C, H, W) in the dtype that is stored, and labels (N,) where there are classes."""
+        """States (N, M, C, H, W) in the stored dtype, and labels (N,) if there are classes."""
         numbers, rows = np.divmod(indices, self.per_shard)
         states: np.ndarray | None = None
         labels: np.ndarray | None = None
@@ -202,7 +204,7 @@ class ShardReader:
 
 
 def parse_shard(data: np.ndarray) -> Arrays:
-    """The tensors of a safetensors file, (bytes,) uint8, which they share."""
+    """The tensors of a safetensors file (bytes,) uint8, as views of it."""
     header, begin = read_header(data.data)
     arrays = {}
     for name, entry in header.items():
@@ -225,12 +227,12 @@ def _mapped_file(storage: FolderStorage, folder: str, shard: Shard, trusted: boo
 def cached_shard(
     settings: Reader, storage: Storage, folder: str, shard: Shard, trusted: bool = False
 ) -> np.ndarray:
-    """The file of a shard, mapped from the cache, (bytes,) uint8; downloaded where it is missing or wrong.
+    """The file of a shard, mapped from the cache, (bytes,) uint8; downloaded if it is missing or wrong.
 
-    Files are named by their sha256, so all data sets share a cache, and checked unless `trusted`. Processes that
-    want the same shard wait for the one that downloads it. When the cache outgrows `cache_gb`, the files used
-    longest ago go; who has one mapped keeps its content. A crash leaves whole files and, at worst, hidden
-    temporaries, which are swept when a day old.
+    Files are named by their sha256, so that data sets can share a cache, and checked unless `trusted`.
+    Processes that want the same shard wait for the one that downloads it. When the cache outgrows `cache_gb`,
+    the least recently used files are deleted; a process that has one mapped keeps its content. A crash leaves
+    complete files and, at worst, hidden temporary ones, which are removed when they are a day old.
     """
     assert settings.cache_dir is not None
     cache = FolderStorage(on_this_node(settings.cache_dir, "reader.cache_dir"))
@@ -239,7 +241,7 @@ def cached_shard(
     try:
         _own_folder(cache.root)
         with locked(cache.root / f".{shard.sha256[:2]}.lock"):
-            with contextlib.suppress(OSError, ValueError):  # not there, cut short, or evicted this moment
+            with contextlib.suppress(OSError, ValueError):  # missing, truncated, or just evicted
                 data = np.memmap(path, np.uint8, "r")
                 if trusted or problem_of(data.data, shard) is None:
                     os.utime(path)
@@ -253,14 +255,14 @@ def cached_shard(
 
 
 def _own_folder(folder: Path) -> None:
-    """Make a folder that only its owner may enter. Raises WorkError where it is another's: it may lie where all may write."""
+    """Make a folder that only its owner can enter. Raises WorkError if it belongs to another user."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise WorkError(f"reader.cache_dir: {folder} belongs to another user; name a folder of your own")
 
 
 def _evict(cache: FolderStorage, limit: float, keep: str) -> None:
-    """Delete the files used longest ago until `limit` bytes are left."""
+    """Delete the least recently used files until at most `limit` bytes are left."""
     cache.tidy("")
     with locked(cache.root / ".evict.lock"):
         files = []

@@ -1,10 +1,11 @@
-"""Shards and their manifest: what is on disk or on S3, and how to tell that it is right.
+"""Shards and their manifest: the format of a data set, and its verification.
 
-A data set is a folder of `shard-000000.safetensors ...` and a `manifest.json` that is written last: if it is
-there, everything that it names is there and right. Tensor `states` is (M, N, C, H, W), time-major, so that a
-reader of some time points reads only those; sample shards hold `images` uint8 (N, C, H, W). `labels` (N,)
-stand beside them where there are classes. The file's header carries `tensors_sha256` over the first sample's
-number and the tensors, so a shard that no manifest names yet can be told from a damaged or misplaced one.
+A data set is a folder of `shard-000000.safetensors ...` and a `manifest.json` that is written last: if it
+exists, everything that it names exists and is right. Tensor `states` is (M, N, C, H, W), time-major, so that
+a reader of some time points reads only those; sample shards hold `images` uint8 (N, C, H, W). If there are
+classes, shards also have `labels` (N,). The file's header carries `tensors_sha256` over the first sample's
+number and the tensors, which distinguishes a shard that no manifest names yet from a damaged or misplaced
+one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CHECKSUM = "tensors_sha256"
 
 
 class Shard(Record):
-    """One line of a manifest: samples [start, stop) in `size` bytes of the given sha256."""
+    """A line of a manifest: samples [start, stop) in a file of `size` bytes and the given sha256."""
 
     key: str
     start: int
@@ -44,7 +45,7 @@ class Shard(Record):
 
 
 class Manifest(Record):
-    """What a data set holds: its spec as plain values, whose hash names it, its shards, and what made them.
+    """The contents of a data set: its spec as plain values, whose hash names it, its shards, and what made them.
 
     The spec is that of trajectories (`trajectory_spec`) or of samples (`evaluation/sample_shards.py`).
     """
@@ -58,7 +59,7 @@ class Manifest(Record):
 
     @property
     def per_shard(self) -> int:
-        """Samples of a shard."""
+        """Number of samples in a shard."""
         return self.shards[0].stop - self.shards[0].start
 
 
@@ -75,7 +76,10 @@ def make_manifest(spec: Named, shards: Sequence[Shard], environment: Environment
 
 
 def trajectory_spec(manifest: Manifest, where: str) -> TrajectorySpec:
-    """The spec of a data set of trajectories. Raises UserError for one of samples, and as `read_spec`."""
+    """The spec of a data set of trajectories.
+
+    Raises UserError for one of samples, and as `read_spec` does.
+    """
     if "times" not in manifest.spec:
         raise UserError(f"{where}: holds samples, not trajectories")
     return read_spec(manifest.spec, where)
@@ -86,11 +90,11 @@ def shard_key(index: int) -> str:
 
 
 def encode_shard(tensors: dict[str, Tensor], start: int) -> bytes:
-    """The file of a shard of the samples from `start`. Equal tensors give equal bytes."""
+    """The bytes of a shard whose first sample is `start`. Equal tensors give equal bytes."""
     import safetensors.torch
 
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # one entry of metadata only: safetensors writes several in random order
+    # only one entry of metadata: safetensors writes several in random order
     return bytes(safetensors.torch.save(whole, {CHECKSUM: _tensors_sha256(whole, start)}))
 
 
@@ -103,7 +107,7 @@ def _tensors_sha256(tensors: dict[str, Tensor], start: int) -> str:
 
 
 def decode_shard(data: bytes) -> dict[str, Tensor]:
-    """Raises WorkError for bytes that are not a safetensors file."""
+    """The tensors of a shard. Raises WorkError for bytes that are not a safetensors file."""
     import safetensors.torch
 
     try:
@@ -113,7 +117,10 @@ def decode_shard(data: bytes) -> dict[str, Tensor]:
 
 
 def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where its tensors' bytes begin. WorkError where there is none."""
+    """The header of a safetensors file and the offset of its tensors' bytes.
+
+    Raises WorkError if there is none.
+    """
     try:
         (length,) = struct.unpack("<Q", data[:8])
         header = json.loads(bytes(data[8 : 8 + length]))
@@ -130,7 +137,7 @@ def shard_tensors(spec: TrajectorySpec) -> dict[str, tuple[str, list[int]]]:
 
 
 def vouches_for_itself(data: bytes, start: int, expected: dict[str, tuple[str, list[int]]]) -> bool:
-    """Whether a file is a whole shard of the samples from `start`, with the tensors `expected`: name -> (dtype, shape)."""
+    """Whether `data` is a complete shard from sample `start`, with tensors as `expected`: name -> (dtype, shape)."""
     try:
         tensors = decode_shard(data)
     except WorkError:
@@ -149,8 +156,8 @@ def write_shard(
 ) -> Shard:
     """Write a shard below `folder` (ending in /) and return its line for the manifest.
 
-    The first writer wins: nothing that is there is overwritten, but for a bad object, whose etag is `replace`.
-    Raises WorkError where there is a shard of other bytes.
+    The first writer wins: an existing object is never overwritten, except a bad one, whose etag is `replace`.
+    Raises WorkError if a shard with other bytes exists.
     """
     key, data = folder + shard_key(index), encode_shard(tensors, start)
     try:
@@ -158,7 +165,7 @@ def write_shard(
     except PreconditionFailed:
         if storage.read(key) != data:
             raise WorkError(
-                f"{storage.url}/{key}: is there, made with other bits (by another run, on another device or with other "
+                f"{storage.url}/{key}: exists, made with other bits (by another run, on another device or with other "
                 "versions?); it was left as it is: delete it if this run's are the right ones"
             ) from None
     count = next(
@@ -176,7 +183,10 @@ def put_shard(
     tensors: dict[str, Tensor],
     replace: str | None = None,
 ) -> tuple[Shard, str]:
-    """`write_shard`, then a look at what is there; the shard's line and its object's etag. WorkError where it is not there."""
+    """`write_shard`.
+
+    The shard's line and its object's etag. Raises WorkError if it cannot be found afterwards.
+    """
     shard = write_shard(storage, folder, index, start, tensors, replace)
     stat = storage.stat(folder + shard.key)
     if stat is None or stat.size != shard.size:
@@ -185,12 +195,15 @@ def put_shard(
 
 
 def read_shard(storage: Storage, folder: str, shard: Shard) -> dict[str, Tensor]:
-    """The tensors of a shard, its bytes checked against the manifest. Raises WorkError naming the shard."""
+    """The tensors of a shard, checked against the manifest. Raises WorkError, naming the shard."""
     return decode_shard(read_shard_bytes(storage, folder, shard))
 
 
 def read_shard_bytes(storage: Storage, folder: str, shard: Shard) -> bytes:
-    """The file of a shard as the manifest has it; wrong bytes are fetched once more. WorkError names the shard."""
+    """The bytes of a shard, checked against the manifest and read again once.
+
+    Raises WorkError, naming the shard.
+    """
     problem = None
     for _ in range(2):
         data = storage.read(folder + shard.key)
@@ -201,9 +214,9 @@ def read_shard_bytes(storage: Storage, folder: str, shard: Shard) -> bytes:
 
 
 def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
-    """The manifest below `folder` and the etag to replace it with, or None where there is none.
+    """The manifest below `folder` and the etag to replace it with, or None if there is none.
 
-    Raises UserError where it is not a manifest that this version reads and WorkError where it contradicts itself.
+    Raises UserError if it is not a manifest that this version reads and WorkError if it contradicts itself.
     """
     found = storage.stat(folder + MANIFEST)
     if found is None:
@@ -219,7 +232,7 @@ def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
 def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Manifest]:
     """The storage and manifest of the data set at a folder, an S3 address or its manifest.
 
-    Raises UserError where there is no manifest, and as `read_manifest`.
+    Raises UserError if there is no manifest, and as `read_manifest` does.
     """
     storage = open_storage(address.removesuffix(MANIFEST).rstrip("/") or ".", endpoint_url)
     found = read_manifest(storage, "")
@@ -236,10 +249,10 @@ def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Mani
 
 
 def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Put the manifest, last. A longer one of the same spec replaces a shorter one, never the other way.
+    """Write the manifest, last. A longer one of the same spec replaces a shorter one, never the other way round.
 
-    Safe against a second run of the same spec at the same time: the put is conditional, and who comes late
-    looks again. Raises WorkError where what is there contradicts what was made.
+    Safe against a concurrent run of the same spec: the put is conditional, and the later writer looks again.
+    Raises WorkError if the existing manifest contradicts what was made.
     """
     data = record_bytes(manifest)
     for _ in range(10):
@@ -268,7 +281,7 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
 class MadeShards(Record):
     """The notes of an unfinished run: the shards that it has made, each with the etag of its object, and what made them.
 
-    `spec` is noted of samples, whose folder is not named by it.
+    `spec` is noted only for samples, whose folder is not named after it.
     """
 
     environment: Environment | None = None
@@ -278,7 +291,7 @@ class MadeShards(Record):
     @model_validator(mode="before")
     @classmethod
     def _of_older_versions(cls, content: object) -> object:
-        """Versions before 0.2 kept the spec of samples inside of the environment."""
+        """Versions before 0.2 kept the spec of samples inside the environment."""
         if isinstance(content, dict) and isinstance(content.get("environment"), dict):
             return {"spec": content["environment"].get("spec"), **content}
         return content
@@ -297,12 +310,15 @@ def read_made_shards(storage: Storage, folder: str) -> MadeShards:
 
 
 def write_made_shards(storage: Storage, folder: str, made: MadeShards) -> None:
-    """Record what is made so far, so that a restart needs not read it all again. Not a promise: no manifest."""
+    """Note the shards made so far, so that a restart need not read them all again.
+
+    Only the manifest is binding.
+    """
     storage.write(folder + MADE_SHARDS, made.model_dump_json().encode())
 
 
 def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[Shard, str | None]]:
-    """Every shard of the manifest, in order, with what is wrong with its bytes (None: nothing)."""
+    """Every shard of the manifest, in order, with what is wrong with its bytes, or None."""
 
     def check(shard: Shard) -> tuple[Shard, str | None]:
         try:

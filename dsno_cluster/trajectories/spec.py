@@ -1,7 +1,7 @@
 """The spec of a data set: everything that can change a byte of its shards, and the solving that follows from it.
 
-A spec's hash names the folder of its data set, so two specs never mix. Actors compute from a spec and its teacher only
-(`solve_shard`), so what names a data set is what makes it.
+A spec's hash names the folder of its data set, so that two specs never mix. Actors compute only from a spec
+and its teacher (`solve_shard`), so the spec that names a data set also determines it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dsno_cluster.teachers.identity import TeacherIdentity
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; 2 added the checksum in its header
-# what the spec calls the grids of `Method`
+FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; version 2 added the checksum in the header
+# the spec's names for the grids of `Method`
 GRIDS = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
 
 
@@ -36,7 +36,7 @@ class LabelRule(Named):
 
 
 class NoiseRule(Named):
-    """How the noise of a sample follows from (seed, index), and the sha256 of sample 0's, for those who make it again."""
+    """How the noise of a sample follows from (seed, index), and the sha256 of sample 0's, to check that it is the same."""
 
     generator: str
     first_sample_sha256: str
@@ -45,9 +45,10 @@ class NoiseRule(Named):
 class TrajectorySpec(Named):
     """A data set of trajectories.
 
-    `times` (M,) descend to 0. `grid` is a name of `GRIDS`, or the times of the teacher's own steps, on which the state at
-    t=0 is the last prediction of x0. `shape` is (C, H, W), `dtype` the states' in storage, `inference_precision` the
-    teacher's. `threads` are CPU threads of an actor, on which bits depend.
+    `times` (M,) descend to 0. `grid` is a name of `GRIDS`, or the times of the teacher's own steps, on which
+    the state at t=0 is the last prediction of x0. `shape` is (C, H, W), `dtype` that of the stored states,
+    `inference_precision` that of the teacher. `threads` are the CPU threads of an actor, on which bits
+    depend.
     """
 
     format_version: int
@@ -86,12 +87,12 @@ class TrajectorySpec(Named):
 
     @property
     def hash(self) -> str:
-        """What names the data set: the canonical hash of its dump."""
+        """The name of the data set: the canonical hash of the spec's dump."""
         return canonical_hash(self.model_dump(mode="json"))
 
     @property
     def folder(self) -> str:
-        """The key prefix of the data set below a storage's root."""
+        """The key prefix of the data set below the storage root."""
         return f"trajectories/{self.hash}/"
 
 
@@ -126,7 +127,7 @@ def former_specs(spec: TrajectorySpec, teacher: ConfiguredTeacher) -> tuple[Traj
 
 
 def read_spec(content: object, where: str) -> TrajectorySpec:
-    """The spec that a file holds as plain values. Raises UserError, naming `where`, if this version cannot read it."""
+    """The spec in a file's plain values. Raises UserError, naming `where`, if this version cannot read it."""
     try:
         return TrajectorySpec.model_validate_json(json.dumps(content))
     except ValidationError as error:
@@ -146,7 +147,7 @@ def differences(spec: TrajectorySpec, other: TrajectorySpec) -> list[str]:
 def solve_samples(
     spec: TrajectorySpec, teacher: Teacher, seed: int, indices: range
 ) -> tuple[Tensor, Tensor | None]:
-    """States (N, M, C, H, W) float32, on the teacher's device, and labels (N,) or None, of the samples `indices` of `seed`."""
+    """States (N, M, C, H, W) float32 on the teacher's device, and labels (N,) or None, of samples `indices` of `seed`."""
     from dsno_cluster.diffusion.noise import sample_labels, sample_noise
     from dsno_cluster.diffusion.solvers import solve_with
 
@@ -159,8 +160,8 @@ def solve_samples(
 def solve_shard(spec: TrajectorySpec, teacher: Teacher, index: int) -> dict[str, Tensor]:
     """The tensors of shard `index`: `states` (M, N, C, H, W) in the spec's dtype and, if there are classes, `labels` (N,).
 
-    On CPU. Solved in the calling thread, which must have the spec's number of threads: bits depend on it. Raises WorkError
-    for states that are not finite.
+    The tensors are on CPU. They are solved in the calling thread, which must use the spec's number of CPU
+    threads: bits depend on it. Raises WorkError for states that are not finite.
     """
     import torch
 

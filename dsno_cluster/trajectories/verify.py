@@ -1,4 +1,4 @@
-"""verify: every byte of a data set against its manifest."""
+"""verify: checks every byte of a data set against its manifest."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dsno_cluster.trajectories.shards import (
 def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
     """Check the data set at a folder, an S3 address or its manifest; `problems` names each bad shard.
 
-    A folder may be copied and renamed, but one that is named by a spec's hash must hold that spec.
-    Raises UserError where there is no manifest.
+    A folder may be copied and renamed, but one that is named after a spec's hash must hold that spec.
+    Raises UserError if there is no manifest.
     """
     storage, manifest = open_data_set(address, endpoint_url)
     problems = _wrong_name(storage.url, manifest) + manifest_problems(manifest)

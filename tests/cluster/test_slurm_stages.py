@@ -102,7 +102,7 @@ def test_the_run_folder_holds_what_was_submitted(disk_user: User) -> None:
     assert "done:" in disk_user.dsno("logs", str(record.job)).stdout
     again = disk_user.submit("gen-trajectories", *TINY, "trajectories.num_samples=16")
     disk_user.ends(again)
-    assert "are there already" in again.attempt(0).log(0).read_text()
+    assert "exist already" in again.attempt(0).log(0).read_text()
     # a job runs the code that was there at submission, whatever became of the checkout since
     assert f"{run.folder}/code" in submitted
 

@@ -1,4 +1,7 @@
-"""What a training step minimises, one module for each objective; `training/loop.py` does not know which one it runs."""
+"""The objectives that a training step minimises, a module each.
+
+`training/loop.py` does not know which one it runs.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ Student = Callable[[Tensor, Tensor | None, Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What a step came to: its loss, and the distance at each time point, None at those that the step did not see."""
+    """The figures of a step: its loss, and the distance at each time point, None at those that it did not see."""
 
     loss: float
     distance_per_time: tuple[float | None, ...]
 
 
 class Objective(Protocol):
-    """Owns what a step computes, and whatever further networks, optimisers and state it needs for that."""
+    """The computation of a step, with the further networks, optimisers and state that it needs."""
 
     num_figures: int
 
@@ -37,7 +40,7 @@ class Objective(Protocol):
         ...
 
     def summary(self, figures: Sequence[float], step: int) -> StepFigures:
-        """What the averaged figures of step `step` say."""
+        """The summary of the averaged figures of step `step`."""
         ...
 
 

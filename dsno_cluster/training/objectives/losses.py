@@ -32,7 +32,7 @@ def l2(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def pseudo_huber(predicted: Tensor, target: Tensor) -> Tensor:
-    """sqrt(d^2 + c^2) - c per pixel, meaned, (M,): square near 0, absolute far from it.
+    """Mean of sqrt(d^2 + c^2) - c per pixel, (M,): quadratic near 0, absolute far from it.
 
     Pixelwise form of Song & Dhariwal 2023, with c = 0.03 (their 0.00054 sqrt(dim) at CIFAR-10's size).
     """
@@ -101,7 +101,7 @@ def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
 
 
 def find_lpips_weights(settings: Training) -> None:
-    """Raises UserError if the config's loss needs weights that are not there."""
+    """Raises UserError if the config's loss needs weights that do not exist."""
     if settings.loss == "lpips":
         _check_there(Path(str(settings.lpips_weights)))
 

@@ -1,4 +1,4 @@
-"""Learn the teacher's trajectories: the weighted distance of predicted and solved states at the time points."""
+"""The trajectory objective: the weighted distance between predicted and solved states at the time points."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dsno_cluster.trajectories.reader import Batch
 
 
 class TrajectoryObjective:
-    """The figures of a step are the distances at all M time points, 0 at those that it does not see.
+    """Distances to the teacher's trajectories. A step's figures are those at all M time points, 0 where not seen.
 
-    Raises UserError if the weights of the distance's own network are missing.
+    Raises UserError if the distance uses a network whose weights are missing.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
