@@ -23,7 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,8 @@ from inception import Images, save_random_inception
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.evaluation.features import INCEPTION, Reading, file_sha256, find_all_weights, find_readings
+from dsno_cluster.evaluation.features import Reading, file_sha256, find_all_weights, find_readings
+from dsno_cluster.evaluation.table import INCEPTION
 
 SIZE = 64  # pixels
 WIDTH, LOGITS = 2048, 1008
@@ -174,6 +174,7 @@ def merge_time() -> None:
 
 def memory() -> None:
     """Peak memory of the driver's part for 50 000 samples and 50 000 real images."""
+    from dsno_cluster.evaluation.image_sets import DataIdentity
     from dsno_cluster.evaluation.metrics import BlockResult, Collected, Reference, figures
     from dsno_cluster.evaluation.statistics import moments_of
 
@@ -194,11 +195,12 @@ def memory() -> None:
     began = time.perf_counter()
     real = collect(1, {layer.key: WIDTH})
     moments = real.merger.result()
-    reference = Reference({}, moments.mean, moments.covariance, count, SIZE, real.features)
+    reference = Reference(
+        DataIdentity(kind="random"), moments.mean, moments.covariance, count, SIZE, real.features
+    )
     samples = collect(2, {layer.key: WIDTH, logits.key: LOGITS})
     collected = peak_gb()
-    values: dict[str, Any] = figures(settings, read, samples, reference)
-    shown = SimpleNamespace(**values)
+    shown = SimpleNamespace(**figures(settings, read, samples, reference).model_dump())
     print(
         f"50 000 samples and 50 000 real images: peak {collected:.2f} GB when collected, {peak_gb():.2f} GB at the end, "
         f"{time.perf_counter() - began:.0f} s; fid {shown.fid:.1f}, kid {shown.kid:.2g}, precision {shown.precision:.3f}"

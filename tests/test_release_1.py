@@ -148,7 +148,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, bytes]]:
 def test_its_data_set_is_finished_and_right(release: Path) -> None:
     before = tree(release)
     again = answer("gen-trajectories", "release.yaml", "--launcher", "local", cwd=release)
-    assert again.returncode == 0 and "all 4 shards are there already" in again.stderr, again.stderr
+    assert again.returncode == 0 and "all 4 shards exist already" in again.stderr, again.stderr
     verified = answer("verify", "release.yaml", cwd=release)
     assert verified.returncode == 0, verified.stderr
     assert tree(release) == before
