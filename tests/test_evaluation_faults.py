@@ -275,7 +275,7 @@ def test_a_damaged_history_is_one_line_with_the_way_forward(content: str, tmp_pa
     file.parent.mkdir(parents=True)
     file.write_text(content)
     words = ["eval", "--watch", *TINY, f"storage.root={tmp_path}", "--launcher", "local"]
-    refused = answer(*words, cwd=tmp_path)
+    refused = answer(*words, cwd=Path())
     assert refused.returncode == 2 and str(file) in refused.stderr, refused.stderr
     assert "delete it" in refused.stderr or "move it away" in refused.stderr, refused.stderr
     assert "Traceback" not in refused.stderr and file.read_text() == content

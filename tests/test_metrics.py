@@ -321,7 +321,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
     assert adm.images is None and adm.statistics.count is None and adm.statistics.resolution == 8
     both = real("adm.npz", "evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=20")
     assert both.statistics is not None and both.images.count == 30
-    assert set(both.spec["holds"]) == set(both.read) == {"kid"}
+    assert set(both.spec.holds) == set(both.readings) == {"kid"}
     for words, says in [  # known before anything is drawn
         (
             ("evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=31"),

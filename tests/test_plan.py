@@ -166,6 +166,7 @@ def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.
     import torch
     from data_sets import a_spec
 
+    from dsno_cluster.provenance import NOWHERE
     from dsno_cluster.storage import open_storage
     from dsno_cluster.trajectories import inspect as module
     from dsno_cluster.trajectories.shards import Shard, commit_manifest, make_manifest, write_shard
@@ -173,7 +174,7 @@ def test_inspect_holds_few_shards_at_a_time(tmp_path: Path, monkeypatch: pytest.
     storage, alive, most = open_storage(str(tmp_path)), 0, 0
     states = torch.zeros(2, 4, 1, 2, 2)
     shards = tuple(write_shard(storage, "", index, 4 * index, {"states": states}) for index in range(40))
-    commit_manifest(storage, "", make_manifest(a_spec((1, 2, 2), (0.5, 0.0), per_shard=4), shards, {}))
+    commit_manifest(storage, "", make_manifest(a_spec((1, 2, 2), (0.5, 0.0), per_shard=4), shards, NOWHERE))
     read, lock = module.read_shard, threading.Lock()
 
     def gone() -> None:

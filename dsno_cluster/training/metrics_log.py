@@ -56,7 +56,7 @@ class MetricsLog:
     def write(self, line: MetricsLine) -> None:
         try:
             with self.file.open("a") as file:
-                file.write(line.model_dump_json() + "\n")
+                file.write(json.dumps(line.values()) + "\n")
         except OSError as error:
             raise WorkError(f"{self.file}: cannot be written: {error.strerror}") from error
         if self.board is not None:
