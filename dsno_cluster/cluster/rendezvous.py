@@ -1,4 +1,6 @@
-"""How the tasks of a multi-node job find each other: addresses, interfaces, free ports, notes on the shared disk."""
+"""How the tasks of a multi-node job find each other: addresses, interfaces, free ports, notes on the shared
+disk.
+"""
 
 from __future__ import annotations
 

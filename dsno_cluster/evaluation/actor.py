@@ -115,7 +115,9 @@ class EvaluationActor:
                 )
 
     def _undisturbed(self, call: Callable[[], Result]) -> Result:
-        """Call once both threads are idle: they may still work on a block that another actor has finished first."""
+        """Call once both threads are idle: they may still work on a block that another actor has finished
+        first.
+        """
         return self.extracting.submit(lambda: self.drawing.submit(call).result()).result()
 
     def _images(self, block: Block) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,7 @@
-"""The first step of an evaluation: what is compared with what, and what is known already. Nothing is drawn here."""
+"""The first step of an evaluation: what is compared with what, and what is known already.
+
+Nothing is drawn here.
+"""
 
 from __future__ import annotations
 
@@ -192,7 +195,8 @@ def find_subject(
 
 
 def check_comparison(config: Config) -> None:
-    """Raises UserError if the reference, or a part that the metrics need, is missing, and WorkError without weights.
+    """Raises UserError if the reference, or a part that the metrics need, is missing, and WorkError without
+    weights.
 
     Published weights are downloaded here, because the nodes of a cluster may have no internet access.
     """

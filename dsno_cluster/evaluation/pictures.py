@@ -47,7 +47,9 @@ def layout(config: Config) -> Layout:
 
 @dataclass(frozen=True)
 class Pictured:
-    """The contents of the pictures, on CPU: noise (N, C, H, W) in the rows of `layout`, both states (N, M, C, H, W)."""
+    """The contents of the pictures, on CPU: noise (N, C, H, W) in the rows of `layout`, both states (N, M, C,
+    H, W).
+    """
 
     noise: Tensor
     theirs: Tensor

@@ -58,7 +58,9 @@ class TeacherRow(Figures):
 
 
 class Cost(Record):
-    """The cost of a sample of the student in evaluations of the teacher, and the samples per second on one actor."""
+    """The cost of a sample of the student in evaluations of the teacher, and the samples per second on one
+    actor.
+    """
 
     cost_in_teacher_evaluations: float
     images_per_second: float
@@ -81,7 +83,9 @@ class ExtractorName(Record):
 
 
 class ReferenceFacts(Record):
-    """The real data: `what` the config calls it, number and height of the images if recorded, and their identity."""
+    """The real data: `what` the config calls it, number and height of the images if recorded, and their
+    identity.
+    """
 
     what: str = ""
     count: int | None = None
@@ -142,7 +146,10 @@ class Measurement(Record):
 
 
 class Metrics(Measurement):
-    """metrics.json: a student and its teacher. `seconds` exclude the teacher's rows that were known before."""
+    """metrics.json: a student and its teacher.
+
+    `seconds` exclude the teacher's rows that were known before.
+    """
 
     known_by: ClassVar[str] = "student"
     checkpoint: Checkpoint = Checkpoint()
@@ -202,7 +209,9 @@ class Best(Record):
 
 
 class History(Record):
-    """history.json: the measurements of `eval --watch`, oldest checkpoint first, and the best of those that exist."""
+    """history.json: the measurements of `eval --watch`, oldest checkpoint first, and the best of those that
+    exist.
+    """
 
     known_by: ClassVar[str] = "rows"
     schema_version: Literal[1] = 1
@@ -235,7 +244,8 @@ def read_file(model: type[AnyFile], storage: Storage, key: str) -> AnyFile | Non
 
 
 def rewrite(storage: Storage, key: str, content: Callable[[], AnyRecord | None]) -> AnyRecord | None:
-    """Write the record that `content` makes from the existing file, and return it; None leaves the file as it is.
+    """Write the record that `content` makes from the existing file, and return it; None leaves the file as it
+    is.
 
     Safe against other writers: the write is conditional, and the later writer makes its content again. Raises
     WorkError after `ATTEMPTS` failures.

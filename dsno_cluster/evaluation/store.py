@@ -39,7 +39,9 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Findings:
-    """The measurements of a comparison: the teacher's rows, the student's figures, those of held-out real images."""
+    """The measurements of a comparison: the teacher's rows, the student's figures, those of held-out real
+    images.
+    """
 
     rows: Mapping[Sampling, TeacherRow]
     student: MeasuredStudent

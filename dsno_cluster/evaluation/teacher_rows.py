@@ -1,4 +1,6 @@
-"""The teacher's rows of the table that were measured before: kept in the storage, or shipped with the teacher."""
+"""The teacher's rows of the table that were measured before: kept in the storage, or shipped with the
+teacher.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ VOID = {"meta", "input", "img", "br"}
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """An element. Children are escaped unless they are Markup; None children and None or False attributes are omitted.
+    """An element.
+
+    Children are escaped unless they are Markup; None children and None or False attributes are omitted.
 
     An underscore at an attribute's end is dropped (`class_`), others become hyphens (`stroke_width`).
     """

@@ -47,7 +47,9 @@ class UNetIdentity(UNetDescription):
 
 
 class DiffusersIdentity(TeacherIdentity):
-    """A diffusers model: its config, the scheduler's keys that matter, and its weights' sha256 (by file name)."""
+    """A diffusers model: its config, the scheduler's keys that matter, and its weights' sha256 (by file
+    name).
+    """
 
     kind: Literal["diffusers"] = "diffusers"
     sha256: str | dict[str, str]

@@ -51,7 +51,8 @@ class Publisher:
     def publish(
         self, step: int, students: dict[float, dict[str, Tensor]], about: AboutModel, *, best: bool = False
     ) -> None:
-        """Write the student of `step`: `students` has its whole weights by EMA decay; the first is loaded by default.
+        """Write the student of `step`: `students` has its whole weights by EMA decay; the first is loaded by
+        default.
 
         Raises WorkError if it cannot be written.
         """

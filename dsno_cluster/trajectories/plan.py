@@ -60,7 +60,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one network evaluation of one sample, measured on `device`, and the hours of a plan that follow."""
+    """Seconds of one network evaluation of one sample, measured on `device`, and the hours of a plan that
+    follow.
+    """
 
     device: str
     seconds_per_evaluation: float
