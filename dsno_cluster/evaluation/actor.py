@@ -115,9 +115,7 @@ class EvaluationActor:
                 )
 
     def _undisturbed(self, call: Callable[[], Result]) -> Result:
-        """Call once both threads are idle: they may still work on a block that another actor has finished
-        first.
-        """
+        """Call once both threads are idle, which may still work on a block that is no longer needed."""
         return self.extracting.submit(lambda: self.drawing.submit(call).result()).result()
 
     def _images(self, block: Block) -> tuple[Tensor, Tensor | None]:

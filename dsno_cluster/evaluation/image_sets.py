@@ -176,8 +176,7 @@ def npz_file(address: str) -> Path:
 
 
 def npz_images(file: Path) -> tuple[str, np.ndarray] | None:
-    """Name and array of an .npz batch's images, memory-mapped if they are stored uncompressed; None if it has
-    none.
+    """Name and array of an .npz batch's images, memory-mapped if uncompressed; None if it has none.
 
     Raises UserError if the file is not an .npz or its images are not uint8 of four axes.
     """

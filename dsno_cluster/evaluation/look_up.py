@@ -195,8 +195,7 @@ def find_subject(
 
 
 def check_comparison(config: Config) -> None:
-    """Raises UserError if the reference, or a part that the metrics need, is missing, and WorkError without
-    weights.
+    """Raises UserError if a part of the reference is missing, and WorkError without weights.
 
     Published weights are downloaded here, because the nodes of a cluster may have no internet access.
     """

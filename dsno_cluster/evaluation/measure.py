@@ -1,5 +1,4 @@
-"""The pool of actors that measures sets of images; each set is yielded and released as soon as it is
-complete.
+"""The pool of actors that measures sets of images, yielding each set as soon as it is complete.
 
 The figures depend only on the arguments and the storage: blocks are merged in a tree over their numbers, so
 neither the number of actors, nor the loss of some, changes a figure.
@@ -56,9 +55,7 @@ class MeasuredSet:
 
 @dataclass(frozen=True)
 class MeasuredStudent:
-    """Measurements of the student besides its figures: its error by time if asked for, kept shards, cost,
-    pictures.
-    """
+    """The student besides its figures: error by time if asked for, kept shards, cost, pictures."""
 
     trajectory_error: tuple[float, ...]
     shards: tuple[Shard, ...]
@@ -89,8 +86,7 @@ def measure(
     title: str = "evaluating",
     reached: int = 0,
 ) -> Generator[Measured]:
-    """Measure the sets with a pool of actors, and the reference's images if their statistics are not known
-    yet.
+    """Measure the sets, and the reference's images if needed, with a pool of actors.
 
     Yields each set as soon as it and the reference are complete; then the student, if there is one, with its
     trajectory error if the config asks for it; and finally the surroundings. `title`, and the samples that

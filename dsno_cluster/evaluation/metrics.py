@@ -30,9 +30,7 @@ ROWS_AT_A_TIME = 2_000  # of the distances, above that
 
 @dataclass(frozen=True)
 class BlockResult:
-    """The result of a block: moments of the FID's layer, features by layer, number of samples of the right
-    class.
-    """
+    """A block's moments of the FID's layer, features by layer, and number of the right class."""
 
     moments: Moments | None
     features: dict[str, np.ndarray]
@@ -144,9 +142,7 @@ def fid(moments: Moments, reference: Reference) -> float:
 
 
 def check_width(mean: np.ndarray, reading: Reading) -> None:
-    """Raises UserError if imported means do not have the width of the layer, if the layer's name is its
-    width.
-    """
+    """Raises UserError if imported means do not have the width that the layer's name says, if any."""
     if reading.layer.isdecimal():
         _check_width(mean, int(reading.layer))
 

@@ -47,9 +47,7 @@ def layout(config: Config) -> Layout:
 
 @dataclass(frozen=True)
 class Pictured:
-    """The contents of the pictures, on CPU: noise (N, C, H, W) in the rows of `layout`, both states (N, M, C,
-    H, W).
-    """
+    """Pictured noise (N, C, H, W) in the rows of `layout`, and both states (N, M, C, H, W), on CPU."""
 
     noise: Tensor
     theirs: Tensor

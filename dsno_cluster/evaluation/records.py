@@ -58,9 +58,7 @@ class TeacherRow(Figures):
 
 
 class Cost(Record):
-    """The cost of a sample of the student in evaluations of the teacher, and the samples per second on one
-    actor.
-    """
+    """Cost of a student's sample in evaluations of the teacher, and samples per second on one actor."""
 
     cost_in_teacher_evaluations: float
     images_per_second: float
@@ -83,9 +81,7 @@ class ExtractorName(Record):
 
 
 class ReferenceFacts(Record):
-    """The real data: `what` the config calls it, number and height of the images if recorded, and their
-    identity.
-    """
+    """The real data: `what` in the config, number and height of images if recorded, and identity."""
 
     what: str = ""
     count: int | None = None
@@ -209,9 +205,7 @@ class Best(Record):
 
 
 class History(Record):
-    """history.json: the measurements of `eval --watch`, oldest checkpoint first, and the best of those that
-    exist.
-    """
+    """history.json: what `eval --watch` measured, oldest first, and the best checkpoint that exists."""
 
     known_by: ClassVar[str] = "rows"
     schema_version: Literal[1] = 1
@@ -244,8 +238,7 @@ def read_file(model: type[AnyFile], storage: Storage, key: str) -> AnyFile | Non
 
 
 def rewrite(storage: Storage, key: str, content: Callable[[], AnyRecord | None]) -> AnyRecord | None:
-    """Write the record that `content` makes from the existing file, and return it; None leaves the file as it
-    is.
+    """Write the record that `content` makes from the existing file, and return it; None: no change.
 
     Safe against other writers: the write is conditional, and the later writer makes its content again. Raises
     WorkError after `ATTEMPTS` failures.

@@ -58,8 +58,7 @@ class ReferenceSpec(Named):
 
 @dataclass(frozen=True)
 class RealData:
-    """The reference as known before the pool runs: imported statistics, images, and their statistics if
-    `kept`.
+    """The reference as known before the pool runs: imported statistics, images, what is `kept`.
 
     `readings` are the layers that metrics need from the images, `spec` is all that determines their
     statistics.
@@ -85,8 +84,7 @@ class RealData:
 
 
 def imported(settings: Evaluation) -> Reference | None:
-    """mu and sigma of an .npz file as EDM, ADM and pytorch-fid write them; None if the reference is something
-    else.
+    """mu and sigma of an .npz file as EDM, ADM and pytorch-fid write them; None for anything else.
 
     The count is not that of ADM's `arr_0`: its mu and sigma are those of the whole data set, its images only
     a part of it. Raises UserError if a file is not such an .npz.
@@ -145,8 +143,7 @@ def check_reference_is_there(config: Config) -> None:
 def reference_images(
     settings: Evaluation, statistics: Reference | None, readings: Readings, endpoint_url: str | None
 ) -> ImageSet | None:
-    """The images whose features the metrics of `readings` need; None if they need only the imported
-    `statistics`.
+    """The images whose features `readings` need; None if imported `statistics` are enough.
 
     Raises UserError if a metric needs images and the reference has none.
     """
@@ -267,9 +264,7 @@ def compared_data(
 def find_real_data(
     config: Config, storage: Storage, readings: Readings, weights: dict[str, WeightsFile]
 ) -> RealData:
-    """The config's reference: imported, kept from an earlier evaluation, or images that are still to be
-    measured.
-    """
+    """The config's reference: imported, kept from an earlier evaluation, or still to be measured."""
     compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
     if not compared:
         return RealData()

@@ -25,8 +25,7 @@ from dsno_cluster.teachers import check_fits, load_teacher
 
 @dataclass(frozen=True)
 class Refinement:
-    """Refinement by `steps` of the teacher from the student's state at `time` (default: its own time nearest
-    to 0.25).
+    """Refinement by `steps` of the teacher from the state at `time` (default: the one nearest to 0.25).
 
     `teacher` names another teacher than the student's config.
     """

@@ -147,8 +147,7 @@ def _draw(
     actors: int | None,
     ray_address: str | None,
 ) -> Environment:
-    """Draw the shards `todo` and add them to `lines`, which is noted in the storage now and then; returns
-    what made them.
+    """Draw the shards `todo` and add them to `lines`, noted now and then; returns what made them.
 
     `made_by` is what made the existing shards. Raises UserError if an actor's device differs.
     """

@@ -39,9 +39,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Findings:
-    """The measurements of a comparison: the teacher's rows, the student's figures, those of held-out real
-    images.
-    """
+    """The figures of a comparison: the teacher's rows, the student, held-out real images."""
 
     rows: Mapping[Sampling, TeacherRow]
     student: MeasuredStudent

@@ -12,9 +12,7 @@ INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the fiel
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that rows of metrics.json may have: its key, title and decimals, and whether lower or higher
-    is better.
-    """
+    """A figure of rows of metrics.json: key, title, decimals, and whether lower or higher is better."""
 
     key: str
     title: str

@@ -1,6 +1,4 @@
-"""The teacher's rows of the table that were measured before: kept in the storage, or shipped with the
-teacher.
-"""
+"""The teacher's known rows of the table: kept in the storage, or shipped with the teacher."""
 
 from __future__ import annotations
 

@@ -45,8 +45,7 @@ def watch(
     actors: int | None = None,
     ray_address: str | None = None,
 ) -> History:
-    """Evaluate every checkpoint of the config's student, up to that of its last training step; returns the
-    history.
+    """Evaluate every checkpoint of the config's student up to its last step; returns the history.
 
     If called again it continues, without measuring again what is in the history. `teacher` is the config's.
     Raises as `find_subject` and `evaluate` do, and UserError for a damaged history.

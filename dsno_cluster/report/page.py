@@ -37,8 +37,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 
 def write_report(config: Config, config_words: str, out: str | None = None) -> str:
-    """Write the report of a config's run to `out`, by default `<run_dir>/report-<name>.html`; returns its
-    path.
+    """Write the report of a run to `out` (default: `<run_dir>/report-<name>.html`); returns its path.
 
     `config_words` name the config in the commands that the report shows. Raises UserError if there is nothing
     to report yet or a file is damaged, WorkError if storage or disk fail.

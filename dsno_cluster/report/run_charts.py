@@ -96,9 +96,7 @@ def heldout_chart(curve: Sequence[CurveLine], times: Sequence[float]) -> Chart |
 
 
 def history_figures(history: History, extractor: str) -> list[Figure]:
-    """The figures of a history to draw: the distance, and the one by which the best is chosen if that is
-    another.
-    """
+    """The figures of a history to draw: the distance, and the one that chooses the best."""
     known = judging_figures(extractor)
     chosen_by = history.best.metric if history.best else "fid"
     return [known[metric] for metric in dict.fromkeys(["fid", chosen_by]) if metric in known]

@@ -153,9 +153,7 @@ def _config_at(address: str, endpoint_url: str | None) -> Values:
 
 
 def _find_manifest(config: Config, storage: Storage, student: ModelMeta | None) -> Manifest | None:
-    """The manifest of the trajectories on which the student was trained, or else of those that the config
-    plans.
-    """
+    """The manifest of the student's trajectories, or else of those that the config plans."""
     folder = student.trajectories if student else None
     if folder is None:
         try:

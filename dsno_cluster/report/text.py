@@ -68,9 +68,7 @@ def warnings_of(files: RunFiles) -> list[str]:
 
 
 def differences(files: RunFiles, most: int = 6) -> list[str]:
-    """Keys that were changed during the training, and keys in which the reported config differs from the
-    student's.
-    """
+    """Keys that changed during training, and keys in which this config is not the student's."""
     ours = dict(_flat(files.config.model_dump(mode="json", include=set(TRAINED))))
     theirs = dict(_flat({key: files.trained_with[key] for key in TRAINED if key in files.trained_with}))
     found = [

@@ -1,6 +1,4 @@
-"""`train-teacher`: trains a small denoiser on real images, with v-prediction on the cosine schedule, in one
-process.
-"""
+"""`train-teacher`: trains a small denoiser on real images (v-prediction, cosine schedule, one process)."""
 
 from __future__ import annotations
 
