@@ -1,4 +1,4 @@
-# `make help` lists the targets. Each makes its own .venv where it is missing.
+# `make help` lists the targets. Each makes .venv first if it is missing.
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 ARGS ?=
@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(READY)  ## the tests, in under ten minutes on two idle cores
 	$(PYTEST) -m "not slow and not cluster" $(ARGS)
 
-test-slow: $(READY)  ## those that `make test` leaves out, in half an hour: more faults, stages and precisions
+test-slow: $(READY)  ## the tests that `make test` leaves out, in half an hour: more faults, stages and precisions
 	$(PYTEST) -m slow $(ARGS)
 
 test-cluster: $(READY)  ## every fault on four real Slurm nodes on this machine; needs root and Debian's Slurm
@@ -46,7 +46,7 @@ cluster-shell: $(READY)  ## a shell on its login host
 cluster-status: $(READY)  ## its nodes and jobs
 	$(BIN)/python tests/cluster/testbed.py status
 
-cluster-down: $(READY)  ## end it; nothing of it is left
+cluster-down: $(READY)  ## end it and remove everything that belongs to it
 	$(BIN)/python tests/cluster/testbed.py down
 
 eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
@@ -62,6 +62,6 @@ lint: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## every benchmark; each prints the figure that it is for
+bench: $(READY)  ## every benchmark; each prints the figure that it measures
 	@failed=; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || failed="$$failed $$file"; done; \
 	  [ -z "$$failed" ] || { echo "not measured:$$failed" >&2; exit 1; }

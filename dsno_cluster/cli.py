@@ -1,4 +1,4 @@
-"""The command line. What each command does stands in `commands/`.
+"""The command line; `commands/` implements the commands.
 
 Heavy libraries are imported inside the functions that need them, so that `--help` answers at once.
 
@@ -32,7 +32,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does, in a line; its positional arguments; its options; an example."""
+    """A command: a line of help, its positional arguments, an example, its options."""
 
     run: Callable[[Arguments], None]
     help: str
@@ -42,7 +42,7 @@ class Command:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that raises UserError with one line in place of printing its usage and leaving."""
+    """An argparse parser that raises UserError, in one line, instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "plan": Command(
         trajectories.plan_trajectories,
-        "what gen-trajectories will cost: shards, bytes, evaluations; time and accuracy where asked",
+        "what gen-trajectories will cost: shards, bytes, evaluations; time and accuracy if asked for",
         "[CONFIG] [key=value ...]",
         "dsno-cluster plan configs/digits.yaml --tolerance 1e-3 --nodes 4",
         [options.planning],
@@ -72,7 +72,7 @@ COMMANDS = {
     ),
     EVAL.name: Command(
         evaluation.evaluate_student,
-        "sample from the student, or take images that are there, and measure: distances, table, pictures",
+        "sample from the student, or take existing images, and measure: distances, table, pictures",
         "[CONFIG, with --watch also RUN] [key=value ...]",
         "dsno-cluster eval configs/digits.yaml evaluation.num_samples=1000 --json",
         [options.launching, options.actors, options.student, options.evaluated, options.json_output],
@@ -180,14 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run = unwatched.args[0]
         console.error(
-            f"no longer followed; the job goes on: `dsno-cluster status`, or end it with `dsno-cluster cancel {run}`"
+            f"no longer followed; the job continues: `dsno-cluster status`, or end it with `dsno-cluster cancel {run}`"
         )
         return 130
     except BrokenPipeError:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
-            raise  # it was another pipe
-        # what reads our output has enough, as `head`: the rest must not be flushed at the end either
+            raise  # the broken pipe was another one
+        # the reader of our output, such as `head`, has enough: the rest must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Within, SIGTERM does what Ctrl-C does; a second one ends the process at once."""
+    """In this context SIGTERM acts like Ctrl-C; a second one ends the process at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -214,7 +214,7 @@ def _sigterm_interrupts() -> Iterator[None]:
     except SystemExit as stopped:
         if stopped.code != signal.SIGTERM:
             raise
-        raise KeyboardInterrupt from None  # what Ray makes of it while it starts
+        raise KeyboardInterrupt from None  # Ray turns SIGTERM into SystemExit while it starts
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -247,7 +247,7 @@ def _parse(name: str, rest: list[str]) -> Arguments:
     )
     for add in command.options:
         add(parser)
-    # argparse cannot mix positional words and options freely; what it does not know is sorted here
+    # argparse cannot mix positional words and options freely; the words that it does not know are sorted here
     parsed, extras = parser.parse_known_args(rest)
     unknown = [word for word in extras if word.startswith("-")]
     if unknown:
@@ -266,7 +266,7 @@ def _overview() -> str:
         "usage: dsno-cluster COMMAND [CONFIG] [key=value ...] [options]",
         "",
         "Teacher trajectories, DSNO training and evaluation, on a laptop or a Slurm cluster.",
-        f"CONFIG is {DEFAULT_CONFIG} where it is left out; key=value overrides a key of it, such as training.lr=1e-4.",
+        f"CONFIG is {DEFAULT_CONFIG} if it is left out; key=value overrides a key of it, such as training.lr=1e-4.",
         "",
         *(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()),
         "",

@@ -1,7 +1,7 @@
-"""The stages of the path, from the teacher's trajectories to the evaluation of the student, as one table.
+"""The table of stages, from the teacher's trajectories to the evaluation of the student.
 
-Everything that differs between stages stands here; commands, launchers and tasks read it. Heavy libraries are imported
-inside the functions, so that the table itself is light.
+It has everything that differs between stages; commands, launchers and tasks read it. Heavy libraries are
+imported inside the functions, so that importing the table is cheap.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationOptions(StageOptions):
-    """`actors`: how many Ray actors; None for as many as there is room for."""
+    """Options of gen-trajectories. `actors`: number of Ray actors; None: as many as there is room for."""
 
     actors: int | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationOptions(StageOptions):
-    """What is evaluated: the student at `student`, the images at `samples`, or (`watch`) each checkpoint as it appears."""
+    """Options of eval: what is evaluated, and by how many `actors`.
+
+    It is the student at `student`, the images at `samples`, or (`watch`) each checkpoint as it appears.
+    """
 
     actors: int | None = None
     student: str | None = None
@@ -51,7 +54,7 @@ def _check_generation(config: Config, options: GenerationOptions, processes: int
 
 
 def _check_generation_ahead(config: Config, ranks: int) -> None:
-    """It is the first stage: all of it is checked at once."""
+    """Nothing to check ahead: this is the first stage, which is checked at once."""
 
 
 def _generate(
@@ -73,7 +76,7 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
     _check_training_ahead(config, processes)
     teacher = find_teacher(config)
     folder, _ = find_trajectories(config, teacher)
-    if config.training.online:  # which reads nothing before it begins
+    if config.training.online:  # it has not read the storage yet
         check_reachable(config, folder)
     begun = newest_step(config) or 0
     if begun >= config.training.steps:
@@ -115,7 +118,7 @@ def _check_evaluation(config: Config, options: EvaluationOptions, processes: int
 
 
 def _find_evaluated(config: Config, options: EvaluationOptions) -> tuple[str, ConfiguredTeacher | None]:
-    """What is evaluated, in words, and its teacher. Raises UserError if it does not exist."""
+    """A description of what is evaluated, and its teacher. Raises UserError if it does not exist."""
     samples = config.evaluation.num_samples
     if options.samples is not None:
         from dsno_cluster.evaluation.image_sets import open_images
@@ -194,7 +197,7 @@ def stages_of(config: Config) -> tuple[Stage[Any], ...]:
 
 
 def describe_path(config: Config) -> str:
-    """What the whole path will do, in one line."""
+    """A description of the whole path, in one line."""
     made = ", made while training" if config.training.online else ""
     return (
         f"{config.trajectories.num_samples} trajectories of the teacher{made}, {config.training.steps} training steps, "
@@ -203,9 +206,9 @@ def describe_path(config: Config) -> str:
 
 
 def run_path(config: Config, checked: Checked | None = None) -> StageResult:
-    """Run the whole path in this process; returns the result of its last stage. Finished stages are not done again.
+    """Run the whole path in this process; returns the result of its last stage. Finished stages are skipped.
 
-    `checked` is what a check of the first stage found. The teacher is handed on from stage to stage.
+    `checked` is the result of checking the first stage. The teacher is passed from stage to stage.
     """
     began = time.monotonic()
     console.say(f"the whole path: {describe_path(config)}")

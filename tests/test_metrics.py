@@ -257,7 +257,7 @@ def test_samples_drawn_as_shards_are_those_of_sample(tiny_student: Path, tmp_pat
     assert wrong.returncode == 2 and "take 80" in wrong.stderr
     (tmp_path / "manifest.json").rename(tmp_path / "shards/manifest.json")
     again = dsno(*words, "--shards", str(tmp_path / "shards"))
-    assert again.returncode == 0 and "2 shards are there" in again.stderr, again.stderr
+    assert again.returncode == 0 and "2 shards exist already" in again.stderr, again.stderr
     assert gone.read_bytes() == data
 
 

@@ -1,1 +1,4 @@
-"""Running stages on this machine or on a cluster: Ray pools, Slurm jobs, run folders. Nothing here uses tensors."""
+"""Running stages on this machine or on a cluster: Ray pools, Slurm jobs, run folders.
+
+Nothing here uses tensors.
+"""

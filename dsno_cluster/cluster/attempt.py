@@ -1,4 +1,6 @@
-"""Beginning and end of an attempt at a job. The batch script runs `python -m dsno_cluster.cluster.attempt begin|end RUN`.
+"""Beginning and end of an attempt at a job.
+
+The batch script runs `python -m dsno_cluster.cluster.attempt begin|end RUN`.
 
 `begin` makes the attempt's folder, or refuses if too many earlier attempts made no progress. `end RUN STATUS`
 decides whether the job is done, is started again (if a node, a network or a library failed) or is given up.

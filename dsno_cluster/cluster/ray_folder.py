@@ -56,7 +56,9 @@ def place_for(name: str) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[Path]:
-    """Make `folder`, as `place_for` named it; yields the path inside it at which Ray makes its own. Both are removed.
+    """Make `folder`, as `place_for` named it; yields the path inside it at which Ray makes its own.
+
+    Both are removed.
 
     Raises WorkError if that name is taken: everybody can write to the folder for temporary files.
     """

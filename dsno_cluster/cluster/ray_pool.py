@@ -60,7 +60,7 @@ class RayCluster:
 
 
 def actors_that_fit(node: Mapping[str, float], threads: int, num_gpus: int) -> int:
-    """How many actors fit on a node with its `CPU` and `GPU` resources: each takes `threads` CPUs and `num_gpus` GPUs."""
+    """How many actors of `threads` CPUs and `num_gpus` GPUs fit on a node with these `CPU` and `GPU`."""
     fit = int(node.get("CPU", 0)) // threads
     return min(fit, int(node.get("GPU", 0))) if num_gpus else fit
 
@@ -153,7 +153,7 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
 
 @contextlib.contextmanager
 def _sigterm_as_before() -> Iterator[None]:
-    """Restore our SIGTERM handler after ray.init, whose own raises SystemExit at each SIGTERM, even while unwinding.
+    """Restore our SIGTERM handler after ray.init, whose own raises SystemExit even while unwinding.
 
     If we have no handler, Ray's stays: by default the process would die at once.
     """
@@ -191,7 +191,7 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
 
 
 def _off_the_path() -> contextlib.AbstractContextManager[None]:
-    """Enter the package's own folder if PYTHONSAFEPATH is set, as in a job that runs the code of its submission.
+    """Enter the package's own folder if PYTHONSAFEPATH is set, as in a job with a copy of the code.
 
     Ray puts the current folder first on its actors' path, despite that setting.
     """

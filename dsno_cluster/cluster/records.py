@@ -172,7 +172,7 @@ AnyNote = TypeVar("AnyNote", bound=Note)
 
 
 def read_note(model: type[AnyNote], folder: Path, name: str | None = None) -> AnyNote | None:
-    """The note in a folder, or None if its file (`name`, or the model's) is missing or, after a full disk, unreadable."""
+    """The note in a folder; None if its file (`name`, or the model's) is missing or not readable."""
     file = folder / (name or model.FILE)
     for last in (False, True):
         try:

@@ -1,4 +1,4 @@
-"""How the tasks of a multi-node job find each other: addresses, interfaces, free ports, notes on the shared disk."""
+"""How a job's tasks find each other: addresses, interfaces, free ports, notes on the shared disk."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class Attempt:
 
 
 def fruitless(attempts: Sequence[Attempt]) -> int:
-    """How many of the last attempts, in a row, began where the one before had begun, so that no progress was made.
+    """How many of the last attempts, in a row, began where the one before did: without progress.
 
     Attempts that report their preemption do not count: that is the cluster's doing.
     """
@@ -217,7 +217,7 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
 
 
 def index() -> Path:
-    """The folder of links to the user's run folders: $XDG_STATE_HOME/dsno-cluster/runs, or below ~/.local/state."""
+    """Links to the user's runs: $XDG_STATE_HOME/dsno-cluster/runs, or below ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state) / "dsno-cluster" / "runs"
 

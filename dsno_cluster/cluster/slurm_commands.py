@@ -22,7 +22,7 @@ COMMAND_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm reports it: its state (PENDING, RUNNING, ...), why it waits, where it runs, and its end (local time)."""
+    """A job as Slurm reports it: state (PENDING, ...), reason to wait, nodes, and end in local time."""
 
     state: str
     reason: str = ""
@@ -51,7 +51,7 @@ def controller_silence() -> str | None:
 
 
 def check_profile(profile: Profile, where: str) -> None:
-    """Raises UserError for a profile that no node of the partition could ever run, before anything is submitted."""
+    """Raises UserError, before submission, for a profile that no node of the partition can ever run."""
     listing = _ask("sinfo", "-a", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G")
     rows = [line.split("|") for line in listing.splitlines() if line.count("|") == 5]
     names = [row[0].rstrip("*") for row in rows]
@@ -95,7 +95,7 @@ def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Seque
 
 
 def refusal(said: str) -> Exception:
-    """The error for what sbatch said: UserError for a job that it will never take, WorkError if it may take it later."""
+    """The error for what sbatch said: UserError for a job that it never takes, else WorkError."""
     words = " ".join(re.sub(r"\b(sbatch|error|Batch job submission failed): ", "", said).split())
     if may_heal(words):
         return WorkError(f"Slurm does not take the job now: {words}; nothing was submitted")
@@ -165,7 +165,7 @@ def has_accounting() -> bool:
 
 
 def who_ends(job: str, attempt: int) -> str | None:
-    """Why Slurm is ending a job that still has processes: `requeued`, `time limit` or `cancelled`; None if it is not.
+    """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
 
     In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
     attempt; at a time limit the limit is reached; otherwise it was scancel. Raises WorkError if the

@@ -20,7 +20,7 @@ class StageOptions:
 
     @property
     def subject(self) -> str:
-        """What the stage works on besides the experiment: two jobs of the same stage and subject do the same work."""
+        """What the stage works on: two jobs of the same stage and subject do the same work."""
         return ""
 
 
@@ -29,7 +29,7 @@ Options = TypeVar("Options", bound=StageOptions)
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of a check: a sentence on what the stage `would` do, and what it `found`, for a run in this process."""
+    """The result of a check: what the stage `would` do, and what it `found` for a run in this process."""
 
     would: str
     found: Any = None

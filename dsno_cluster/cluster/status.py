@@ -111,7 +111,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterator[str]:
-    """Lines of a task's log in the newest attempt, or in `attempt`; `follow`: until the run ends, over new attempts.
+    """Lines of a task's log in the newest attempt, or in `attempt`; `follow`: until the run ends.
 
     Raises UserError if there is none.
     """

@@ -83,7 +83,7 @@ class StageTask:
         return address
 
     def checkpoint(self) -> Any:
-        """What submitit submits when the job is requeued: the same task, which continues from its own checkpoint."""
+        """What submitit submits for a requeued job: the same task, which continues from its checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -121,7 +121,7 @@ def attempt_number() -> int:
 
 @contextlib.contextmanager
 def _signals_unwind(received: list[int]) -> Iterator[None]:
-    """In this context the signals that ask for the node raise Preempted; further ones are ignored while that unwinds.
+    """In this context a signal that asks for the node raises Preempted; later ones are ignored.
 
     They are also added to `received`: while Ray waits in C, it turns what a handler raises into a plain
     KeyboardInterrupt.

@@ -1,1 +1,1 @@
-"""What the commands do, by subject. A function that takes `Arguments` alone is a command; `cli.COMMANDS` names it."""
+"""The commands, by subject. A function that takes only `Arguments` is a command; `cli.COMMANDS` names it."""

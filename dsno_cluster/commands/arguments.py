@@ -1,4 +1,4 @@
-"""A parsed command line, as a command gets it."""
+"""The parsed command line that a command receives."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Arguments:
     command_line: str
 
     def config(self) -> Config:
-        """The experiment named, or the default one. Raises UserError for more than one."""
+        """The named experiment, or the default one. Raises UserError for more than one."""
         from dsno_cluster.config import load_config
 
         torn = next((word for word in self.words if word.endswith(("]", "}"))), None)
         if torn is not None:
             raise UserError(
-                f"{torn}: no config; an override with spaces in it stands within quotes: 'a.b=[1, 2]'"
+                f"{torn}: not a config; put an override that contains spaces within quotes: 'a.b=[1, 2]'"
             )
         if len(self.words) > 1:
             raise UserError(
@@ -40,9 +40,10 @@ class Arguments:
         return load_config(self.words[0] if self.words else DEFAULT_CONFIG, self.overrides)
 
     def address(self, what: str, of_config: Callable[[Config], str]) -> tuple[str, str | None]:
-        """Address and S3 endpoint of what is named, by itself or by the config that it belongs to.
+        """Address and S3 endpoint of what is named, directly or by a config.
 
-        Raises UserError that asks for `what`, and as `of_config`, which gives the address of a config's.
+        `of_config` gives the address for a config. Raises UserError that asks for `what`, and as `of_config`
+        does.
         """
         from dsno_cluster.config import is_config_file
 
@@ -53,7 +54,7 @@ class Arguments:
         return of_config(config), endpoint_url or config.storage.endpoint_url
 
     def run_word(self) -> str:
-        """The config, or the submitted run, that is named, or the default config. Raises UserError for more than one."""
+        """The named config or submitted run, or the default config. Raises UserError for more than one."""
         if len(self.words) > 1:
             raise UserError(
                 f"one RUN at a time, found {' '.join(self.words)}; an override is written key=value"
@@ -61,11 +62,14 @@ class Arguments:
         return self.words[0] if self.words else DEFAULT_CONFIG
 
     def only_word(self, what: str) -> str:
-        """The one positional word of a command that takes no config. Raises UserError that asks for `what`."""
+        """The only positional word of a command that takes no config.
+
+        Raises UserError that asks for `what`.
+        """
         if len(self.words) != 1 or self.overrides:
             raise UserError(f"name one {what}")
         return self.words[0]
 
 
 class Unwatched(KeyboardInterrupt):
-    """Ctrl-C while a job of Slurm was followed: the job goes on."""
+    """Ctrl-C while a Slurm job was followed: the job continues."""

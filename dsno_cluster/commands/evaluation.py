@@ -1,4 +1,4 @@
-"""The command eval, and how metrics are shown in a terminal."""
+"""The command eval, and the display of metrics in a terminal."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _samples(arguments: Arguments, config: Config) -> str | None:
 
 
 def written_metrics(config: Config) -> Metrics:
-    """What the newest evaluation of an experiment's student wrote. Raises UserError if there is none."""
+    """The metrics of the newest evaluation of an experiment's student. Raises UserError if there is none."""
     from dsno_cluster.evaluation.records import Metrics, read_file
     from dsno_cluster.storage import open_storage
 
@@ -86,7 +86,7 @@ def show_metrics(metrics: Metrics) -> None:
 
 
 def show_figures(metrics: ImagesMetrics) -> None:
-    """The figures of images that were there."""
+    """Show the figures of existing images."""
     from dsno_cluster import console
     from dsno_cluster.evaluation.table import known_figures
 
@@ -100,7 +100,7 @@ def show_figures(metrics: ImagesMetrics) -> None:
 
 
 def show_history(config: Config, history: History) -> None:
-    """What was measured of each checkpoint."""
+    """Show the figures of each checkpoint."""
     from dsno_cluster import console
     from dsno_cluster.evaluation.history import judging_figures, value_of
 

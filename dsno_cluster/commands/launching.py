@@ -1,4 +1,4 @@
-"""Where a stage runs: what every command that runs stages has in common."""
+"""Running and submitting stages, for all commands that do so."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def run_stage(
     arguments: Arguments, stage: Stage[Options], config: Config, options: Options
 ) -> StageResult | None:
-    """Run a stage by the launcher that the command line asks for; None: nothing is known of its result yet, or ever.
+    """Run a stage with the launcher that the command line asks for; None if its result is not known.
 
     A launcher that does not wait for a run returns at once; --wait follows it to its end. --dry-run prints what would run.
-    What is missing is reported before anything starts or is submitted.
+    Whatever is missing is reported before anything starts or is submitted.
     """
     asked = arguments.options
     if asked.dry_run:
@@ -47,7 +47,7 @@ def run_stage(
 
 
 def choose(arguments: Arguments, stage: Stage[Any]) -> Launcher:
-    """The launcher that a stage is to run by. Raises UserError for options that contradict."""
+    """The launcher for a stage. Raises UserError for contradictory options."""
     from dsno_cluster import console
     from dsno_cluster.cluster.launchers import LOCAL, SLURM, choose_launcher
     from dsno_cluster.cluster.ray_pool import given_address
@@ -56,7 +56,7 @@ def choose(arguments: Arguments, stage: Stage[Any]) -> Launcher:
     options = arguments.options
     asked = options.launcher
     address = given_address(options.ray_address) if hasattr(options, "ray_address") else None
-    if address is not None:  # its actors are driven from here: a job of Slurm would start a Ray of its own
+    if address is not None:  # its actors are driven from here: a Slurm job would start its own Ray
         if asked == SLURM.name:
             raise UserError(
                 f"--launcher slurm: a Ray cluster is given, {address}; leave out --ray-address and unset RAY_ADDRESS, or take "
@@ -73,7 +73,10 @@ def choose(arguments: Arguments, stage: Stage[Any]) -> Launcher:
 def make_submission(
     arguments: Arguments, launcher: Launcher, stage: Stage[Any], config: Config, options: StageOptions
 ) -> Submission:
-    """The stage with its profile, as a launcher takes it. Raises UserError for a profile that does not suit the stage."""
+    """The submission of a stage with its profile.
+
+    Raises UserError for a profile that does not suit the stage.
+    """
     from dsno_cluster.cluster.stage import Submission
 
     profile = launcher.profile(stage, arguments.options.nodes, _tasks_asked(arguments))
@@ -81,7 +84,7 @@ def make_submission(
 
 
 def show_scripts(arguments: Arguments, launcher: Launcher, submissions: Sequence[Submission]) -> bool:
-    """Print what the launcher would hand on for each stage, if that is anything to read; returns whether it is."""
+    """Print the script that the launcher would submit for each stage; returns whether there is any."""
     texts = {s.stage.name: text for s in submissions if (text := launcher.describe(s)) is not None}
     if _as_json(arguments) and texts:
         print(json.dumps({"dry_run": texts}), flush=True)
@@ -106,7 +109,7 @@ def follow_to_end(launcher: Launcher, runs: Sequence[Run]) -> StageResult:
             if launcher.detached:
                 raise Unwatched(run.id) from None
             raise
-        if launcher.detached:  # a run of this machine says so itself
+        if launcher.detached:  # a local run prints this itself
             console.say(f"done: {address}")
     return StageResult(address)
 

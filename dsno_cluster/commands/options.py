@@ -1,4 +1,4 @@
-"""The options of the commands, each added to an argparse parser by a function of its own."""
+"""The options of the commands, in functions that add them to an argparse parser."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def json_output(parser: argparse.ArgumentParser) -> None:
 
 
 def all_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="every run, not the newest ones alone")
+    parser.add_argument("--all", action="store_true", help="every run, not only the newest ones")
 
 
 def log_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--follow", action="store_true", help="continue until the run ends")
     parser.add_argument("--rank", type=_natural, default=0, metavar="K", help="of which task (default: 0)")
     parser.add_argument(
         "--attempt", type=_natural, metavar="N", help="of which attempt, from 0 (default: the newest)"
@@ -79,7 +79,7 @@ def evaluated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         metavar="ADDRESS",
-        help="measure images that are there, in place of a student's: sample shards, a folder of pictures, an .npz batch",
+        help="measure existing images instead of a student's: sample shards, a folder of pictures, an .npz batch",
     )
     parser.add_argument(
         "--watch",

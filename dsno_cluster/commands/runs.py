@@ -26,8 +26,8 @@ def show_status(arguments: Arguments) -> None:
 
     if not rows:
         print(
-            "no submitted runs: here are jobs of Slurm, and trainings in several processes (--tasks-per-node); what a command "
-            "does on this machine it tells itself"
+            "no submitted runs: this lists Slurm jobs, and trainings in several processes (--tasks-per-node); other commands "
+            "print what they do on this machine themselves"
         )
         return
     console.table("runs, newest first", *status.table_rows(rows))
@@ -48,7 +48,9 @@ def show_logs(arguments: Arguments) -> None:
         raise UserError("name one RUN (`dsno-cluster status` lists them), or none for the newest")
     newest = all_runs()[:1]
     if not arguments.words and not newest:
-        raise UserError("no run was submitted yet; what a command does on this machine it tells itself")
+        raise UserError(
+            "no run was submitted yet; a command that works on this machine prints its log itself"
+        )
     run = find_run(arguments.words[0]) if arguments.words else newest[0]
     for line in log_lines(run, options.rank, options.attempt, options.follow):
         print(line, flush=True)

@@ -11,7 +11,7 @@ def train_student(arguments: Arguments) -> None:
     from dsno_cluster.stages import TRAIN
     from dsno_cluster.training.ranks import launched_as_rank
 
-    if launched_as_rank() and not arguments.options.dry_run:  # by torchrun or the like, which sets RANK
+    if launched_as_rank() and not arguments.options.dry_run:  # torchrun or a similar launcher has set RANK
         TRAIN.run(config, TRAIN.options(), None, None)
         return
     run_stage(arguments, TRAIN, config, TRAIN.options())

@@ -12,7 +12,7 @@ from dsno_cluster.errors import UserError, WorkError
 if TYPE_CHECKING:
     from dsno_cluster.config import Config
 
-PROBES = 32  # samples that a plan measures on
+PROBES = 32  # samples on which a plan measures
 _DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.json"
 
 
@@ -49,7 +49,7 @@ def plan_trajectories(arguments: Arguments) -> None:
         devices = profile.nodes * max(1, fit)
         if profile.gpus_per_node and teacher.device.type == "cpu":
             console.say(
-                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and there is none here: the time is that of this CPU"
+                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and this machine has none: the time is that of its CPU"
             )
         error = None
         if options.tolerance:
@@ -62,7 +62,7 @@ def plan_trajectories(arguments: Arguments) -> None:
     else:
         try:
             planned = plan.make_plan(config)
-        except (NoTeacher, WorkError) as reason:  # one that does not fit is refused
+        except (NoTeacher, WorkError) as reason:  # a teacher that does not fit raises UserError instead
             found = plan.Found(problem=str(reason))
     show = plan.as_json if options.json else plan.report
     print(show(config, planned, found))
@@ -107,7 +107,7 @@ def inspect_trajectories(arguments: Arguments) -> None:
 
 
 def _data_set(config: Config) -> str:
-    """Where the data set of a config lies."""
+    """The address of a config's data set."""
     from dsno_cluster.trajectories.plan import make_plan
 
     return f"{config.storage.root.rstrip('/')}/{make_plan(config).folder}"

@@ -105,7 +105,7 @@ class TeacherConfig(Strict):
     @field_validator("options")
     @classmethod
     def _published_config(cls, options: TeacherOptions, info: ValidationInfo) -> TeacherOptions:
-        """Resolve `config`, the path of a published teacher's YAML; a factory's options, part of the spec, stay."""
+        """Resolve `config`, the path of a published teacher's YAML; a factory's options stay."""
         path, config = info.data.get("path"), options.get("config")
         if path is None or not is_file_path(path) or not isinstance(config, str):
             return options

@@ -1,1 +1,1 @@
-"""Evaluation: features, mergeable moments, metrics and pictures."""
+"""Evaluation of students and images: features, moments, metrics and pictures."""

@@ -1,4 +1,4 @@
-"""The Ray actor of an evaluation: draws or reads a block of images and extracts their features."""
+"""The Ray actor of an evaluation, which draws or reads a block of images and extracts their features."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ TIMED_PAIRS = 5  # calls of student and teacher, whose median ratio is the cost
 
 @dataclass(frozen=True)
 class StudentAtWork:
-    """A student by address and sha256 of its weights, the spec of its teacher's trajectories, and the folder that its samples
-    are kept in, None to keep none."""
+    """A student by its address and the sha256 of its weights, and the `spec` of its teacher's trajectories.
+
+    `keep` is the folder for its samples; None: they are not kept.
+    """
 
     address: str
     sha256: str
@@ -50,7 +52,10 @@ class StudentAtWork:
 
 
 class EvaluationActor:
-    """Holds the extractors and, if there is a `student`, that and its teacher. `readings` are what each metric reads."""
+    """Holds the extractors and, if given, the `student` with its teacher.
+
+    `readings`: the layers that metrics read.
+    """
 
     def __init__(
         self,
@@ -63,8 +68,8 @@ class EvaluationActor:
         settings, endpoint = config.evaluation, config.storage.endpoint_url
         threads = settings.threads
         torch.set_num_threads(threads)
-        # a thread each: while features of one block are extracted the next is drawn or read. The number of threads is a
-        # property of the calling thread too
+        # one thread each: while features of one block are extracted, the next is drawn or read. The number of
+        # CPU threads is also a property of the calling thread
         self.drawing, self.extracting = (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) for _ in range(2)
         )
@@ -95,7 +100,7 @@ class EvaluationActor:
         return environment()
 
     def run(self, block: Block) -> MeasuredBlock | TrajectoryError | Cost | Pictured:
-        """The result of a block, by its work."""
+        """The result of a block's work."""
         match block.work:
             case "features":
                 images, labels = self.drawing.submit(self._images, block).result()
@@ -110,7 +115,7 @@ class EvaluationActor:
                 )
 
     def _undisturbed(self, call: Callable[[], Result]) -> Result:
-        """Call after what either thread still does: a block that another actor was faster with."""
+        """Call once both threads are idle, which may still work on a block that is no longer needed."""
         return self.extracting.submit(lambda: self.drawing.submit(call).result()).result()
 
     def _images(self, block: Block) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +169,7 @@ class EvaluationActor:
         return TrajectoryError(sums[0], sums[1])
 
     def _cost(self, block: Block) -> Cost:
-        """The median ratio of student and teacher, called in turn, for the samples of a block at a time."""
+        """The median ratio of the times of student and teacher, called in turn on the samples of a block."""
         noise, labels = self._inputs(range(block.start, block.stop))
 
         def seconds(call: Callable[[], Tensor]) -> float:

@@ -1,6 +1,7 @@
-"""eval: Ray actors draw or read images and extract features; the driver merges and compares.
+"""eval, in three steps: look up, measure, store.
 
-Look up, measure, store. Every figure is a function of checkpoint, seeds, counts and weights.
+Ray actors draw or read images and extract features; the driver merges and compares. Every figure is a
+function of checkpoint, seeds, counts and weights.
 """
 
 from __future__ import annotations
@@ -33,12 +34,11 @@ def evaluate(
     ray_address: str | None = None,
     folder: str | None = None,
 ) -> Metrics:
-    """Evaluate a student (see `find_subject`) beside its teacher against the real data.
+    """Evaluate a student (see `find_subject`) and its teacher against the real data; returns the metrics.
 
-    By `actors` Ray actors (None: as many as there is room for), on this machine or on the Ray at `ray_address`.
-
-    Writes metrics.json and the pictures below `folder` of the storage (default: `evaluation/<name>/`); returns the metrics.
-    Raises UserError without weights or reference, and as `measure`.
+    The work is done by `actors` Ray actors (None: as many as there is room for), on this machine or on the
+    Ray at `ray_address`. Writes metrics.json and the pictures below `folder` of the storage (default:
+    `evaluation/<name>/`). Raises UserError without weights or reference, and as `measure` does.
     """
     began = time.monotonic()
     comparison = look_up(subject, folder)
@@ -51,7 +51,7 @@ def evaluate(
 def evaluate_images(
     config: Config, address: str, actors: int | None = None, ray_address: str | None = None
 ) -> ImagesMetrics:
-    """Measure the images at `address` (see `image_sets`) by the config's metrics; nothing is sampled.
+    """Measure the images at `address` (see `image_sets`) by the config's metrics, without sampling.
 
     Writes `<storage.root>/evaluation/<name>/samples-<hash of the images>.json`; returns its content. Raises UserError
     without images, weights or reference.
@@ -67,7 +67,10 @@ def evaluate_images(
 
 
 def _measure(comparison: Comparison, actors: int | None, ray_address: str | None) -> Findings:
-    """Measure what is missing. A row of the teacher is kept at once: an evaluation that is started again has it."""
+    """Measure what is missing.
+
+    The teacher's rows are stored at once, so that a restarted evaluation has them.
+    """
     config = comparison.config
     rows, of_student = dict(comparison.known), Figures()
     student: MeasuredStudent | None = None

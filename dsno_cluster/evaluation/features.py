@@ -1,6 +1,7 @@
-"""Feature extractors by torch-fidelity's registry: which layer a metric reads, weights that are checked, features.
+"""Feature extractors of torch-fidelity's registry: the layers that metrics read, checked weights, features.
 
-`digits-features` is a small CNN for 8x8 digits, the yardstick of `configs/digits.yaml`: its weights ship.
+`digits-features` is a small CNN for 8x8 digits, by which `configs/digits.yaml` is evaluated; the package has
+its weights.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from dsno_cluster.model_folder import package_path
 
 DIGITS, VGG = "digits-features", "vgg16"
 DIGITS_SHAPE = (1, 8, 8)
-# what torch-fidelity calls the metrics that read features
+# torch-fidelity's names of the metrics that read features
 METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
-BATCH = 64  # images at a time, as torch-fidelity's default
+BATCH = 64  # images at a time, torch-fidelity's default
 WEIGHT_FILE = "weights.safetensors"
 
 
@@ -76,7 +77,7 @@ class DigitsFeatures(FeatureExtractorBase):
         return self.of_float(images.float() / 127.5 - 1.0)
 
     def of_float(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The same from float images in [-1, 1]."""
+        """The same features from float images in [-1, 1]."""
         features = self.f(images.clamp(-1.0, 1.0))
         every = {"64": features, "logits": self.o(features)}
         return tuple(every[name] for name in self.features_list)
@@ -137,7 +138,7 @@ def layer_of(extractor: str, metric: str) -> str:
 
 
 def find_readings(settings: Evaluation) -> Readings:
-    """What each metric of the config reads, for those that read features.
+    """The layer that each metric of the config reads, for those that read features.
 
     Raises UserError for an unknown extractor.
     """
@@ -154,7 +155,7 @@ def find_readings(settings: Evaluation) -> Readings:
 
 
 def check_shape(extractors: Iterable[str], shape: Sequence[int], what: str) -> None:
-    """Raises UserError where one of the extractors does not read images (C, H, W) of that shape."""
+    """Raises UserError if one of the extractors does not read images (C, H, W) of that shape."""
     form = "x".join(map(str, shape))
     for name in extractors:
         if name == DIGITS and tuple(shape) != DIGITS_SHAPE:
@@ -168,7 +169,10 @@ def check_shape(extractors: Iterable[str], shape: Sequence[int], what: str) -> N
 
 
 def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
-    """The checked weights of every extractor that the config's metrics read. Errors as `find_weights`."""
+    """The checked weights of every extractor that the config's metrics read.
+
+    Raises as `find_weights` does.
+    """
     found = {}
     for reading in find_readings(settings).values():
         name = reading.extractor
@@ -191,8 +195,9 @@ def find_weights(
 ) -> WeightsFile:
     """The weights of an extractor: the file at `path`, or the published one, downloaded once.
 
-    `sha256` (its first digits) must be the file's. Raises UserError for an unknown name, missing weights, or weights
-    that nobody vouches for: torch-fidelity unpickles them; WorkError for another sha256 or a failed download.
+    The file's sha256 must begin with `sha256`. Raises UserError for an unknown name, missing weights, or
+    weights without a known sha256, because torch-fidelity unpickles them; WorkError for another sha256 or a
+    failed download.
     """
     _check_known(name)
     if path is None and name == DIGITS:
@@ -215,7 +220,10 @@ def find_weights(
 
 
 def published_url(name: str) -> str | None:
-    """Where the weights lie that published figures were computed with; None for extractors not known here."""
+    """The URL of the weights with which published figures were computed.
+
+    None for extractors not known here.
+    """
     if name == INCEPTION:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -228,7 +236,7 @@ def published_url(name: str) -> str | None:
 
 
 def is_published(weights: WeightsFile) -> bool:
-    """Whether these are the weights that the field's published figures were computed with."""
+    """Whether these are the weights with which the field's published figures were computed."""
     url = published_url(weights.extractor)
     return url is not None and weights.sha256.startswith(_digits_in(url))
 
@@ -240,7 +248,7 @@ def weights_cache() -> Path:
 
 
 def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
-    """The extractor, giving `layers`, on this process's device. Raises WorkError where the file was changed."""
+    """The extractor, giving `layers`, on this process's device. Raises WorkError if the file has changed."""
     if (found := file_sha256(weights.path)) != weights.sha256:
         raise WorkError(f"{weights.path}: has sha256 {found} now, not {weights.sha256}")
     layers = tuple(dict.fromkeys(layers))
@@ -266,14 +274,14 @@ def _check_known(name: str) -> None:
 
 
 def _digits_in(url: str) -> str:
-    """The first digits of the sha256, which published weights carry in their name."""
+    """The first digits of the sha256, which are part of the names of published weights."""
     found = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
     assert found is not None, url
     return found[1]
 
 
 def _downloaded(name: str, key: str) -> WeightsFile:
-    """The published weights from the cache, downloaded into it where they are not there yet."""
+    """The published weights from the cache, downloaded first if necessary."""
     url = published_url(name)
     if url is None:
         raise UserError(f"{key}_path: the weights of {name} are needed; name their file")

@@ -1,4 +1,7 @@
-"""What `eval --watch` measured: history.json, its rows and the best of them. Read without torch, for the report too."""
+"""history.json, the measurements of `eval --watch`, and the best of them.
+
+Needs no torch, as the report reads it too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dsno_cluster.evaluation.records import Best, History, HistoryRow, read_file
 from dsno_cluster.evaluation.table import INCEPTION, Figure, known_figures
 from dsno_cluster.storage import Storage
 
-# the figure that a metric of the config is judged by, if it is called otherwise
+# the figure by which a metric of the config is judged, if it has another name
 _FIGURES = {"precision_recall": "f_score"}
 
 
@@ -18,7 +21,7 @@ def history_key(config: Config) -> str:
 
 
 def read_history(storage: Storage, config: Config) -> History:
-    """What was measured before. Raises UserError for a damaged file."""
+    """The earlier measurements. Raises UserError for a damaged file."""
     return read_file(History, storage, history_key(config)) or History()
 
 
@@ -33,7 +36,10 @@ def best_of(rows: Sequence[HistoryRow], metric: str) -> Best | None:
 
 
 def judging_figures(extractor: str) -> dict[str, Figure]:
-    """By the config's name of each metric the figure that it is judged by, called as with an extractor."""
+    """The figure by which each metric is judged, by the config's name of the metric.
+
+    Titles depend on the extractor.
+    """
     names = {key: metric for metric, key in _FIGURES.items()}
     known = {names.get(figure.key, figure.key): figure for figure in known_figures(extractor)}
     known["trajectory_error"] = Figure("trajectory_error", "mean trajectory error", 4, "lower")
@@ -41,7 +47,7 @@ def judging_figures(extractor: str) -> dict[str, Figure]:
 
 
 def value_of(row: HistoryRow, metric: str) -> float | None:
-    """A row's figure by the config's name of a metric; of one for each time, their mean."""
+    """A row's figure by the config's name of a metric; for the trajectory error, the mean over times."""
     if metric == "trajectory_error":
         errors = row.trajectory_error
         return sum(errors.values()) / len(errors) if errors else None

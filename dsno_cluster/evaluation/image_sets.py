@@ -1,6 +1,7 @@
 """Sets of images to be measured: a data set by name, sample shards, a folder of pictures, an .npz batch.
 
-An address opens as an `ImageSet`, whose images are read by number, so that any actor may read any block. The address is:
+An address opens as an `ImageSet`, whose images are read by index, so that any actor can read any block. The
+address is:
 
     data, held-out       the training and the held-out images of the config's `data.name`
     FOLDER or s3://...   shards and their manifest, as `sample --shards` and `evaluation.keep_samples` write them
@@ -36,9 +37,9 @@ READERS = 4  # pictures decoded at a time
 
 
 class DataIdentity(Named):
-    """What tells images, or statistics of them, from any others.
+    """The identity of images, or of their statistics.
 
-    A hash of them; for pictures, of their files' names, sizes and times.
+    It is a hash of their content; for pictures, of their files' names, sizes and times.
     """
 
     kind: str
@@ -51,7 +52,7 @@ class DataIdentity(Named):
 class ImageSet:
     """`count` images uint8 (C, H, W) of one shape: `read` gives (N, C, H, W), `labels` their classes (N,) int64.
 
-    `labels` is None where the classes are not known.
+    `labels` is None if the classes are not known.
     """
 
     address: str
@@ -63,15 +64,15 @@ class ImageSet:
 
     @functools.cached_property
     def identity(self) -> DataIdentity:
-        """What tells them from any others. All of a file is read for it, so only who asks pays."""
+        """Their identity, computed only when asked for: a whole file may have to be read."""
         return self.identify()
 
 
 def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
-    """The image set at an address. Raises UserError, naming the address, where there is none."""
+    """The image set at an address. Raises UserError, naming the address, if there is none."""
     if address in NAMED_IMAGES:
         return _named(address)
-    address = absolute_address(address)  # that of the image set is one for any process
+    address = absolute_address(address)  # valid in any process
     if address.endswith(".npz"):
         return _npz(npz_file(address))
     storage = open_storage(address, endpoint_url)
@@ -80,7 +81,7 @@ def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
         return _shards(address, storage, found[0])
     if "://" in address:
         raise UserError(
-            f"{address}: no manifest.json here, so no sample shards; pictures are read from a folder alone, copy them here"
+            f"{address}: no manifest.json here, so no sample shards; pictures are read only from a folder: copy them to one"
         )
     return _pictures(Path(address))
 
@@ -149,7 +150,7 @@ def _parts(rows: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def _npz_labels(file: Path, count: int) -> Tensor | None:
-    """The classes (count,) that an .npz of ours has beside its images, or None."""
+    """The classes (count,) beside the images of an .npz of ours, or None."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if "labels" not in arrays.files:
@@ -165,16 +166,19 @@ def _npz_labels(file: Path, count: int) -> Tensor | None:
 
 
 def npz_file(address: str) -> Path:
-    """The file at an .npz's address. Raises UserError where that is no path: only shards are read from s3://."""
+    """The file at an .npz's address.
+
+    Raises UserError for an s3:// address, from which only shards are read.
+    """
     if "://" in address:
-        raise UserError(f"{address}: an .npz is read from a folder alone; copy it here")
+        raise UserError(f"{address}: an .npz is read only from a folder; copy it to one")
     return Path(address)
 
 
 def npz_images(file: Path) -> tuple[str, np.ndarray] | None:
-    """Name and array of an .npz batch's images, not read into memory where they are stored uncompressed; None without any.
+    """Name and array of an .npz batch's images, memory-mapped if uncompressed; None if it has none.
 
-    Raises UserError where the file is not an .npz or its images are not uint8 of four axes.
+    Raises UserError if the file is not an .npz or its images are not uint8 of four axes.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing")
@@ -199,7 +203,7 @@ def npz_images(file: Path) -> tuple[str, np.ndarray] | None:
         if info.compress_type != zipfile.ZIP_STORED:
             with np.load(file, allow_pickle=False) as arrays:
                 return name, arrays[name]
-        with file.open("rb") as raw:  # the local header's own lengths say where the member's bytes begin
+        with file.open("rb") as raw:  # the lengths in the local header give the offset of the member's bytes
             raw.seek(info.header_offset)
             local = raw.read(30)
         skip = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")

@@ -1,4 +1,7 @@
-"""The first step of an evaluation: what is compared, with what, and what is known already. Nothing is drawn here."""
+"""The first step of an evaluation: what is compared with what, and what is known already.
+
+Nothing is drawn here.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ from dsno_cluster.trajectories.spec import spec_of
 
 @dataclass(frozen=True)
 class Student:
-    """A student, or one of its moving averages: where it lies, and what `meta.json` says of it."""
+    """A student, or one of its moving averages: its address, and facts from its `meta.json`."""
 
     address: str
     sha256: str
@@ -50,7 +53,10 @@ class Student:
 
     @property
     def title(self) -> str:
-        """Its checkpoint in words: by it the progress of a job shows whether it came to another one."""
+        """Its checkpoint in words.
+
+        Part of the title of the progress, which so shows when a job reaches the next one.
+        """
         return f"step {self.step}" + (f", average {self.ema_decay:g}" if self.ema_decay else "")
 
 
@@ -65,7 +71,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """Where the student's samples are kept as shards, and their spec."""
+    """The folder in which the student's samples are kept as shards, and their spec."""
 
     folder: str
     spec: SampleSpec
@@ -75,8 +81,8 @@ class KeptSamples:
 class Comparison:
     """An evaluation before it is measured.
 
-    `readings` are what each metric reads, `samplings` the teacher's rows, `known` those measured before, `spec` what they
-    agree in. `folder` is where the results go in the `storage`.
+    `readings` are the layers that metrics read, `samplings` the teacher's rows, `known` those measured
+    before, `spec` what all rows have in common. The results are written below `folder` of the `storage`.
     """
 
     subject: Subject
@@ -96,12 +102,12 @@ class Comparison:
 
     @property
     def missing(self) -> list[Sampling]:
-        """The teacher's rows that are to be measured."""
+        """The teacher's rows that are still to be measured."""
         return [sampling for sampling in self.samplings if sampling not in self.known]
 
     @property
     def at_work(self) -> StudentAtWork:
-        """The student as actors get it."""
+        """The student as actors receive it."""
         student, keep = self.subject.student, self.keep
         spec = spec_of(self.config, self.subject.teacher)
         return StudentAtWork(
@@ -125,7 +131,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ImagesComparison:
-    """The evaluation of images that exist, before it is measured."""
+    """The evaluation of existing images, before it is measured."""
 
     config: Config
     storage: Storage
@@ -144,8 +150,9 @@ class ImagesComparison:
 def find_student(config: Config, student_path: str | None = None) -> Student:
     """The student to evaluate: the one at `student_path`, or the config's newest.
 
-    Its address is that of one step: a training that continues moves `latest`. Raises UserError if there is none, if it is
-    not of the config's network and times, and if it was trained on the noise of the evaluation.
+    Its address is that of a step, because a training that continues moves `latest`. Raises UserError if there
+    is none, if it does not have the config's network and times, and if it was trained on the noise of the
+    evaluation.
     """
     endpoint = config.storage.endpoint_url
     try:
@@ -153,7 +160,7 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
         meta = read_meta(path, endpoint, config.evaluation.ema_decay)
     except UserError as error:
         how = (
-            "name one that is there"
+            "name one that exists"
             if student_path
             else "`dsno-cluster train` makes it; --student names another"
         )
@@ -181,16 +188,16 @@ def find_subject(
 ) -> Subject:
     """The student to evaluate and its teacher, which is found unless it is given.
 
-    Raises UserError as `find_student` and `find_teacher`.
+    Raises UserError as `find_student` and `find_teacher` do.
     """
     student = find_student(config, student_path)
     return Subject(config, teacher or find_teacher(config), student)
 
 
 def check_comparison(config: Config) -> None:
-    """Raises UserError without a reference, or without what of it the metrics need, and WorkError without weights.
+    """Raises UserError if a part of the reference is missing, and WorkError without weights.
 
-    Published weights are downloaded here, as the nodes of a cluster may have no way out.
+    Published weights are downloaded here, because the nodes of a cluster may have no internet access.
     """
     readings, weights = find_readings(config.evaluation), _find_weights(config)
     compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
@@ -199,9 +206,10 @@ def check_comparison(config: Config) -> None:
 
 
 def look_up(subject: Subject, folder: str | None = None) -> Comparison:
-    """What is known of a comparison before anything is drawn; its results go to `folder` (default: `evaluation/<name>/`).
+    """What is known about a comparison before anything is drawn.
 
-    Raises UserError as `check_comparison`, and if samples are kept already that were made another way.
+    Its results are written to `folder` (default: `evaluation/<name>/`). Raises UserError as
+    `check_comparison` does, and if samples of this student and seed were kept with other settings.
     """
     config = subject.config
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
@@ -210,7 +218,7 @@ def look_up(subject: Subject, folder: str | None = None) -> Comparison:
     _check_sampled(config, weights)
     real = find_real_data(config, storage, readings, weights)
     spec = comparison_spec(config, subject.teacher, readings, weights, real)
-    # with no metric of images there is nothing to draw the teacher's for
+    # without a metric on images, the teacher's need not be drawn
     samplings = compared_samplings(config, subject.teacher) if readings else []
     return Comparison(
         subject=subject,
@@ -227,7 +235,10 @@ def look_up(subject: Subject, folder: str | None = None) -> Comparison:
 
 
 def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComparison:
-    """The same for images that exist at `address`. Raises UserError if no metric, or too few images, can be of them."""
+    """The same for existing images at `address`.
+
+    Raises UserError if no metric applies, or there are too few images.
+    """
     settings = config.evaluation
     readings = {
         metric: reading
@@ -235,7 +246,9 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
         if metric != "agreement" or images.labels is not None
     }
     if not readings:
-        raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} is one of images alone")
+        raise UserError(
+            f"evaluation.metrics: none of {', '.join(settings.metrics)} can be measured on images only"
+        )
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     weights = _find_weights(config)
     check_count(settings, readings, images.count, address)
@@ -245,7 +258,7 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
 
 
 def say_what(comparison: Comparison, actors: int | None) -> None:
-    """Say in a line what will be compared, by how many actors, and what need not be measured."""
+    """Say in a line what will be compared, by how many actors, and what need not be measured again."""
     settings, weights = comparison.config.evaluation, comparison.weights
     path = comparison.subject.student.address
     real = f"{comparison.real.count or 'the'} real images by {', '.join(weights)}"
@@ -264,20 +277,26 @@ def say_what(comparison: Comparison, actors: int | None) -> None:
 
 
 def _find_weights(config: Config) -> dict[str, WeightsFile]:
-    """The weights of the config's metrics; that a reference is missing is said before any are downloaded for it."""
+    """The weights of the config's metrics.
+
+    A missing reference is reported before any weights are downloaded.
+    """
     check_reference_is_there(config)
     return find_all_weights(config.evaluation)
 
 
 def _check_sampled(config: Config, weights: dict[str, WeightsFile]) -> None:
-    """Raises UserError if the metrics cannot be of this network's samples."""
+    """Raises UserError if the metrics cannot be measured on this network's samples."""
     check_shape(weights, config.network.image_shape, "the samples")
     if "agreement" in config.evaluation.metrics and not config.network.num_classes:
         raise UserError("evaluation.metrics: agreement is of classes, and network.num_classes is 0")
 
 
 def _kept_samples(subject: Subject, storage: Storage) -> KeptSamples | None:
-    """Where the student's samples are to be kept. Raises UserError if some are kept there that were made another way."""
+    """Where the student's samples are to be kept.
+
+    Raises UserError if samples with other settings are kept there.
+    """
     settings, student = subject.config.evaluation, subject.student
     if not settings.keep_samples:
         return None

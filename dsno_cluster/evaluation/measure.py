@@ -1,7 +1,7 @@
-"""The pool of actors that measures sets of images; each is handed on as soon as it is whole, and then no more held.
+"""The pool of actors that measures sets of images, yielding each set as soon as it is complete.
 
-A function of its arguments and the storage: blocks are merged in a tree over their numbers, so the number of actors, and
-which of them die, changes no figure.
+The figures depend only on the arguments and the storage: blocks are merged in a tree over their numbers, so
+neither the number of actors, nor the loss of some, changes a figure.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ from dsno_cluster.trajectories.shards import Shard
 
 @dataclass(frozen=True)
 class ImagesOf:
-    """`count` images of a source, and what each metric reads of them."""
+    """`count` images of a source, and the layers that metrics read."""
 
     source: ImageSource
     count: int
     readings: Readings
 
     def block_size(self, batch_size: int) -> int:
-        """Images of a block. Those that exist already are extracted in the batches that torch-fidelity makes of them, so
-        that features are the same to the last bit however they are split."""
+        """Number of images in a block.
+
+        Existing images are extracted in torch-fidelity's batches, so that features are the same to the last
+        bit however the images are split.
+        """
         return -(-batch_size // BATCH) * BATCH if self.source.kind == "images" else batch_size
 
 
 @dataclass(frozen=True)
 class MeasuredSet:
-    """A set that is whole."""
+    """A set that is complete, with its figures."""
 
     images: ImagesOf
     figures: Figures
@@ -52,7 +55,7 @@ class MeasuredSet:
 
 @dataclass(frozen=True)
 class MeasuredStudent:
-    """What is known of the student besides its images: its error by time point, if asked for, kept shards, cost and pictures."""
+    """The student besides its figures: error by time if asked for, kept shards, cost, pictures."""
 
     trajectory_error: tuple[float, ...]
     shards: tuple[Shard, ...]
@@ -62,7 +65,7 @@ class MeasuredStudent:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the figures were measured against, and the `environment` of the actors that did it."""
+    """The reference of the figures, and the `environment` of the actors that measured them."""
 
     reference: Reference | None
     environment: Environment
@@ -83,11 +86,12 @@ def measure(
     title: str = "evaluating",
     reached: int = 0,
 ) -> Generator[Measured]:
-    """Have actors measure the sets, and the reference's images if they are not known yet.
+    """Measure the sets, and the reference's images if needed, with a pool of actors.
 
-    Gives each set as soon as it and the reference are whole; then the student, if there is one, with its trajectory error
-    if the config asks for it; and last the surroundings. `title`, and how many samples former runs `reached`, are for the
-    progress. Raises UserError for actors that differ in device or versions, and as `run_pool`.
+    Yields each set as soon as it and the reference are complete; then the student, if there is one, with its
+    trajectory error if the config asks for it; and finally the surroundings. `title`, and the samples that
+    earlier runs `reached`, are for the progress. Raises UserError for actors that differ in device or
+    versions, and as `run_pool` does.
     """
     settings, storage = config.evaluation, open_storage(config.storage.root, config.storage.endpoint_url)
     if real.source is not None:
@@ -97,7 +101,8 @@ def measure(
     if student is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
     console.say(_in_words(blocks, sets, real.source))
-    # the reference, without which no set is finished; then the dearest, so that no actor is left alone with a long one
+    # first the reference, without which no set is finished; then the most expensive blocks, so that none runs
+    # last
     blocks.sort(key=lambda block: (block.source != real.source, -block.source.evaluations))
     collecting = _Collecting(settings, storage, real, sets)
     errors: dict[int, TrajectoryError] = {}
@@ -134,7 +139,7 @@ class _Pool:
     """Actors on a cluster, each made with `arguments`. The `environments` of those that answered must be alike."""
 
     def __init__(self, cluster: RayCluster, arguments: tuple[Any, ...]) -> None:
-        # two calls at a time: while one block's features are extracted the next is drawn or read
+        # two calls at a time: while one block's features are extracted, the next is drawn or read
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
         self.cluster = cluster
         self.remote, self.arguments = remote, arguments
@@ -142,7 +147,7 @@ class _Pool:
         self.environments: list[Environment] = []
 
     def run_all(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Any]]:
-        """Pairs of a block and its result, as they come. One actor stays, idle, for `run_alone`."""
+        """Pairs of a block and its result, as they finish. One actor is kept, idle, for `run_alone`."""
         return run_pool(
             self._make,
             lambda actor, block: actor.run.remote(block),
@@ -155,9 +160,9 @@ class _Pool:
         )
 
     def run_alone(self, blocks: Sequence[Block]) -> tuple[Any, ...]:
-        """The results of blocks, one at a time on a single actor, so that nothing disturbs what is timed.
+        """The results of blocks, one at a time on a single actor, so that nothing disturbs the timing.
 
-        If it dies, another is made, and so on as in any pool.
+        An actor that dies is replaced, as in any pool.
         """
         results = dict(
             run_pool(
@@ -187,7 +192,7 @@ class _Pool:
 
 
 class _Collecting:
-    """The sets while their blocks come in. One is finished when it and the reference are whole."""
+    """The sets while their blocks arrive. A set is finished when it and the reference are complete."""
 
     def __init__(
         self, settings: Evaluation, storage: Storage, real: RealData, sets: Sequence[ImagesOf]
@@ -203,7 +208,7 @@ class _Collecting:
         self.reference = finished_reference(storage, real, None) if real.source is None else None
 
     def add(self, block: Block, measured: MeasuredBlock) -> Iterator[MeasuredSet]:
-        """Take a block, each block once; gives the sets that are finished by it."""
+        """Add a block, each block once; yields the sets that it completes."""
         source = block.source
         self.collected[source].add(block.start, measured.result)
         if measured.kept is not None:
@@ -225,7 +230,7 @@ class _Collecting:
 
 
 def _in_words(blocks: list[Block], sets: Sequence[ImagesOf], reference: ImageSource | None) -> str:
-    """What the progress counts: images of each kind, and trajectories."""
+    """What the progress counts, in words: images of each kind, and trajectories."""
     parts = [f"{images.count:,} samples of the student" for images in sets if images.source == STUDENT]
     if of_teacher := [images.count for images in sets if images.source.kind == "teacher"]:
         parts.append(f"{sum(of_teacher):,} of the teacher in {len(of_teacher)} row(s)")

@@ -1,7 +1,7 @@
-"""From features to figures, by torch-fidelity's own functions: FID, KID, Inception Score, precision and recall.
+"""Metrics from features, by torch-fidelity's own functions: FID, KID, Inception Score, precision and recall.
 
-`Collected` takes the blocks of a set of samples in any order and has what the metrics need at the end: merged moments,
-and features row by row only for those metrics that need each one.
+`Collected` takes the blocks of a set of samples in any order and ends up with what the metrics need: merged
+moments, and the rows of features only for those metrics that need them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dsno_cluster.evaluation.statistics import BlockMerger, Moments, frechet_dis
 BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
 OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images
 WHOLE_MATRIX = (
-    10_000  # up to so many samples torch-fidelity's default, which holds all distances, fits in memory
+    10_000  # up to this many samples, torch-fidelity's default, which holds all distances, fits in memory
 )
-ROWS_AT_A_TIME = 2_000  # of distances, above that
+ROWS_AT_A_TIME = 2_000  # of the distances, above that
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Of a block of samples: moments of the FID's layer, features by layer, how many are of the class asked for."""
+    """A block's moments of the FID's layer, features by layer, and number of the right class."""
 
     moments: Moments | None
     features: dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class BlockResult:
 
 @dataclass
 class Collected:
-    """The blocks of `count` samples in blocks of `size`."""
+    """The collected blocks of `count` samples, in blocks of `size`."""
 
     count: int
     size: int
@@ -51,7 +51,7 @@ class Collected:
         self.merger = BlockMerger(-(-self.count // self.size))
 
     def add(self, start: int, result: BlockResult) -> None:
-        """Take a block, each block once."""
+        """Add a block, each block once."""
         if result.moments is not None:
             self.merger.add(start // self.size, result.moments)
         for layer, rows in result.features.items():
@@ -62,7 +62,7 @@ class Collected:
 
 
 class ReferenceParts(Named):
-    """A reference whose mean and covariance may have come from a file, and its features from images."""
+    """The identity of a reference with mean and covariance from a file, features from images, or both."""
 
     statistics: DataIdentity | None
     images: DataIdentity | None
@@ -70,9 +70,9 @@ class ReferenceParts(Named):
 
 @dataclass(frozen=True)
 class Reference:
-    """The real data: mean (D,) and covariance (D, D) of `count` images, None where not recorded; features (N, D) by layer.
+    """The real data: mean (D,) and covariance (D, D) of `count` images, and features (N, D) by layer.
 
-    `identity` is what it was made of, `resolution` the images' height, None where not recorded.
+    `identity` identifies its origin, `resolution` is the images' height. What was not recorded is None.
     """
 
     identity: DataIdentity | ReferenceParts
@@ -89,7 +89,7 @@ def layers_by_row(readings: Readings) -> set[str]:
 
 
 def fewest(settings: Evaluation) -> dict[str, int]:
-    """How many images, of either side, a metric needs; of those that need some number."""
+    """The smallest number of images, on either side, for the metrics that need one."""
     return {
         "kid": settings.kid_subset_size,
         "inception_score": settings.inception_splits,
@@ -98,7 +98,7 @@ def fewest(settings: Evaluation) -> dict[str, int]:
 
 
 def check_count(settings: Evaluation, metrics: Iterable[str], count: int, what: str) -> None:
-    """Raises UserError where `count` images of `what` are too few for one of the metrics."""
+    """Raises UserError if `count` images of `what` are too few for one of the metrics."""
     for metric in metrics:
         if count < (needed := fewest(settings).get(metric, 0)):
             raise UserError(
@@ -109,9 +109,9 @@ def check_count(settings: Evaluation, metrics: Iterable[str], count: int, what: 
 def figures(
     settings: Evaluation, readings: Readings, samples: Collected, reference: Reference | None
 ) -> Figures:
-    """Every metric of `readings`; those of samples only need no reference.
+    """Every metric of `readings`; the reference is needed only by those that compare with it.
 
-    Raises UserError where there are too few images for a metric or the reference's features are of another width.
+    Raises UserError if there are too few images for a metric or the reference's features have another width.
     """
     found: dict[str, float] = {}
     check_count(settings, readings, samples.count, "the set of samples")
@@ -142,7 +142,7 @@ def fid(moments: Moments, reference: Reference) -> float:
 
 
 def check_width(mean: np.ndarray, reading: Reading) -> None:
-    """Raises UserError where imported means are not of the layer that is read, as far as its name tells its width."""
+    """Raises UserError if imported means do not have the width that the layer's name says, if any."""
     if reading.layer.isdecimal():
         _check_width(mean, int(reading.layer))
 

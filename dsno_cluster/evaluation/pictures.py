@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: two to look at by themselves, and three plain ones that the report puts together.
+"""Pictures of an evaluation: two with captions, and three plain ones from which the report is composed.
 
-The plain ones have no captions: `layout` says what is where in them.
+`layout` describes what is where in the plain ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STRIPS = 4  # samples that are shown through time
 
 
 def layout(config: Config) -> Layout:
-    """How the plain pictures of a config are laid out."""
+    """The layout of a config's plain pictures."""
     network = config.network
     classes = min(network.num_classes, 10)
     rows, gap = classes or 4, max(1, network.image_size // 16)
@@ -47,16 +47,16 @@ def layout(config: Config) -> Layout:
 
 @dataclass(frozen=True)
 class Pictured:
-    """What the pictures show, on CPU: noises (N, C, H, W), row by row of `layout`, and the states of both (N, M, C, H, W)."""
+    """Pictured noise (N, C, H, W) in the rows of `layout`, and both states (N, M, C, H, W), on CPU."""
 
     noise: Tensor
     theirs: Tensor
     ours: Tensor
-    teacher_evaluations: int  # that an image of theirs cost
+    teacher_evaluations: int  # network evaluations for an image of the teacher's
 
 
 def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher: Teacher) -> Pictured:
-    """Teacher's and student's states of the noises that are pictured, computed where the two are."""
+    """The teacher's and the student's states from the pictured noise, computed on their device."""
     plain, device = layout(config), next(student.parameters()).device
     classes, columns = plain.rows, plain.columns
     noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
@@ -69,10 +69,10 @@ def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher:
 
 
 def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, bytes]:
-    """The pictures as PNG bytes by name, all of the same noises.
+    """The pictures as PNG bytes by name, all from the same noise.
 
-    samples.png and trajectory.png, teacher over student with captions; teacher.png, student.png and strips.png, which
-    are as `layout` says.
+    samples.png and trajectory.png show teacher over student with captions; teacher.png, student.png and
+    strips.png follow `layout`.
     """
     plain, times = layout(config), config.trajectories.time_points
     classes, columns = plain.rows, plain.columns
@@ -84,7 +84,7 @@ def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, 
     names = [f"{i}" if plain.classes else "" for i in range(classes)]
     last = rows(theirs[:, -1]), rows(ours[:, -1])
     samples = _samples_picture(*last, names, pictured.teacher_evaluations, metrics)
-    # one noise: the first of a class that shows strokes well enough in every data set
+    # one noise: the first of a class whose strokes are clear
     pick = columns * min(3, classes - 1)
     trajectory = _trajectory_picture(noise[pick], theirs[pick], ours[pick], times)
     picked = [columns * row for row in plain.strips]
@@ -100,7 +100,10 @@ def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, 
 
 
 def _plain_grid(images: Tensor, gap: int, pair_gap: int = 0) -> bytes:
-    """Images (R, K, C, H, W) in their own pixels on a transparent sheet; `pair_gap` more after every second row."""
+    """Images (R, K, C, H, W), not enlarged, on a transparent sheet.
+
+    `pair_gap` more after every second row.
+    """
     rows, columns = images.shape[:2]
     height, width = images.shape[-2] + gap, images.shape[-1] + gap
     size = (columns * width + gap, rows * height + (rows - 1) // 2 * pair_gap + gap)
@@ -114,7 +117,7 @@ def _plain_grid(images: Tensor, gap: int, pair_gap: int = 0) -> bytes:
 def _samples_picture(
     theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: Metrics
 ) -> bytes:
-    """A pair of rows a class, teacher over student, (R, K, C, H, W) each; the table stands beside them."""
+    """A pair of rows per class, teacher over student, (R, K, C, H, W) each, with the table beside them."""
     row_count, columns = theirs.shape[:2]
     scale = pixel_scale(theirs)
     tile = theirs.shape[-1] * scale

@@ -1,4 +1,4 @@
-"""The files of an evaluation: metrics.json, history.json, and that of images which were there. Read without torch.
+"""The files of an evaluation: metrics.json, history.json and those of measured images. Needs no torch.
 
 Files of older versions have no `schema_version` and may lack keys that have a default here.
 """
@@ -16,11 +16,11 @@ from dsno_cluster.provenance import Code
 from dsno_cluster.records import AnyRecord, Record, SparseRecord, Values, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage
 
-ATTEMPTS = 10  # to write a file that others write too
+ATTEMPTS = 10  # at writing a file that other processes may write too
 
 
 class Figures(SparseRecord):
-    """The figures of a set of images, as far as they were measured; those that only a newer version knows are kept."""
+    """The measured figures of a set of images; figures that only a newer version knows are kept."""
 
     model_config = ConfigDict(extra="allow")
     fid: float | None = None
@@ -40,13 +40,16 @@ class Figures(SparseRecord):
 
 
 class HeldOut(Figures):
-    """Real images that are not part of the reference: what a perfect sampler of as many would get."""
+    """Real images that are not part of the reference: the figures of a perfect sampler with as many samples."""
 
     num_samples: int
 
 
 class TeacherRow(Figures):
-    """The teacher by one solver. `evaluations` are the network's for an image; `shipped`: it came with the teacher."""
+    """The teacher with one solver.
+
+    `evaluations`: of the network, per image; `shipped`: it came with the teacher.
+    """
 
     source: str
     evaluations: int
@@ -55,14 +58,14 @@ class TeacherRow(Figures):
 
 
 class Cost(Record):
-    """What a sample of the student costs: evaluations of the teacher, and how many come a second on one actor."""
+    """Cost of a student's sample in evaluations of the teacher, and samples per second on one actor."""
 
     cost_in_teacher_evaluations: float
     images_per_second: float
 
 
 class StudentRow(Figures):
-    """The student. `trajectory_error` is relative to the teacher's states, by time."""
+    """The student's figures. `trajectory_error` is relative to the teacher's states, by time."""
 
     source: str = "student"
     cost_in_teacher_evaluations: float
@@ -78,7 +81,7 @@ class ExtractorName(Record):
 
 
 class ReferenceFacts(Record):
-    """The real data: `what` the config calls it, how many images of which height, if recorded, and what identifies them."""
+    """The real data: `what` in the config, number and height of images if recorded, and identity."""
 
     what: str = ""
     count: int | None = None
@@ -87,7 +90,7 @@ class ReferenceFacts(Record):
 
 
 class Seeds(SparseRecord):
-    """Of the student's noise, of the trajectories, and of those metrics that draw subsets."""
+    """Seeds of the student's noise, of the trajectories, and of metrics that draw subsets."""
 
     noise: int | None = None
     trajectories: int | None = None
@@ -104,11 +107,12 @@ class Checkpoint(Record):
 
 
 class Layout(Record):
-    """What is where in teacher.png, student.png and strips.png; sizes are in their own pixels.
+    """The layout of teacher.png, student.png and strips.png; sizes are in pixels of these files.
 
-    The first two are `rows` of `columns` tiles of size `tile`, `gap` apart and around them, a row a class if there are
-    classes. strips.png has a pair of rows, teacher over student and `pair_gap` to the next pair, for each of `strips`
-    (rows of the grids, whose first sample it is), and a column for each of `times`, the first of which is the noise.
+    The first two are `rows` of `columns` tiles of size `tile` with `gap` between and around them, a row per
+    class if there are classes. strips.png has a pair of rows, teacher over student, with `pair_gap` to the
+    next pair, for each of `strips` (rows of the grids, of which it shows the first sample), and a column for
+    each of `times`, the first of which is the noise.
     """
 
     rows: int
@@ -122,7 +126,7 @@ class Layout(Record):
 
 
 class Measurement(Record):
-    """What the files of every evaluation say beside their figures."""
+    """The keys that the files of all evaluations have beside their figures."""
 
     known_by: ClassVar[str]  # a key that only files of this kind have
     schema_version: Literal[1] = 1
@@ -138,7 +142,10 @@ class Measurement(Record):
 
 
 class Metrics(Measurement):
-    """metrics.json: a student beside its teacher. `seconds` do not count rows of the teacher that were known."""
+    """metrics.json: a student and its teacher.
+
+    `seconds` exclude the teacher's rows that were known before.
+    """
 
     known_by: ClassVar[str] = "student"
     checkpoint: Checkpoint = Checkpoint()
@@ -154,7 +161,7 @@ class Metrics(Measurement):
 
 
 class MeasuredImages(SparseRecord):
-    """Where images are that were there, and what tells them from others."""
+    """The address and identity of measured images."""
 
     address: str
     kind: str
@@ -164,7 +171,7 @@ class MeasuredImages(SparseRecord):
 
 
 class ImagesMetrics(Measurement):
-    """samples-<hash>.json: images that were there."""
+    """samples-<hash>.json: the figures of existing images."""
 
     known_by: ClassVar[str] = "figures"
     samples: MeasuredImages
@@ -172,7 +179,10 @@ class ImagesMetrics(Measurement):
 
 
 class HistoryRow(Figures):
-    """One checkpoint, or one of its moving averages. `evaluation` is a hash of how it was evaluated, `folder` has the rest."""
+    """A checkpoint, or one of its moving averages.
+
+    `evaluation` is a hash of the settings, `folder` has the rest.
+    """
 
     step: int
     ema_decay: float | None
@@ -186,7 +196,7 @@ class HistoryRow(Figures):
 
 
 class Best(Record):
-    """The checkpoint that is best by a metric."""
+    """The best checkpoint by a metric."""
 
     step: int
     ema_decay: float | None = None
@@ -195,7 +205,7 @@ class Best(Record):
 
 
 class History(Record):
-    """history.json: what `eval --watch` measured, oldest checkpoint first, and the best of those that exist."""
+    """history.json: what `eval --watch` measured, oldest first, and the best checkpoint that exists."""
 
     known_by: ClassVar[str] = "rows"
     schema_version: Literal[1] = 1
@@ -228,10 +238,10 @@ def read_file(model: type[AnyFile], storage: Storage, key: str) -> AnyFile | Non
 
 
 def rewrite(storage: Storage, key: str, content: Callable[[], AnyRecord | None]) -> AnyRecord | None:
-    """Write what `content` makes of the file that exists now, and return it; None leaves the file as it is.
+    """Write the record that `content` makes from the existing file, and return it; None: no change.
 
-    Safe beside other writers: the write is conditional, and whoever comes late makes its content anew. Raises WorkError if
-    that never ends.
+    Safe against other writers: the write is conditional, and the later writer makes its content again. Raises
+    WorkError after `ATTEMPTS` failures.
     """
     for _ in range(ATTEMPTS):
         before = storage.stat(key)

@@ -1,7 +1,7 @@
-"""The real data that samples are compared with: statistics imported from a file, or computed once and kept.
+"""The real data with which samples are compared: statistics imported from a file, or computed once and kept.
 
 Statistics of images are kept in the storage as `evaluation/references/<key>.safetensors`; the key is a hash of the images'
-identity, their number, and the extractors' names, layers and weights, so no other reference can be taken for it.
+identity, their number, and the extractors' names, layers and weights, so two references cannot be confused.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
 
-ENOUGH = 10_000  # images; a FID of fewer is far above that of 50 000 and is not published
+ENOUGH = 10_000  # images; the FID of fewer is far above that of 50 000, and such figures are not published
 
 
 class Held(Named):
-    """What is kept of the images for a metric: a layer of an extractor, row by row or as moments."""
+    """What is kept for a metric: a layer of an extractor, row by row or as moments."""
 
     layer: str
     weights_sha256: str
@@ -46,7 +46,10 @@ class Held(Named):
 
 
 class ReferenceSpec(Named):
-    """All that decides the statistics of a reference's images; what they `hold` is by metric. Its hash names their file."""
+    """All that determines the statistics of a reference's images, which it `holds` by metric.
+
+    Its hash names their file.
+    """
 
     images: DataIdentity
     count: int
@@ -55,9 +58,10 @@ class ReferenceSpec(Named):
 
 @dataclass(frozen=True)
 class RealData:
-    """The reference as far as it is known before the pool runs: imported statistics, images, and what is kept of those.
+    """The reference as known before the pool runs: imported statistics, images, what is `kept`.
 
-    `readings` are what the metrics need of the images, `spec` all that decides it.
+    `readings` are the layers that metrics need from the images, `spec` is all that determines their
+    statistics.
     """
 
     statistics: Reference | None = None
@@ -68,7 +72,7 @@ class RealData:
 
     @property
     def source(self) -> ImageSource | None:
-        """What the pool has to measure."""
+        """The images that the pool has to measure, if any."""
         if self.images is None or self.kept is not None:
             return None
         return ImageSource("images", address=self.images.address, is_reference=True)
@@ -80,10 +84,10 @@ class RealData:
 
 
 def imported(settings: Evaluation) -> Reference | None:
-    """mu and sigma of an .npz file as EDM, ADM and pytorch-fid write them; None where the reference is something else.
+    """mu and sigma of an .npz file as EDM, ADM and pytorch-fid write them; None for anything else.
 
-    The count is not that of ADM's `arr_0`: its mu and sigma are of the whole data set, its images a part of it. Raises
-    UserError where a file is no such .npz.
+    The count is not that of ADM's `arr_0`: its mu and sigma are those of the whole data set, its images only
+    a part of it. Raises UserError if a file is not such an .npz.
     """
     if not settings.reference.endswith(".npz"):
         _refuse_facts(settings)
@@ -124,12 +128,12 @@ def _refuse_facts(settings: Evaluation) -> None:
     for key in ("reference_count", "reference_resolution"):
         if getattr(settings, key) is not None:
             raise UserError(
-                f"evaluation.{key}: is of an .npz with mu and sigma; {settings.reference} has images, which tell it themselves"
+                f"evaluation.{key}: is only for an .npz with mu and sigma; {settings.reference} has images, which show it"
             )
 
 
 def check_reference_is_there(config: Config) -> None:
-    """Raises UserError where the metrics need a reference and it is not on this machine; looks at nothing else."""
+    """Raises UserError if the metrics need a reference that is not on this machine; checks nothing else."""
     settings = config.evaluation
     if not set(OF_REFERENCE) & set(settings.metrics) or "evaluation.reference" not in files_not_there(config):
         return
@@ -139,9 +143,9 @@ def check_reference_is_there(config: Config) -> None:
 def reference_images(
     settings: Evaluation, statistics: Reference | None, readings: Readings, endpoint_url: str | None
 ) -> ImageSet | None:
-    """The images whose features the metrics of `readings` need; None where imported `statistics` are all that they need.
+    """The images whose features `readings` need; None if imported `statistics` are enough.
 
-    Raises UserError where a metric needs images and the reference has none.
+    Raises UserError if a metric needs images and the reference has none.
     """
     if statistics is None:
         try:
@@ -153,14 +157,14 @@ def reference_images(
         return None
     if npz_images(Path(settings.reference)) is None:
         raise UserError(
-            f"evaluation.metrics: {' and '.join(by_row)} compare single images, and {settings.reference} holds mu and sigma "
-            "alone; name images as evaluation.reference"
+            f"evaluation.metrics: {' and '.join(by_row)} compare single images, and {settings.reference} holds only mu "
+            "and sigma; name images as evaluation.reference"
         )
     return open_images(settings.reference)
 
 
 def reference_spec(images: ImageSet, readings: Readings, weights: dict[str, WeightsFile]) -> ReferenceSpec:
-    """All that decides the statistics of a reference's images."""
+    """All that determines the statistics of a reference's images."""
     holds = {
         metric: Held(
             layer=reading.key, weights_sha256=weights[reading.extractor].sha256, by_row=metric != "fid"
@@ -189,7 +193,7 @@ def stored_reference(storage: Storage, spec: ReferenceSpec, images: ImageSet) ->
 
 
 def reference_of(images: ImageSet, readings: Readings, collected: Collected) -> Reference:
-    """What was collected from the reference's images."""
+    """The reference from what was collected from its images."""
     moments = collected.merger.result() if "fid" in readings else None
     return Reference(
         images.identity,
@@ -214,7 +218,10 @@ def _key(spec: ReferenceSpec) -> str:
 
 
 def merged(statistics: Reference | None, images: Reference | None) -> Reference | None:
-    """One reference from imported mu and sigma, features of images, or both (ADM's batches); None of neither."""
+    """One reference from imported mu and sigma, features of images, or both (ADM's batches).
+
+    None from neither.
+    """
     if statistics is None or images is None:
         return statistics or images
     return Reference(
@@ -228,16 +235,16 @@ def merged(statistics: Reference | None, images: Reference | None) -> Reference 
 
 
 def _one(identity: DataIdentity | ReferenceParts) -> DataIdentity:
-    assert isinstance(identity, DataIdentity)  # only what is merged has parts
+    assert isinstance(identity, DataIdentity)  # only a merged reference has parts
     return identity
 
 
 def compared_data(
     config: Config, compared: Readings, weights: dict[str, WeightsFile]
 ) -> tuple[Reference | None, ImageSet | None]:
-    """Imported statistics and the images that the metrics need; neither where nothing is compared.
+    """Imported statistics and the images that the metrics need; neither if nothing is compared.
 
-    Raises UserError where they do not fit the metrics or their extractors.
+    Raises UserError if they do not fit the metrics or their extractors.
     """
     if not compared:
         return None, None
@@ -257,21 +264,21 @@ def compared_data(
 def find_real_data(
     config: Config, storage: Storage, readings: Readings, weights: dict[str, WeightsFile]
 ) -> RealData:
-    """The config's reference: imported, kept from an evaluation before, or images that are still to be measured."""
+    """The config's reference: imported, kept from an earlier evaluation, or still to be measured."""
     compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
     if not compared:
         return RealData()
     statistics, images = compared_data(config, compared, weights)
     if images is None:
         return RealData(statistics)
-    if statistics is not None:  # mu and sigma are there: of the images the features alone are wanted
+    if statistics is not None:  # mu and sigma exist: only features are needed from the images
         compared = {metric: reading for metric, reading in compared.items() if metric != "fid"}
     spec = reference_spec(images, compared, weights)
     return RealData(statistics, images, compared, spec, stored_reference(storage, spec, images))
 
 
 def finished_reference(storage: Storage, real: RealData, collected: Collected | None) -> Reference | None:
-    """The reference with what the pool `collected` of its images, which is kept for the next evaluation."""
+    """The reference with what the pool `collected` from its images, which is kept for the next evaluation."""
     found = real.kept
     if collected is not None:
         assert real.images is not None and real.spec is not None
@@ -287,7 +294,7 @@ def warnings_of(
     count: int,
     resolution: int,
 ) -> list[str]:
-    """What keeps the figures from being compared with published ones; written beside them. `resolution`: of the samples."""
+    """Reasons why the figures cannot be compared with published ones. `resolution`: of the samples."""
     found = []
     inception = [metric for metric, reading in readings.items() if reading.extractor == INCEPTION]
     if inception and not is_published(weights[INCEPTION]):
@@ -303,12 +310,12 @@ def warnings_of(
                 "fid: how many images mu and sigma are of is not recorded; say it by evaluation.reference_count"
             )
         elif reference.count < ENOUGH:
-            found.append(f"fid: the reference is of {reference.count} images alone")
+            found.append(f"fid: the reference is of only {reference.count} images")
     if reference.resolution is None:
         found.append("the reference's resolution is not recorded; say it by evaluation.reference_resolution")
     elif reference.resolution != resolution:
         found.append(
-            f"the reference is of {reference.resolution} pixel images, the samples have {resolution}: features differ by "
-            "the resizing alone"
+            f"the reference is of {reference.resolution} pixel images, the samples have {resolution}: features differ "
+            "because of the resizing"
         )
     return found

@@ -26,8 +26,8 @@ def refine(
 ) -> Tensor:
     """Images (N, C, H, W) from noise: the student's state at `time`, then `steps` DDIM steps of the teacher to t=0.
 
-    One evaluation of the student and `steps` of the teacher (twice as many with guidance). Raises ValueError for a
-    time that the student cannot answer.
+    It costs one evaluation of the student and `steps` of the teacher (twice as many with guidance). Raises
+    ValueError for a time at which the student has no state.
     """
     state = student.trajectory(noise, labels, [time])[:, 0]
     grid = tuple(refinement_grid(time, steps))

@@ -1,4 +1,4 @@
-"""sample: images from a student into a file, with the rate they came at; finished by its teacher where asked."""
+"""sample: draws images from a student into a file and reports the rate; its teacher may refine them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dsno_cluster.teachers import check_fits, load_teacher
 
 @dataclass(frozen=True)
 class Refinement:
-    """`steps` of the teacher from the student's state at `time` (default: its own time nearest to 0.25).
+    """Refinement by `steps` of the teacher from the state at `time` (default: the one nearest to 0.25).
 
-    `teacher` names one in place of the teacher that the student's config names.
+    `teacher` names another teacher than the student's config.
     """
 
     steps: int
@@ -37,10 +37,10 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What images are drawn from: a student, how it computes, and whether its teacher finishes them.
+    """How images are drawn: the student, how it computes, and whether its teacher refines them.
 
-    `sha256`, where given, is what the student's weights must have; `label` the class of every image, None for a random one
-    each.
+    `sha256`, if given, is that of the student's weights; `label` is the class of every image, None for random
+    classes.
     """
 
     checkpoint: str
@@ -63,7 +63,10 @@ class OpenDrawing:
 
 
 def open_drawing(drawing: Drawing) -> OpenDrawing:
-    """Load the student. Raises UserError where there is none, no class of that label, or no teacher to refine with."""
+    """Load the student.
+
+    Raises UserError if it, the class of the label, or the teacher to refine with does not exist.
+    """
     student = load_student(
         drawing.checkpoint,
         drawing.endpoint_url,
@@ -96,8 +99,8 @@ def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor,
 def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: int) -> None:
     """Write `num` images to `out`: a grid (.png) or arrays `images` uint8 (N, C, H, W) and `labels` (.npz).
 
-    Image i is a function of (seed, i) alone. Raises UserError where there is no student, or no teacher to refine with,
-    and WorkError where the file cannot be written.
+    Image i depends only on (seed, i). Raises UserError if there is no student, or no teacher to refine with,
+    and WorkError if the file cannot be written.
     """
     opened = open_drawing(drawing)
     if read_meta(drawing.checkpoint, drawing.endpoint_url).seed == seed:
@@ -124,7 +127,7 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
     else:
         data = grid_png(images, columns=max(1, round(num**0.5)))
     write_file(out, data, drawing.endpoint_url)
-    # the first batch warms up: what it took says nothing of the rate
+    # the first batch warms up, so its time says nothing about the rate
     later = sum(len(part[0]) for part in parts[1:])
     rate = (
         f", {later / sum(seconds[1:]):.0f} images/s after the first batch" if later else ", warm-up included"
@@ -135,7 +138,10 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
 def _refined(
     student: DSNO, device: torch.device, checkpoint: str, endpoint_url: str | None, refinement: Refinement
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Draws images that the teacher finishes. Raises UserError where no teacher, or none that fits, is named."""
+    """A function that draws images refined by the teacher.
+
+    Raises UserError if no teacher, or none that fits, is named.
+    """
     config: dict[str, Any] = read_config_of(checkpoint, endpoint_url)
     teacher_config, settings = config.get("teacher") or {}, config.get("trajectories") or {}
     path = refinement.teacher or teacher_config.get("path")
@@ -148,7 +154,7 @@ def _refined(
     if start is None:
         between = [t for t in student.times if t > 0.0]
         if not between:
-            raise UserError(f"--refine: {checkpoint} answers t=0 alone, and nothing is left to refine there")
+            raise UserError(f"--refine: {checkpoint} has only t=0, where nothing is left to refine")
         start = min(between, key=lambda t: abs(t - 0.25))
     guidance = settings.get("guidance_scale", 1.0)
     clip = settings.get("clip_denoised", False)

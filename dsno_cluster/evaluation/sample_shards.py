@@ -1,6 +1,7 @@
 """sample --shards: Ray actors draw images from a student and write them as shards; `eval --samples` measures those.
 
-A shard is a function of checkpoint, seed and number, so an interrupted run goes on with those that are missing.
+A shard is a function of checkpoint, seed and index, so an interrupted run continues with those that are
+missing.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def sample_to_shards(
 ) -> None:
     """Write `num` images as shards of `batch_size` below `url`, a folder or an S3 address, and their manifest.
 
-    Image i is a function of (seed, i) alone. Raises UserError where `num` is no multiple of `batch_size`, where the student
-    was trained on that seed's noise, or where other samples are there, and WorkError where shards cannot be made.
+    Image i depends only on (seed, i). Raises UserError if `num` is not a multiple of `batch_size`, if the
+    student was trained on that seed's noise, or if other samples exist there, and WorkError if shards cannot
+    be made.
     """
     if num % batch_size:
         more = -(-num // batch_size) * batch_size
@@ -97,7 +99,7 @@ def sample_to_shards(
             f"--num {num}: shards are of --batch-size {batch_size} images; take {more}, or another size"
         )
     storage = open_storage(url, drawing.endpoint_url)
-    # a training that goes on moves `latest`, and every actor opens the student by itself
+    # a training that continues moves `latest`, and every actor opens the student by itself
     address = model_address(drawing.checkpoint, drawing.endpoint_url)
     meta = read_meta(address, drawing.endpoint_url)
     drawing = replace(drawing, checkpoint=address, sha256=meta.sha256)
@@ -121,7 +123,7 @@ def sample_to_shards(
     todo = [index for index in range(shards) if shard_key(index) not in lines]
     console.say(
         f"{num} images of {drawing.checkpoint} in {shards} shards below {storage.url}, "
-        f"{actor_count(actors, THREADS)}; {shards - len(todo)} shards are there"
+        f"{actor_count(actors, THREADS)}; {shards - len(todo)} shards exist already"
     )
     began = time.monotonic()
     if todo:
@@ -145,9 +147,9 @@ def _draw(
     actors: int | None,
     ray_address: str | None,
 ) -> Environment:
-    """Draw the shards `todo`, adding to `lines`, which is noted in the storage now and then; returns what made them.
+    """Draw the shards `todo` and add them to `lines`, noted now and then; returns what made them.
 
-    `made_by` is what made those that are there. Raises UserError where actors are on a device that differs.
+    `made_by` is what made the existing shards. Raises UserError if an actor's device differs.
     """
     present: list[Environment] = []
 
@@ -155,7 +157,7 @@ def _draw(
         check_same_environment(environment, [made_by] if made_by else [], storage.url)
         if not present:
             present.append(environment)
-            note()  # before the first shard, so that a shard that is there can be told what it is of
+            note()  # before the first shard, so that the spec of every existing shard is known
         check_alike(environment, present[0])
 
     def note() -> None:
@@ -185,7 +187,10 @@ def _draw(
 def _there_already(
     storage: Storage, spec: SampleSpec
 ) -> tuple[dict[str, tuple[Shard, str]], Environment | None]:
-    """The shards of this spec that are there, and what made them, if any are. Raises UserError where those of another are."""
+    """The existing shards of this spec, and what made them, if there are any.
+
+    Raises UserError for those of another.
+    """
     manifest, progress = read_manifest(storage, ""), read_made_shards(storage, "")
     found = {stat.key: stat for stat in storage.list("shard-")}
     theirs = sample_spec(manifest[0]) if manifest else noted_spec(progress)
@@ -207,15 +212,18 @@ def _there_already(
 
 
 class SampleActor:
-    """A Ray actor that holds a student and draws shards of `size` images below `url`; relative paths are those of `folder`."""
+    """A Ray actor that draws shards of `size` images from a student, below `url`.
+
+    Paths are relative to `folder`.
+    """
 
     def __init__(self, drawing: Drawing, url: str, seed: int, size: int, folder: str) -> None:
         import torch
 
-        with contextlib.suppress(OSError):  # not on this node: then what is used lies on S3
+        with contextlib.suppress(OSError):  # not on this node: then all that is used is on S3
             os.chdir(folder)
         torch.set_num_threads(THREADS)
-        # one thread draws, so that while a shard is written the next is drawn
+        # one thread draws, so that the next shard is drawn while one is written
         self.drawing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(THREADS,))
         self.opened = open_drawing(drawing)
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
@@ -224,7 +232,10 @@ class SampleActor:
         return environment()
 
     def make_shard(self, index: int) -> tuple[Shard, str]:
-        """Draw and write a shard; its line for the manifest and its object's etag. Raises WorkError as `put_shard`."""
+        """Draw and write a shard.
+
+        Its line for the manifest and its object's etag. Raises WorkError as `put_shard` does.
+        """
         start = index * self.size
         tensors = self.drawing.submit(self._draw, start).result()
         return put_shard(self.storage, "", index, start, tensors)

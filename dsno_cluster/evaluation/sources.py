@@ -1,4 +1,4 @@
-"""Where the images come from that an evaluation measures, the tasks of its pool, and their results."""
+"""The sources of an evaluation's images, the tasks of its pool, and their results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dsno_cluster.trajectories.shards import Shard
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The student, the teacher by a `sampling`, or the image set at an `address`."""
+    """A source of images: the student, the teacher with a `sampling`, or the image set at an `address`."""
 
     kind: Literal["student", "teacher", "images"]
     sampling: Sampling | None = None
     address: str = ""
-    is_reference: bool = False  # else images that are compared with it, which may be the same ones
+    is_reference: bool = False  # otherwise images that are compared with it, possibly the same ones
 
     @property
     def title(self) -> str:
@@ -27,7 +27,7 @@ class ImageSource:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of the teacher for an image."""
+        """Network evaluations of the teacher per image."""
         return self.sampling.evaluations if self.sampling else 0
 
 
@@ -37,10 +37,10 @@ HELD_OUT = ImageSource("images", address="held-out")
 
 @dataclass(frozen=True)
 class Block:
-    """One task of the pool: what to do with samples [start, stop) of a source.
+    """A task of the pool: some work on samples [start, stop) of a source.
 
-    `features`: measure them. `trajectory`: compare the student's trajectories with the teacher's. `cost` times student and
-    teacher, `pictures` gives states of both to look at.
+    `features` measures them, `trajectory` compares the student's trajectories with the teacher's, `cost`
+    times student and teacher, and `pictures` gives the states of both for the pictures.
     """
 
     work: Literal["features", "trajectory", "cost", "pictures"]
@@ -51,7 +51,7 @@ class Block:
 
 @dataclass(frozen=True)
 class MeasuredBlock:
-    """What was measured of a block's images, and the line of the shard that they were kept in, if they were."""
+    """The result of a block's images, and the manifest's line of their shard, if they are kept."""
 
     result: BlockResult
     kept: Shard | None
@@ -59,7 +59,10 @@ class MeasuredBlock:
 
 @dataclass(frozen=True)
 class TrajectoryError:
-    """Sums over held-out samples of squared differences from the teacher's states, and of these squared; (M,) float64."""
+    """Sums over samples of squared differences from the teacher's states, and of those states squared.
+
+    (M,) float64.
+    """
 
     difference: np.ndarray
     target: np.ndarray

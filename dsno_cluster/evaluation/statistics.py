@@ -1,4 +1,4 @@
-"""Mergeable moments in float64, and the Fréchet distance between two of them.
+"""Mergeable moments in float64, and the Fréchet distance.
 
 Moments are merged centred (n, mean, M2), since the sum-of-squares form cancels for large means (Chan, Golub &
 LeVeque 1979). The distance is torch-fidelity's own formula.
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Moments:
-    """Of `count` feature vectors: mean (D,) and sum of centred outer products (D, D), float64."""
+    """Mean (D,) and sum of centred outer products (D, D) of `count` feature vectors, float64."""
 
     count: int
     mean: np.ndarray
@@ -35,7 +35,10 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """Moments of all vectors together. The order of `parts` decides the last bits: merge in sample order."""
+    """Moments of all vectors together.
+
+    The last bits depend on the order of `parts`: merge in sample order.
+    """
     total: Moments | None = None
     for part in parts:
         if total is None:
@@ -52,10 +55,10 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 class BlockMerger:
-    """Moments of all of `blocks` blocks, which may come in any order.
+    """Merges the moments of `blocks` blocks, which may arrive in any order.
 
-    They are merged in a binary tree over the blocks' numbers, so the order they come in decides no bit, and few wait
-    at a time: what is whole in the tree is merged at once.
+    They are merged in a binary tree over the blocks' numbers, so no bit depends on the order of arrival, and
+    few have to wait: each pair in the tree is merged as soon as it is complete.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -63,7 +66,7 @@ class BlockMerger:
         self.waiting: dict[tuple[int, int], Moments] = {}  # by level and place in it
 
     def add(self, block: int, moments: Moments) -> None:
-        """Take the moments of a block, each block once."""
+        """Add the moments of a block, each block once."""
         level, place = 0, block
         while (1 << level) < self.blocks:
             neighbour = place ^ 1
@@ -76,7 +79,7 @@ class BlockMerger:
         self.waiting[level, place] = moments
 
     def result(self) -> Moments:
-        """Raises ValueError while blocks are missing."""
+        """The moments of all blocks. Raises ValueError if blocks are missing."""
         if len(self.waiting) != 1 or 1 << next(iter(self.waiting))[0] < self.blocks:
             raise ValueError("blocks are missing")
         return next(iter(self.waiting.values()))

@@ -1,4 +1,4 @@
-"""The last step of an evaluation: its figures, with what they depend on beside them, into files."""
+"""The last step of an evaluation: it writes the figures, and what they depend on, to files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was measured for a comparison: the teacher's rows, the student's figures, those of held-out real images."""
+    """The figures of a comparison: the teacher's rows, the student, held-out real images."""
 
     rows: Mapping[Sampling, TeacherRow]
     student: MeasuredStudent
@@ -49,7 +49,10 @@ class Findings:
 
 
 def store(comparison: Comparison, found: Findings, began: float) -> Metrics:
-    """Write metrics.json and the pictures, and commit the samples that are kept; `began` is when, by `time.monotonic`."""
+    """Write metrics.json and the pictures, and commit the kept samples.
+
+    `began` is the start, by `time.monotonic`.
+    """
     config, storage, folder = comparison.config, comparison.storage, comparison.folder
     made_by = found.surroundings.environment
     if comparison.keep is not None:
@@ -98,7 +101,7 @@ def store_images(comparison: ImagesComparison, figures: Figures, surroundings: S
 
 
 def say_replaced(comparison: Comparison) -> None:
-    """Say that the evaluation of another student, or one otherwise set, will be overwritten."""
+    """Say that an evaluation of another student, or with other settings, will be overwritten."""
     storage, folder = comparison.storage, comparison.folder
     try:
         before = read_file(Metrics, storage, folder + METRICS)
@@ -114,7 +117,7 @@ def say_replaced(comparison: Comparison) -> None:
 
 
 def _differences(before: Metrics, comparison: Comparison) -> list[str]:
-    """In what an evaluation differs from one that is to be made, but for figures that follow from it."""
+    """The ways in which an earlier evaluation differs from this one, except for the figures."""
     settings, checkpoint = comparison.config.evaluation, _checkpoint(comparison)
     same = {
         "the student": before.checkpoint.sha256 == checkpoint.sha256
@@ -167,7 +170,7 @@ class _Beside(TypedDict):
 def _beside(
     comparison: Comparison | ImagesComparison, reference: Reference | None, resolution: int, count: int
 ) -> _Beside:
-    """What stands beside every figure: the reference, the extractors, versions, and what to beware of."""
+    """What is recorded beside every figure: the reference, the extractors, versions, and warnings."""
     readings: Readings = comparison.readings
     weights: dict[str, WeightsFile] = comparison.weights
     return _Beside(
@@ -188,7 +191,7 @@ def _beside(
 
 
 def _extractor(comparison: Comparison | ImagesComparison) -> ExtractorName:
-    """The main extractor; the weights only if a metric reads it."""
+    """The main extractor, with its weights only if a metric reads it."""
     main = comparison.config.evaluation.feature_extractor
     file = comparison.weights.get(main)
     return ExtractorName(name=main, weights_sha256=file.sha256 if file else None)

@@ -1,4 +1,4 @@
-"""The figures of metrics.json as a table for people: the same in the terminal, in samples.png and in the report."""
+"""The figures of metrics.json as a table, the same in the terminal, in samples.png and in the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the fiel
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that rows of metrics.json may have: its key, what people call it, its decimals, which way is better."""
+    """A figure of rows of metrics.json: key, title, decimals, and whether lower or higher is better."""
 
     key: str
     title: str
@@ -28,7 +28,7 @@ class Figure:
 
 
 def known_figures(extractor: str) -> list[Figure]:
-    """Every figure that a table shows, in its order, by what it is called with an extractor."""
+    """Every figure that a table may show, in order; the titles depend on the extractor."""
     inception = extractor == INCEPTION
     return [
         Figure("fid", "FID" if inception else "Frechet distance", 2, "lower"),
@@ -50,7 +50,7 @@ def figures_of(metrics: Metrics) -> list[Figure]:
 
 
 def table_rows(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: the real data's, the teacher's by cost, and last the student's."""
+    """Header and rows of the table: the real data's, the teacher's by cost, and finally the student's."""
     figures = figures_of(metrics)
     header = ["samples", "NFE", "cost", *(figure.title for figure in figures)]
     rows = []

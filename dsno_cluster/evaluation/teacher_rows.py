@@ -1,4 +1,4 @@
-"""The teacher's rows of the table, measured before: which are kept in the storage, or came with the teacher."""
+"""The teacher's known rows of the table: kept in the storage, or shipped with the teacher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dsno_cluster.teachers.identity import TeacherIdentity
 
 SHIPPED_ROWS = "evaluation.json"
 
-# settings that only these metrics depend on
+# settings on which only these metrics depend
 _KNOBS: dict[str, tuple[str, ...]] = {
     "kid": ("kid_subsets", "kid_subset_size", "metric_seed"),
     "inception_score": ("inception_splits", "metric_seed"),
@@ -42,7 +42,10 @@ class ComparedBy(Named):
 
 
 class ComparisonSpec(Named):
-    """What a teacher's stored row must agree in to stand beside the student's. Its hash names the file of the rows."""
+    """What a stored row of the teacher must have in common with the student's.
+
+    Its hash names the file of the rows.
+    """
 
     teacher: SerializeAsAny[TeacherIdentity]
     feature_extractor: ComparedBy
@@ -67,7 +70,7 @@ class ComparisonSpec(Named):
 
 
 class TeacherRowsFile(Record):
-    """The teacher's rows by `row_key`, and what they agree in."""
+    """The teacher's rows by `row_key`, and what they have in common."""
 
     schema_version: Literal[1] = 1
     made_by: str | None = None
@@ -77,7 +80,7 @@ class TeacherRowsFile(Record):
 
 
 def row_keys(sampling: Sampling) -> tuple[str, ...]:
-    """The names that a row may have in a file: its own, and those of the samplings that it stands for."""
+    """The keys that a row may have in a file: its own, and those of the samplings that it replaces."""
     return tuple(dict.fromkeys([_row_key(sampling), *map(_row_key, sampling.same)]))
 
 
@@ -129,7 +132,8 @@ def known_rows(
 ) -> dict[Sampling, TeacherRow]:
     """The rows that were measured before with an equal spec: in the storage, or shipped with the teacher.
 
-    Those are found too that were measured when the teacher had another name for itself (`TeacherInfo.former_identities`).
+    Rows that were measured under a former identity of the teacher are found too
+    (`TeacherInfo.former_identities`).
     """
     identities = (spec.teacher, *teacher.info.former_identities)
     specs = [spec.model_copy(update={"teacher": identity}) for identity in identities]
@@ -143,7 +147,10 @@ def known_rows(
 
 
 def keep_row(storage: Storage, spec: ComparisonSpec, sampling: Sampling, row: TeacherRow) -> None:
-    """Add a row to those in the storage: they cost more than the student's and do not change. Safe beside other writers."""
+    """Add a row to those in the storage, which are expensive and do not change.
+
+    Safe against other writers.
+    """
 
     def with_it() -> TeacherRowsFile:
         rows = {**_read(storage, spec), row_keys(sampling)[0]: row}
@@ -172,7 +179,7 @@ def _read(storage: Storage, spec: ComparisonSpec) -> Mapping[str, TeacherRow]:
 
 
 def _rows_in(data: bytes, where: str) -> TeacherRowsFile | None:
-    """The rows that a file holds. They only save work, so one that holds something else is left alone, with a note."""
+    """The rows in a file. They only save work, so a file with other contents is ignored, with a note."""
     try:
         return read_record(TeacherRowsFile, data, where)
     except UserError as error:

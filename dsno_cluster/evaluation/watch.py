@@ -1,7 +1,7 @@
-"""eval --watch: each checkpoint of a training, and each of its moving averages, evaluated once as they appear.
+"""eval --watch: evaluates each checkpoint of a training, and each of its moving averages, as they appear.
 
-What was measured stands in `<storage.root>/evaluation/<name>/history.json`, a row for each; metrics and pictures of each lie
-below it in `step-000001000-ema-0.999/`. `<storage.root>/students/<name>/best-<metric>` names the best step.
+`<storage.root>/evaluation/<name>/history.json` has a row for each; its metrics and pictures are beside that
+file in `step-000001000-ema-0.999/`. `<storage.root>/students/<name>/best-<metric>` names the best step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAY_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class WatchedStudent:
-    """A student of the config's run, or one of its moving averages: `address` is that of its step."""
+    """A student of the config's run, or one of its moving averages; `address` is that of its step."""
 
     step: int
     ema_decay: float | None
@@ -45,10 +45,10 @@ def watch(
     actors: int | None = None,
     ray_address: str | None = None,
 ) -> History:
-    """Evaluate every checkpoint of the config's student until that of its last training step; returns the history.
+    """Evaluate every checkpoint of the config's student up to its last step; returns the history.
 
-    Ends with the training: call it again to continue, what is in the history is not measured again. `teacher` is the
-    config's. Errors as `find_subject` and `evaluate`, and UserError for a damaged history.
+    If called again it continues, without measuring again what is in the history. `teacher` is the config's.
+    Raises as `find_subject` and `evaluate` do, and UserError for a damaged history.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     where = f"{storage.url}/{config.student_prefix}"
@@ -60,7 +60,7 @@ def watch(
     said = time.monotonic() - SAY_SECONDS
     while True:
         there = checkpoints(storage, config, known)
-        # the best anew: it may be asked for by another metric now, or students may be gone
+        # choose the best again: the metric may have changed, or students may have been deleted
         history = note_row(storage, config, there)
         done = {(row.sha256, row.evaluation) for row in history.rows}
         todo = [student for student in there if (student.sha256, _settings_hash(config)) not in done]
@@ -85,7 +85,7 @@ def watch(
 def checkpoints(storage: Storage, config: Config, known: KnownStudents) -> list[WatchedStudent]:
     """The students of the config's run, oldest first.
 
-    `known` has those of before, so that only new ones are read; it is added to.
+    `known` has the students found before, so that only new ones are read; they are added to it.
     """
     prefix = config.student_prefix
     names = sorted(
@@ -114,7 +114,7 @@ def _evaluated(
     actors: int | None,
     ray_address: str | None,
 ) -> HistoryRow:
-    """The history's row of a student."""
+    """Evaluate a student; returns its row of the history."""
     settings = config.evaluation.model_copy(update={"ema_decay": student.ema_decay})
     average = "" if student.ema_decay is None else f"-ema-{student.ema_decay:g}"
     folder = f"evaluation/{config.name}/{step_name(student.step)}{average}/"
@@ -133,7 +133,7 @@ def _evaluated(
 def note_row(
     storage: Storage, config: Config, there: Sequence[WatchedStudent], row: HistoryRow | None = None
 ) -> History:
-    """The history, with a `row` more; the best of the students that are `there` is named beside them.
+    """Add a `row` to the history and name the best of the existing students `there`; returns the history.
 
     Rows that another evaluation adds meanwhile are kept.
     """
@@ -159,5 +159,5 @@ def note_row(
 
 
 def _settings_hash(config: Config) -> str:
-    """A name for how the evaluation is set, except for what chooses among its results."""
+    """A hash of the evaluation's settings, except those that choose among its results."""
     return canonical_hash(config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"}))

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML file, made from the run's files alone."""
+"""The report of a run: one HTML file, made only from the run's files."""

@@ -24,7 +24,7 @@ _LETTER = 7.5  # width of a letter of a label, about
 class Series:
     """A line: its name, its points in order of x, and `colour`, an index into the page's colours.
 
-    `dots`: points only. `loud`: large points, named beside the last in place of in the margin: what the chart is about.
+    `dots`: points only. `loud`: the main subject of the chart, with large points, named beside the last one.
     """
 
     name: str
@@ -36,7 +36,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw. `levels` are named values of y, drawn across; `summary` says in words what is to be seen."""
+    """A chart to draw.
+
+    `levels` are named values of y, drawn across; `summary` says in words what the chart shows.
+    """
 
     title: str
     x: str
@@ -50,7 +53,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A range of values laid on pixels from `begin` to `end`."""
+    """A range of values mapped to pixels from `begin` to `end`."""
 
     low: float
     high: float
@@ -71,7 +74,7 @@ def draw(chart: Chart) -> Markup:
 
 
 def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """`points`, or the means of `most` stretches of them."""
+    """`points`, or the means of `most` consecutive parts of them."""
     if len(points) <= most:
         return list(points)
     edges = [round(i * len(points) / most) for i in range(most + 1)]
@@ -80,7 +83,10 @@ def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> 
 
 
 def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
-    """Round values in [low, high], at most `most` of them; on a log scale powers of ten, and what lies well between."""
+    """Round values in [low, high], at most `most` of them.
+
+    On a log scale powers of ten and a few between them.
+    """
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for digits in ((1, 2, 5), (1, 2, 3, 4, 6, 8), (1, 3), (1,)):
@@ -98,7 +104,7 @@ def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Such as 12,000, 0.05 or 2e-6: short enough for an axis."""
+    """A number short enough for an axis, such as 12,000, 0.05 or 2e-6."""
     if value == 0:
         return "0"
     if 1e-4 <= abs(value) < 1e7:
@@ -114,7 +120,9 @@ def _draw(chart: Chart, class_: str, width: int) -> Markup:
     if not series:
         return Markup("")
     log_x, log_y = chart.log_x and min(xs) > 0, chart.log_y and min(ys) > 0
-    names = [s.name for s in series] + [name for name, _ in chart.levels]  # one alone is the chart's title
+    names = [s.name for s in series] + [
+        name for name, _ in chart.levels
+    ]  # a single series needs no name besides the title
     margin = [s.name for s in series if not s.loud] + [name for name, _ in chart.levels]
     right = 14 + _LETTER * max(map(len, margin), default=0) if names[1:] else 16
     across = _Axis(*_range(xs, log_x, from_zero=not log_x), log_x, _LEFT, width - right)
@@ -155,7 +163,7 @@ def _draw(chart: Chart, class_: str, width: int) -> Markup:
 
 
 def _range(values: Sequence[float], log: bool, *, from_zero: bool) -> tuple[float, float]:
-    """What an axis covers: the values with some room, or 0 to the largest."""
+    """The range of an axis: the values with some room, or 0 to the largest."""
     low, high = min(values), max(values)
     if log:
         room = max((high / low) ** 0.06, 1.12)
@@ -188,7 +196,7 @@ def _line(series: Series, across: _Axis, up: _Axis) -> Markup:
 
 
 def _labels(ends: Sequence[tuple[str, float, str]], x: float, top: float, bottom: float) -> list[Markup]:
-    """Names beside the ends of their lines, moved apart where they would cover each other."""
+    """Names beside the ends of their lines, moved apart if they would overlap."""
     ordered = sorted(ends, key=lambda end: end[1])
     places: list[float] = []
     for _, y, _ in ordered:

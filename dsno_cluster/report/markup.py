@@ -1,4 +1,7 @@
-"""HTML and SVG as nested calls: whatever text goes in is escaped, so nothing in a config or a file can become markup."""
+"""HTML and SVG as nested calls.
+
+All text is escaped, so that nothing in a config or a file can become markup.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 
 class Markup(str):
-    """Text that is markup already, and is not escaped again."""
+    """Text that is already markup and is not escaped."""
 
     __slots__ = ()
 
@@ -16,7 +19,9 @@ VOID = {"meta", "input", "img", "br"}
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """An element. A child is escaped unless it is Markup; None is left out, and so is an attribute that is None or False.
+    """An element.
+
+    Children are escaped unless they are Markup; None children and None or False attributes are omitted.
 
     An underscore at an attribute's end is dropped (`class_`), others become hyphens (`stroke_width`).
     """

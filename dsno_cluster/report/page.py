@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from the run's files alone."""
+"""The report of a run: one self-contained HTML file, made only from the run's files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 
 def write_report(config: Config, config_words: str, out: str | None = None) -> str:
-    """Write the report of a config's run to `out`, by default `<run_dir>/report-<name>.html`; returns where it is.
+    """Write the report of a run to `out` (default: `<run_dir>/report-<name>.html`); returns its path.
 
-    `config_words` name the config in the commands that the report shows. Raises UserError where there is nothing to
-    report yet or a file is damaged, WorkError where storage or disk fail.
+    `config_words` name the config in the commands that the report shows. Raises UserError if there is nothing
+    to report yet or a file is damaged, WorkError if storage or disk fail.
     """
     path = out or str(config.run_dir / f"report-{config.name}.html")
     text = page(read_run_files(config), config_words, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
@@ -117,7 +117,7 @@ def _asset(name: str) -> Markup:
 
 
 def _tiles(files: RunFiles) -> Markup | None:
-    """The first figure of the table, of the student and of those that it is compared to."""
+    """The table's first figure, for the student and for what it is compared with."""
     metrics = files.metrics
     figures = figures_of(metrics) if metrics else []
     if not metrics or not figures:
@@ -168,9 +168,9 @@ def _figures(files: RunFiles, words: str) -> Markup:
     caption = (
         f"{metrics.num_samples:,} samples each, against {real}; extractor {metrics.feature_extractor.name}"
     )
-    if not figures:  # the trajectory error alone, for which no images are compared
+    if not figures:  # only the trajectory error, for which no images are compared
         caption = (
-            "No images were compared: evaluation.metrics names the trajectory error alone, which is below"
+            "No images were compared: evaluation.metrics names only the trajectory error, which is below"
         )
     chart = cost_chart(metrics, figures[0]) if figures else None
     return together(
@@ -180,7 +180,11 @@ def _figures(files: RunFiles, words: str) -> Markup:
             "p",
             "NFE: network evaluations for one image, one after the other. Cost: the same in evaluations of the teacher, measured "
             "here; a student that answers several times at once may cost more than one. An arrow says which way is better."
-            + (" Real images held out are few, which alone makes their distances large." if few else ""),
+            + (
+                " The held-out real images are few, which by itself makes their distances large."
+                if few
+                else ""
+            ),
             class_="muted",
         ),
         parts.chart_figure(chart) if chart else None,

@@ -16,7 +16,7 @@ _ARROWS = {"lower": ("↓", "lower is better"), "higher": ("↑", "higher is bet
 
 
 def missing(what: str, command: str | None = None) -> Markup:
-    """Says what is not there yet, and the command that makes it."""
+    """A line on what is missing, with the command that makes it."""
     return tag("p", what, together(": ", tag("code", command)) if command else ".", class_="missing")
 
 
@@ -31,7 +31,7 @@ def note(title: str, lines: Sequence[str]) -> Markup:
 
 
 def facts(caption: str, rows: Sequence[tuple[str, str]]) -> Markup:
-    """A table of two columns: what, and its value."""
+    """A table of two columns: names and values."""
     lines = [tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in rows]
     return tag("table", tag("caption", tag("span", caption)), tag("tbody", *lines), class_="facts")
 
@@ -39,7 +39,7 @@ def facts(caption: str, rows: Sequence[tuple[str, str]]) -> Markup:
 def table(
     caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], ours: int | None = None
 ) -> Markup:
-    """A table of figures; its first column names the rows, `ours` is the row that stands out."""
+    """A table of figures; its first column names the rows, `ours` is the row to highlight."""
     head = tag("tr", *(tag("th", title, scope="col") for title in header))
     body = [
         tag(
@@ -78,7 +78,7 @@ def headline_table(caption: str, metrics: Metrics, figures: Sequence[Figure]) ->
 
 
 def chart_figure(chart: charts.Chart) -> Markup:
-    """A chart, what it shows in a sentence, and its figures as a table that opens."""
+    """A chart, a sentence on what it shows, and its figures as a table that opens."""
     figures = tag("details", tag("summary", "The figures"), table(chart.title, *chart_table(chart)))
     return tag(
         "figure", tag("figcaption", tag("strong", chart.title), chart.summary), charts.draw(chart), figures
@@ -86,7 +86,7 @@ def chart_figure(chart: charts.Chart) -> Markup:
 
 
 def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup:
-    """Two grids of the same noises under one slider; side by side where scripts do not run, and on paper."""
+    """Two grids of the same noise under one slider; side by side without scripts, and on paper."""
     width = layout.columns * (layout.tile + layout.gap) + layout.gap
     height = layout.rows * (layout.tile + layout.gap) + layout.gap
     middles = [(layout.gap + layout.tile / 2 + r * (layout.tile + layout.gap)) for r in range(layout.rows)]
@@ -141,7 +141,7 @@ def strips(layout: Layout, picture: str) -> Markup:
         y = gap + tile / 2 + row * step + row // 2 * layout.pair_gap
         who, class_ = (("teacher", "theirs"), ("student", "ours"))[row % 2]
         labels.append(tag("span", who, class_=f"row {class_}", style=f"top:{y / height:.2%}"))
-    every = -(-len(times) // 6)  # so that they do not run into each other
+    every = -(-len(times) // 6)  # so that they do not overlap
     for column in [*range(0, len(times) - every, every), len(times) - 1]:
         x = gap + tile / 2 + column * step
         said = f"{times[column]:.4g}" if column else f"t = {times[column]:.4g}"
@@ -164,6 +164,6 @@ def _image(picture: str, alt: str, width: int, height: int, tile: int) -> Markup
 
 
 def download(file_name: str, text: str) -> Markup:
-    """A link that saves `text`, which travels in the page."""
+    """A link that saves `text`, which is embedded in the page."""
     data = "data:text/yaml;base64," + base64.b64encode(text.encode()).decode()
     return tag("p", tag("a", f"Save {file_name}", download=file_name, href=data))

@@ -1,4 +1,4 @@
-"""The charts of the report: which series, which axes, and what they show in words."""
+"""The charts of the report: their series, axes and summaries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STUDENT, TEACHER = 0, 1  # colours of the page
 
 
 def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
-    """A figure of the samples over what they cost: the teacher at several, and the student."""
+    """A figure of the samples against their cost: the teacher at several costs, and the student."""
     student = metrics.student
     value = _finite(student.figure(figure.key))
     if value is None:
@@ -75,7 +75,7 @@ def loss_chart(curve: Sequence[CurveLine]) -> Chart | None:
 
 
 def heldout_chart(curve: Sequence[CurveLine], times: Sequence[float]) -> Chart | None:
-    """Relative error by time point while training, on noise that training never sees."""
+    """Relative error by time point during training, on noise that training never sees."""
     series = []
     for i, time in enumerate(times):
         measured = [line for line in curve if len(line.heldout_error_per_time) > i]
@@ -96,7 +96,7 @@ def heldout_chart(curve: Sequence[CurveLine], times: Sequence[float]) -> Chart |
 
 
 def history_figures(history: History, extractor: str) -> list[Figure]:
-    """What to draw of a history: the distance, and what its best is chosen by if that is another figure."""
+    """The figures of a history to draw: the distance, and the one that chooses the best."""
     known = judging_figures(extractor)
     chosen_by = history.best.metric if history.best else "fid"
     return [known[metric] for metric in dict.fromkeys(["fid", chosen_by]) if metric in known]
@@ -105,7 +105,7 @@ def history_figures(history: History, extractor: str) -> list[Figure]:
 def history_chart(history: History, figure: Figure, level: tuple[str, float] | None) -> Chart | None:
     """A figure of each evaluated checkpoint by its step, a line for each moving average.
 
-    Only of rows that were evaluated with the same settings as the best.
+    It shows only rows that were evaluated with the same settings as the best.
     """
     settings = best_row(history).evaluation if history.rows else None
     rows = [row for row in history.rows if row.evaluation == settings]
@@ -136,7 +136,7 @@ def history_chart(history: History, figure: Figure, level: tuple[str, float] | N
 
 
 def chart_table(chart: Chart, most: int = 25) -> tuple[list[str], list[list[str]]]:
-    """The chart's figures as a table by x; long lines as the means of `most` stretches."""
+    """The chart's figures as a table by x; long lines as the means of `most` parts."""
     columns = [(s.name, dict(averaged(s.points, most))) for s in chart.series]
     xs = sorted({x for _, points in columns for x in points})
     header = [chart.x, *(name for name, _ in columns)]
@@ -145,7 +145,7 @@ def chart_table(chart: Chart, most: int = 25) -> tuple[list[str], list[list[str]
 
 
 def number_3(value: float) -> str:
-    """Three digits that count, such as 0.0123 or 45.6."""
+    """A number with three significant digits, such as 0.0123 or 45.6."""
     return f"{value:.3g}" if abs(value) < 1000 else number(value)
 
 

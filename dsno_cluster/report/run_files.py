@@ -1,4 +1,4 @@
-"""What a run has left in files, for the report: read without torch, a GPU or Ray. What is not there is None or empty."""
+"""The files of a run that the report shows; a missing one is None or empty. Needs no torch, GPU or Ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICTURES = ("teacher.png", "student.png", "strips.png")
 
 
 class CurveLine(Record):
-    """A line of metrics.jsonl, of which older trainings wrote less."""
+    """A line of metrics.jsonl, in which older trainings wrote fewer keys."""
 
     step: int
     loss: float | None = None
@@ -38,10 +38,10 @@ class CurveLine(Record):
 class RunFiles:
     """The files of a run.
 
-    `metrics`: metrics.json of `eval`, or of the checkpoint that `eval --watch` found best. `curve`: lines of metrics.jsonl,
-    by step. `history`: what `eval --watch` found, by checkpoint. `student`: meta.json of the newest student, and
-    `trained_with` the config in its folder. `pictures`: data URIs by name. `runs`: what was submitted, oldest first.
-    `places`: where each was looked for.
+    `metrics`: metrics.json of `eval`, or of the checkpoint that `eval --watch` found best. `curve`: lines of
+    metrics.jsonl, by step. `history`: the results of `eval --watch`, by checkpoint. `student`: meta.json of
+    the newest student, and `trained_with` the config in its folder. `pictures`: data URIs by name. `runs`:
+    submitted runs, oldest first. `places`: where each file was looked for.
     """
 
     config: Config
@@ -58,15 +58,15 @@ class RunFiles:
 
     @property
     def layout(self) -> Layout | None:
-        """Of the pictures, if the metrics say it."""
+        """The layout of the pictures, if the metrics have it."""
         return self.metrics.pictures if self.metrics else None
 
 
 def read_run_files(config: Config) -> RunFiles:
-    """Everything that the run of a config has left so far.
+    """All files of a config's run so far.
 
-    Raises UserError where there is neither a training curve nor an evaluation, and for files that are not what they
-    should be; WorkError where the storage fails.
+    Raises UserError if there is neither a training curve nor an evaluation, and for damaged files; WorkError
+    if the storage fails.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     folder = f"evaluation/{config.name}/"
@@ -78,13 +78,15 @@ def read_run_files(config: Config) -> RunFiles:
     }
     metrics = read_file(Metrics, storage, folder + "metrics.json")
     history = read_file(History, storage, history_key(config))
-    if metrics is None and history is not None and history.rows:  # only `eval --watch`: what it found best
+    if (
+        metrics is None and history is not None and history.rows
+    ):  # only `eval --watch` was run: take what it found best
         folder = best_row(history).folder or folder
         metrics = read_file(Metrics, storage, folder + "metrics.json")
     curve = _read_curve(curve_file)
     if metrics is None and history is None and not curve:
         raise UserError(
-            f"{config.name}: nothing to report yet, neither {places['curve']} nor {places['metrics']} is there; "
+            f"{config.name}: nothing to report yet, neither {places['curve']} nor {places['metrics']} exists; "
             "`dsno-cluster train` and `dsno-cluster eval` make them"
         )
     address = config.student_address
@@ -106,14 +108,14 @@ def read_run_files(config: Config) -> RunFiles:
 
 
 def best_row(history: History) -> HistoryRow:
-    """The row of a history with rows that its `best` names, or its last."""
+    """The row that `best` of a non-empty history names, or its last."""
     best = history.best
     same = [row for row in history.rows if best and (row.step, row.ema_decay) == (best.step, best.ema_decay)]
     return (same or history.rows)[-1]
 
 
 def _read_curve(file: Path) -> list[CurveLine]:
-    """Lines of metrics.jsonl; the last may be half written, by a training that continues."""
+    """Lines of metrics.jsonl; the last may be half written by a running training."""
     try:
         lines = file.read_text().splitlines()
     except FileNotFoundError:
@@ -135,7 +137,7 @@ def _read_curve(file: Path) -> list[CurveLine]:
 
 
 def _student_at(address: str, endpoint_url: str | None) -> ModelMeta | None:
-    """The newest student; None if there is none yet, or one that a newer version wrote."""
+    """The newest student; None if there is none yet, or if a newer version wrote it."""
     try:
         return read_meta(address, endpoint_url)
     except UserError:
@@ -143,7 +145,7 @@ def _student_at(address: str, endpoint_url: str | None) -> ModelMeta | None:
 
 
 def _config_at(address: str, endpoint_url: str | None) -> Values:
-    """The config in the folder of the newest student, as it was written; empty if there is none."""
+    """The config in the newest student's folder, as it was written; empty if there is none."""
     try:
         return read_config_of(address, endpoint_url)
     except UserError:
@@ -151,12 +153,12 @@ def _config_at(address: str, endpoint_url: str | None) -> Values:
 
 
 def _find_manifest(config: Config, storage: Storage, student: ModelMeta | None) -> Manifest | None:
-    """That of the trajectories which the student was trained on, or else of those that the config plans."""
+    """The manifest of the student's trajectories, or else of those that the config plans."""
     folder = student.trajectories if student else None
     if folder is None:
         try:
             folder = make_plan(config).folder
-        except UserError:  # the teacher is not at hand here
+        except UserError:  # the teacher is not on this machine
             return None
     try:
         found = read_manifest(storage, folder)

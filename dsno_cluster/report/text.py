@@ -1,4 +1,4 @@
-"""What the report says in words and tables: what the run is, what it cost, its settings, and how to make it again."""
+"""The report's text and tables: introduction, cost, settings, and how to reproduce the run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dsno_cluster.records import Values
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
 
-# what a student's own config must agree in with the config that is reported
+# sections in which a student's own config must agree with the reported config
 TRAINED = ("seed", "data", "network", "teacher", "trajectories", "student", "training")
-# keys that a training is watched and kept by: they leave the student as it is
+# keys for monitoring and checkpoints: they do not change the student
 WATCHED = {
     f"training.{key}"
     for key in (
@@ -40,7 +40,7 @@ Facts = list[tuple[str, str]]
 
 
 def introduction(files: RunFiles) -> str:
-    """What the run is, in a sentence or two."""
+    """An introduction to the run, in a sentence or two."""
     config, student = files.config, files.student
     text = f"A DSNO student of the teacher {config.teacher.path or 'that is not named'}"
     step = _newest_step(files)
@@ -57,7 +57,7 @@ def introduction(files: RunFiles) -> str:
 
 
 def warnings_of(files: RunFiles) -> list[str]:
-    """What eval warns of, and an evaluation that is older than the newest student."""
+    """The warnings of eval, and one if the evaluation is older than the newest student."""
     metrics = files.metrics
     found = list(metrics.warnings) if metrics else []
     evaluated = metrics.checkpoint.step if metrics else None
@@ -68,7 +68,7 @@ def warnings_of(files: RunFiles) -> list[str]:
 
 
 def differences(files: RunFiles, most: int = 6) -> list[str]:
-    """Keys that were changed while the student was trained, and those in which the reported config is not the student's."""
+    """Keys that changed during training, and keys in which this config is not the student's."""
     ours = dict(_flat(files.config.model_dump(mode="json", include=set(TRAINED))))
     theirs = dict(_flat({key: files.trained_with[key] for key in TRAINED if key in files.trained_with}))
     found = [
@@ -99,13 +99,13 @@ def _same(ours: JsonValue, theirs: JsonValue) -> bool:
 
 
 def _trained(files: RunFiles, key: str) -> int:
-    """A number of `training` that the student was trained with, or that of the config."""
+    """A number of the `training` section with which the student was trained, or else of the config."""
     found = _section(files, "training").get(key)
     return found if isinstance(found, int) else int(getattr(files.config.training, key))
 
 
 def _section(files: RunFiles, name: str) -> Values:
-    """A section of the config that the student was trained with, or that of the config reported."""
+    """A section of the config with which the student was trained, or else of the reported config."""
     found = files.trained_with.get(name)
     return found if isinstance(found, dict) and found else files.config.model_dump(mode="json")[name]
 
@@ -213,7 +213,7 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
 
 
 def _plain(value: JsonValue) -> str:
-    """A value as YAML would write it in a line."""
+    """A value as one line of YAML."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list):
@@ -222,7 +222,7 @@ def _plain(value: JsonValue) -> str:
 
 
 def versions_of(files: RunFiles) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a package a row, a stage a column; and the device and code where they are recorded."""
+    """Header and rows: a row per package, a column per stage; and device and code if they are recorded."""
     made = files.manifest.environment if files.manifest else None
     made_by: dict[str, Environment | ModelMeta | Metrics | None] = {
         "trajectories": made,

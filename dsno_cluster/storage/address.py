@@ -30,7 +30,7 @@ def split_address(url: str) -> tuple[str, str]:
 
 
 def endpoint_problem(url: str) -> str | None:
-    """What is wrong with an endpoint, without repeating a password; None for http(s)://host with or without :port."""
+    """What is wrong with an endpoint, without repeating a password; None for http(s)://host[:port]."""
     if "@" in url:
         return "must not carry a password; credentials come from AWS_* or a profile"
     try:

@@ -47,7 +47,7 @@ class UNetIdentity(UNetDescription):
 
 
 class DiffusersIdentity(TeacherIdentity):
-    """A diffusers model: its config, the scheduler's keys that matter, and its weights' sha256 (by file name)."""
+    """A diffusers model: its config, what is read of its scheduler, and its weights' sha256."""
 
     kind: Literal["diffusers"] = "diffusers"
     sha256: str | dict[str, str]

@@ -64,7 +64,10 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A denoiser: `denoise(x, t_N, labels)` gives x0. `network` is the module that `to` moves, if there is one."""
+    """A denoiser: `denoise(x, t_N, labels)` gives x0.
+
+    `network` is the module that `to` moves, if there is one.
+    """
 
     info: TeacherInfo
     denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]

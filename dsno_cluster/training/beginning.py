@@ -22,7 +22,7 @@ from dsno_cluster.trajectories.shards import Manifest
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a training begins: the data set's `folder` and `manifest`, `diffusers` if the backbone is such a model.
+    """Where a training begins: the data set's `folder` and `manifest`, and a `diffusers` backbone.
 
     `state` is that of the newest checkpoint, None for a new training.
     """
@@ -73,7 +73,7 @@ def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:
 
 
 def new_student(config: Config) -> DSNO:
-    """A student at initialisation: with the teacher's backbone if `student.warm_start`, and new temporal layers.
+    """A student at initialisation: the teacher's backbone if `student.warm_start`, new temporal layers.
 
     Raises UserError if the teacher's shapes are not the config's, or no student can start from its network.
     """

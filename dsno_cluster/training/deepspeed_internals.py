@@ -110,7 +110,7 @@ def _cut(optimizer: Any, flat: Tensor, offset: int, start: int, count: int) -> F
 
 
 def _replicated_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """The float32 weights that stage 0 updates, by parameter: the parameter itself, or the copy of a half-precision one."""
+    """The float32 weights that stage 0 updates, by parameter: itself, or the copy of a half-precision one."""
     if not hasattr(optimizer, "fp32_groups"):
         return {p: p for group in optimizer.param_groups for p in group["params"]}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)

@@ -54,7 +54,7 @@ class DivergenceWatch:
 
 
 def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -> str:
-    """Samples and shards of a step's global batch, in one line; only those with states that are not finite, if any.
+    """Samples and shards of a step's global batch; only those with non-finite states, if any.
 
     It names the first `NAMED` of each. Collective.
     """

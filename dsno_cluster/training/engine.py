@@ -65,7 +65,7 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
 
 
 class EMA:
-    """Float32 moving averages of the master weights, one for each of `decays`; each rank averages what it owns.
+    """Float32 moving averages of the master weights by decay; each rank averages what it owns.
 
     In half-precision training the masters are averaged, not the rounded weights.
     """

@@ -13,7 +13,7 @@ from dsno_cluster.model_folder import SettingChange
 
 
 class RunIdentity(Strict):
-    """The values that identify a run: if one differs, it is another run, whose checkpoints must not be continued.
+    """The values that identify a run: if one differs, its checkpoints must not be continued.
 
     Saved identities are validated before they are compared, so a key may be added here or to a part, with a
     default that means what earlier runs did, without changing their identity.

@@ -274,7 +274,10 @@ def _agree(figures: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float
 
 
 def _problem(engine: Any, settings: Training, seen: StepFigures, divergence: DivergenceWatch) -> str | None:
-    """Why a step must not be saved: its loss or gradient is not finite, or it has diverged. The same on all ranks."""
+    """Why a step must not be saved: its loss or gradient is not finite, or it has diverged.
+
+    The same on all ranks.
+    """
     norm = engine.get_global_grad_norm()
     # overflows of float16 are handled by its loss scaler, which skips the step
     sound = settings.precision == "float16" or norm is None or math.isfinite(float(norm))

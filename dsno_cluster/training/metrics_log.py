@@ -38,7 +38,7 @@ def metrics_file(config: Config) -> Path:
 
 
 def trim_metrics(config: Config, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run writes again, and a line that a crash truncated."""
+    """Drop lines after `step`, which a resumed run writes again, and one that a crash truncated."""
     file = metrics_file(config)
     lines = file.read_text().splitlines() if file.is_file() else []
     kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]

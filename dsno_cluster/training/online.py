@@ -187,7 +187,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
 
 
 def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], per_shard: int) -> None:
-    """Delete what an earlier run left, except complete shards of the `wanted` keys, which map to their indices."""
+    """Delete what an earlier run left, except complete shards of the `wanted` keys (to indices)."""
     expected = shard_tensors(plan.spec)
     for key in [stat.key for stat in staged.list(plan.folder)]:
         index = wanted.get(key)
@@ -196,7 +196,7 @@ def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], p
 
 
 def main() -> int:
-    """The process of `Producer`: its standard input has a line with the work, then a line for each step trained."""
+    """The process of `Producer`: reads its work, and then each step trained, from standard input."""
     signal.signal(
         signal.SIGUSR2, signal.SIG_IGN
     )  # Slurm sends it to all processes; training ends this one when it has saved

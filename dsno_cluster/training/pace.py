@@ -11,7 +11,7 @@ import torch
 
 
 class Pace:
-    """Seconds of training so far, images per second, and the share of time in which the network waited for data."""
+    """Seconds of training so far, images per second, and the share of time spent waiting for data."""
 
     def __init__(self, before: float) -> None:
         self.before, self.began = before, time.perf_counter()

@@ -23,7 +23,7 @@ PREEMPT_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class StopSignals:
-    """In this context, signals set `preempt` or `interrupt`; a second Ctrl-C raises KeyboardInterrupt at once.
+    """In this context, signals set `preempt` or `interrupt`; a second Ctrl-C raises at once.
 
     Before `steps_begin` there is nothing to save: the first signal raises Preempted or KeyboardInterrupt.
     """
@@ -59,7 +59,7 @@ class StopSignals:
 
 
 def leave(ranks: Ranks, step: int, *, preempted: bool) -> NoReturn:
-    """End this rank after all ranks have saved the checkpoint of `step`: raises Preempted or KeyboardInterrupt."""
+    """End this rank, after all have saved `step`, by raising Preempted or KeyboardInterrupt."""
     if ranks.rank == 0:
         console.say(f"stopped by a signal: saved at step {step}")
     dist.barrier()  # no rank leaves before all know

@@ -51,7 +51,7 @@ class Publisher:
     def publish(
         self, step: int, students: dict[float, dict[str, Tensor]], about: AboutModel, *, best: bool = False
     ) -> None:
-        """Write the student of `step`: `students` has its whole weights by EMA decay; the first is loaded by default.
+        """Write the student of `step`: whole weights by EMA decay, of which the first is the default.
 
         Raises WorkError if it cannot be written.
         """

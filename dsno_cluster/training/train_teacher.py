@@ -1,4 +1,4 @@
-"""`train-teacher`: trains a small denoiser on real images, with v-prediction on the cosine schedule, in one process."""
+"""`train-teacher`: trains a small denoiser on real images (v-prediction, cosine schedule, one process)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class TeacherRun(Strict):
 
 
 def train_teacher(config: Config, command: str) -> str:
-    """Train and write `<storage.root>/teachers/<name>/`; returns its address. An interrupted run is continued.
+    """Train and write `<storage.root>/teachers/<name>/`; returns its address.
+
+    An interrupted run is continued.
 
     Raises UserError if the config names no data or its shape is not the network's.
     """

@@ -54,7 +54,7 @@ def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
 
 
 def generate(config: Config, plan: Plan, actors: int | None = None, ray_address: str | None = None) -> str:
-    """Make the missing shards of the config's `plan`, then commit the manifest; returns the data set's address.
+    """Make the missing shards of a `plan`, then commit the manifest; returns the data set's address.
 
     The work is done by `actors` Ray actors (None: as many as there is room for), on this machine or on the
     Ray at `ray_address`. Raises UserError for a teacher that does not fit the config and for devices or
@@ -101,7 +101,7 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
 
 
 def check_same_environment(ours: Environment, theirs: Sequence[Environment], where: str) -> None:
-    """Raises UserError if bytes made by `ours` may differ from those made by `theirs`, by another device model.
+    """Raises UserError if `ours` is another device model than `theirs`, whose bytes may differ.
 
     Different library versions are refused only among the actors of one run; a data set may outlive an
     upgrade, and its manifest then names the last versions.
@@ -115,7 +115,7 @@ def check_same_environment(ours: Environment, theirs: Sequence[Environment], whe
 
 
 def check_alike(environment: Environment, first: Environment, what: str = "a data set") -> None:
-    """Raises UserError if two actors of a run that makes `what` differ in device or versions, which may change bytes."""
+    """Raises UserError if two actors that make `what` differ in device or versions."""
     for part in ("device", "versions"):
         one, other = getattr(environment, part), getattr(first, part)
         if one != other:
@@ -126,7 +126,7 @@ def check_alike(environment: Environment, first: Environment, what: str = "a dat
 
 
 def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShards:
-    """The complete shards of an interrupted run, which no manifest names yet: as it noted them, or read again.
+    """The complete shards of an interrupted run, not yet in a manifest: as noted, or read again.
 
     Without a note of what made them no shards count: a run writes it before its first shard, so they are not
     a run's.
@@ -231,7 +231,7 @@ def collect_shards(
     note: Callable[[], None],
     finish_one: Callable[[], None],
 ) -> None:
-    """Add the shards that a pool makes to `lines` by key, calling `note` now and then and when the run is stopped."""
+    """Add a pool's shards to `lines` by key, calling `note` now and then and if the run is stopped."""
     noted = time.monotonic()
     try:
         for _, (shard, etag) in pool:

@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one network evaluation of one sample, measured on `device`, and the hours of a plan that follow."""
+    """Seconds of one evaluation of one sample, measured on `device`, and a plan's hours at that speed."""
 
     device: str
     seconds_per_evaluation: float

@@ -45,7 +45,7 @@ class Shard(Record):
 
 
 class Manifest(Record):
-    """The contents of a data set: its spec as plain values, whose hash names it, its shards, and what made them.
+    """A data set's contents: its spec as plain values, whose hash names it, shards, and environment.
 
     The spec is that of trajectories (`trajectory_spec`) or of samples (`evaluation/sample_shards.py`).
     """
@@ -137,7 +137,7 @@ def shard_tensors(spec: TrajectorySpec) -> dict[str, tuple[str, list[int]]]:
 
 
 def vouches_for_itself(data: bytes, start: int, expected: dict[str, tuple[str, list[int]]]) -> bool:
-    """Whether `data` is a complete shard from sample `start`, with tensors as `expected`: name -> (dtype, shape)."""
+    """Whether `data` is a complete shard from `start`, with the `expected` tensors (dtype, shape)."""
     try:
         tensors = decode_shard(data)
     except WorkError:
@@ -249,7 +249,9 @@ def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Mani
 
 
 def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Write the manifest, last. A longer one of the same spec replaces a shorter one, never the other way round.
+    """Write the manifest, last.
+
+    A longer one of the same spec replaces a shorter one, never the other way round.
 
     Safe against a concurrent run of the same spec: the put is conditional, and the later writer looks again.
     Raises WorkError if the existing manifest contradicts what was made.

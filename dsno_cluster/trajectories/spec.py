@@ -36,7 +36,7 @@ class LabelRule(Named):
 
 
 class NoiseRule(Named):
-    """How the noise of a sample follows from (seed, index), and the sha256 of sample 0's, to check that it is the same."""
+    """How a sample's noise follows from (seed, index), and the sha256 of sample 0's as a check."""
 
     generator: str
     first_sample_sha256: str
@@ -147,7 +147,7 @@ def differences(spec: TrajectorySpec, other: TrajectorySpec) -> list[str]:
 def solve_samples(
     spec: TrajectorySpec, teacher: Teacher, seed: int, indices: range
 ) -> tuple[Tensor, Tensor | None]:
-    """States (N, M, C, H, W) float32 on the teacher's device, and labels (N,) or None, of samples `indices` of `seed`."""
+    """States (N, M, C, H, W) float32 on the teacher's device, and labels (N,) or None, of the samples."""
     from dsno_cluster.diffusion.noise import sample_labels, sample_noise
     from dsno_cluster.diffusion.solvers import solve_with
 

@@ -233,7 +233,7 @@ def test_waiting_and_following(disk_user: User) -> None:
     time.sleep(3)
     disk_user.cluster.run("pkill", "-INT", "-f", "gen-trajectories.*--wait")
     said, _ = waiting.communicate(timeout=30)
-    assert waiting.returncode == 130 and "the job goes on" in said, said
+    assert waiting.returncode == 130 and "the job continues" in said, said
     row = json.loads(disk_user.dsno("status", run_id, "--json").stdout)["runs"][0]
     assert row["state"] == "running" and row["rate"] > 0 and row["seconds_left"] > 0
     table = disk_user.dsno("status").stdout

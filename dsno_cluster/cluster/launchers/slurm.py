@@ -356,7 +356,7 @@ def _take_back(run: Run) -> None:
 
 @contextlib.contextmanager
 def _clean_environment(profile: Profile) -> Iterator[None]:
-    """Hide SBATCH_ variables, which would take precedence over the script's own lines and so over the profile.
+    """Hide SBATCH_ variables, which would take precedence over the script's own lines from the profile.
 
     Those for keys that the profile omits stay. A job that is submitted from within another does not inherit
     its sizes. (submitit's own clean_env would also remove SLURM_CONF.)
@@ -374,7 +374,7 @@ def _clean_environment(profile: Profile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM to the end, so that `status` and `cancel` know every job that sbatch has taken.
+    """Delay Ctrl-C and SIGTERM, so that `status` and `cancel` know every job that sbatch has taken.
 
     sbatch, which Ctrl-C at a terminal also reaches, inherits the blocked signals. They are also noted here,
     because they may be delivered to another thread.

@@ -21,7 +21,7 @@ Student = Callable[[Tensor, Tensor | None, Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """The figures of a step: its loss, and the distance at each time point, None at those that it did not see."""
+    """A step's loss, and its distance at each time point, None at those that it did not see."""
 
     loss: float
     distance_per_time: tuple[float | None, ...]

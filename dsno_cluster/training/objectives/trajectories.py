@@ -16,7 +16,9 @@ from dsno_cluster.trajectories.reader import Batch
 
 
 class TrajectoryObjective:
-    """Distances to the teacher's trajectories. A step's figures are those at all M time points, 0 where not seen.
+    """Distances to the teacher's trajectories.
+
+    A step's figures are those at all M time points, 0 where not seen.
 
     Raises UserError if the distance uses a network whose weights are missing.
     """
