@@ -19,6 +19,7 @@ from dsno_cluster.config.base import Named, later
 from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.errors import UserError
 from dsno_cluster.provenance import NOWHERE
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import find_teacher, load_teacher
 from dsno_cluster.trajectories.plan import make_plan
@@ -121,6 +122,13 @@ def test_dropout_is_no_part_of_what_names_a_data_set(tmp_path: Path) -> None:
         FolderStorage(tmp_path / "runs").write(f"trajectories/{golden}/{file}", b"{}")
         assert make_plan(load_config("configs/digits.yaml", there)).folder == f"trajectories/{golden}/"
         FolderStorage(tmp_path / "runs").delete(f"trajectories/{golden}/{file}")
+
+
+def test_the_settings_of_an_evaluation_are_named_as_before() -> None:
+    """`eval --watch` does not measure again what an earlier version measured."""
+    evaluation = load_config("configs/digits.yaml").evaluation
+    content = evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"})
+    assert canonical_hash(content) == "d083451669fef101"
 
 
 def test_a_key_that_is_added_later_changes_no_hash() -> None:

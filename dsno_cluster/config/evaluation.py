@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, PositiveInt, Seed, Sha256Start, Strict
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start
 from dsno_cluster.config.paths import LocalPath, ReferencePath
 
 MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error"]
 
 
-class Evaluation(Strict):
+class Evaluation(Named):
     num_samples: int = Field(
         ge=2, description="images drawn from the student, and from the teacher for each of its rows"
     )
