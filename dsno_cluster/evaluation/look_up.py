@@ -246,9 +246,7 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
         if metric != "agreement" or images.labels is not None
     }
     if not readings:
-        raise UserError(
-            f"evaluation.metrics: none of {', '.join(settings.metrics)} can be measured on images only"
-        )
+        raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} needs only images")
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     weights = _find_weights(config)
     check_count(settings, readings, images.count, address)
