@@ -18,7 +18,7 @@ class _Loader(yaml.SafeLoader):
         for place, key in enumerate(keys):
             if key in keys[:place]:
                 mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", mark)
         return super().construct_mapping(node, deep)
 
 

@@ -136,7 +136,7 @@ def test_yaml_numbers_and_repeated_keys(tmp_path: Path) -> None:
     assert load_config(DIGITS, ["training.lr=1e-4"]).training.lr == 1e-4
     twice = tmp_path / "twice.yaml"
     twice.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match=r"twice\.yaml: not YAML: key 'seed' stands twice on line 2$"):
+    with pytest.raises(UserError, match=r"twice\.yaml: not YAML: key 'seed' appears twice on line 2$"):
         load_config(str(twice))
 
 

@@ -123,7 +123,7 @@ def _note(attempt: Attempt, record: AttemptRecord) -> None:
 
 
 def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
-    text = f"given up: {streak} attempts in a row gained nothing; the last: {reason}"
+    text = f"given up: {streak} attempts in a row made no progress; the last: {reason}"
     _note(attempt, Outcome(state="failed", reason=text))
     print(f"dsno-cluster: {text}", flush=True)
     return 1

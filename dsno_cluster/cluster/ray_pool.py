@@ -28,9 +28,8 @@ Task = TypeVar("Task", bound=Hashable)
 ATTEMPTS = 3  # a task that raised this often is given up
 # a task is given up after this many of its actors died: machines fail now and then, but a crash repeats
 DEATHS = 6
-PROBES = (
-    16  # this many tasks, spread over a long list, are tried first: if all fail alike, so would the others
-)
+# this many tasks, spread over a long list, are tried first: if all of them fail alike, so would the others
+PROBES = 16
 # makes glibc's malloc keep freed memory. Otherwise the kernel maps and zeroes a layer's activations anew each
 # time, which takes a quarter of Inception's time on a CPU
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
@@ -88,9 +87,8 @@ def import_ray(own: bool = False) -> Any:
     """
     if "ray" not in sys.modules:
         if own:
-            os.environ.update(
-                KEEP_MEMORY
-            )  # for the actors, which inherit it; this process has read its own already
+            # for the actors, which inherit it; this process has read its own already
+            os.environ.update(KEEP_MEMORY)
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

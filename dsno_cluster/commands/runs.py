@@ -48,9 +48,7 @@ def show_logs(arguments: Arguments) -> None:
         raise UserError("name one RUN (`dsno-cluster status` lists them), or none for the newest")
     newest = all_runs()[:1]
     if not arguments.words and not newest:
-        raise UserError(
-            "no run was submitted yet; a command that works on this machine prints its log itself"
-        )
+        raise UserError("no run was submitted yet; a command on this machine prints its log itself")
     run = find_run(arguments.words[0]) if arguments.words else newest[0]
     for line in log_lines(run, options.rank, options.attempt, options.follow):
         print(line, flush=True)

@@ -97,9 +97,8 @@ class Config(Strict):
         if self.training.online and self.reader.shuffle != "none":
             raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
         ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size
-        shards = 2 * (
-            -(-ahead // self.trajectories.samples_per_shard) + 1
-        )  # half of them are made at the same time
+        # half of them are made at the same time
+        shards = 2 * (-(-ahead // self.trajectories.samples_per_shard) + 1)
         if self.training.online and self.training.online_staged_shards < shards:
             raise ValueError(
                 f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"

@@ -34,9 +34,8 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
         _set(data, key, parse_yaml(text, override), override)
     data.setdefault("name", Path(path).stem)
     config = validate(Config, data, str(path), folder)
-    if (
-        config.run.dir is None and "://" in config.storage.root
-    ):  # the default is relative to the working directory
+    # the default is relative to the working directory
+    if config.run.dir is None and "://" in config.storage.root:
         run = RunConfig(dir=str((folder / config.run_dir).absolute()))
         config = config.model_copy(update={"run": run})
     return config

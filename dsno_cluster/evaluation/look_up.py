@@ -246,9 +246,7 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
         if metric != "agreement" or images.labels is not None
     }
     if not readings:
-        raise UserError(
-            f"evaluation.metrics: none of {', '.join(settings.metrics)} can be measured on images only"
-        )
+        raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} needs only images")
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     weights = _find_weights(config)
     check_count(settings, readings, images.count, address)
@@ -270,7 +268,7 @@ def say_what(comparison: Comparison, actors: int | None) -> None:
     known = ""
     if comparison.samplings:
         shipped = sum(bool(row.shipped) for row in comparison.known.values())
-        came = f", {shipped} of them where the teacher was made: they came with it" if shipped else ""
+        came = f", {shipped} of them shipped with the teacher" if shipped else ""
         rows = f"{len(comparison.known)} of the teacher's {len(comparison.samplings)} rows"
         known = f"; {rows} were measured before{came}"
     console.say(f"{what}, {actor_count(actors, settings.threads)}{known}")

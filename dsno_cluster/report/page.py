@@ -180,11 +180,7 @@ def _figures(files: RunFiles, words: str) -> Markup:
             "p",
             "NFE: network evaluations for one image, one after the other. Cost: the same in evaluations of the teacher, measured "
             "here; a student that answers several times at once may cost more than one. An arrow says which way is better."
-            + (
-                " The held-out real images are few, which by itself makes their distances large."
-                if few
-                else ""
-            ),
+            + (" The held-out real images are few, which makes their distances large." if few else ""),
             class_="muted",
         ),
         parts.chart_figure(chart) if chart else None,

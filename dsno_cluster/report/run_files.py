@@ -78,9 +78,8 @@ def read_run_files(config: Config) -> RunFiles:
     }
     metrics = read_file(Metrics, storage, folder + "metrics.json")
     history = read_file(History, storage, history_key(config))
-    if (
-        metrics is None and history is not None and history.rows
-    ):  # only `eval --watch` was run: take what it found best
+    # only `eval --watch` was run: take what it found best
+    if metrics is None and history is not None and history.rows:
         folder = best_row(history).folder or folder
         metrics = read_file(Metrics, storage, folder + "metrics.json")
     curve = _read_curve(curve_file)

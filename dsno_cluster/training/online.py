@@ -197,9 +197,8 @@ def _drop_strangers(staged: FolderStorage, plan: Plan, wanted: dict[str, int], p
 
 def main() -> int:
     """The process of `Producer`: reads its work, and then each step trained, from standard input."""
-    signal.signal(
-        signal.SIGUSR2, signal.SIG_IGN
-    )  # Slurm sends it to all processes; training ends this one when it has saved
+    # Slurm sends it to all processes; training ends this one when it has saved
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     work = json.loads(sys.stdin.readline())
     import yaml
 

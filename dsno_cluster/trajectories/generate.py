@@ -74,9 +74,8 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
         return address
     made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
     done |= {key: shard for key, (shard, _) in made.by_key.items()}
-    num_shards = max(
-        plan.size.num_shards, len(named)
-    )  # a shard that the manifest names is made again if it is missing
+    # a shard that the manifest names is made again if it is missing
+    num_shards = max(plan.size.num_shards, len(named))
     todo = [index for index in range(num_shards) if shard_key(index) not in done]
     if done:
         console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")

@@ -242,8 +242,8 @@ def open_data_set(address: str, endpoint_url: str | None) -> tuple[Storage, Mani
         )
     if found is None:
         raise UserError(
-            f"{address}: no {MANIFEST} here; data sets lie in folders of their own below STORAGE_ROOT/trajectories/, as "
-            "gen-trajectories names them"
+            f"{address}: no {MANIFEST} here; each data set has its own folder below STORAGE_ROOT/trajectories/, as "
+            "gen-trajectories names it"
         )
     return storage, found[0]
 

@@ -266,7 +266,7 @@ def test_a_job_that_can_never_succeed_is_given_up(disk_user: User) -> None:
     run = disk_user.submit("gen-trajectories", *TINY, "teacher.path=broken:teacher")
     row = disk_user.ends(run, "failed")
     assert row["attempts"] == 2
-    assert "given up: 2 attempts in a row gained nothing" in row["last_error"]
+    assert "given up: 2 attempts in a row made no progress" in row["last_error"]
     assert "the GPU fell off" in row["last_error"]
 
 

@@ -329,12 +329,12 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
         "# the code as it was at submission, then the folder of submission, for teachers of your own",
         f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
         "attempt=${SLURM_RESTART_COUNT:-0}",
-        "trap : TERM  # the tasks are told to end; this script waits for them",
+        "trap : TERM  # the signal is for the tasks; this script waits for them",
         "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
     ]
     if ray:
         lines += [
-            "# what Ray's processes show each other; made anew for each attempt, shown nowhere",
+            "# the token with which Ray's processes authenticate; new for each attempt, printed nowhere",
             "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
         ]
     return [*lines, f"{python} -m dsno_cluster.cluster.attempt begin {run} || exit $?"]

@@ -20,9 +20,9 @@
 # the code as it was at submission, then the folder of submission, for teachers of your own
 export PYTHONSAFEPATH=1 PYTHONPATH=/home/me/scratch/jobs/RUN/code:/home/me${PYTHONPATH:+:$PYTHONPATH}
 attempt=${SLURM_RESTART_COUNT:-0}
-trap : TERM  # the tasks are told to end; this script waits for them
+trap : TERM  # the signal is for the tasks; this script waits for them
 export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}
-# what Ray's processes show each other; made anew for each attempt, shown nowhere
+# the token with which Ray's processes authenticate; new for each attempt, printed nowhere
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 /venv/bin/python -m dsno_cluster.cluster.attempt begin /home/me/scratch/jobs/RUN || exit $?
 

@@ -29,7 +29,7 @@ export NOTE='it'"'"'s quoted'
 # the code as it was at submission, then the folder of submission, for teachers of your own
 export PYTHONSAFEPATH=1 PYTHONPATH=/home/me/scratch/jobs/RUN/code:/home/me${PYTHONPATH:+:$PYTHONPATH}
 attempt=${SLURM_RESTART_COUNT:-0}
-trap : TERM  # the tasks are told to end; this script waits for them
+trap : TERM  # the signal is for the tasks; this script waits for them
 export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}
 /venv/bin/python -m dsno_cluster.cluster.attempt begin /home/me/scratch/jobs/RUN || exit $?
 
