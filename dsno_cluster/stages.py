@@ -68,25 +68,24 @@ def _generate(
 
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
-    from dsno_cluster.teachers import find_teacher
     from dsno_cluster.training.beginning import find_trajectories
     from dsno_cluster.training.checkpoint import newest_step
-    from dsno_cluster.trajectories.plan import check_reachable
+    from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
     _check_training_ahead(config, processes)
-    teacher = find_teacher(config)
-    folder, _ = find_trajectories(config, teacher)
+    plan = make_plan(config)
+    find_trajectories(config, plan)
     if config.training.online:  # it has not read the storage yet
-        check_reachable(config, folder)
+        check_reachable(config, plan.folder)
     begun = newest_step(config) or 0
     if begun >= config.training.steps:
         done = f"nothing to do: {config.name} is at step {begun} already; a new run needs another name="
-        return Checked(done, teacher)
+        return Checked(done, plan.teacher)
     would = (
         f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
-        f"{shown_path(config.storage.root)}/{folder} in {processes} process(es) on this machine"
+        f"{shown_path(config.storage.root)}/{plan.folder} in {processes} process(es) on this machine"
     )
-    return Checked(would, teacher)
+    return Checked(would, plan.teacher)
 
 
 def _check_training_ahead(config: Config, ranks: int) -> None:
@@ -155,7 +154,7 @@ def _evaluate(
         found = evaluate_images(config, options.samples, options.actors, ray_address)
     else:
         found = evaluate(find_subject(config, options.student, teacher), options.actors, ray_address)
-    return StageResult(f"{shown_path(config.storage.root)}/evaluation/{config.name}", found, teacher)
+    return StageResult(f"{config.storage.root.rstrip('/')}/evaluation/{config.name}", found, teacher)
 
 
 GEN_TRAJECTORIES = Stage(

@@ -22,6 +22,7 @@ from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import find_teacher, load_teacher
+from dsno_cluster.training.identity import check_same_run, run_identity
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.shards import make_manifest
 from dsno_cluster.trajectories.spec import (
@@ -122,6 +123,21 @@ def test_dropout_is_no_part_of_what_names_a_data_set(tmp_path: Path) -> None:
         FolderStorage(tmp_path / "runs").write(f"trajectories/{golden}/{file}", b"{}")
         assert make_plan(load_config("configs/digits.yaml", there)).folder == f"trajectories/{golden}/"
         FolderStorage(tmp_path / "runs").delete(f"trajectories/{golden}/{file}")
+
+
+def test_a_run_on_a_data_set_of_a_former_name_is_the_same_run(tmp_path: Path) -> None:
+    """Also online, where no data set was written that could be found by its former name."""
+    golden, overrides = GOLDEN["published"]
+    root = [f"storage.root={tmp_path}", "training.online=true", "reader.shuffle=none"]
+    config = load_config("configs/digits.yaml", [*overrides, *root])
+    plan = make_plan(config)
+    former = f"trajectories/{golden}/"
+    assert plan.folder != former and plan.other_folders == (former,)
+    saved, now = (run_identity(config, folder) for folder in (former, plan.folder))
+    check_same_run("there", saved, now, (plan.folder, *plan.other_folders))
+    other = saved.model_copy(update={"trajectories": "trajectories/0123456789abcdef/"})
+    with pytest.raises(UserError, match="was saved with trajectories"):
+        check_same_run("there", other, now, (plan.folder, *plan.other_folders))
 
 
 def test_the_settings_of_an_evaluation_are_named_as_before() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.commands.arguments import Arguments, Unwatched
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
 
 if TYPE_CHECKING:
     from dsno_cluster.cluster.launchers import Launcher
@@ -110,7 +111,7 @@ def follow_to_end(launcher: Launcher, runs: Sequence[Run]) -> StageResult:
                 raise Unwatched(run.id) from None
             raise
         if launcher.detached:  # a local run prints this itself
-            console.say(f"done: {address}")
+            console.say(f"done: {shown_path(address)}")
     return StageResult(address)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
@@ -21,8 +21,8 @@ from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record
 from dsno_cluster.storage import MissingObject, Storage
-from dsno_cluster.teachers import ConfiguredTeacher, Sampling, read_identity
-from dsno_cluster.teachers.identity import TeacherIdentity
+from dsno_cluster.teachers import ConfiguredTeacher, Sampling
+from dsno_cluster.teachers.loading import AnyTeacherIdentity
 
 SHIPPED_ROWS = "evaluation.json"
 
@@ -47,7 +47,7 @@ class ComparisonSpec(Named):
     Its hash names the file of the rows.
     """
 
-    teacher: SerializeAsAny[TeacherIdentity]
+    teacher: AnyTeacherIdentity
     feature_extractor: ComparedBy
     reference: Literal["data"] | ReferenceParts
     num_samples: int
@@ -62,11 +62,6 @@ class ComparisonSpec(Named):
     inception_splits: int | None = later(None)
     neighborhood: int | None = later(None)
     metric_seed: int | None = later(None)
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _by_its_family(cls, value: object) -> object:
-        return read_identity(value) if isinstance(value, dict) else value
 
 
 class TeacherRowsFile(Record):

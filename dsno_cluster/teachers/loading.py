@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import JsonValue
+from typing import Annotated
+
+from pydantic import BeforeValidator, JsonValue, SerializeAsAny
 
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers.closed_forms import ClosedForm
@@ -55,6 +57,10 @@ def teacher_info(path: str, endpoint_url: str | None = None, options: Options | 
     return open_teacher(path, endpoint_url, options).info()
 
 
+def _by_its_family(value: object) -> object:
+    return read_identity(value) if isinstance(value, dict) else value
+
+
 def read_identity(content: dict[str, JsonValue]) -> TeacherIdentity:
     """The identity in a file, as its family's model. Raises ValueError if no family has that kind."""
     import json
@@ -66,3 +72,7 @@ def read_identity(content: dict[str, JsonValue]) -> TeacherIdentity:
     if content.get("kind") not in kinds:
         raise ValueError(f"teacher of kind {content.get('kind')!r}; this version knows {', '.join(kinds)}")
     return kinds[content["kind"]].model_validate_json(json.dumps(content))
+
+
+# An identity as a field of a model: read by its family's model, dumped with all of its keys.
+AnyTeacherIdentity = Annotated[SerializeAsAny[TeacherIdentity], BeforeValidator(_by_its_family)]

@@ -57,7 +57,7 @@ class ConfiguredTeacher:
         # a factory's images, classes and steps are known only now
         check_fits(self.config.network, loaded.info, self.path)
         native = loaded.native_grid(self.method.steps) if self.config.trajectories.grid == "auto" else None
-        if native != self.own_steps:
+        if (native is None) != (self.own_steps is None):
             raise UserError(
                 f"trajectories.grid: auto, but the teacher at {self.path} has a native_grid, which no plan can know before "
                 "it is made; set trajectories.grid to uniform or fine-end"

@@ -15,7 +15,7 @@ from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.checkpoint import CheckpointState
 from dsno_cluster.training.online import planned_manifest
-from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import open_trajectories
 from dsno_cluster.trajectories.shards import Manifest
 
@@ -45,23 +45,24 @@ def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginni
     the config's name belong to another run; WorkError if the newest checkpoint cannot be read.
     """
     assert teacher is not None  # on rank 0
-    folder, manifest = find_trajectories(config, teacher)
-    checkpoint.check_published(config, folder)
+    plan = make_plan(config, teacher)
+    manifest = find_trajectories(config, plan)
+    same = (plan.folder, *plan.other_folders)
+    checkpoint.check_published(config, same)
     newest = checkpoint.newest_step(config)
-    state = None if newest is None else checkpoint.read_state(config, newest, folder)
-    return Beginning(folder, manifest, teacher.backbone(), state)
+    state = None if newest is None else checkpoint.read_state(config, newest, same)
+    return Beginning(plan.folder, manifest, teacher.backbone(), state)
 
 
-def find_trajectories(config: Config, teacher: ConfiguredTeacher | None = None) -> tuple[str, Manifest]:
-    """Folder and manifest of the config's finished trajectories, or of those that online training will make.
+def find_trajectories(config: Config, plan: Plan) -> Manifest:
+    """The manifest of the plan's finished trajectories, or of those that online training will make.
 
     Raises UserError if there are none.
     """
-    plan = make_plan(config, teacher)
     if config.training.online:
-        return plan.folder, planned_manifest(plan)
+        return planned_manifest(plan)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    return plan.folder, open_trajectories(storage, plan.folder, config.trajectories.num_samples)
+    return open_trajectories(storage, plan.folder, config.trajectories.num_samples)
 
 
 def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:

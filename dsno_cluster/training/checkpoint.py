@@ -230,8 +230,11 @@ def _drop_old(config: Config, best: Best | None) -> None:
             shutil.rmtree(resume_dir(config) / step_name(step), ignore_errors=True)
 
 
-def read_state(config: Config, step: int, trajectories: str) -> CheckpointState:
-    """`state.json` of a checkpoint. Raises UserError unless it belongs to this run (`RunIdentity`)."""
+def read_state(config: Config, step: int, trajectories: Sequence[str]) -> CheckpointState:
+    """`state.json` of a checkpoint. `trajectories` are the folders by which its data set is known.
+
+    Raises UserError unless it belongs to this run (`RunIdentity`).
+    """
     folder = resume_dir(config) / step_name(step)
     try:
         state = read_record(CheckpointState, (folder / STATE).read_bytes(), STATE)
@@ -239,12 +242,12 @@ def read_state(config: Config, step: int, trajectories: str) -> CheckpointState:
         raise WorkError(
             f"{folder / STATE}: cannot be read ({error}); delete {folder} to continue from the checkpoint before it"
         ) from error
-    check_same_run(folder, state.identity, run_identity(config, trajectories))
+    check_same_run(folder, state.identity, run_identity(config, trajectories[0]), trajectories)
     return state
 
 
-def check_published(config: Config, trajectories: str) -> None:
-    """Raises UserError if the storage holds students of another run under the config's name.
+def check_published(config: Config, trajectories: Sequence[str]) -> None:
+    """Raises UserError if the storage holds students of another run under the config's name; `trajectories` as in `read_state`.
 
     Otherwise `latest` would name one of theirs until this run has come further, and the two would be mixed.
     """
@@ -255,7 +258,7 @@ def check_published(config: Config, trajectories: str) -> None:
         return
     if published.run is not None:
         saved = validate(RunIdentity, published.run, f"{address}: its run")
-        check_same_run(address, saved, run_identity(config, trajectories))
+        check_same_run(address, saved, run_identity(config, trajectories[0]), trajectories)
 
 
 def check_finished_alike(config: Config, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -51,8 +52,15 @@ def run_identity(config: Config, trajectories: str) -> RunIdentity:
     )
 
 
-def check_same_run(where: Path | str, saved: RunIdentity, now: RunIdentity) -> None:
-    """Raises UserError, naming the first field in which the run saved at `where` differs."""
+def check_same_run(
+    where: Path | str, saved: RunIdentity, now: RunIdentity, trajectories: Sequence[str]
+) -> None:
+    """Raises UserError, naming the first field in which the run saved at `where` differs.
+
+    `trajectories` are the folders by which the data set is known: an earlier version may have named it another way.
+    """
+    if saved.trajectories in trajectories:
+        saved = saved.model_copy(update={"trajectories": now.trajectories})
     for key in RunIdentity.model_fields:
         if getattr(saved, key) != getattr(now, key):
             before, after = (run.model_dump(mode="json")[key] for run in (saved, now))

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsno_cluster import console
 from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import step_name
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
@@ -47,7 +48,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
     fail.
     """
     settings = config.training
-    address = f"{open_storage(config.storage.root, config.storage.endpoint_url).url}/{config.student_prefix.rstrip('/')}"
+    address = config.student_address
     with contextlib.ExitStack() as resources:
         resources.enter_context(_failures_in_a_line(config))
         stop = resources.enter_context(StopSignals())
@@ -112,7 +113,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                     leave(ranks, done, preempted=not signals.interrupt)
         if publisher is not None:
             publisher.finish()
-            console.say(f"done: {address}")
+            console.say(f"done: {shown_path(address)}")
     return address
 
 
@@ -139,7 +140,7 @@ def _finish_again(config: Config, step: int, address: str) -> None:
     """Do what is left for a run that is at its last step: upload students that were not uploaded yet."""
     Publisher(config).finish()
     checkpoint.check_finished_alike(config, step)
-    console.say(f"finished already at step {step}: {address} (a new run needs another name=)")
+    console.say(f"finished already at step {step}: {shown_path(address)} (a new run needs another name=)")
 
 
 def _begin_student(

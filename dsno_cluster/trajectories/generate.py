@@ -17,6 +17,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, StorageConfig, TeacherConfig
 from dsno_cluster.diffusion.noise import noise_checksum
+from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Environment, environment
@@ -61,7 +62,7 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
     library versions that must not be mixed, WorkError if shards cannot be made.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    address = f"{storage.url}/{plan.folder.rstrip('/')}"
+    address = f"{config.storage.root.rstrip('/')}/{plan.folder.rstrip('/')}"
     current = read_manifest(storage, plan.folder)
     named = {shard.key: shard for shard in current[0].shards} if current else {}
     found = {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
@@ -70,7 +71,7 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
         console.say(f"note: {plan.note}")
     done = {key: shard for key, shard in named.items() if key in found and found[key].size == shard.size}
     if len(named) >= plan.size.num_shards and len(done) == len(named):
-        console.say(f"all {plan.size.num_shards} shards exist already: {address}")
+        console.say(f"all {plan.size.num_shards} shards exist already: {shown_path(address)}")
         return address
     made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
     done |= {key: shard for key, (shard, _) in made.by_key.items()}
@@ -95,7 +96,7 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
     storage.delete(plan.folder + MADE_SHARDS)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
         storage.tidy(plan.folder)
-    console.say(f"done: {address}")
+    console.say(f"done: {shown_path(address)}")
     return address
 
 
@@ -289,7 +290,7 @@ def check_teacher(spec: TrajectorySpec, teacher: Teacher, path: str) -> None:
     own_steps = None if isinstance(spec.grid, str) else teacher.native_grid(spec.steps)
     same = {
         "teacher": spec.teacher in (info.identity, *info.former_identities),
-        "grid": own_steps is None or own_steps == spec.grid,
+        "grid": own_steps is None or isinstance(spec.grid, str) or same_times(own_steps, spec.grid),
         "shape": teacher.shape == spec.shape,
         "labels": teacher.num_classes == spec.labels.num_classes,
         "noise": noise_checksum(spec.seed, spec.shape) == spec.noise.first_sample_sha256,

@@ -57,6 +57,13 @@ class Plan:
         """The key prefix of the data set below storage.root."""
         return self.spec.folder
 
+    @property
+    def other_folders(self) -> tuple[str, ...]:
+        """What other versions call the same data set."""
+        own = spec_of(self.teacher.config, self.teacher)
+        names = (one.folder for one in (own, *former_specs(own, self.teacher)))
+        return tuple(name for name in names if name != self.folder)
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -9,23 +9,24 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from dsno_cluster.config import Config
 from dsno_cluster.config.base import Named, PositiveInt, Seed
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.records import canonical_hash
-from dsno_cluster.teachers import ConfiguredTeacher, Teacher, read_identity
-from dsno_cluster.teachers.identity import TeacherIdentity
+from dsno_cluster.records import canonical_hash, first_mistake
+from dsno_cluster.teachers import ConfiguredTeacher, Teacher
+from dsno_cluster.teachers.loading import AnyTeacherIdentity
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+GridName = Literal["uniform between time points", "fine-end/1"]
 FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; version 2 added the checksum in the header
 # the spec's names for the grids of `Method`
-GRIDS = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
+GRIDS: dict[str, GridName] = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
 
 
 class LabelRule(Named):
@@ -52,10 +53,10 @@ class TrajectorySpec(Named):
     """
 
     format_version: int
-    teacher: SerializeAsAny[TeacherIdentity]
+    teacher: AnyTeacherIdentity
     solver: str
     steps: PositiveInt
-    grid: str | tuple[float, ...]
+    grid: GridName | tuple[float, ...]
     times: tuple[float, ...]
     schedule: Literal["cosine"] = "cosine"
     clip_denoised: bool
@@ -70,17 +71,11 @@ class TrajectorySpec(Named):
     threads: PositiveInt
     noise: NoiseRule = Field(description="see noise.py")
 
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _by_its_family(cls, value: object) -> object:
-        return read_identity(value) if isinstance(value, dict) else value
-
     @property
     def method(self) -> Method:
         """How its ODE is solved."""
         own_steps = not isinstance(self.grid, str)
-        named = {text: name for name, text in GRIDS.items()}
-        grid = named[self.grid] if isinstance(self.grid, str) else self.grid
+        grid = next((name for name, text in GRIDS.items() if text == self.grid), self.grid)
         return Method(
             self.solver, self.steps, grid, self.guidance_scale, self.clip_denoised, clean_end=own_steps
         )
@@ -131,17 +126,7 @@ def read_spec(content: object, where: str) -> TrajectorySpec:
     try:
         return TrajectorySpec.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"{where}: a spec that this version does not read: {f'{key}: ' if key else ''}{message}"
-        ) from None
-
-
-def differences(spec: TrajectorySpec, other: TrajectorySpec) -> list[str]:
-    """The keys in which two specs differ."""
-    return [key for key in type(spec).model_fields if getattr(spec, key) != getattr(other, key)]
+        raise UserError(f"{where}: a spec that this version does not read: {first_mistake(error)}") from None
 
 
 def solve_samples(
