@@ -148,7 +148,10 @@ def _refined(
     if path is None:
         raise UserError(f"--refine: {checkpoint} names no teacher; name one with --teacher PATH")
     options = {} if refinement.teacher else teacher_config.get("options") or {}
-    teacher = load_teacher(path, endpoint_url, options=options).to(device)
+    try:
+        teacher = load_teacher(path, endpoint_url, options=options).to(device)
+    except UserError as error:
+        raise UserError(f"--refine: {error}; name one with --teacher PATH") from None
     check_fits(student.network, teacher.info, path)
     start = refinement.time
     if start is None:
