@@ -303,7 +303,7 @@ def anchors(page: Path) -> set[str]:
 def test_links_lead_somewhere() -> None:
     broken = []
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        for target in re.findall(r"(?:\]\(|<img src=\")([^)\"\s]+)", prose(page)):
             if "://" in target:
                 continue
             path, _, anchor = target.partition("#")
@@ -385,7 +385,9 @@ def test_the_citation_is_the_readmes() -> None:
         assert f"{author['family-names']}, {author['given-names']}" in entry
 
 
-def test_the_picture_stands_on_top() -> None:
-    top = (ROOT / "README.md").read_text().splitlines()[:4]
-    assert any(re.match(r"!\[.+\]\(docs/demo\.png\)", line) for line in top)
+def test_the_picture_follows_the_start() -> None:
+    """Small, and with a text for those who do not see it."""
+    (start,) = re.findall(r"^## Start\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (width,) = re.findall(r'^<img src="docs/demo\.png" width="(\d+)" alt="[^"]+">$', start, re.MULTILINE)
+    assert int(width) <= 800
     assert os.path.getsize(DOCS / "demo.png") > 10_000
