@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
 def shown_path(path: str | Path) -> str:
@@ -71,6 +74,22 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(held)
 
 
+@contextlib.contextmanager
+def locked_if_possible(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """As `locked`; on a file system without locks nothing is held, and nothing is raised."""
+    held = None
+    try:
+        held = lock(file, wait=wait)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
 def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     """Lock `file` against other processes; returns a descriptor that holds the lock until it is closed or the process ends.
 
@@ -78,7 +97,10 @@ def lock(file: Path, *, wait: bool = True, create: bool = True) -> int:
     `file` is a symbolic link, which somebody may have put into a folder that everybody can write to.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    held = os.open(file, flags, 0o666)
+    try:
+        held = os.open(file, flags, 0o666)
+    except PermissionError:  # another user made it, and only that user may write to it
+        held = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:

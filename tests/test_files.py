@@ -1,5 +1,7 @@
 """Files that appear whole, locks between processes, and how paths are shown."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsno_cluster.files import lock, locked, replace_file, shown_path, written_aside
+from dsno_cluster.files import lock, locked, locked_if_possible, replace_file, shown_path, written_aside
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -57,6 +59,49 @@ def test_a_lock_follows_no_link_and_is_only_made_if_wanted(tmp_path: Path) -> No
     (tmp_path / "lock").symlink_to(precious)
     with pytest.raises(OSError, match="symbolic link"):
         lock(tmp_path / "lock")
+
+
+def test_a_lock_file_that_another_user_made_locks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be written, by anybody but root."""
+    file, opened = tmp_path / "lock", os.open
+    file.touch(0o644)
+
+    def open_as_another_user(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_as_another_user)
+        held = lock(file)
+    with pytest.raises(BlockingIOError):
+        lock(file, wait=False)
+    os.close(held)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_only_a_missing_lock_is_done_without(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+    with locked_if_possible(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        lock(tmp_path / "lock", wait=False)
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked_if_possible(tmp_path / "lock"):
+        entered.append(number)
+    assert entered == [number]
+    with pytest.raises(OSError) as unlocked, locked(tmp_path / "lock"):
+        pass
+    assert unlocked.value.errno == number
+    number = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked_if_possible(tmp_path / "lock"):
+        pass
 
 
 def test_paths_are_shown_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -131,6 +133,23 @@ def test_conditions_hold(storage: Storage) -> None:
     with pytest.raises(PreconditionFailed):
         storage.write("m", b"four", if_match=first.etag)
     assert storage.read("m") == b"three"
+
+
+def test_a_condition_is_compared_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    storage = open_storage(str(tmp_path))
+    storage.write("rows.json", b"one")
+    before = storage.stat("rows.json")
+    assert before is not None
+    storage.write("rows.json", b"two", if_match=before.etag)
+    with pytest.raises(PreconditionFailed):
+        storage.write("rows.json", b"three", if_match=before.etag)
+    assert storage.read("rows.json") == b"two"
 
 
 def test_of_many_writers_at_once_one_wins(storage: Storage) -> None:

@@ -11,12 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsno_cluster.errors import StorageError
-from dsno_cluster.files import locked, shown_path, sync, written_aside
+from dsno_cluster.files import locked_if_possible, shown_path, sync, written_aside
 from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
 
 
 class FolderStorage:
-    """Objects as files below a folder, which the first write creates."""
+    """Objects as files below a folder, which the first write creates.
+
+    On a file system without locks (Lustre without `-o flock`, some NFS), two writes with `if_match` that
+    compare at the same moment may both succeed; the later one then replaces the earlier.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -42,7 +46,7 @@ class FolderStorage:
                 if if_absent:
                     os.link(aside, path)  # atomic; fails if the file exists
                 elif if_match is not None:
-                    with locked(path.with_name(f".{path.name}.lock")):
+                    with locked_if_possible(path.with_name(f".{path.name}.lock")):
                         now = self.stat(key)
                         if now is None or now.etag != if_match:
                             raise PreconditionFailed(f"{path}: was changed by another writer")

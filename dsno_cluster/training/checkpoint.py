@@ -8,7 +8,6 @@ number of ranks can continue.
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from dsno_cluster.config import Config, validate
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.files import locked, sync
+from dsno_cluster.files import locked_if_possible, sync
 from dsno_cluster.model_folder import AboutModel, SettingChange, read_config_of, read_meta, step_name
 from dsno_cluster.records import SparseRecord, first_mistake, read_record, record_bytes
 from dsno_cluster.storage import FolderStorage, MissingObject
@@ -49,7 +48,6 @@ from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.ranks import Ranks
 
 STATE = "state.json"
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
 class Best(BaseModel):
@@ -105,19 +103,19 @@ def only_run(config: Config) -> Iterator[None]:
     """Lock the run's folder for this process. Raises WorkError if another training holds it.
 
     A job's processes may outlive the command that started them, and two trainings would overwrite each other.
+    On a file system without locks, nothing is held.
     """
     folder = resume_dir(config)
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder / ".lock", wait=False))
+            held.enter_context(locked_if_possible(folder / ".lock", wait=False))
         except BlockingIOError:
             raise WorkError(
                 f"{folder}: another training writes there now; wait for it, end it, or choose another name="
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
+            raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
         yield
 
 
