@@ -41,7 +41,7 @@ class SparseRecord(Record):
     """A record that omits optional keys whose value is None or empty."""
 
     @model_serializer(mode="wrap")
-    def _only_known(self, dump: SerializerFunctionWrapHandler) -> Values:
+    def _only_known(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
         needed = {name for name, field in type(self).model_fields.items() if field.is_required()}
         return {
             key: value

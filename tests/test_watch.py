@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from training_runs import (
 )
 
 from dsno_cluster import load_student
+from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.storage import open_storage
@@ -163,6 +165,29 @@ def test_uploads_are_tried_again_and_never_stop_training(
     uploaded = load_student(f"{root}/students/digits", s3_endpoint)
     theirs = load_student(str(run))
     assert all(torch.equal(a, b) for a, b in zip(uploaded.parameters(), theirs.parameters(), strict=True))
+
+
+def test_tensorboard_takes_a_line_without_a_warning(tmp_path: Path) -> None:
+    from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog, metrics_file
+
+    place = [f"run.dir={tmp_path}", f"storage.root={tmp_path}", "training.tensorboard=true"]
+    config = load_config("configs/digits.yaml", [*TINY, *place])
+    metrics_file(config).parent.mkdir(parents=True)
+    line = MetricsLine(
+        step=1,
+        loss=0.5,
+        lr=0.1,
+        seconds=1.0,
+        distance_per_time=(None, 0.25),
+        images_per_second=1.0,
+        data_wait=0.0,
+        memory_gb=0.0,
+    )
+    log = MetricsLog(config, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.write(line)
+        line.model_dump()
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_once(tiny_data: Path, tmp_path: Path) -> None:

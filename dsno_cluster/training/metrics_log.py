@@ -60,10 +60,10 @@ class MetricsLog:
         except OSError as error:
             raise WorkError(f"{self.file}: cannot be written: {error.strerror}") from error
         if self.board is not None:
-            for name, value in line.model_dump(exclude={"schema_version", "step"}, exclude_none=True).items():
-                per_time = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, tuple) else {}
+            for name, value in line.values().items():
+                per_time = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {}
                 for tag, number in (per_time or {name: value}).items():
-                    if number is not None:
+                    if number is not None and name not in ("schema_version", "step"):
                         self.board.add_scalar(tag, number, line.step)
             self.board.flush()
 
