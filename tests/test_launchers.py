@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import os
 import pickle
 import re
 import sys
@@ -18,7 +20,7 @@ from tiny import DATA, TINY, answer, dsno
 from dsno_cluster.cluster.launchers import SLURM
 from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
 from dsno_cluster.cluster.stage import Submission
-from dsno_cluster.cluster.submitit_internals import CONTROLLER, controller_variables
+from dsno_cluster.cluster.submitit_internals import CONTROLLER, controller_variables, start_on_this_machine
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import Config, Profile, load_config, load_profile
 from dsno_cluster.errors import UserError
@@ -218,3 +220,22 @@ def test_wait_is_accepted_everywhere(tmp_path: Path) -> None:
     words = ["gen-trajectories", *TINY, "--wait", "--launcher", "local", f"storage.root={tmp_path}/out"]
     made = dsno(*words, "trajectories.num_samples=16", cwd=tmp_path)
     assert made.returncode == 0 and "done:" in made.stderr, made.stderr
+
+
+def note_devices(at: Path) -> str:
+    (at / os.environ["SUBMITIT_LOCAL_GLOBALID"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    return "noted"
+
+
+def test_local_ranks_see_the_devices_that_were_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        task = functools.partial(note_devices, tmp_path)
+        job = start_on_this_machine(task, tmp_path / "submitit", 2, tmp_path / "errors", {})
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    os.waitpid(int(job), 0)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3,1", "3,1"]

@@ -41,7 +41,7 @@ def start_on_this_machine(
 
 
 class _OwnSession(submitit.LocalExecutor):
-    """submitit's local executor, with a new session and a file for standard error."""
+    """submitit's local executor, with a new session, a file for standard error and the caller's CUDA devices."""
 
     def __init__(self, folder: Path, errors: Path, variables: dict[str, str]) -> None:
         super().__init__(folder, max_num_timeout=MOST_REQUEUES)

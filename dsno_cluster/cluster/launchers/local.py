@@ -55,18 +55,13 @@ class LocalLauncher:
 
     def submit(self, submissions: Sequence[Submission]) -> list[Run]:
         """Start one stage; the command itself runs several one after the other."""
-        import torch
-
         from dsno_cluster.cluster.submitit_internals import start_on_this_machine
         from dsno_cluster.cluster.task import StageTask
 
         (submission,) = submissions
         run, tasks = create_run(submission, snapshot=False), submission.profile.tasks_per_node
         task = StageTask(submission.stage, submission.options, str(run.folder))
-        variables = {
-            "MASTER_PORT": str(free_ports(1)[0]),  # the port at which the ranks find each other
-            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(torch.cuda.device_count()))),
-        }
+        variables = {"MASTER_PORT": str(free_ports(1)[0])}  # the port at which the ranks find each other
         job = start_on_this_machine(task, run.folder / "submitit", tasks, run.folder / BATCH_LOG, variables)
         run.note(job=job, launcher=self.name, host=socket.gethostname())
         console.say(f"{submission.stage.name} in {tasks} processes; logs: {run.folder}/submitit")

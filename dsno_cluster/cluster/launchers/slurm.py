@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from dsno_cluster.cluster.stage import Stage, Submission
 
-MOST_REQUEUES = 1000
 SETTLE_SECONDS = 15.0
 # keys of a profile for which sbatch has defaults of the user's
 LEFT_OUT = ("partition", "account", "qos", "constraint")
@@ -273,6 +272,8 @@ def _submit(submission: Submission, after: str | None) -> Run:
 def _executor(submission: Submission, folder: Path, after: str | None) -> submitit.SlurmExecutor:
     """submitit's executor for a run folder, which need not exist yet."""
     import submitit
+
+    from dsno_cluster.cluster.submitit_internals import MOST_REQUEUES
 
     stage, profile = submission.stage, submission.profile
     ray = stage.kind == "ray"
