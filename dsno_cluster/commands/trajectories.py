@@ -33,7 +33,7 @@ def plan_trajectories(arguments: Arguments) -> None:
     measuring = options.measure or options.tolerance
     unused = [f"--{name}" for name in ("probes", "nodes") if getattr(options, name) and not measuring]
     if unused:
-        raise UserError(f"{' and '.join(unused)}: for what is measured, with --measure or --tolerance E")
+        raise UserError(f"{' and '.join(unused)}: used only with --measure or --tolerance E")
     probes = options.probes or PROBES
     found, planned = plan.Found(), None
     if measuring:
