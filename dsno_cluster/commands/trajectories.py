@@ -49,7 +49,7 @@ def plan_trajectories(arguments: Arguments) -> None:
         devices = profile.nodes * max(1, fit)
         if profile.gpus_per_node and teacher.device.type == "cpu":
             console.say(
-                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and this machine has none: the time is that of its CPU"
+                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and this machine has none: the time is measured on its CPU"
             )
         error = None
         if options.tolerance:
