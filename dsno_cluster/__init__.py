@@ -1,4 +1,4 @@
-"""dsno-cluster: teacher trajectories, DSNO training and honest evaluation, on a laptop or a Slurm cluster.
+"""dsno-cluster: teacher trajectories, DSNO training and evaluation, on a laptop or a Slurm cluster.
 
 The Python interface: `load_teacher`, `solve`, `count_evaluations` and `load_student`. Importing this package
 is cheap; torch is imported when one of them is first used.

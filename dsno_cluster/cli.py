@@ -134,8 +134,8 @@ COMMANDS = {
     ),
     "import-weights": Command(
         models.import_model,
-        "a published DSNO student or progressive-distillation teacher as a model folder of ours",
-        "SRC",
+        "turn a published DSNO student or progressive-distillation teacher into a dsno-cluster model folder",
+        "CHECKPOINT",
         "dsno-cluster import-weights imagenet64-16/checkpoint --config imagenet64.yaml --out teachers/imagenet64-16",
         [options.importing],
     ),
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         from dsno_cluster import console
 
-        console.error("interrupted; the same command continues")
+        console.error("interrupted; the same command resumes")
         return 130
 
 

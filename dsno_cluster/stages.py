@@ -79,7 +79,7 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
         check_reachable(config, plan.folder)
     begun = newest_step(config) or 0
     if begun >= config.training.steps:
-        done = f"nothing to do: {config.name} is at step {begun} already; a new run needs another name="
+        done = f"nothing to do: {config.name} has already reached step {begun}; for a new training run choose another name="
         return Checked(done, plan.teacher)
     would = (
         f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
@@ -179,7 +179,7 @@ TRAIN = Stage(
 )
 EVAL = Stage(
     name="eval",
-    purpose="how close do one-step samples come?",
+    purpose="how close are one-step samples to real images and to the teacher's?",
     kind="ray",
     section="evaluation",
     options=EvaluationOptions,

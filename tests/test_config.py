@@ -265,7 +265,7 @@ def test_dry_runs_start_nothing(tmp_path: Path, tiny_data: Path) -> None:
     [
         (["plan", "trajectories.times=[0.5,", "0.0]"], "within quotes: 'a.b=[1, 2]'"),
         (["plan", "digits.yaml"], "did you mean configs/digits.yaml?"),
-        (["plan", "--probes", "4"], "--probes: for what is measured, with --measure or --tolerance E"),
+        (["plan", "--probes", "4"], "--probes: used only with --measure or --tolerance E"),
         (["sample", "x", "--shards", "y", "--out", "z.png"], "--out and --shards: a file or shards"),
     ],
 )

@@ -174,7 +174,7 @@ def test_sigterm_ends_an_evaluation_as_ctrl_c_does(demo: tuple[Path, str, str], 
     time.sleep(3)  # Ray has started, or starts
     job.terminate()
     said = job.communicate(timeout=60)[1]
-    assert job.returncode == 130 and said == "dsno-cluster: interrupted; the same command continues\n", said
+    assert job.returncode == 130 and said == "dsno-cluster: interrupted; the same command resumes\n", said
 
 
 def test_the_trajectory_error_alone_draws_no_images(demo: tuple[Path, str, str], tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_killed_at_any_moment_one_rank_resumes_to_the_same_bytes(
     third = dsno(*command[3:])
     assert third.returncode == 0 and "finished already" in third.stderr
     nothing = answer(*command[3:], "--dry-run")
-    assert "nothing to do: digits is at step 30 already" in nothing.stdout, nothing.stderr
+    assert "nothing to do: digits has already reached step 30" in nothing.stdout, nothing.stderr
     slower = dsno(*command[3:], "training.lr=1e-5")
     assert slower.returncode == 2 and "now it is 1e-05; a new run needs another name=" in slower.stderr
     other = dsno(*command[3:], "training.loss=l2")

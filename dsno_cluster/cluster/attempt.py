@@ -74,7 +74,7 @@ def end(run: Run, status: int) -> int:
         _note(attempt, Outcome(state="failed", reason=reason))
         return 2
     if not run.profile().requeue:
-        reason += "; its profile says no-requeue: the same command continues"
+        reason += "; its profile says no-requeue: the same command resumes"
         _note(attempt, Outcome(state="failed", reason=reason))
         return 1
     if (streak := fruitless(run.attempts())) > run.profile().retries:

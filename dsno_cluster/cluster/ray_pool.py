@@ -76,7 +76,7 @@ def default_actors(threads: int) -> int:
 def actor_count(actors: int | None, threads: int) -> str:
     """How many actors there will be, in words, for the line that announces the work."""
     many = f"{actors} actor(s)" if actors else "as many actors"
-    return f"{many} of {threads} thread(s){'' if actors else ' as there is room for'}"
+    return f"{many} of {threads} thread(s){'' if actors else ' as fit'}"
 
 
 def import_ray(own: bool = False) -> Any:
@@ -360,9 +360,7 @@ def run_pool(
                     durations.append(time.monotonic() - attempt.began)
                     yield task, result
     except (ray.exceptions.RaySystemError, ConnectionError) as error:
-        raise WorkError(
-            f"the Ray cluster was lost: {_last_line(error)}; the same command continues"
-        ) from error
+        raise WorkError(f"the Ray cluster was lost: {_last_line(error)}; the same command resumes") from error
     finally:
         for worker in [*workers, *starting.values()]:
             with contextlib.suppress(ValueError, RuntimeError, ray.exceptions.RayError):  # gone already

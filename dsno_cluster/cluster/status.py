@@ -188,4 +188,4 @@ def cancel(run: Run) -> str:
         if time.monotonic() > deadline:
             raise WorkError(f"{run.id}: is still {state.word}, {CANCEL_SECONDS:.0f} s after it was cancelled")
         time.sleep(1.0)
-    return f"{state.word}; what is done is kept, the same command continues"
+    return f"{state.word}; what is done is kept, the same command resumes"

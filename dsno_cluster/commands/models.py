@@ -19,9 +19,9 @@ def sample_student(arguments: Arguments) -> None:
     if options.shards is None and not options.out.endswith((".png", ".npz")):
         raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
     if options.shards is None and (options.actors or options.ray_address):
-        raise UserError("--actors and --ray-address go with --shards URL: a file is drawn by this process")
+        raise UserError("--actors and --ray-address need --shards URL: a file is drawn by this process")
     if options.refine is None and (options.refine_from is not None or options.teacher):
-        raise UserError("--refine-from and --teacher go with --refine K")
+        raise UserError("--refine-from and --teacher need --refine K")
     if options.refine_from is not None and not 0.0 < options.refine_from < 1.0:
         raise UserError(f"--refine-from {options.refine_from}: must lie between 0 (data) and 1 (noise)")
     from dsno_cluster.evaluation.sample import Drawing, Refinement, sample_to_file
@@ -52,7 +52,7 @@ def sample_student(arguments: Arguments) -> None:
 
 
 def import_model(arguments: Arguments) -> None:
-    source = arguments.only_word("SRC: a published checkpoint")
+    source = arguments.only_word("CHECKPOINT: a published student or teacher")
     from dsno_cluster import console
     from dsno_cluster.teachers.importing import import_weights
 

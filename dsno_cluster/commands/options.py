@@ -61,9 +61,14 @@ def all_runs(parser: argparse.ArgumentParser) -> None:
 
 def log_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow", action="store_true", help="continue until the run ends")
-    parser.add_argument("--rank", type=_natural, default=0, metavar="K", help="of which task (default: 0)")
     parser.add_argument(
-        "--attempt", type=_natural, metavar="N", help="of which attempt, from 0 (default: the newest)"
+        "--rank", type=_natural, default=0, metavar="K", help="show the log of task K (default: 0)"
+    )
+    parser.add_argument(
+        "--attempt",
+        type=_natural,
+        metavar="N",
+        help="show the log of attempt N, from 0 (default: the newest)",
     )
 
 
@@ -71,7 +76,8 @@ def student(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student",
         metavar="PATH",
-        help="the folder of a student: of its training (its newest step), of a step, or imported (default: the config's)",
+        help="folder of a student: its training folder (the newest step is used), one step, or an imported model (default: the "
+        "config's)",
     )
 
 
@@ -97,7 +103,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
         "--label",
         type=_natural,
         metavar="K",
-        help="the class of all of them (default: random ones, by the seed)",
+        help="class of all images (default: random classes, by the seed)",
     )
     parser.add_argument("--out", metavar="FILE", help=".png (a grid) or .npz (default: samples.png)")
     parser.add_argument(
@@ -112,7 +118,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the student (default: float32)",
+        help="precision of the student's network (default: float32)",
     )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the student: slow to begin, then faster"
@@ -121,13 +127,13 @@ def sampling(parser: argparse.ArgumentParser) -> None:
         "--refine",
         type=_positive,
         metavar="K",
-        help="finish the student's state at a time with K steps of its teacher",
+        help="start from a state of the student and finish with K steps of its teacher",
     )
     parser.add_argument(
         "--refine-from",
         type=float,
         metavar="T",
-        help="that time (default: the student's own nearest to 0.25)",
+        help="start the refinement at time T (default: the student's time point nearest to 0.25)",
     )
     parser.add_argument(
         "--teacher", metavar="PATH", help="the teacher to refine with (default: the student's)"

@@ -26,8 +26,8 @@ def show_status(arguments: Arguments) -> None:
 
     if not rows:
         print(
-            "no submitted runs: this lists Slurm jobs, and trainings in several processes (--tasks-per-node); other commands "
-            "print what they do on this machine themselves"
+            "no submitted runs. `status` lists only Slurm jobs and local training runs with --tasks-per-node; other local "
+            "commands print their progress in their own terminal"
         )
         return
     console.table("runs, newest first", *status.table_rows(rows))

@@ -33,7 +33,7 @@ def plan_trajectories(arguments: Arguments) -> None:
     measuring = options.measure or options.tolerance
     unused = [f"--{name}" for name in ("probes", "nodes") if getattr(options, name) and not measuring]
     if unused:
-        raise UserError(f"{' and '.join(unused)}: for what is measured, with --measure or --tolerance E")
+        raise UserError(f"{' and '.join(unused)}: used only with --measure or --tolerance E")
     probes = options.probes or PROBES
     found, planned = plan.Found(), None
     if measuring:
@@ -49,7 +49,7 @@ def plan_trajectories(arguments: Arguments) -> None:
         devices = profile.nodes * max(1, fit)
         if profile.gpus_per_node and teacher.device.type == "cpu":
             console.say(
-                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and this machine has none: the time is that of its CPU"
+                f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and this machine has none: the time is measured on its CPU"
             )
         error = None
         if options.tolerance:

@@ -268,7 +268,7 @@ def say_what(comparison: Comparison, actors: int | None) -> None:
     known = ""
     if comparison.samplings:
         shipped = sum(bool(row.shipped) for row in comparison.known.values())
-        came = f", {shipped} of them shipped with the teacher" if shipped else ""
+        came = f", {shipped} of them ship with the teacher" if shipped else ""
         rows = f"{len(comparison.known)} of the teacher's {len(comparison.samplings)} rows"
         known = f"; {rows} were measured before{came}"
     console.say(f"{what}, {actor_count(actors, settings.threads)}{known}")

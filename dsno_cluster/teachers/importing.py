@@ -1,4 +1,4 @@
-"""Import of a published checkpoint, student or teacher, as a model folder of ours."""
+"""Import of a published checkpoint, student or teacher, as a dsno-cluster model folder."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HOW = (
-    "point teacher.path at a folder of ours (as `dsno-cluster train-teacher` and `import-weights` write it), a diffusers "
-    "folder, a published checkpoint, or package.module:function"
+    "point teacher.path at a dsno-cluster model folder (as `dsno-cluster train-teacher` and `import-weights` write it), "
+    "a diffusers folder, a published checkpoint, or package.module:function"
 )
 
 

@@ -21,7 +21,7 @@ PREDICTIONS, SCHEDULE = ("x", "eps", "v", "both"), "cosine"
 
 
 class OwnFolder:
-    """A model folder of ours, on disk or on S3, or `package:NAME`."""
+    """A dsno-cluster model folder, on disk or on S3, or `package:NAME`."""
 
     kind: ClassVar[str] = "ours"
     identities: ClassVar[tuple[type[TeacherIdentity], ...]] = (UNetIdentity,)

@@ -133,7 +133,7 @@ def _failures_in_a_line(config: Config) -> Iterator[None]:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         newest = checkpoint.newest_step(config)
         begin = f"the checkpoint of step {newest}" if newest else "the beginning"
-        raise WorkError(f"{LOST_RANK} ({reason}); the same command continues from {begin}") from error
+        raise WorkError(f"{LOST_RANK} ({reason}); the same command resumes from {begin}") from error
 
 
 def _finish_again(config: Config, step: int, address: str) -> None:

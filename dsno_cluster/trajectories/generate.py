@@ -110,7 +110,7 @@ def check_same_environment(ours: Environment, theirs: Sequence[Environment], whe
         if other.device != ours.device:
             raise UserError(
                 f"{where}: was made on {other.device}, this is {ours.device}, whose bits may differ; "
-                "continue on the device that began, or change the seed to make another data set"
+                f"continue on {other.device}, or change the seed to make another data set"
             )
 
 
