@@ -64,6 +64,8 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
+        if known is not None:
+            known.forget()  # nothing below needs its weights
         if settings.compile:
             student.accelerate(compile=True)
         engine = make_engine(student.recompute(settings.recompute), config, ranks)
