@@ -37,12 +37,12 @@ from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import find_teacher
+from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.beginning import find_trajectories, new_student
 from dsno_cluster.training.objectives import Student
 from dsno_cluster.training.objectives.losses import weighted
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
-from dsno_cluster.training.torch_internals import lerp_all
 from dsno_cluster.trajectories.generate import generate
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches

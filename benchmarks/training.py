@@ -37,13 +37,13 @@ from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import device_name
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights, time_points
 from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.deepspeed_internals import fragments_of
 from dsno_cluster.training.engine import EMA, make_engine
 from dsno_cluster.training.objectives import make_objective
 from dsno_cluster.training.objectives.losses import l1, weighted
 from dsno_cluster.training.ranks import join_ranks
-from dsno_cluster.training.torch_internals import lerp_all
 from dsno_cluster.trajectories.reader import Batch
 
 Step = Callable[[], Any]

@@ -64,6 +64,7 @@ def _generate(
     from dsno_cluster.trajectories.plan import make_plan
 
     plan = make_plan(config, teacher)
+    plan.teacher.forget()  # the actors load it
     return StageResult(generate(config, plan, options.actors, ray_address), teacher=plan.teacher)
 
 

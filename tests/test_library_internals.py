@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 # One rank in bfloat16, where every stage keeps its float32 masters elsewhere: what is found of them must be the weights.
 OF_EACH_STAGE = """
@@ -16,7 +17,7 @@ from dsno_cluster.training.deepspeed_internals import fragments_of, optimizer_st
 from dsno_cluster.training.engine import make_engine
 from dsno_cluster.training.fragments import MASTER, MOMENTS
 from dsno_cluster.training.ranks import join_ranks
-from dsno_cluster.training.torch_internals import check_rank_0_answers
+from dsno_cluster.torch_internals import check_rank_0_answers
 
 for stage in range(4):
     print(f"stage {stage}", file=sys.stderr, flush=True)  # so that a failure names it
@@ -81,8 +82,26 @@ def test_the_kernel_that_would_be_compiled_is_known_by_its_name() -> None:
 def test_torch_moves_many_tensors_at_once() -> None:
     import torch
 
-    from dsno_cluster.training.torch_internals import lerp_all
+    from dsno_cluster.torch_internals import lerp_all
 
     tensors, ends = [torch.zeros(3), torch.ones(2, 2)], [torch.ones(3), torch.full((2, 2), 5.0)]
     lerp_all(tensors, ends, 0.25)
     assert tensors[0].tolist() == [0.25] * 3 and tensors[1].tolist() == [[2.0] * 2] * 2
+
+
+def test_attention_dispatches_to_a_kernel_whose_result_is_kept() -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dsno_cluster.torch_internals import ATTENTION_KERNELS
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ops.append(op)
+            return op(*args, **kwargs or {})
+
+    ops: list[Any] = []
+    query = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with Seen():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert set(ops) & set(ATTENTION_KERNELS), f"see torch_internals.py: attention is now {ops}"

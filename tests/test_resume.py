@@ -346,20 +346,27 @@ def test_a_damaged_state_is_one_line_and_strange_files_are_left_alone(
     file = resume / "step-000000004/state.json"
     whole = file.read_text()
     command = [*words(out, "training.steps=6"), "--launcher", "local"]
-    for damaged, says in [
-        (whole[:100], "Invalid JSON"),
-        ("[]", "should be an object"),
-        (json.dumps(json.loads(whole) | {"optimizer_steps": "four"}), "optimizer_steps: "),
+    state, delete = json.loads(whole), f"delete {file.parent} to continue"
+    aside, newer = (
+        f"move {file.parent} away",
+        "a newer dsno-cluster wrote it, and this version cannot continue it",
+    )
+    for damaged, says, advice in [
+        (whole[:100], "Expecting ", delete),
+        ("[]", "should be an object", aside),
+        (json.dumps(state | {"optimizer_steps": "four"}), "optimizer_steps: ", aside),
+        (json.dumps(state | {"schema_version": 2}), "schema_version: ", newer),
         (
-            json.dumps(json.loads(whole) | {"schema_version": 2}),
-            "schema version 2; this dsno-cluster reads version 1",
+            json.dumps(state | {"identity": state["identity"] | {"colour": "blue"}}),
+            "identity.colour: ",
+            newer,
         ),
     ]:
         file.write_text(damaged)
         failed = dsno(*command)
         assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1, failed.stderr
-        assert f"{file}: cannot be read" in failed.stderr and says in failed.stderr, failed.stderr
-        assert f"delete {file.parent} to continue" in failed.stderr, failed.stderr
+        assert f"{file}: " in failed.stderr and says in failed.stderr, failed.stderr
+        assert advice in failed.stderr and ("delete" in failed.stderr) == (advice == delete), failed.stderr
     file.write_text(whole)
     done = dsno(*command)
     assert done.returncode == 0 and "steps 4 to 6" in done.stderr, done.stderr

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from data_sets import a_spec
 from teacher_models import PUBLISHED
@@ -17,7 +21,7 @@ from tiny import DATA, TINY, answer
 from dsno_cluster.config import Config, Network, load_config
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.diffusion.solvers import solve
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
@@ -233,6 +237,45 @@ def test_times_are_one_but_for_rounding() -> None:
         for times in (config.trajectories.time_points, exact.trajectories.time_points)
     ]
     assert torch.equal(*states)
+
+
+def bytes_kept(root: object) -> int:
+    """The bytes of files and tensors that can be reached from an object."""
+    seen, left, total = set(), [root], 0
+    while left:
+        here = left.pop()
+        if id(here) in seen or isinstance(here, type | ModuleType | FunctionType):
+            continue
+        seen.add(id(here))
+        total += len(here) if isinstance(here, bytes) else 0
+        total += here.nbytes if isinstance(here, torch.Tensor) else 0
+        left += gc.get_referents(here)
+    return total
+
+
+@pytest.mark.parametrize("family", ["ours", "published", "diffusers"])
+def test_a_teacher_forgets_its_weights_but_not_what_is_known(family: str) -> None:
+    found = find_teacher(load_config("configs/digits.yaml", GOLDEN[family][1]))
+    network = found.load().network
+    assert network is not None
+    size = sum(p.nbytes for p in network.parameters())
+    assert bytes_kept(found) >= size
+    found.forget()
+    assert bytes_kept(found) < size / 100
+    assert found.load().identity == found.info.identity
+
+
+def test_a_teacher_that_is_replaced_after_it_is_forgotten_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(DATA / "golden_diffusers", tmp_path / "teacher")
+    words = [*GOLDEN["diffusers"][1], f"teacher.path={folder}"]
+    found = find_teacher(load_config("configs/digits.yaml", words))
+    file = next(folder.rglob("*.safetensors"))
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: tensor + 1 for name, tensor in weights.items()}, file)
+    found.load()  # as it was read
+    found.forget()
+    with pytest.raises(WorkError, match="the teacher has changed since this command began"):
+        found.load()
 
 
 def test_a_teacher_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

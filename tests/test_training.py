@@ -269,6 +269,32 @@ def test_only_rank_0_reads_the_teacher(tiny_data: Path, tmp_path: Path) -> None:
     assert apart(weights(out), averages[DECAYS[0]], new_student_weights("series")) < MOVE_TOLERANCE
 
 
+# Rank 0 is stopped in work that the others wait for; a rank that is not told of it never ends, or with another error.
+STOPPED = """
+import os, signal, sys
+import torch, torch.distributed as dist
+from dsno_cluster.training.preemption import StopSignals
+from dsno_cluster.training.ranks import Ranks, on_rank_0
+
+dist.init_process_group("gloo")
+ranks = Ranks(dist.get_rank(), 0, 2, torch.device("cpu"))
+for stop in (lambda: signal.raise_signal(signal.SIGTERM), lambda: signal.raise_signal(signal.SIGINT), lambda: sys.exit(7)):
+    with StopSignals():
+        try:
+            on_rank_0(ranks, stop)
+        except BaseException as error:
+            print(type(error).__name__, getattr(error, "code", ""), file=sys.stderr)
+"""
+
+
+def test_what_stops_rank_0_stops_the_others_alike(tmp_path: Path) -> None:
+    codes, errors = ends(start_ranks(tmp_path, 2, script=STOPPED), timeout=60)
+    assert codes == [0, 0], errors
+    expected = ["Preempted", "KeyboardInterrupt", "SystemExit 7"]
+    said = [[line.strip() for line in error.splitlines()] for error in errors]
+    assert all([line for line in lines if line in expected] == expected for lines in said), errors
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

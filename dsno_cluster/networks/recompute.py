@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dsno_cluster.networks.unet import Attention, ResidualBlock
+from dsno_cluster.torch_internals import ATTENTION_KERNELS
 
 # Results that are expensive to compute: `cheap` keeps them and recomputes only what lies between them.
 _DEAR = [
@@ -17,9 +18,7 @@ _DEAR = [
     torch.ops.aten.addmm.default,
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    *ATTENTION_KERNELS,
 ]
 _DIFFUSERS_BLOCKS = ("ResnetBlock2D", "Attention")
 

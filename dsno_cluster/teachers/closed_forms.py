@@ -55,6 +55,9 @@ class ClosedForm:
     def warm_start(self) -> dict[str, Tensor]:
         raise no_unet(self.path, self.kind)
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
 
 def _closed_form(path: str, options: Options) -> Teacher:
     doors: dict[str, Callable[..., Teacher]] = {"gaussian": gaussian_teacher, "mixture": mixture_teacher}

@@ -128,6 +128,10 @@ class DiffusersFolder:
         weights = {f"unet.{name}": tensor for name, tensor in network.state_dict().items()}
         return with_last_layer_of_x0(weights, "unet.conv_out.", folder.prediction, folder.info.shape[0])
 
+    def forget(self) -> None:
+        self.source.forget()
+        self.__dict__.pop("_folder", None)
+
 
 def _network(folder: Folder, path: str) -> Any:
     """The UNet2DModel with its weights. Raises UserError if the files do not fit this network."""

@@ -66,6 +66,9 @@ class Factory:
     def warm_start(self) -> dict[str, Tensor]:
         raise no_unet(self.path, self.kind)
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
 
 def _find_module(path: str) -> tuple[str, str]:
     """The module's name and the sha256 of its source.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.solvers import Method, grid_points
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers.loading import open_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits
@@ -52,8 +52,11 @@ class ConfiguredTeacher:
         return replace(self, config=config, method=_method(config, self.path, self.info))
 
     def load(self) -> Teacher:
-        """The teacher, on CPU. Raises UserError if it does not fit the config."""
-        loaded = self.opened.load(self.config.teacher.precision)
+        """The teacher, on CPU.
+
+        Raises UserError if it does not fit the config, and WorkError if its files have changed since it was found.
+        """
+        loaded = self._unchanged().load(self.config.teacher.precision)
         # a factory's images, classes and steps are known only now
         check_fits(self.config.network, loaded.info, self.path)
         native = loaded.native_grid(self.method.steps) if self.config.trajectories.grid == "auto" else None
@@ -67,9 +70,18 @@ class ConfiguredTeacher:
     def warm_start(self) -> dict[str, Tensor]:
         """The weights that a student starts from.
 
-        Raises UserError if no student can start from this teacher.
+        Raises UserError if no student can start from this teacher, and WorkError as `load` does.
         """
-        return self.opened.warm_start()
+        return self._unchanged().warm_start()
+
+    def forget(self) -> None:
+        """Drop its weights and files from memory; `info` stays, and `load` reads them again."""
+        self.opened.forget()
+
+    def _unchanged(self) -> TeacherFamily:
+        if self.opened.info().identity != self.info.identity:
+            raise WorkError(f"{self.path}: the teacher has changed since this command began")
+        return self.opened
 
     def backbone(self) -> DiffusersModel | None:
         """The diffusers model that `student.backbone` asks for.

@@ -50,6 +50,9 @@ class OwnFolder:
             self._weights, "conv_out.", description.prediction, description.network.channels
         )
 
+    def forget(self) -> None:
+        self.__dict__.pop("_weights", None)
+
     @functools.cached_property
     def _info(self) -> TeacherInfo:
         return unet_info(self.path, self._description, self._found.meta.sha256, self.schedule)

@@ -48,6 +48,10 @@ class PublishedFile:
             weights, "conv_out.", description.prediction, description.network.channels
         )
 
+    def forget(self) -> None:
+        self.source.forget()
+        self.__dict__.pop("_read", None)
+
     @functools.cached_property
     def _read(self) -> tuple[UNetDescription, dict[str, Tensor], str]:
         """The network's description, its weights, and the sha256 of the file."""

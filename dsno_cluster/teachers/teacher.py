@@ -168,11 +168,15 @@ class Source:
                 self._read[key] = None
         return self._read[key]
 
+    def forget(self) -> None:
+        """Drop the bytes of the files; they are read again if they are needed again."""
+        self._read.clear()
+
 
 class TeacherFamily(Protocol):
     """A family of teachers: one kind of checkpoint. An instance is a teacher at a source, with its options.
 
-    An instance keeps what it has read, so that files are read and hashed only once.
+    An instance keeps what it has read until `forget`, so that files are read and hashed only once.
     """
 
     kind: ClassVar[str]  # for people: "diffusers", "factory"
@@ -203,6 +207,10 @@ class TeacherFamily(Protocol):
 
         Raises UserError if no student can start from them.
         """
+        ...
+
+    def forget(self) -> None:
+        """Drop the weights and files that it has read; they are read again if they are needed again."""
         ...
 
 

@@ -73,12 +73,13 @@ def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:
     return DSNO(config.network, form, times, diffusers=diffusers, init=init)
 
 
-def new_student(config: Config) -> DSNO:
+def new_student(config: Config, teacher: ConfiguredTeacher | None = None) -> DSNO:
     """A student at initialisation: the teacher's backbone if `student.warm_start`, new temporal layers.
 
-    Raises UserError if the teacher's shapes are not the config's, or no student can start from its network.
+    `teacher` is found unless it is given. Raises UserError if the teacher's shapes are not the config's, or no
+    student can start from its network.
     """
-    teacher = find_teacher(config)
+    teacher = teacher or find_teacher(config)
     student = make_student(config, teacher.backbone())
     if config.student.warm_start:
         student.warm_start(teacher.warm_start())

@@ -8,6 +8,7 @@ number of ranks can continue.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from dsno_cluster.config import Config, validate
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import locked_if_possible, sync
 from dsno_cluster.model_folder import AboutModel, SettingChange, read_config_of, read_meta, step_name
-from dsno_cluster.records import SparseRecord, first_mistake, read_record, record_bytes
+from dsno_cluster.records import SparseRecord, first_mistake, record_bytes
 from dsno_cluster.storage import FolderStorage, MissingObject
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.deepspeed_internals import (
@@ -231,15 +232,25 @@ def _drop_old(config: Config, best: Best | None) -> None:
 def read_state(config: Config, step: int, trajectories: Sequence[str]) -> CheckpointState:
     """`state.json` of a checkpoint. `trajectories` are the folders by which its data set is known.
 
-    Raises UserError unless it belongs to this run (`RunIdentity`).
+    Raises UserError unless it belongs to this run (`RunIdentity`), and WorkError if it cannot be read or understood.
     """
     folder = resume_dir(config) / step_name(step)
+    file, before = folder / STATE, "to continue from the checkpoint before it"
     try:
-        state = read_record(CheckpointState, (folder / STATE).read_bytes(), STATE)
-    except (OSError, UserError) as error:
-        raise WorkError(
-            f"{folder / STATE}: cannot be read ({error}); delete {folder} to continue from the checkpoint before it"
-        ) from error
+        data = file.read_bytes()
+        json.loads(data)
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{file}: cannot be read ({error}); delete {folder} {before}") from error
+    try:
+        state = CheckpointState.model_validate_json(data)
+    except ValidationError as problem:
+        mistake = first_mistake(problem)
+        if any(e["type"] == "extra_forbidden" or e["loc"] == ("schema_version",) for e in problem.errors()):
+            raise WorkError(
+                f"{file}: a newer dsno-cluster wrote it, and this version cannot continue it ({mistake})"
+            ) from None
+        # damaged, or a value that only a newer version knows
+        raise WorkError(f"{file}: cannot be understood ({mistake}); move {folder} away {before}") from None
     check_same_run(folder, state.identity, run_identity(config, trajectories[0]), trajectories)
     return state
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError
+from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.deepspeed_internals import begin_moments, import_deepspeed, whole_shape
 from dsno_cluster.training.fragments import MASTER, Fragment, SavedFragments
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
 from dsno_cluster.training.ranks import Ranks
-from dsno_cluster.training.torch_internals import lerp_all
 
 # Elements sent at once. DeepSpeed's default of 500 million suits networks a hundred times larger: it would
 # buffer all of ours, which partitioning is meant to avoid.

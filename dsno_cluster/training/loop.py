@@ -23,7 +23,7 @@ from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
-from dsno_cluster.training.beginning import Beginning, find_beginning, make_student
+from dsno_cluster.training.beginning import Beginning, find_beginning, make_student, new_student
 from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_state, whole_shape
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
 from dsno_cluster.training.engine import EMA, make_engine
@@ -65,6 +65,8 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
+        if known is not None:
+            known.forget()  # nothing below needs its weights
         if settings.compile:
             student.accelerate(compile=True)
         engine = make_engine(student.recompute(settings.recompute), config, ranks)
@@ -148,12 +150,13 @@ def _begin_student(
 ) -> DSNO:
     """The student with the weights of the checkpoint, or those that it starts from; collective."""
     torch.manual_seed(config.seed)
-    student = make_student(config, beginning.diffusers)
     if beginning.state is not None:
+        student = make_student(config, beginning.diffusers)
         checkpoint.open_fragments(config, beginning.step).load_weights(student)
-    elif config.student.warm_start:
-        on_rank_0(ranks, lambda: teacher and student.warm_start(teacher.warm_start()))
-        broadcast_weights(student, ranks)
+        return student
+    made = on_rank_0(ranks, lambda: new_student(config, teacher))
+    student = made or make_student(config, beginning.diffusers)
+    broadcast_weights(student, ranks)
     return student
 
 

@@ -27,7 +27,7 @@ from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
-from dsno_cluster.training.torch_internals import check_rank_0_answers
+from dsno_cluster.torch_internals import check_rank_0_answers
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard

@@ -14,7 +14,7 @@ from torch import nn
 from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.errors import LOST_RANK, Preempted, UserError, WorkError
 from dsno_cluster.training.deepspeed_internals import import_deepspeed
 
 Found = TypeVar("Found")
@@ -73,17 +73,20 @@ def check_divides(config: Config, world_size: int) -> None:
 def on_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found | None:
     """The result of `work` on rank 0; None on the others, which do not run it; collective.
 
-    If it raises, every rank raises, so that none waits for one that has failed.
+    If it raises, every rank raises, so that none waits for one that has failed or was stopped.
     """
     found, problem = None, None
     if ranks.rank == 0:
         try:
             found = work()
-        except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
+        except BaseException as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
             problem = error
-    failure = _broadcast(ranks, None if problem is None else _for_others(problem))
-    if problem is not None:
-        raise problem
+    try:
+        failure = _broadcast(ranks, None if problem is None else _for_others(problem))
+    finally:
+        # also if the others are gone, as when a signal reached all ranks
+        if problem is not None:
+            raise problem
     if failure is not None:
         raise failure
     return found
@@ -114,7 +117,15 @@ def _broadcast(ranks: Ranks, value: Found) -> Found:
     return values[0]
 
 
-def _for_others(error: Exception) -> UserError | WorkError:
+def _for_others(error: BaseException) -> BaseException:
+    """What the other ranks raise, so that they end as rank 0 does, if `error` ended its work."""
     if isinstance(error, UserError):
         return UserError(str(error))
-    return WorkError(str(error) if isinstance(error, WorkError) else f"{LOST_RANK} (rank 0: {error})")
+    if isinstance(error, WorkError):
+        return WorkError(str(error))
+    stopped = "rank 0 was stopped"
+    if isinstance(error, KeyboardInterrupt):
+        return Preempted(stopped) if isinstance(error, Preempted) else KeyboardInterrupt(stopped)
+    if isinstance(error, SystemExit):
+        return SystemExit(error.code)
+    return WorkError(f"{LOST_RANK} (rank 0: {error})")

@@ -8,6 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The kernels that scaled_dot_product_attention dispatches to.
+ATTENTION_KERNELS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+)
+
 
 @torch.no_grad()
 def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
