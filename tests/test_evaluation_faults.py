@@ -25,7 +25,7 @@ from dsno_cluster.evaluation.look_up import Comparison, Student, Subject, find_s
 from dsno_cluster.evaluation.records import HistoryRow, TeacherRow, rewrite
 from dsno_cluster.evaluation.store import say_replaced
 from dsno_cluster.evaluation.teacher_rows import SHIPPED_ROWS, keep_row, known_rows, row_keys
-from dsno_cluster.evaluation.watch import note_row
+from dsno_cluster.evaluation.watch import checkpoints, note_row, watch
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.records import Record, canonical_hash
 from dsno_cluster.storage import FolderStorage, open_storage
@@ -328,6 +328,30 @@ def test_a_history_that_another_evaluation_adds_to_keeps_all_rows(tmp_path: Path
         rival = partial(note_row, open_storage(str(tmp_path)), config, [], theirs)
         note_row(Disturbed(tmp_path, rival), config, [], ours)
     assert read_history(open_storage(str(tmp_path)), config).rows == tuple(rows)
+
+
+@pytest.mark.parametrize("paths", ["relative", "absolute"])
+def test_a_history_of_an_earlier_version_is_continued(
+    paths: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows were named by paths as they were written in local runs, and by absolute ones in jobs."""
+    digits = str(Path("configs/digits.yaml").absolute())
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, f"storage.root={root}", "evaluation.reference=real.npz"]
+    config = load_config(digits, words)
+    meta = json.loads(next(root.glob("students/digits/step-000000004/meta.json")).read_text())
+    settings = config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"})
+    assert settings["reference"] == str(tmp_path / "real.npz")
+    if paths == "relative":
+        settings["reference"] = "real.npz"
+    measured = {"evaluation": canonical_hash(settings), "ema_decay": meta["ema_decay"], "fid": 1.0}
+    students = checkpoints(open_storage(str(root)), config, {})
+    rows = [{"step": student.step, "sha256": student.sha256, **measured} for student in students]
+    FolderStorage(root).write("evaluation/digits/history.json", json.dumps({"rows": rows}).encode())
+    monkeypatch.setattr("dsno_cluster.evaluation.watch.evaluate", None)  # it is not called
+    history = watch(config, find_teacher(config))
+    assert len(rows) == 2 and len(history.rows) == 2
+    assert history.best is not None and history.best.value == 1.0
 
 
 def test_a_file_that_never_stops_changing_is_given_up(tmp_path: Path) -> None:
