@@ -269,6 +269,21 @@ def test_a_foreign_file_beside_a_teacher_is_ignored_with_a_note(
         assert len(note.splitlines()) == 1
 
 
+@pytest.mark.parametrize("content", ["{", '{"schema_version": 2, "rows": {"new": {}}}'])
+def test_rows_in_the_storage_that_cannot_be_read_are_not_replaced(content: str, tmp_path: Path) -> None:
+    """They took hours, and a newer version may read them. The look-up refuses them before the work."""
+    of = comparison(tmp_path)
+    keep_row(of.storage, of.spec, of.samplings[0], TeacherRow(source="teacher", evaluations=1, fid=0.5))
+    (file,) = (tmp_path / "evaluation/teachers").iterdir()
+    file.write_text(content)
+    with pytest.raises(UserError, match="move it away") as unread:
+        keep_row(of.storage, of.spec, of.samplings[1], TeacherRow(source="teacher", evaluations=4, fid=0.5))
+    assert str(file) in str(unread.value) and "\n" not in str(unread.value)
+    with pytest.raises(UserError, match="move it away"):
+        comparison(tmp_path)
+    assert file.read_text() == content
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"step": "x"}], "best": null}'])
 def test_a_damaged_history_is_one_line_with_the_way_forward(content: str, tmp_path: Path) -> None:
     file = tmp_path / "evaluation/digits/history.json"
