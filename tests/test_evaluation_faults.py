@@ -114,6 +114,33 @@ def test_an_actor_that_dies_while_the_cost_is_measured_is_replaced(root: Path, t
     assert (root / "evaluation/digits/samples.png").is_file()
 
 
+@pytest.mark.parametrize("fails", ["the cost", "the pictures"])
+def test_figures_are_kept_if_cost_or_pictures_fail_for_good(fails: str, root: Path, tmp_path: Path) -> None:
+    """The other one is still made; a picture of an earlier evaluation does not stay beside these figures."""
+    call = f"if len(x) == {50 if fails == 'the cost' else 30}: raise ValueError('no such number')"
+    words = watched(root, tmp_path, call=call)
+    folder = root / "evaluation/digits"
+    folder.mkdir(parents=True)
+    (folder / "teacher.png").write_bytes(b"of an earlier evaluation")
+    alone = ["evaluation.metrics=[trajectory_error]", "evaluation.picture_columns=3"]
+    done = dsno(*words, *alone, *HERE, "1", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    found = metrics_of(root)
+    assert found["student"]["trajectory_error"]["0.0"] > 0
+    (warning,) = found["warnings"]
+    assert warning.startswith(f"{fails} could not be m") and "no such number" in warning, warning
+    assert f"note: {warning}" in done.stdout, done.stdout
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    if fails == "the cost":
+        assert found["student"]["cost_in_teacher_evaluations"] is None
+        assert found["student"]["images_per_second"] is None
+        assert "cost of a sample" not in done.stdout
+        assert len(pictures) == 5 and (folder / "teacher.png").read_bytes()[:4] == b"\x89PNG"
+    else:
+        assert found["student"]["cost_in_teacher_evaluations"] > 0
+        assert pictures == [] and found["pictures"] is None
+
+
 @pytest.mark.slow
 def test_actors_on_devices_that_differ_are_refused(root: Path, tmp_path: Path) -> None:
     begin = "import dsno_cluster.device as device; device.device_name = lambda: f'chip {os.getpid()}'"
