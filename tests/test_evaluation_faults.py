@@ -25,7 +25,7 @@ from dsno_cluster.evaluation.look_up import Comparison, Student, Subject, find_s
 from dsno_cluster.evaluation.records import HistoryRow, TeacherRow, rewrite
 from dsno_cluster.evaluation.store import say_replaced
 from dsno_cluster.evaluation.teacher_rows import SHIPPED_ROWS, keep_row, known_rows, row_keys
-from dsno_cluster.evaluation.watch import note_row
+from dsno_cluster.evaluation.watch import checkpoints, note_row, watch
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.records import Record, canonical_hash
 from dsno_cluster.storage import FolderStorage, open_storage
@@ -112,6 +112,33 @@ def test_an_actor_that_dies_while_the_cost_is_measured_is_replaced(root: Path, t
     assert sorted(p.name for p in tmp_path.glob("died*")) == ["died at 30", "died at 50"]
     assert metrics_of(root)["student"]["cost_in_teacher_evaluations"] > 0
     assert (root / "evaluation/digits/samples.png").is_file()
+
+
+@pytest.mark.parametrize("fails", ["the cost", "the pictures"])
+def test_figures_are_kept_if_cost_or_pictures_fail_for_good(fails: str, root: Path, tmp_path: Path) -> None:
+    """The other one is still made; a picture of an earlier evaluation does not stay beside these figures."""
+    call = f"if len(x) == {50 if fails == 'the cost' else 30}: raise ValueError('no such number')"
+    words = watched(root, tmp_path, call=call)
+    folder = root / "evaluation/digits"
+    folder.mkdir(parents=True)
+    (folder / "teacher.png").write_bytes(b"of an earlier evaluation")
+    alone = ["evaluation.metrics=[trajectory_error]", "evaluation.picture_columns=3"]
+    done = dsno(*words, *alone, *HERE, "1", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    found = metrics_of(root)
+    assert found["student"]["trajectory_error"]["0.0"] > 0
+    (warning,) = found["warnings"]
+    assert warning.startswith(f"{fails} could not be m") and "no such number" in warning, warning
+    assert f"note: {warning}" in done.stdout, done.stdout
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    if fails == "the cost":
+        assert found["student"]["cost_in_teacher_evaluations"] is None
+        assert found["student"]["images_per_second"] is None
+        assert "cost of a sample" not in done.stdout
+        assert len(pictures) == 5 and (folder / "teacher.png").read_bytes()[:4] == b"\x89PNG"
+    else:
+        assert found["student"]["cost_in_teacher_evaluations"] > 0
+        assert pictures == [] and found["pictures"] is None
 
 
 @pytest.mark.slow
@@ -269,6 +296,21 @@ def test_a_foreign_file_beside_a_teacher_is_ignored_with_a_note(
         assert len(note.splitlines()) == 1
 
 
+@pytest.mark.parametrize("content", ["{", '{"schema_version": 2, "rows": {"new": {}}}'])
+def test_rows_in_the_storage_that_cannot_be_read_are_not_replaced(content: str, tmp_path: Path) -> None:
+    """They took hours, and a newer version may read them. The look-up refuses them before the work."""
+    of = comparison(tmp_path)
+    keep_row(of.storage, of.spec, of.samplings[0], TeacherRow(source="teacher", evaluations=1, fid=0.5))
+    (file,) = (tmp_path / "evaluation/teachers").iterdir()
+    file.write_text(content)
+    with pytest.raises(UserError, match="move it away") as unread:
+        keep_row(of.storage, of.spec, of.samplings[1], TeacherRow(source="teacher", evaluations=4, fid=0.5))
+    assert str(file) in str(unread.value) and "\n" not in str(unread.value)
+    with pytest.raises(UserError, match="move it away"):
+        comparison(tmp_path)
+    assert file.read_text() == content
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"step": "x"}], "best": null}'])
 def test_a_damaged_history_is_one_line_with_the_way_forward(content: str, tmp_path: Path) -> None:
     file = tmp_path / "evaluation/digits/history.json"
@@ -328,6 +370,30 @@ def test_a_history_that_another_evaluation_adds_to_keeps_all_rows(tmp_path: Path
         rival = partial(note_row, open_storage(str(tmp_path)), config, [], theirs)
         note_row(Disturbed(tmp_path, rival), config, [], ours)
     assert read_history(open_storage(str(tmp_path)), config).rows == tuple(rows)
+
+
+@pytest.mark.parametrize("paths", ["relative", "absolute"])
+def test_a_history_of_an_earlier_version_is_continued(
+    paths: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows were named by paths as they were written in local runs, and by absolute ones in jobs."""
+    digits = str(Path("configs/digits.yaml").absolute())
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, f"storage.root={root}", "evaluation.reference=real.npz"]
+    config = load_config(digits, words)
+    meta = json.loads(next(root.glob("students/digits/step-000000004/meta.json")).read_text())
+    settings = config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"})
+    assert settings["reference"] == str(tmp_path / "real.npz")
+    if paths == "relative":
+        settings["reference"] = "real.npz"
+    measured = {"evaluation": canonical_hash(settings), "ema_decay": meta["ema_decay"], "fid": 1.0}
+    students = checkpoints(open_storage(str(root)), config, {})
+    rows = [{"step": student.step, "sha256": student.sha256, **measured} for student in students]
+    FolderStorage(root).write("evaluation/digits/history.json", json.dumps({"rows": rows}).encode())
+    monkeypatch.setattr("dsno_cluster.evaluation.watch.evaluate", None)  # it is not called
+    history = watch(config, find_teacher(config))
+    assert len(rows) == 2 and len(history.rows) == 2
+    assert history.best is not None and history.best.value == 1.0
 
 
 def test_a_file_that_never_stops_changing_is_given_up(tmp_path: Path) -> None:

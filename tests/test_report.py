@@ -134,6 +134,18 @@ def test_says_what_was_measured(whole: Path) -> None:
     assert config == load_config("configs/digits.yaml", [f"storage.root={whole}"])
 
 
+def test_a_cost_that_could_not_be_measured_is_left_out(tmp_path: Path) -> None:
+    unknown = {"cost_in_teacher_evaluations": None, "images_per_second": None}
+    found = metrics(warnings=["the cost could not be measured: no clock"])
+    write_evaluation(tmp_path, {**found, "student": {**found["student"], **unknown}})
+    page = report(tmp_path)
+    assert page.problems == [] and "the cost could not be measured: no clock" in page.text
+    assert "Student, 1 evaluation 4.56" in page.text and "student 1 - 4.56" in page.text
+    assert "Teacher at about that cost" not in page.text and "by cost of an image" not in page.text
+    assert "images a second, on one actor" not in page.text and "A sample of the student" not in page.text
+    assert "None" not in page.text
+
+
 def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
     """What `eval --watch` writes: no metrics.json but those of the checkpoints, rows of several settings."""
     past = history()

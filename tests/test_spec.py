@@ -22,8 +22,8 @@ from dsno_cluster.config import Config, Network, load_config
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.diffusion.solvers import solve
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.evaluation.watch import settings_hashes
 from dsno_cluster.provenance import NOWHERE
-from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import find_teacher, load_teacher
 from dsno_cluster.training.identity import check_same_run, run_identity
@@ -144,11 +144,12 @@ def test_a_run_on_a_data_set_of_a_former_name_is_the_same_run(tmp_path: Path) ->
         check_same_run("there", other, now, (plan.folder, *plan.other_folders))
 
 
-def test_the_settings_of_an_evaluation_are_named_as_before() -> None:
-    """`eval --watch` does not measure again what an earlier version measured."""
-    evaluation = load_config("configs/digits.yaml").evaluation
-    content = evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"})
-    assert canonical_hash(content) == "d083451669fef101"
+@pytest.mark.parametrize(
+    ("name", "golden"), [("digits", "d083451669fef101"), ("imagenet64", "1269a3efb5251009")]
+)
+def test_the_settings_of_an_evaluation_are_named_as_before(name: str, golden: str) -> None:
+    """`eval --watch` does not measure again what an earlier version measured; the second names files by relative paths."""
+    assert settings_hashes(load_config(f"configs/{name}.yaml"))[0] == golden
 
 
 def test_a_key_that_is_added_later_changes_no_hash() -> None:

@@ -286,8 +286,8 @@ def run_pool(
     durations: list[float] = []
     failed_starts = storage_failures = 0
     quiet_since = polled = time.monotonic()
-    room = told = capacity()
     try:
+        room = told = capacity()
         while open_tasks:
             if time.monotonic() - polled > POLL_SECONDS:
                 before, room, polled = room, capacity(), time.monotonic()

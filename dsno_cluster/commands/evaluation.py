@@ -76,8 +76,7 @@ def show_metrics(metrics: Metrics) -> None:
     if figures_of(metrics):
         count, extractor = metrics.num_samples, metrics.feature_extractor.name
         console.table(f"{count} samples, {extractor}", *table_rows(metrics))
-    else:
-        cost = metrics.student.cost_in_teacher_evaluations
+    elif (cost := metrics.student.cost_in_teacher_evaluations) is not None:
         print(f"cost of a sample: {cost:.1f} evaluations of the teacher")
     lines = error_lines(metrics)
     if lines:

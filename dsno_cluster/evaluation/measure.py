@@ -15,6 +15,7 @@ import numpy as np
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import RayCluster, given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, Evaluation
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.actor import EvaluationActor, StudentAtWork
 from dsno_cluster.evaluation.features import BATCH, Readings, WeightsFile
 from dsno_cluster.evaluation.metrics import Collected, Reference, figures
@@ -55,12 +56,16 @@ class MeasuredSet:
 
 @dataclass(frozen=True)
 class MeasuredStudent:
-    """The student besides its figures: error by time if asked for, kept shards, cost, pictures."""
+    """The student besides its figures: error by time if asked for, kept shards, cost, pictures.
+
+    Cost or pictures that failed for good are None, and the `warnings` say why.
+    """
 
     trajectory_error: tuple[float, ...]
     shards: tuple[Shard, ...]
-    cost: Cost
-    pictured: Pictured
+    cost: Cost | None
+    pictured: Pictured | None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,16 @@ def measure(
                     yield from collecting.add(block, result)
                 advance(block.stop - block.start)
         if student is not None:
-            cost, pictured = pool.run_alone(
-                [Block("cost", STUDENT, 0, settings.batch_size), Block("pictures", STUDENT, 0, 0)]
-            )
-            yield MeasuredStudent(_relative(errors), collecting.kept_shards(), cost, pictured)
+            cost, no_cost = pool.run_alone(Block("cost", STUDENT, 0, settings.batch_size))
+            pictured, no_pictures = pool.run_alone(Block("pictures", STUDENT, 0, 0))
+            reasons = {
+                "the cost could not be measured": no_cost,
+                "the pictures could not be made": no_pictures,
+            }
+            warnings = tuple(f"{what}: {why}" for what, why in reasons.items() if why is not None)
+            for warning in warnings:
+                console.say(f"note: {warning}")
+            yield MeasuredStudent(_relative(errors), collecting.kept_shards(), cost, pictured, warnings)
         yield Surroundings(collecting.reference, pool.environments[0])
 
 
@@ -159,23 +170,26 @@ class _Pool:
             release=self._release,
         )
 
-    def run_alone(self, blocks: Sequence[Block]) -> tuple[Any, ...]:
-        """The results of blocks, one at a time on a single actor, so that nothing disturbs the timing.
+    def run_alone(self, block: Block) -> tuple[Any, str | None]:
+        """The result of a block that is run on a single actor, so that nothing disturbs the timing, and None.
 
-        An actor that dies is replaced, as in any pool.
+        An actor that dies is replaced, as in any pool. If the block fails for good: None and the reason, as the
+        figures, which may have taken hours, are whole without it.
         """
-        results = dict(
-            run_pool(
-                lambda: self.idle.pop() if self.idle else self._make(),
-                lambda actor, block: actor.run.remote(block),
-                blocks,
-                lambda: min(1, self.cluster.capacity()),
-                in_order=True,
-                greet=lambda actor: actor.environment.remote(),
-                welcome=self._welcome,
-            )
+        running = run_pool(
+            lambda: self.idle.pop() if self.idle else self._make(),
+            lambda actor, block: actor.run.remote(block),
+            [block],
+            lambda: min(1, self.cluster.capacity()),
+            greet=lambda actor: actor.environment.remote(),
+            welcome=self._welcome,
+            release=self._release,
         )
-        return tuple(results[block] for block in blocks)
+        try:
+            ((_, result),) = running
+        except (UserError, WorkError) as error:
+            return None, str(error)
+        return result, None
 
     def _make(self) -> Any:
         return self.remote.remote(*self.arguments)

@@ -24,6 +24,7 @@ from dsno_cluster.trajectories.spec import TrajectorySpec
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)
 _TEACHER, _STUDENT = (38, 90, 160), (186, 84, 20)
+NAMES = ("samples.png", "trajectory.png", "teacher.png", "student.png", "strips.png")
 STRIPS = 4  # samples that are shown through time
 
 
@@ -69,7 +70,7 @@ def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher:
 
 
 def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, bytes]:
-    """The pictures as PNG bytes by name, all from the same noise.
+    """The pictures as PNG bytes by name (`NAMES`), all from the same noise.
 
     samples.png and trajectory.png show teacher over student with captions; teacher.png, student.png and
     strips.png follow `layout`.
@@ -90,13 +91,9 @@ def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, 
     picked = [columns * row for row in plain.strips]
     begin = noise[picked, None] / 2  # noise at half contrast, to lie within the range
     pairs = [torch.cat([begin, states[picked]], dim=1) for states in (theirs, ours)]
-    return {
-        "samples.png": samples,
-        "trajectory.png": trajectory,
-        "teacher.png": _plain_grid(rows(theirs[:, -1]), plain.gap),
-        "student.png": _plain_grid(rows(ours[:, -1]), plain.gap),
-        "strips.png": _plain_grid(torch.stack(pairs, 1).flatten(0, 1), plain.gap, plain.pair_gap),
-    }
+    teacher, student = (_plain_grid(rows(states[:, -1]), plain.gap) for states in (theirs, ours))
+    strips = _plain_grid(torch.stack(pairs, 1).flatten(0, 1), plain.gap, plain.pair_gap)
+    return dict(zip(NAMES, (samples, trajectory, teacher, student, strips), strict=True))
 
 
 def _plain_grid(images: Tensor, gap: int, pair_gap: int = 0) -> bytes:
@@ -136,8 +133,9 @@ def _samples_picture(
         ),
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
         "measured: a published-form student answers all its time points at once.",
-        f"One-step samples: {metrics.student.images_per_second:.0f} images/s on one actor.",
     ]
+    if metrics.student.images_per_second is not None:
+        notes.append(f"One-step samples: {metrics.student.images_per_second:.0f} images/s on one actor.")
     if lines:
         notes += [
             "",

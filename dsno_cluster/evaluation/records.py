@@ -65,11 +65,14 @@ class Cost(Record):
 
 
 class StudentRow(Figures):
-    """The student's figures. `trajectory_error` is relative to the teacher's states, by time."""
+    """The student's figures; a cost that could not be measured is None.
+
+    `trajectory_error` is relative to the teacher's states, by time.
+    """
 
     source: str = "student"
-    cost_in_teacher_evaluations: float
-    images_per_second: float
+    cost_in_teacher_evaluations: float | None
+    images_per_second: float | None
     trajectory_error: dict[str, float] | None = None
 
 

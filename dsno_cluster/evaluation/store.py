@@ -59,8 +59,12 @@ def store(comparison: Comparison, found: Findings, began: float) -> Metrics:
         manifest = make_manifest(comparison.keep.spec, found.student.shards, made_by)
         commit_manifest(storage, comparison.keep.folder, manifest)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
+    beside = _beside(
+        comparison, found.surroundings.reference, config.network.image_size, settings.num_samples
+    )
+    beside["warnings"] += found.student.warnings
     metrics = Metrics(
-        **_beside(comparison, found.surroundings.reference, config.network.image_size, settings.num_samples),
+        **beside,
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
         checkpoint=_checkpoint(comparison),
         teacher=teacher.info.identity.model_dump(mode="json"),
@@ -74,12 +78,14 @@ def store(comparison: Comparison, found: Findings, began: float) -> Metrics:
         device=made_by.device,
         seconds=round(time.monotonic() - began, 1),
         train_seconds=student.train_seconds,
-        pictures=pictures.layout(config),
+        pictures=pictures.layout(config) if found.student.pictured else None,
     )
     storage.write(folder + METRICS, record_bytes(metrics))
-    files = pictures.pictures(config, found.student.pictured, metrics)
+    files = pictures.pictures(config, found.student.pictured, metrics) if found.student.pictured else {}
     for name, png in files.items():
         storage.write(folder + name, png)
+    for name in set(pictures.NAMES) - files.keys():  # an earlier evaluation's, of other figures
+        storage.delete(folder + name)
     console.say(f"written: {storage.url}/{folder}{{{', '.join([METRICS, *files])}}}")
     return metrics
 
@@ -149,8 +155,8 @@ def _student_row(comparison: Comparison, found: Findings) -> StudentRow:
     return StudentRow.model_validate(
         {
             **found.of_student.values(),
-            "cost_in_teacher_evaluations": cost.cost_in_teacher_evaluations,
-            "images_per_second": cost.images_per_second,
+            "cost_in_teacher_evaluations": cost.cost_in_teacher_evaluations if cost else None,
+            "images_per_second": cost.images_per_second if cost else None,
             "trajectory_error": dict(zip(times, errors, strict=True)) if errors else None,
         }
     )

@@ -59,7 +59,8 @@ def table_rows(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
         rows.append([f"real, {held_out.num_samples} held out", "", "", *_texts(figures, held_out)])
     for row in metrics.teacher_rows:
         rows.append([row.source, str(row.evaluations), str(row.evaluations), *_texts(figures, row)])
-    rows.append(["student", "1", f"{student.cost_in_teacher_evaluations:.1f}", *_texts(figures, student)])
+    cost = student.cost_in_teacher_evaluations
+    rows.append(["student", "1", "-" if cost is None else f"{cost:.1f}", *_texts(figures, student)])
     return header, rows
 
 

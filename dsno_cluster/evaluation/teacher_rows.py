@@ -128,7 +128,7 @@ def known_rows(
     """The rows that were measured before with an equal spec: in the storage, or shipped with the teacher.
 
     Rows that were measured under a former identity of the teacher are found too
-    (`TeacherInfo.former_identities`).
+    (`TeacherInfo.former_identities`). Raises UserError if a file in the storage cannot be read.
     """
     identities = (spec.teacher, *teacher.info.former_identities)
     specs = [spec.model_copy(update={"teacher": identity}) for identity in identities]
@@ -144,7 +144,7 @@ def known_rows(
 def keep_row(storage: Storage, spec: ComparisonSpec, sampling: Sampling, row: TeacherRow) -> None:
     """Add a row to those in the storage, which are expensive and do not change.
 
-    Safe against other writers.
+    Safe against other writers. Raises UserError if their file cannot be read, which is then kept.
     """
 
     def with_it() -> TeacherRowsFile:
@@ -158,28 +158,26 @@ def _shipped(path: str, specs: list[ComparisonSpec]) -> dict[str, TeacherRow]:
     file = Path(package_path(path)) / SHIPPED_ROWS
     if not file.is_file():
         return {}
-    content = _rows_in(file.read_bytes(), str(file))
-    if content is None or content.spec not in specs:
+    try:
+        content = read_record(TeacherRowsFile, file.read_bytes(), str(file))
+    except UserError as error:  # these rows only save work, and the file may not be ours
+        console.say(f"note: {error}; it is ignored")
+        return {}
+    if content.spec not in specs:
         return {}
     return {key: row.model_copy(update={"shipped": True}) for key, row in content.rows.items()}
 
 
 def _read(storage: Storage, spec: ComparisonSpec) -> Mapping[str, TeacherRow]:
+    """The rows in the storage. Raises UserError if their file cannot be read, as it must not be overwritten."""
     try:
         data = storage.read(_file_key(spec))
     except MissingObject:
         return {}
-    content = _rows_in(data, f"{storage.url}/{_file_key(spec)}")
-    return content.rows if content else {}
-
-
-def _rows_in(data: bytes, where: str) -> TeacherRowsFile | None:
-    """The rows in a file. They only save work, so a file with other contents is ignored, with a note."""
     try:
-        return read_record(TeacherRowsFile, data, where)
+        return read_record(TeacherRowsFile, data, f"{storage.url}/{_file_key(spec)}").rows
     except UserError as error:
-        console.say(f"note: {error}; it is ignored")
-        return None
+        raise UserError(f"{error}; move it away to measure these rows again") from None
 
 
 def _file_key(spec: ComparisonSpec) -> str:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
+from dsno_cluster.config.loading import EVALUATION_FILES
 from dsno_cluster.evaluation.evaluate import evaluate
 from dsno_cluster.evaluation.history import best_of, history_key, read_history
 from dsno_cluster.evaluation.look_up import find_subject
 from dsno_cluster.evaluation.records import History, HistoryRow, rewrite
+from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import META, read_meta, step_name
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import Storage, open_storage
@@ -62,8 +64,8 @@ def watch(
         there = checkpoints(storage, config, known)
         # choose the best again: the metric may have changed, or students may have been deleted
         history = note_row(storage, config, there)
-        done = {(row.sha256, row.evaluation) for row in history.rows}
-        todo = [student for student in there if (student.sha256, _settings_hash(config)) not in done]
+        done = {row.sha256 for row in history.rows if row.evaluation in settings_hashes(config)}
+        todo = [student for student in there if student.sha256 not in done]
         for student in todo:
             row = _evaluated(config, teacher, student, actors, ray_address)
             history = note_row(storage, config, there, row)
@@ -124,7 +126,7 @@ def _evaluated(
         "step": student.step,
         "ema_decay": student.ema_decay,
         "sha256": student.sha256,
-        "evaluation": _settings_hash(config),
+        "evaluation": settings_hashes(config)[0],
         "folder": folder,
     }
     return HistoryRow.model_validate({**known, **metrics.student.values()})
@@ -137,7 +139,7 @@ def note_row(
 
     Rows that another evaluation adds meanwhile are kept.
     """
-    settings, metric = _settings_hash(config), config.evaluation.judged_by
+    settings, metric = settings_hashes(config), config.evaluation.judged_by
     known = {student.sha256 for student in there}
 
     def with_row() -> History | None:
@@ -145,7 +147,7 @@ def note_row(
         measured = {(r.sha256, r.evaluation) for r in before.rows}
         new = [row] if row and (row.sha256, row.evaluation) not in measured else []
         rows = sorted([*before.rows, *new], key=lambda r: (r.step, str(r.ema_decay)))
-        best = best_of([r for r in rows if r.evaluation == settings and r.sha256 in known], metric)
+        best = best_of([r for r in rows if r.evaluation in settings and r.sha256 in known], metric)
         history = History(rows=tuple(rows), best=best)
         return None if history == before else history
 
@@ -158,6 +160,12 @@ def note_row(
     return history
 
 
-def _settings_hash(config: Config) -> str:
-    """A hash of the evaluation's settings, except those that choose among its results."""
-    return canonical_hash(config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"}))
+def settings_hashes(config: Config) -> tuple[str, str]:
+    """Hashes of the evaluation's settings, except those that choose among its results.
+
+    The first names new rows and does not depend on where a checkout lies: paths below the working directory
+    are relative to it. With the second, of absolute paths, jobs of earlier versions named theirs.
+    """
+    absolute = config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"})
+    paths = {key: shown_path(absolute[key]) for key in EVALUATION_FILES if absolute[key] is not None}
+    return canonical_hash(absolute | paths), canonical_hash(absolute)

@@ -124,9 +124,10 @@ def _tiles(files: RunFiles) -> Markup | None:
         return None
     figure, student = figures[0], metrics.student
     cost = student.cost_in_teacher_evaluations
-    shown: list[tuple[str, Figures, str]] = [("Student, 1 evaluation", student, f"cost {cost:.1f}")]
+    at_cost = "cost not measured" if cost is None else f"cost {cost:.1f}"
+    shown: list[tuple[str, Figures, str]] = [("Student, 1 evaluation", student, at_cost)]
     rows = [row for row in metrics.teacher_rows if figure.text(row)]
-    affordable = [row for row in rows if row.evaluations <= max(1, round(cost))]
+    affordable = [row for row in rows if cost is not None and row.evaluations <= max(1, round(cost))]
     if affordable:
         rival = affordable[-1]
         shown.append(("Teacher at about that cost", rival, _evaluations(rival)))

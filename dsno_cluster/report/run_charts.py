@@ -16,16 +16,16 @@ STUDENT, TEACHER = 0, 1  # colours of the page
 
 
 def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
-    """A figure of the samples against their cost: the teacher at several costs, and the student."""
+    """A figure of the samples against their cost: the teacher at several costs, and the student; None without either."""
     student = metrics.student
-    value = _finite(student.figure(figure.key))
-    if value is None:
+    value, cost = _finite(student.figure(figure.key)), student.cost_in_teacher_evaluations
+    if value is None or cost is None:
         return None
     by_solver: dict[str, list[Point]] = {}
     for row in metrics.teacher_rows:
         if (theirs := _finite(row.figure(figure.key))) is not None:
             by_solver.setdefault(row.source, []).append((row.evaluations, theirs))
-    ours = (student.cost_in_teacher_evaluations, value)
+    ours = (cost, value)
     series = [
         Series(name, sorted(points), TEACHER + i, dots=len(points) == 1)
         for i, (name, points) in enumerate(by_solver.items())

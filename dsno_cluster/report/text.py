@@ -164,11 +164,13 @@ def _cost_of_evaluation(metrics: Metrics) -> Facts:
     if metrics.seconds is not None:
         took = _duration(metrics.seconds) + ", rows of the teacher that were known not counted"
         rows.append(("Time to evaluate", took))
-    one = (
-        f"1 network evaluation, which takes as long as {row.cost_in_teacher_evaluations:.2f} of the teacher's"
-    )
-    rate = f"{row.images_per_second:,.0f} images a second, on one actor"
-    return [*rows, ("A sample of the student", one), ("Sampling", rate)]
+    cost, rate = row.cost_in_teacher_evaluations, row.images_per_second
+    if cost is not None:
+        one = f"1 network evaluation, which takes as long as {cost:.2f} of the teacher's"
+        rows.append(("A sample of the student", one))
+    if rate is not None:
+        rows.append(("Sampling", f"{rate:,.0f} images a second, on one actor"))
+    return rows
 
 
 def _duration(seconds: float | None) -> str:
