@@ -179,9 +179,10 @@ class NormalisedObjective(TrajectoryObjective):
 def read_all(overrides: list[str]) -> Batch:
     """The whole data set as one batch."""
     config = load_config("configs/digits.yaml", [*DATA, *overrides])
-    folder, manifest = find_trajectories(config)
+    plan = make_plan(config)
+    manifest = find_trajectories(config, plan)
     batches = read_batches(
-        ShardReader(open_storage(config.storage.root), folder, manifest),
+        ShardReader(open_storage(config.storage.root), plan.folder, manifest),
         seed=0, first_sample=0, batch_size=manifest.num_samples, rank=0, world_size=1,
     )  # fmt: skip
     (batch,) = next(batches)

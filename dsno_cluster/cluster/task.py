@@ -165,7 +165,7 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
         ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
         why = "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
     except (UserError, WorkError) as error:
-        console.say(f"Slurm does not say why this job must end: {error}")
+        console.say(f"Slurm does not report why this job must end: {error}")
         why = "signal"
     attempt.write(Stopped(why=why))
     console.say(f"{STOPS[why]}: what is done is kept")

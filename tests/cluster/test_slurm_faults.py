@@ -211,7 +211,7 @@ def test_a_node_is_drained_and_the_controller_restarts(disk_user: User, cluster:
         cluster.stop_controller()
         try:
             shown = disk_user.dsno("status", run.id, "--json")
-            assert "Slurm does not say" in shown.stderr
+            assert "Slurm does not report the states" in shown.stderr
             assert json.loads(shown.stdout)["runs"][0]["state"] == "state unknown"
             refused = disk_user.dsno("train", *TINY, *disk_user.storage, "--launcher", "slurm", status=2)
             assert "gen-trajectories" in refused.stderr  # there is no data set yet

@@ -50,6 +50,10 @@ def test_four_nodes_give_what_one_machine_gives(user: User, tmp_path: Path) -> N
     assert [row["fid"] for row in there["teacher_rows"]] == [row["fid"] for row in here["teacher_rows"]]
 
 
+def processes_of(cluster: Cluster, account: str, node: str) -> str:
+    return cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
+
+
 def test_a_user_without_privileges(cluster: Cluster) -> None:
     """Everything is done as the user who submits, and nothing of theirs is left on a node."""
     account = "daemon"  # one that every Debian has
@@ -78,7 +82,7 @@ def test_a_user_without_privileges(cluster: Cluster) -> None:
         user.dsno("cancel", cancelled.id)
         assert why_stopped(cancelled.attempt(0)) == "cancelled"
         for node in ("node1", "node2"):
-            assert not cluster.run("ps", "-u", account, "-o", "args=", host=node, check=False).stdout
+            wait_for(lambda node=node: not processes_of(cluster, account, node))
             left = cluster.run("find", "/mnt", "/dev/shm", "-user", account, host=node).stdout.splitlines()
             assert not [path for path in left if Path(path).name != f"torchinductor_{account}"]  # torch's own
 
@@ -277,5 +281,5 @@ def test_the_interface_can_be_named(disk_user: User, tiny_data: Path) -> None:
     storage = [f"storage.root={disk_user.home}", f"run.dir={disk_user.home}/run"]
     said = disk_user.dsno("train", *TINY, *storage, "--nodes", "2").stderr
     row = disk_user.ends(disk_user.run_of(said), "failed")
-    assert "interface eth7: node1 has none" in row["last_error"] and "eth0" in row["last_error"]
+    assert "interface eth7: node1 has no such interface" in row["last_error"] and "eth0" in row["last_error"]
     assert row["attempts"] == 1  # what the user must mend is not tried again
