@@ -107,7 +107,7 @@ def test_a_node_lost_while_a_student_is_evaluated(
     student = disk_user.home / "student"
     cluster.run("cp", "-r", tmp_path / "students/digits", student)
     run = disk_user.submit("eval", *words, "--nodes", "2", "--student", str(student))
-    wait_for(lambda: run.attempts() and (last(run).read("progress") or {}).get("done", 0) >= 100)
+    wait_for(lambda: done_by(run) >= 100)
     cluster.kill_node("node2")
     assert disk_user.ends(run)["attempts"] == 1
     there, here = (
