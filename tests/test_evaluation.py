@@ -113,6 +113,7 @@ def test_demo_end_to_end(demo: tuple[Path, str, str]) -> None:
         assert picture.ndim == 3 and picture.std() > 20  # something is drawn
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_the_actors(demo: tuple[Path, str, str], tmp_path: Path) -> None:
     root = tmp_path / "again"
     shutil.copytree(demo[0], root)
@@ -177,6 +178,7 @@ def test_sigterm_ends_an_evaluation_as_ctrl_c_does(demo: tuple[Path, str, str], 
     assert job.returncode == 130 and said == "dsno-cluster: interrupted; the same command resumes\n", said
 
 
+@pytest.mark.slow
 def test_the_trajectory_error_alone_draws_no_images(demo: tuple[Path, str, str], tmp_path: Path) -> None:
     """What is left to those who have neither real images nor Inception's weights."""
     root = tmp_path / "again"

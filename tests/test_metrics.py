@@ -234,6 +234,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
             open_images(str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_samples_drawn_as_shards_are_those_of_sample(tiny_student: Path, tmp_path: Path) -> None:
     """`sample --shards`, with a shard lost; equal to the arrays of `sample --out`."""
     words = ["sample", str(tiny_student), "--num", "60", "--seed", "3", "--batch-size", "20"]

@@ -381,7 +381,8 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("stage", [pytest.param("0", marks=pytest.mark.slow), "1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["0", "1"])
 def test_accumulation_reduces_once_a_step(stage: str, tiny_data: Path, tmp_path: Path) -> None:
     """Four micro-batches a step send the gradients as often as one."""
     sent = []
