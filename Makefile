@@ -28,7 +28,7 @@ demo: $(READY)  ## the whole path on real handwritten digits, on this machine, i
 # two at a time: most of a test is waiting for processes to start
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(READY)  ## the tests, in seven to eight minutes on two idle cores
+test: $(READY)  ## the tests, in under seven minutes on two idle cores
 	$(PYTEST) -m "not slow and not cluster" $(ARGS)
 
 test-slow: $(READY)  ## the tests that `make test` leaves out, in half an hour: more faults, stages and precisions
