@@ -258,7 +258,7 @@ sys.exit(main([*words, changed] if os.environ["RANK"] == rank else words))
 
 
 def test_only_rank_0_reads_the_teacher(tiny_data: Path, tmp_path: Path) -> None:
-    """The other rank is told of a teacher that does not exist, and hears of rank 0's."""
+    """The config of the other rank names a teacher that does not exist; the weights come from rank 0."""
     out = link_data(tiny_data, tmp_path / "out")
     held = ["training.heldout_every=2", "training.heldout_samples=8", f"training.ema_decay={list(DECAYS)}"]
     ranks = start_ranks(out, 2, *held, "1", f"teacher.path={tmp_path / 'nowhere'}", script=ON_ONE_RANK)
@@ -269,7 +269,8 @@ def test_only_rank_0_reads_the_teacher(tiny_data: Path, tmp_path: Path) -> None:
     assert apart(weights(out), averages[DECAYS[0]], new_student_weights("series")) < MOVE_TOLERANCE
 
 
-# Rank 0 is stopped in work that the others wait for; a rank that is not told of it never ends, or with another error.
+# Rank 0 is stopped during work that the other ranks wait for. A rank that does not learn of it hangs, or fails
+# with another error.
 STOPPED = """
 import os, signal, sys
 import torch, torch.distributed as dist

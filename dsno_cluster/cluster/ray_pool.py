@@ -418,7 +418,7 @@ def _start_failure(error: BaseException) -> Exception:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
         return cause
-    # of an error in an actor's __init__ Ray passes on only the text
+    # if an actor's __init__ raises, Ray hands over only the text of the error
     line, user_error = _last_line(cause), f"{UserError.__module__}.{UserError.__name__}: "
     if line.startswith(user_error):
         return UserError(line.removeprefix(user_error))

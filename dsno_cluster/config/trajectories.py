@@ -97,7 +97,6 @@ class Reader(Strict):
     cache_dir: NodePath | None = Field(
         None,
         description="local folder that keeps shards from S3, shared by the processes of a node; its $VARIABLES are those "
-        "of the node, as "
-        "in $TMPDIR/shards",
+        "of the node, as in $TMPDIR/shards",
     )
     cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="largest size of the cache in GB")

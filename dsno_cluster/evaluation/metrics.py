@@ -25,7 +25,7 @@ OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images
 WHOLE_MATRIX = (
     10_000  # up to this many samples, torch-fidelity's default, which holds all distances, fits in memory
 )
-ROWS_AT_A_TIME = 2_000  # of the distances, above that
+ROWS_AT_A_TIME = 2_000  # with more samples, the distances are computed in blocks of this many rows
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
     """
     settings = config.training
     deepspeed = import_deepspeed()
-    # one rank has nothing to partition, and stage 0 is faster; half precision needs the flat float32 masters
-    # of the others
+    # One rank has nothing to partition, and stage 0 is faster. Half precision needs the flat float32 master
+    # weights, which only the other stages keep.
     only_one = ranks.world_size == 1 and settings.precision == "float32"
     if settings.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GridName = Literal["uniform between time points", "fine-end/1"]
-FORMAT_VERSION = 2  # of a shard's bytes, see shards.py; version 2 added the checksum in the header
+FORMAT_VERSION = 2  # the layout of a shard file (shards.py); version 2 added the checksum in the header
 # the spec's names for the grids of `Method`
 GRIDS: dict[str, GridName] = {"uniform": "uniform between time points", "fine-end": "fine-end/1"}
 

@@ -203,6 +203,6 @@ def done_by(run: Run) -> int:
 
 
 def why_stopped(attempt: Attempt) -> str | None:
-    """Why an attempt was told to end, if it was."""
+    """The reason for which an attempt was asked to end; None if it was not asked."""
     stopped = attempt.read(Stopped)
     return stopped.why if stopped else None
