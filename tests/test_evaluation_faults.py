@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DATA, TINY, answer, dsno
+from tiny import DATA, TINY, answer, distilled_experiment, dsno
 from training_runs import train
 
 from dsno_cluster.config import load_config
@@ -413,23 +413,8 @@ def test_the_steps_of_a_distilled_teacher_are_one_row(tmp_path: Path) -> None:
     """DDIM with all of its steps, and what made the trajectories: each measured once, under either name."""
     published = DATA / "published/teacher_flax_x"
     import_weights(str(published / "teacher"), str(published / "config.yaml"), str(tmp_path / "teacher"))
-    model = json.loads((tmp_path / "teacher/meta.json").read_text())["model"]
-    steps = model["num_steps"]
-    experiment = {
-        "network": model["network"],
-        "teacher": {"path": str(tmp_path / "teacher")},
-        "trajectories": {
-            "num_samples": 4,
-            "samples_per_shard": 2,
-            "batch_size": 2,
-            "solver": "ddim",
-            "steps": steps,
-            "times": [0.5, 0.0],
-        },
-        "student": {"modes": 1},
-        "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
-        "evaluation": {"num_samples": 2, "reference": "none.npz", "teacher_steps": [1, steps]},
-    }
+    experiment, steps = distilled_experiment(tmp_path / "teacher")
+    experiment["evaluation"]["teacher_steps"] = [1, steps]
     (tmp_path / "distilled.yaml").write_text(json.dumps(experiment))
     config = load_config(str(tmp_path / "distilled.yaml"), [])
     teacher = find_teacher(config)

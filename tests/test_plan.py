@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny import DATA, TINY, answer, dsno
+from tiny import DATA, TINY, answer, distilled_experiment, dsno
 
 from dsno_cluster.config import load_config
 from dsno_cluster.teachers import compared_samplings, find_teacher
@@ -103,23 +103,7 @@ def test_a_distilled_teacher_is_solved_on_its_own_steps(tmp_path: Path) -> None:
         "import-weights", str(published / "teacher"), "--config", str(published / "config.yaml"), "--out", str(out)
     )  # fmt: skip
     assert imported.returncode == 0, imported.stderr
-    model = json.loads((out / "meta.json").read_text())["model"]
-    steps = model["num_steps"]
-    experiment = {
-        "network": model["network"],
-        "teacher": {"path": str(out)},
-        "trajectories": {
-            "num_samples": 4,
-            "samples_per_shard": 2,
-            "batch_size": 2,
-            "solver": "ddim",
-            "steps": steps,
-            "times": [0.5, 0.0],
-        },
-        "student": {"modes": 1},
-        "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
-        "evaluation": {"num_samples": 2, "reference": "none.npz"},
-    }
+    experiment, steps = distilled_experiment(out)
     config.write_text(json.dumps(experiment))
     root = [f"storage.root={tmp_path / 'root'}", "--launcher", "local", "--actors", "1"]
     made = dsno("gen-trajectories", str(config), *root)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,28 @@ TINY = [
     "evaluation.teacher_steps=[1, 2]",
     "evaluation.picture_columns=2",
 ]
+
+
+def distilled_experiment(teacher: Path) -> tuple[dict[str, Any], int]:
+    """A config on a distilled teacher's model folder, solved with DDIM on its own steps, and their number."""
+    model = json.loads((teacher / "meta.json").read_text())["model"]
+    steps = model["num_steps"]
+    experiment = {
+        "network": model["network"],
+        "teacher": {"path": str(teacher)},
+        "trajectories": {
+            "num_samples": 4,
+            "samples_per_shard": 2,
+            "batch_size": 2,
+            "solver": "ddim",
+            "steps": steps,
+            "times": [0.5, 0.0],
+        },
+        "student": {"modes": 1},
+        "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+        "evaluation": {"num_samples": 2, "reference": "none.npz"},
+    }
+    return experiment, steps
 
 
 def dsno(
