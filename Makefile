@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cluster cluster-up cluster-shell cluster-status cluster-down eval docs lint bench
+.PHONY: help setup demo test test-slow test-cluster test-drills cluster-up cluster-shell cluster-status cluster-down eval docs lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,8 +34,11 @@ test: $(READY)  ## the tests, in under seven minutes on two idle cores
 test-slow: $(READY)  ## the tests that `make test` leaves out, in half an hour: more faults, stages and precisions
 	$(PYTEST) -m slow $(ARGS)
 
-test-cluster: $(READY)  ## every fault on four real Slurm nodes on this machine; needs root and Debian's Slurm
-	$(BIN)/python -m pytest -m cluster $(ARGS)
+test-cluster: $(READY)  ## the stages and their faults on four real Slurm nodes on this machine; needs root and Debian's Slurm
+	$(BIN)/python -m pytest -m "cluster and not drill" $(ARGS)
+
+test-drills: $(READY)  ## the longer faults on such a cluster: frozen, slow, full and preempted nodes
+	$(BIN)/python -m pytest -m drill $(ARGS)
 
 cluster-up: $(READY)  ## start that cluster to try things by hand: a login host, four nodes, an S3 server
 	$(BIN)/python tests/cluster/testbed.py up $(ARGS)
