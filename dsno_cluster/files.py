@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsno_cluster.errors import closest
+
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
@@ -21,6 +23,30 @@ def shown_path(path: str | Path) -> str:
     except (ValueError, OSError):  # elsewhere, an address; or the working directory was deleted
         return str(path)
     return str(below)
+
+
+def not_there(path: str | Path, what: str = "file or folder") -> str:
+    """Why there is no `what` at a local path: the folder that a relative path is relative to, and the nearest name."""
+    below = "" if Path(shown_path(path)).is_absolute() else f" below {Path.cwd()}"
+    near = nearest_existing(path, folders_only=what == "folder")
+    return f"no such {what}{below}" + (f"; did you mean {near}?" if near else "")
+
+
+def nearest_existing(path: str | Path, *, folders_only: bool = False) -> str | None:
+    """The existing path that is nearest to one that does not exist, as shown to people; None if none is near."""
+    at = Path(path).expanduser().absolute()
+    missing = next((part for part in [*reversed(at.parents), at] if not os.path.exists(part)), None)
+    if missing is None:
+        return None
+    folders_only = folders_only or missing != at
+    try:
+        beside = [p.name for p in missing.parent.iterdir() if not folders_only or p.is_dir()]
+    except OSError:
+        return None
+    if (near := closest(missing.name, sorted(beside))) is None:
+        return None
+    whole = missing.parent / near / at.relative_to(missing)
+    return shown_path(whole if os.path.exists(whole) else missing.parent / near)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -124,7 +124,8 @@ def _find_evaluated(config: Config, options: EvaluationOptions) -> tuple[str, Co
         from dsno_cluster.evaluation.image_sets import open_images
 
         images = open_images(options.samples, config.storage.endpoint_url)
-        return f"{images.count} images of {images.address}", None
+        note = f" ({images.note})" if images.note else ""
+        return f"{images.count} images of {images.address}{note}", None
     from dsno_cluster.evaluation.look_up import find_student
     from dsno_cluster.teachers import find_teacher
 

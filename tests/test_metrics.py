@@ -226,7 +226,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
         ("words.npz", "labels cannot be read"),
         ("few.npz", r"labels is int64 of \(4,\), of 5 images"),
         ("none", "neither sample shards"),
-        ("absent", "no such folder"),
+        ("absent", "no such file or folder"),
         ("absent.npz", "missing"),
         ("text.npz", "not an .npz"),
     ]:

@@ -272,6 +272,8 @@ def say_what(comparison: Comparison, actors: int | None) -> None:
         rows = f"{len(comparison.known)} of the teacher's {len(comparison.samplings)} rows"
         known = f"; {rows} were measured before{came}"
     console.say(f"{what}, {actor_count(actors, settings.threads)}{known}")
+    if comparison.real.images is not None:
+        comparison.real.images.say_note()
 
 
 def _find_weights(config: Config) -> dict[str, WeightsFile]:

@@ -91,6 +91,7 @@ def layers_by_row(readings: Readings) -> set[str]:
 def fewest(settings: Evaluation) -> dict[str, int]:
     """The smallest number of images, on either side, for the metrics that need one."""
     return {
+        "fid": 2,  # a covariance
         "kid": settings.kid_subset_size,
         "inception_score": settings.inception_splits,
         "precision_recall": settings.neighborhood + 1,
