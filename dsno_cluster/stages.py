@@ -90,11 +90,11 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
 
 
 def _check_training_ahead(config: Config, ranks: int) -> None:
-    from dsno_cluster.training.objectives.losses import find_lpips_weights
+    from dsno_cluster.training.objectives.losses import check_lpips_weights
     from dsno_cluster.training.ranks import check_divides
 
     check_divides(config, ranks)
-    find_lpips_weights(config.training)
+    check_lpips_weights(config.training)
 
 
 def _train(

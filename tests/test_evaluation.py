@@ -76,7 +76,7 @@ def test_weights_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
         find_weights(DIGITS, str(tmp_path / "none.safetensors"), None)
     with pytest.raises(WorkError, match="sha256"):
         find_weights(DIGITS, "package:digits-features", "00")
-    (tmp_path / "inception.pth").write_bytes(b"pickle")
+    (tmp_path / "inception.pth").write_bytes(b"\x80\x02pickle")
     with pytest.raises(UserError, match="weights_sha256"):
         find_weights("inception-v3-compat", str(tmp_path / "inception.pth"), None)
 

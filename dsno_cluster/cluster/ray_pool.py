@@ -419,9 +419,12 @@ def _start_failure(error: BaseException) -> Exception:
     if isinstance(cause, UserError):
         return cause
     # if an actor's __init__ raises, Ray hands over only the text of the error
-    line, user_error = _last_line(cause), f"{UserError.__module__}.{UserError.__name__}: "
-    if line.startswith(user_error):
-        return UserError(line.removeprefix(user_error))
+    line = _last_line(cause)
+    if found := re.match(r"(dsno_cluster(?:\.\w+)*)\.(\w+): (.+)", line):
+        kind = getattr(sys.modules.get(found[1]), found[2], None)
+        for ours in (UserError, WorkError):
+            if isinstance(kind, type) and issubclass(kind, ours):
+                return ours(found[3])
     return WorkError(f"an actor cannot start: {line}")
 
 

@@ -22,7 +22,7 @@ from dsno_cluster.config.base import Named, PositiveInt, Seed, later
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, Refinement, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
-from dsno_cluster.model_folder import model_address, read_meta
+from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import (
@@ -101,7 +101,9 @@ def sample_to_shards(
     storage = open_storage(url, drawing.endpoint_url)
     # a training that continues moves `latest`, and every actor opens the student by itself
     address = model_address(drawing.checkpoint, drawing.endpoint_url)
-    meta = read_meta(address, drawing.endpoint_url)
+    found = find_model(address, drawing.endpoint_url)
+    found.check_weights()  # before the actors read them
+    meta = found.meta
     drawing = replace(drawing, checkpoint=address, sha256=meta.sha256)
     if meta.seed == seed:
         raise UserError(

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import not_there
 from dsno_cluster.storage.address import endpoint_problem, split_address
 from dsno_cluster.storage.folder import FolderStorage
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
@@ -62,10 +63,13 @@ def split_path(path: str) -> tuple[str, str]:
 def read_file(path: str, endpoint_url: str | None) -> bytes:
     """The bytes at a path or S3 address. Raises UserError if the file does not exist."""
     parent, name = split_path(path)
+    if "://" not in path and Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
     try:
         return open_storage(parent, endpoint_url).read(name)
     except MissingObject:
-        raise UserError(f"{path}: no such file") from None
+        why = "no such file" if "://" in path else not_there(path)
+        raise UserError(f"{path}: {why}") from None
 
 
 def write_file(path: str, data: bytes, endpoint_url: str | None = None) -> None:

@@ -13,6 +13,7 @@ from dsno_cluster.storage import PreconditionFailed, open_storage, read_file, sp
 from dsno_cluster.students.published_format import recognise
 from dsno_cluster.students.published_students import read_published_student
 from dsno_cluster.teachers.flax_teachers import read_published_teacher
+from dsno_cluster.weight_files import HEAD
 
 
 def import_weights(
@@ -26,7 +27,7 @@ def import_weights(
     else.
     """
     data, text = read_file(src, endpoint_url), read_file(published_yaml, endpoint_url)
-    if is_student := recognise(data[:4]) == "torch":
+    if is_student := recognise(data[:HEAD]) == "torch":
         student = read_published_student(data, src, text, published_yaml)
         model, weights = student.model, student.weights
     else:

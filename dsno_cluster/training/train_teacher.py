@@ -21,6 +21,7 @@ from dsno_cluster.records import Values
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
 from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
+from dsno_cluster.weight_files import NotWeights, parse_torch
 
 
 class TeacherRun(Strict):
@@ -160,7 +161,10 @@ def _load_resume_state(
     Returns its steps and seconds. Raises MissingObject, and UserError for another run.
     """
     where = f"{resume.url}/{key}"
-    state = torch.load(io.BytesIO(resume.read(key)), weights_only=True)
+    try:
+        state = parse_torch(resume.read(key), where)
+    except NotWeights as error:
+        raise UserError(f"{error}; delete that file to begin anew") from None
     if changed := _run(config).differing(_saved_run(state["settings"], where)):
         raise UserError(
             f"{where}: an unfinished run with another {', '.join(changed)}; "
