@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsno_cluster.errors import UserError
+
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
@@ -21,6 +23,20 @@ def shown_path(path: str | Path) -> str:
     except (ValueError, OSError):  # elsewhere, an address; or the working directory was deleted
         return str(path)
     return str(below)
+
+
+def in_home(path: str) -> str:
+    """`path` with the home folder in place of a `~` or `~user` at its beginning.
+
+    Raises UserError if that folder is not known: without HOME and without an entry in the users' list, as in
+    some containers.
+    """
+    expanded = os.path.expanduser(path)
+    user = path.partition("/")[0]
+    if user.startswith("~") and (expanded == path or (user == "~" and os.environ.get("HOME") == "")):
+        why = "HOME is not set" if user == "~" else f"there is no user {user[1:]}"
+        raise UserError(f"{path}: {user} is no folder here, as {why}; write the path out")
+    return expanded
 
 
 def replace_file(path: Path, data: bytes) -> None:
