@@ -27,7 +27,7 @@ from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
 from dsno_cluster.errors import UserError, WorkError, closest
 from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, TRAIN
 
-_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*=")
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,10 @@ def _parse(name: str, rest: list[str]) -> Arguments:
     unknown = [word for word in extras if word.startswith("-")]
     if unknown:
         known = [s for action in parser._actions for s in action.option_strings if s.startswith("--")]
-        near = closest(unknown[0].split("=")[0], known)
+        near, override = closest(unknown[0].split("=")[0], known), unknown[0].lstrip("-")
         hint = f"did you mean {near}?" if near else f"options: {', '.join(known)}"
+        if near is None and _OVERRIDE.match(override):
+            hint = f"a key of the config is set without hyphens before it: {override}"
         raise UserError(f"unknown option {unknown[0]}; {hint}")
     overrides = [word for word in extras if _OVERRIDE.match(word)]
     words = [word for word in extras if not _OVERRIDE.match(word)]

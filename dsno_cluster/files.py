@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsno_cluster.errors import closest
+from dsno_cluster.errors import UserError, closest
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
@@ -47,6 +47,20 @@ def nearest_existing(path: str | Path, *, folders_only: bool = False) -> str | N
         return None
     whole = missing.parent / near / at.relative_to(missing)
     return shown_path(whole if os.path.exists(whole) else missing.parent / near)
+
+
+def in_home(path: str) -> str:
+    """`path` with the home folder in place of a `~` or `~user` at its beginning.
+
+    Raises UserError if that folder is not known: without HOME and without an entry in the users' list, as in
+    some containers.
+    """
+    expanded = os.path.expanduser(path)
+    user = path.partition("/")[0]
+    if user.startswith("~") and (expanded == path or (user == "~" and os.environ.get("HOME") == "")):
+        why = "HOME is not set" if user == "~" else f"there is no user {user[1:]}"
+        raise UserError(f"{path}: {user} is no folder here, as {why}; write the path out")
+    return expanded
 
 
 def replace_file(path: Path, data: bytes) -> None:

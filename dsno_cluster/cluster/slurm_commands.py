@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dsno_cluster import console
-from dsno_cluster.config import Profile
+from dsno_cluster.config import Profile, slurm_minutes
 from dsno_cluster.errors import UserError, WorkError
 
 CONTROLLER_SECONDS = 2.0
@@ -266,9 +266,5 @@ def _number(text: str) -> int:
 
 def _minutes(limit: str) -> float:
     """Minutes of a time such as 1-00:00:00 or 30:00; infinite for words such as UNLIMITED."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+)*", limit):
-        return float("inf")
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    hours, minutes, seconds = [0] * (3 - len(parts)) + parts
-    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+    minutes = slurm_minutes(limit)
+    return float("inf") if minutes is None else minutes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
@@ -18,6 +19,16 @@ from dsno_cluster.config.trajectories import Reader, Trajectories
 TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
 
 
+def _run_name(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        proposed = re.sub("[^A-Za-z0-9_.]+", "-", name).strip("-_.") or "run-1"
+        raise ValueError(
+            f"{name!r} cannot name folders: only A-Z, a-z, 0-9, '.', '_' and '-', and first a letter or digit; "
+            f"try name={proposed}"
+        )
+    return name
+
+
 class DataConfig(Strict):
     name: Literal["digits"] | None = Field(
         None,
@@ -28,8 +39,9 @@ class DataConfig(Strict):
 class Config(Strict):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
-        description="names the student and its folders; default: the stem of the config's file"
+    name: Annotated[str, AfterValidator(_run_name)] = Field(
+        description="names the student and its folders: letters, digits, `.`, `_` and `-`; default: the stem of the config's "
+        "file, with `-` for spaces"
     )
     seed: Seed = Field(0, description="determines the noise and labels of the trajectories, and training")
     storage: StorageConfig = Field(default_factory=StorageConfig)

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.files import not_there
-from dsno_cluster.storage.address import endpoint_problem, split_address
+from dsno_cluster.files import in_home, not_there
+from dsno_cluster.storage.address import checked_address, endpoint_problem, split_address
 from dsno_cluster.storage.folder import FolderStorage
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
 from dsno_cluster.storage.s3 import Patience, S3Storage
@@ -37,10 +37,14 @@ __all__ = [
 
 
 def absolute_address(address: str, folder: Path = Path()) -> str:
-    """The folder or S3 address as an absolute one; a relative path is relative to `folder`."""
+    """The folder or S3 address as an absolute one; a relative path is relative to `folder`.
+
+    Raises UserError for an address of any other kind.
+    """
+    address = checked_address(address)
     if "://" in address or address.startswith("package:"):
         return address
-    return str((folder / Path(address).expanduser()).absolute())
+    return str((folder / in_home(address)).absolute())
 
 
 def open_storage(url: str, endpoint_url: str | None = None, patience: Patience | None = None) -> Storage:
@@ -49,8 +53,9 @@ def open_storage(url: str, endpoint_url: str | None = None, patience: Patience |
     Raises UserError for any other scheme, for an invalid bucket name, for an endpoint that is not a URL, and
     if either contains a password.
     """
+    url = checked_address(url)
     if "://" not in url:
-        return FolderStorage(Path(url))
+        return FolderStorage(Path(in_home(url)))
     return S3Storage(*split_address(url), endpoint_url, patience or Patience())
 
 

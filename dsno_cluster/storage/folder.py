@@ -23,7 +23,7 @@ class FolderStorage:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = root.absolute()
         self.url = shown_path(root)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
 from dsno_cluster.weight_files import container
+from dsno_cluster.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from dsno_cluster.networks.unet import UNet

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-import yaml
-
-from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
 from dsno_cluster.storage import PreconditionFailed, open_storage, read_file, split_path
@@ -14,6 +11,7 @@ from dsno_cluster.students.published_format import recognise
 from dsno_cluster.students.published_students import read_published_student
 from dsno_cluster.teachers.flax_teachers import read_published_teacher
 from dsno_cluster.weight_files import HEAD
+from dsno_cluster.yaml_text import dump_yaml, parse_yaml
 
 
 def import_weights(
@@ -42,7 +40,7 @@ def import_weights(
             "config": parse_yaml(text.decode(), published_yaml),
         },
     )
-    config = yaml.safe_dump({"network": model["network"]}, sort_keys=False)
+    config = dump_yaml({"network": model["network"]})
     parent, name = split_path(out_dir)
     try:
         write_model(open_storage(parent, endpoint_url), f"{name}/", weights, config, about)

@@ -39,7 +39,9 @@ from dsno_cluster.trajectories.shards import (
     shard_tensors,
     vouches_for_itself,
 )
+from dsno_cluster.yaml_text import parse_yaml
 
+_CONFIG = "the config of online training"
 FAILED = "failed"  # a file of the staging folder with the reason why no more shards will come
 POLL_SECONDS = 0.05
 IN_FLIGHT = 2  # shards that an actor works on: one is solved while another is written
@@ -200,9 +202,7 @@ def main() -> int:
     # Slurm sends it to all processes; training ends this one when it has saved
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     work = json.loads(sys.stdin.readline())
-    import yaml
-
-    config = validate(Config, yaml.safe_load(work["config"]), "the config of online training")
+    config = validate(Config, parse_yaml(work["config"], _CONFIG), _CONFIG)
     trained = [work["start"]]
 
     def listen() -> None:
