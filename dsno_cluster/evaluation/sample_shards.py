@@ -17,7 +17,15 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.cluster.ray_pool import (
+    CONCURRENCY,
+    PoolActor,
+    actor_count,
+    given_address,
+    import_ray,
+    open_ray,
+    run_pool,
+)
 from dsno_cluster.config.base import Named, PositiveInt, Seed, later
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, Refinement, draw_images, open_drawing
@@ -169,7 +177,7 @@ def _draw(
 
     size, here = spec.samples_per_shard, os.getcwd()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
+        remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
             pool = run_pool(
                 lambda: remote.remote(drawing, url, spec.seed, size, here),
@@ -211,7 +219,7 @@ def _there_already(
     return kept, made_by if kept else None
 
 
-class SampleActor:
+class SampleActor(PoolActor):
     """A Ray actor that draws shards of `size` images from a student, below `url`.
 
     Paths are relative to `folder`.
@@ -220,6 +228,7 @@ class SampleActor:
     def __init__(self, drawing: Drawing, url: str, seed: int, size: int, folder: str) -> None:
         import torch
 
+        super().__init__()
         with contextlib.suppress(OSError):  # not on this node: then all that is used is on S3
             os.chdir(folder)
         torch.set_num_threads(THREADS)
@@ -227,9 +236,6 @@ class SampleActor:
         self.drawing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(THREADS,))
         self.opened = open_drawing(drawing)
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
-
-    def environment(self) -> Environment:
-        return environment()
 
     def make_shard(self, index: int) -> tuple[Shard, str]:
         """Draw and write a shard.

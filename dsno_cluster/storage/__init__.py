@@ -15,7 +15,8 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.storage.address import endpoint_problem, split_address
 from dsno_cluster.storage.folder import FolderStorage
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
-from dsno_cluster.storage.s3 import Patience, S3Storage
+from dsno_cluster.storage.s3 import Patience, S3Storage, expect_answers
+from dsno_cluster.storage.silence import silence_now
 
 __all__ = [
     "FolderStorage",
@@ -27,8 +28,10 @@ __all__ = [
     "Storage",
     "absolute_address",
     "endpoint_problem",
+    "expect_answers",
     "open_storage",
     "read_file",
+    "silence_now",
     "split_address",
     "split_path",
     "write_file",

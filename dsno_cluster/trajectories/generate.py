@@ -14,7 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.cluster.ray_pool import (
+    CONCURRENCY,
+    PoolActor,
+    actor_count,
+    given_address,
+    import_ray,
+    open_ray,
+    run_pool,
+)
 from dsno_cluster.config import Config, StorageConfig, TeacherConfig
 from dsno_cluster.diffusion.noise import noise_checksum
 from dsno_cluster.diffusion.schedule import same_times
@@ -199,7 +207,7 @@ def _make_shards(
 
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
         # two calls at a time: while one shard is encoded and uploaded, the next is solved
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
+        remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
         began, finished = time.monotonic(), 0
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
@@ -247,7 +255,7 @@ def collect_shards(
         raise
 
 
-class SolveActor:
+class SolveActor(PoolActor):
     """A Ray actor that holds a teacher and makes shards of `spec` below `folder` of a storage.
 
     Raises UserError if the teacher that it loads is not the spec's.
@@ -260,6 +268,7 @@ class SolveActor:
 
         from dsno_cluster.device import compute_device
 
+        super().__init__()
         torch.set_num_threads(spec.threads)  # bits depend on it
         # the number of threads is also a property of the calling thread, so all solving is done in this one
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
@@ -270,9 +279,6 @@ class SolveActor:
         check_teacher(spec, loaded, str(teacher.path))
         self.teacher = loaded.to(compute_device())
         self.storage = open_storage(storage.root, storage.endpoint_url)
-
-    def environment(self) -> Environment:
-        return environment()
 
     def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
         """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.
