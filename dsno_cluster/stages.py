@@ -71,6 +71,7 @@ def _generate(
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
     from dsno_cluster.training.beginning import find_trajectories
     from dsno_cluster.training.checkpoint import newest_step
+    from dsno_cluster.training.ownership import check_students, students_claim
     from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
     _check_training_ahead(config, processes)
@@ -78,7 +79,9 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
     find_trajectories(config, plan)
     if config.training.online:  # it has not read the storage yet
         check_reachable(config, plan.folder)
-    begun = newest_step(config) or 0
+    newest = newest_step(config)
+    check_students(students_claim(config, plan.folder), newest)
+    begun = newest or 0
     if begun >= config.training.steps:
         done = f"nothing to do: {config.name} has already reached step {begun}; for a new training run choose another name="
         return Checked(done, plan.teacher)

@@ -60,7 +60,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         start, main = beginning.step, ranks.rank == 0
         if start >= settings.steps:
             if main:
-                _finish_again(config, start, address)
+                _finish_again(config, beginning, address)
             return address
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
@@ -79,7 +79,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         notes = checkpoint.begin_notes(student, config, beginning.folder, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
-        publisher = Publisher(config) if main else None
+        publisher = Publisher(config, beginning.folder) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, objective.num_figures, notes.divergence)
         pace = Pace(notes.seconds)
         with console.progress(
@@ -138,11 +138,13 @@ def _failures_in_a_line(config: Config) -> Iterator[None]:
         raise WorkError(f"{LOST_RANK} ({reason}); the same command resumes from {begin}") from error
 
 
-def _finish_again(config: Config, step: int, address: str) -> None:
+def _finish_again(config: Config, beginning: Beginning, address: str) -> None:
     """Do what is left for a run that is at its last step: upload students that were not uploaded yet."""
-    Publisher(config).finish()
-    checkpoint.check_finished_alike(config, step)
-    console.say(f"finished already at step {step}: {shown_path(address)} (a new run needs another name=)")
+    Publisher(config, beginning.folder).finish()
+    checkpoint.check_finished_alike(config, beginning.step)
+    console.say(
+        f"finished already at step {beginning.step}: {shown_path(address)} (a new run needs another name=)"
+    )
 
 
 def _begin_student(
