@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from training_runs import STUDENT, link_data, train, wait_for, words
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.model_folder import AboutModel, ModelDescription
-from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.training.ownership import Claim, Owner, students_claim
+from dsno_cluster.storage import Storage, only_writer, open_storage
+from dsno_cluster.training.ownership import Claim, Owner, only_run, students_claim
 from dsno_cluster.training.publish import Publisher
 
 
@@ -152,3 +153,62 @@ def test_a_name_that_was_taken_over_is_published_to_no_more(tmp_path: Path) -> N
         publisher.finish()
     assert [stat.key for stat in shared.list("students/")] == [f"{STUDENT}/owner.json"]
     assert (tmp_path / "one" / STUDENT / "step-000000002/meta.json").is_file()  # nothing is lost
+
+
+def test_of_two_trainings_of_one_teacher_only_one_publishes(tmp_path: Path) -> None:
+    few = ["teacher_training.steps=2", "teacher_training.checkpoint_every=1", "teacher_training.batch_size=8"]
+    command = ["train-teacher", *few, f"storage.root={tmp_path / 'root'}"]
+    made = answer(*command, f"run.dir={tmp_path / 'one'}")
+    assert made.returncode == 0, made.stderr
+    other = answer(*command, f"run.dir={tmp_path / 'other'}", "teacher_training.lr=0.5")
+    assert other.returncode == 2 and f"run.dir={tmp_path / 'one'} (" in other.stderr, other.stderr
+    owner = tmp_path / "root/teachers/digits-owner.json"
+    assert f"delete {owner} if nobody needs it" in other.stderr, other.stderr
+    with only_run(tmp_path / "one/teachers", ".digits.lock"):
+        second = answer(*command, f"run.dir={tmp_path / 'one'}")
+    assert second.returncode == 1 and "another training writes there now" in second.stderr, second.stderr
+    again = answer(*command, f"run.dir={tmp_path / 'one'}", "teacher_training.lr=0.5")
+    assert again.returncode == 0, again.stderr  # as before: its owner may train it again
+    owner.unlink()
+    assert answer(*command, f"run.dir={tmp_path / 'other'}").returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_writers_of_the_same_files_take_turns(
+    kind: str,
+    tmp_path: Path,
+    s3_endpoint: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    root = str(tmp_path) if kind == "folder" else "s3://bucket/turns"
+    first, second = (open_storage(root, s3_endpoint) for _ in range(2))
+
+    def write() -> None:
+        with only_writer(second, "x/writing.json"):
+            for name in ("a", "b"):
+                second.write(f"x/{name}", b"second")
+
+    other = threading.Thread(target=write)
+    said = []
+
+    def is_said(words: str) -> bool:
+        said.append(capsys.readouterr().err)
+        return words in "".join(said)
+
+    with only_writer(first, "x/writing.json"):
+        first.write("x/a", b"first")
+        other.start()
+        wait_for(lambda: is_said("x/writing.json: process "), pause=0.05)
+        first.write("x/b", b"first")
+        assert first.read("x/a") == b"first"
+    other.join()
+    assert [first.read(f"x/{name}") for name in ("a", "b")] == [b"second"] * 2
+    assert first.stat("x/writing.json") is None
+    # one that was killed is not waited for without end
+    monkeypatch.setattr("dsno_cluster.storage.writer.ENDED_SECONDS", 0.5)
+    first.write("x/writing.json", b"{}")
+    write()
+    assert first.stat("x/writing.json") is None

@@ -17,6 +17,7 @@ from dsno_cluster.storage.folder import FolderStorage
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
 from dsno_cluster.storage.s3 import Patience, S3Storage, expect_answers
 from dsno_cluster.storage.silence import silence_now
+from dsno_cluster.storage.writer import only_writer
 
 __all__ = [
     "FolderStorage",
@@ -29,6 +30,7 @@ __all__ = [
     "absolute_address",
     "endpoint_problem",
     "expect_answers",
+    "only_writer",
     "open_storage",
     "read_file",
     "silence_now",

@@ -32,6 +32,7 @@ from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog
 from dsno_cluster.training.objectives import Objective, StepFigures, make_objective
 from dsno_cluster.training.online import Producer, StagedShards
 from dsno_cluster.training.optim import learning_rate
+from dsno_cluster.training.ownership import only_run
 from dsno_cluster.training.pace import Pace, memory_gb
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher
@@ -53,7 +54,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         resources.enter_context(_failures_in_a_line(config))
         stop = resources.enter_context(StopSignals())
         ranks = join_ranks(config)
-        on_rank_0(ranks, lambda: resources.enter_context(checkpoint.only_run(config)))
+        on_rank_0(ranks, lambda: resources.enter_context(only_run(checkpoint.resume_dir(config))))
         # only rank 0 ever reads it
         known = on_rank_0(ranks, lambda: teacher or find_teacher(config))
         beginning = from_rank_0(ranks, lambda: find_beginning(config, known))

@@ -7,10 +7,12 @@ students, and a training that resumes from its run.dir, on whatever node, is kno
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.slurm_commands import user_name
 from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import locked_if_possible
 from dsno_cluster.records import Record, canonical_hash, read_record, record_bytes
 from dsno_cluster.storage import FolderStorage, MissingObject, PreconditionFailed, Storage, open_storage
 from dsno_cluster.training.identity import run_identity
@@ -62,6 +65,15 @@ class Claim:
         return f"{self.storage.url}/{self.published.rstrip('/')}"
 
     @property
+    def in_the_way(self) -> str:
+        """What must be deleted before another training can own the name."""
+        return (
+            self.where
+            if self.key.startswith(f"{self.published.rstrip('/')}/")
+            else f"{self.storage.url}/{self.key}"
+        )
+
+    @property
     def within(self) -> bool:
         """Whether the training publishes into its own run.dir."""
         return (
@@ -79,11 +91,11 @@ class Claim:
         if here and owner.host == socket.gethostname():
             raise UserError(
                 f"{self.where}: belongs to an earlier training in {owner.run_dir} ({owner.who}), which is no longer there; "
-                f"choose another name=, or delete {self.where} to begin again"
+                f"choose another name=, or delete {self.in_the_way} to begin again"
             )
         raise UserError(
             f"{self.where}: belongs to the training with run.dir={owner.run_dir} ({owner.who}); continue that one with its "
-            f"run.dir, choose another name=, or delete {self.where} if nobody needs it"
+            f"run.dir, choose another name=, or delete {self.in_the_way} if nobody needs it"
         )
 
     def hold(self) -> None:
@@ -134,6 +146,39 @@ def students_claim(config: Config, trajectories: str, storage: Storage | None = 
         copy=f"{prefix}resume/owner.json",
         identity=canonical_hash(run_identity(config, trajectories).model_dump(mode="json")),
     )
+
+
+def teacher_claim(config: Config, identity: str, storage: Storage) -> Claim:
+    """The claim of a training to publish the teacher of the config's name."""
+    name = f"teachers/{config.name}"
+    return Claim(
+        storage=storage,
+        published=name,
+        key=f"{name}-owner.json",  # beside the model's folder, which appears complete
+        run=FolderStorage(config.run_dir),
+        copy=f"teachers/.{config.name}-owner.json",
+        identity=identity,
+    )
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, lock: str = ".lock") -> Iterator[None]:
+    """Lock a folder of a run for this process. Raises WorkError if another training holds it.
+
+    A job's processes may outlive the command that started them, and two trainings would overwrite each other.
+    On a file system without locks, nothing is held.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked_if_possible(folder / lock, wait=False))
+        except BlockingIOError:
+            raise WorkError(
+                f"{folder}: another training writes there now; wait for it, end it, or choose another name="
+            ) from None
+        except OSError as error:
+            raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
+        yield
 
 
 def check_students(claim: Claim, newest: int | None) -> None:
