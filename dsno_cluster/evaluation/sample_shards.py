@@ -34,6 +34,7 @@ from dsno_cluster.model_folder import model_address, read_meta
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import (
+    ROUNDS,
     check_alike,
     check_same_environment,
     collect_shards,
@@ -45,6 +46,7 @@ from dsno_cluster.trajectories.shards import (
     Manifest,
     Shard,
     commit_manifest,
+    keep_vanishing,
     make_manifest,
     put_shard,
     read_made_shards,
@@ -134,8 +136,15 @@ def sample_to_shards(
         f"{actor_count(actors, THREADS)}; {shards - len(todo)} shards exist already"
     )
     began = time.monotonic()
-    if todo:
+    for number in range(ROUNDS + 1):
+        if not todo:
+            break
+        if number == ROUNDS:
+            raise keep_vanishing(f"{storage.url}/{shard_key(todo[0])}", ROUNDS)
         made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, actors, ray_address)
+        # some may be gone by now: what the manifest names must be there
+        sizes = {stat.key: stat.size for stat in storage.list("shard-")}
+        todo = [i for i in range(shards) if sizes.get(shard_key(i)) != lines[shard_key(i)][0].size]
     made = tuple(lines[shard_key(index)][0] for index in range(shards))
     commit_manifest(storage, "", make_manifest(spec, made, made_by or environment()))
     storage.delete(MADE_SHARDS)

@@ -11,7 +11,7 @@ from dsno_cluster import console
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.features import Readings, WeightsFile
-from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison
+from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
 from dsno_cluster.evaluation.metrics import Reference
 from dsno_cluster.evaluation.records import (
@@ -29,11 +29,11 @@ from dsno_cluster.evaluation.records import (
     read_file,
 )
 from dsno_cluster.evaluation.reference import warnings_of
-from dsno_cluster.provenance import Code, code_version, software_versions
+from dsno_cluster.provenance import Code, Environment, code_version, software_versions
 from dsno_cluster.records import Values, canonical_hash, record_bytes
-from dsno_cluster.storage import Stat, only_writer
+from dsno_cluster.storage import Stat, Storage, only_writer
 from dsno_cluster.teachers import Sampling
-from dsno_cluster.trajectories.shards import commit_manifest, make_manifest
+from dsno_cluster.trajectories.shards import Shard, commit_manifest, make_manifest
 
 METRICS = "metrics.json"
 WRITING = "writing.json"  # the record of the evaluation that writes its files now
@@ -59,8 +59,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     config, storage, folder = comparison.config, comparison.storage, comparison.folder
     made_by = found.surroundings.environment
     if comparison.keep is not None:
-        manifest = make_manifest(comparison.keep.spec, found.student.shards, made_by)
-        commit_manifest(storage, comparison.keep.folder, manifest)
+        _commit_samples(storage, comparison.keep, found.student.shards, made_by)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
     beside = _beside(
         comparison, found.surroundings.reference, config.network.image_size, settings.num_samples
@@ -94,6 +93,20 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
         storage.write(folder + METRICS, record_bytes(metrics))
     console.say(f"written: {storage.url}/{folder}{{{', '.join([METRICS, *files])}}}")
     return metrics
+
+
+def _commit_samples(
+    storage: Storage, keep: KeptSamples, shards: tuple[Shard, ...], made_by: Environment
+) -> None:
+    """Write the manifest of the kept samples, unless some have vanished since they were drawn."""
+    sizes = {stat.key: stat.size for stat in storage.list(f"{keep.folder}shard-")}
+    if gone := [shard.key for shard in shards if sizes.get(keep.folder + shard.key) != shard.size]:
+        console.say(
+            f"note: {storage.url}/{keep.folder} gets no manifest: {len(gone)} of its shards have vanished since they were drawn, "
+            f"for example {gone[0]}; the figures are whole, and the same command draws the samples again"
+        )
+        return
+    commit_manifest(storage, keep.folder, make_manifest(keep.spec, shards, made_by))
 
 
 def store_images(comparison: ImagesComparison, figures: Figures, surroundings: Surroundings) -> ImagesMetrics:

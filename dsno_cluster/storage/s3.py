@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,9 @@ class S3Storage:
         self.bucket, self.prefix, self.endpoint_url, self.patience = bucket, prefix, endpoint_url, patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket_is_there = False
+        self._making = (
+            threading.RLock()
+        )  # a session is not thread-safe while clients and credentials are made
 
     def __reduce__(self) -> tuple[Any, ...]:  # a client cannot be pickled; its address can
         return S3Storage, (self.bucket, self.prefix, self.endpoint_url, self.patience)
@@ -101,7 +105,8 @@ class S3Storage:
         self._find_credentials()
         found_there = "AWS_ENDPOINT_URL, or endpoint_url of the AWS profile"
         try:
-            client = self._session.create_client("s3", endpoint_url=self.endpoint_url, config=config)
+            with self._making:
+                client = self._session.create_client("s3", endpoint_url=self.endpoint_url, config=config)
         except BotoCoreError as error:
             raise CredentialsError(explain_settings(error, self._session)) from error
         except ValueError:  # about the endpoint; its text may contain a password
@@ -118,7 +123,8 @@ class S3Storage:
         from botocore.exceptions import ConnectionError, HTTPClientError, NoCredentialsError
 
         try:
-            credentials = self._session.get_credentials()
+            with self._making:
+                credentials = self._session.get_credentials()
             if credentials is None:
                 raise NoCredentialsError
             credentials.get_frozen_credentials()
@@ -130,7 +136,11 @@ class S3Storage:
 
     def _asked_amazon(self) -> str:
         """A hint for users whose bucket is not Amazon's and who named no endpoint."""
-        if self.endpoint_url is not None or "amazonaws.com" not in self._client.meta.endpoint_url:
+        if (
+            self.endpoint_url is not None or "_client" not in self.__dict__
+        ):  # it may be credentials that were not reached
+            return ""
+        if "amazonaws.com" not in self._client.meta.endpoint_url:
             return ""
         return " (Amazon was asked, as no endpoint is named: --endpoint-url, storage.endpoint_url or AWS_ENDPOINT_URL)"
 

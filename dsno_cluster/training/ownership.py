@@ -132,10 +132,10 @@ def _read(storage: Storage, key: str) -> Owner | None:
         return None
 
 
-def students_claim(config: Config, trajectories: str, storage: Storage | None = None) -> Claim:
-    """The claim of a training on the data set `trajectories` to publish students of the config's name.
+def students_claim(config: Config, trajectories: str = "", storage: Storage | None = None) -> Claim:
+    """The claim of a training to publish students of the config's name.
 
-    `storage` is that of the config unless it is given.
+    `trajectories` is its data set, which only `hold` needs; `storage` is that of the config unless it is given.
     """
     prefix = config.student_prefix
     return Claim(
