@@ -22,6 +22,8 @@ from typing import Any, Generic, TypeVar
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_folder import claimed, place_for
 from dsno_cluster.errors import StorageError, UserError, WorkError
+from dsno_cluster.provenance import Environment, environment
+from dsno_cluster.storage import expect_answers, silence_now
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -34,9 +36,26 @@ PROBES = 16
 # time, which takes a quarter of Inception's time on a CPU
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
 MEMORY = "actors mostly die for lack of memory: use fewer of them (--actors), or more memory (mem_gb)"
+CONCURRENCY = 3  # calls that an actor answers at a time: two tasks, and whether it waits for the storage
 POLL_SECONDS = 1.0
 SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
+ASK_SECONDS = 10.0  # how often the actor that has worked longest is asked whether it waits for the storage
+SAY_SECONDS = 60.0
+
+
+class PoolActor:
+    """What an actor of a pool does besides its work. Its methods are called from other threads than its tasks."""
+
+    def __init__(self) -> None:
+        expect_answers()
+
+    def environment(self) -> Environment:
+        return environment()
+
+    def silence(self) -> str | None:
+        """The silence of the storage that this actor waits in, in words."""
+        return silence_now()
 
 
 @dataclass(frozen=True)
@@ -221,6 +240,34 @@ class _Attempt(Generic[Task]):
     began: float
 
 
+class _Listener:
+    """Asks the actor that has worked longest whether it waits for the storage, whose own words nobody would see."""
+
+    def __init__(self) -> None:
+        self.answer: Any = None  # the reference to an answer that has not come yet
+        self.asked = time.monotonic()
+        self.said = -SAY_SECONDS
+
+    def listen(self, running: Mapping[Any, _Attempt[Any]]) -> None:
+        """Say the answer if there is one, and ask again if it is time to."""
+        ray, now = import_ray(), time.monotonic()
+        if self.answer is not None:
+            if not ray.wait([self.answer], timeout=0)[0]:
+                return
+            with contextlib.suppress(ray.exceptions.RayError):  # it has died
+                text = ray.get(self.answer)
+                if text is not None and now - self.said >= SAY_SECONDS:
+                    console.say(f"an actor reports: {text}")
+                    self.said = now
+            self.answer = None
+        if not running or now - self.asked < ASK_SECONDS:
+            return
+        oldest = min(running.values(), key=lambda attempt: attempt.began)
+        ask = getattr(oldest.worker.actor, "silence", None)  # actors of other classes are not asked
+        if ask is not None and now - oldest.began >= ASK_SECONDS:
+            self.asked, self.answer = now, ask.remote()
+
+
 @dataclass
 class _Failures(Generic[Task]):
     """The failures so far, by task."""
@@ -285,6 +332,7 @@ def run_pool(
     failures: _Failures[Task] = _Failures()
     durations: list[float] = []
     failed_starts = storage_failures = 0
+    listener = _Listener()
     quiet_since = polled = time.monotonic()
     try:
         room = told = capacity()
@@ -298,6 +346,7 @@ def run_pool(
                 worker = _Worker(make_actor())
                 starting[greet(worker.actor)] = worker
             _hand_out(waiting, open_tasks, workers, running, in_flight, durations, call)
+            listener.listen(running)
             if not running and time.monotonic() - quiet_since > WAITING_SECONDS:
                 console.say("waiting for actors: none has started yet, or Ray has no room for one now")
                 quiet_since = time.monotonic()

@@ -26,6 +26,7 @@ from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.cluster.stage import Stage, StageOptions
 from dsno_cluster.config import Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
+from dsno_cluster.storage import expect_answers
 
 if TYPE_CHECKING:
     from dsno_cluster.cluster.ray_on_slurm import Node
@@ -57,6 +58,7 @@ class StageTask:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler
         if rank == 0:
             console.record_progress(lambda tally: attempt.write(AttemptProgress.of(tally)))
+        expect_answers()  # the command that submitted this checked the address of the storage
         received: list[int] = []
         try:
             with _signals_unwind(received):

@@ -82,6 +82,7 @@ def plan_trajectories(arguments: Arguments) -> None:
 
 def verify_trajectories(arguments: Arguments) -> None:
     address, endpoint_url = arguments.address(_DATA_SET, _data_set)
+    from dsno_cluster.trajectories.shards import REPAIR
     from dsno_cluster.trajectories.verify import verify
 
     report = verify(address, endpoint_url)
@@ -92,7 +93,7 @@ def verify_trajectories(arguments: Arguments) -> None:
             f"{report['shards']} shards, {report['samples']} samples, {report['bytes']} bytes: all as the manifest says"
         )
     if report["problems"]:
-        raise WorkError(f"{address}: " + "; ".join(report["problems"]))
+        raise WorkError(f"{address}: {'; '.join(report['problems'])}; delete what is wrong, and {REPAIR}")
 
 
 def inspect_trajectories(arguments: Arguments) -> None:

@@ -43,9 +43,9 @@ def evaluate(
     began = time.monotonic()
     comparison = look_up(subject, folder)
     say_what(comparison, actors)
-    say_replaced(comparison)
+    before = say_replaced(comparison)
     found = _measure(comparison, actors, ray_address)
-    return store(comparison, found, began)
+    return store(comparison, found, began, before)
 
 
 def evaluate_images(

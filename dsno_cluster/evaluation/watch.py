@@ -154,9 +154,11 @@ def note_row(
     history = rewrite(storage, history_key(config), with_row)
     if history is None:
         return read_history(storage, config)
-    if history.best is not None:
+    best, written = history.best, None
+    while best is not None and best != written:  # another evaluation may have found a better one meanwhile
         best_key = f"{config.student_prefix}best-{metric}"
-        storage.write(best_key, (step_name(history.best.step) + "\n").encode())
+        storage.write(best_key, (step_name(best.step) + "\n").encode())
+        best, written = read_history(storage, config).best, best
     return history
 
 

@@ -16,7 +16,9 @@ from dsno_cluster.files import in_home, not_there
 from dsno_cluster.storage.address import checked_address, endpoint_problem, split_address
 from dsno_cluster.storage.folder import FolderStorage
 from dsno_cluster.storage.protocol import MissingObject, PreconditionFailed, Stat, Storage
-from dsno_cluster.storage.s3 import Patience, S3Storage
+from dsno_cluster.storage.s3 import Patience, S3Storage, expect_answers
+from dsno_cluster.storage.silence import silence_now
+from dsno_cluster.storage.writer import only_writer
 
 __all__ = [
     "FolderStorage",
@@ -28,8 +30,11 @@ __all__ = [
     "Storage",
     "absolute_address",
     "endpoint_problem",
+    "expect_answers",
+    "only_writer",
     "open_storage",
     "read_file",
+    "silence_now",
     "split_address",
     "split_path",
     "write_file",
