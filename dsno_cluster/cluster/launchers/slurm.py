@@ -20,7 +20,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.attempt import why
 from dsno_cluster.cluster.launchers.following import wait_for
 from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
-from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, index, jobs_folder
+from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, jobs_folder, unlink
 from dsno_cluster.cluster.slurm_commands import (
     JobState,
     cancel_job,
@@ -128,8 +128,8 @@ class SlurmLauncher:
         for run in runs:
             record = run.record()
             console.say(
-                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.id}`, "
-                f"`dsno-cluster logs {run.id} --follow`; files: {run.folder}"
+                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.word}`, "
+                f"`dsno-cluster logs {run.word} --follow`; files: {run.folder}"
             )
         return runs
 
@@ -139,7 +139,7 @@ class SlurmLauncher:
         wanted = (self.name, stage, config.name, config.storage.root, submission.options.subject)
         same = [
             run
-            for run in all_runs()
+            for run in all_runs(config)
             if (r := run.record()).job and (r.launcher, r.stage, r.name, r.root, r.subject) == wanted
         ]
         ended = {run: state for run in same if (state := final_state(run)) is not None}
@@ -147,7 +147,7 @@ class SlurmLauncher:
             if state.live:
                 raise WorkError(
                     f"{stage} of {config.name} is {state.word} already, as job {run.record().job}: "
-                    f"follow it with `dsno-cluster logs {run.id} --follow`, or end it with `dsno-cluster cancel {run.id}`"
+                    f"follow it with `dsno-cluster logs {run.word} --follow`, or end it with `dsno-cluster cancel {run.word}`"
                 )
 
     def states(self, runs: Sequence[Run]) -> dict[Run, State]:
@@ -343,9 +343,8 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
 
 def _forget(run: Run) -> None:
     """Delete a run folder whose job was not submitted."""
+    unlink(run)
     shutil.rmtree(run.folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (index() / run.id).unlink()
 
 
 def _take_back(run: Run) -> None:
