@@ -39,10 +39,12 @@ def show_status(arguments: Arguments) -> None:
     console.table("runs, newest first", *status.table_rows(rows))
     if len(shown) < len(runs):
         print(f"{len(runs) - len(shown)} older ones: --all")
-    for row in rows if named else ():
+    for run, row in zip(shown, rows, strict=True) if named else ():
         code = row.code or Code(version="unknown")
         commit = f", commit {code.commit[:12]}{' with changes' if code.dirty else ''}" if code.commit else ""
         print(f"{row.run}: version {code.version}{commit}; files: {row.folder}")
+        for line in status.history(run):
+            print(line)
 
 
 def show_logs(arguments: Arguments) -> None:
