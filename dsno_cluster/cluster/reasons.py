@@ -33,7 +33,8 @@ def why(attempt: Attempt, status: int | None) -> str:
     if failure is not None and not failure.reason.startswith(LOST_RANK):
         return failure.reason
     if stopped is not None:
-        return STOPS[stopped.why]
+        # Slurm ends a job that loses a node as it ends one that another job preempts
+        return STOPS[stopped.why] if stopped.why != "preempted" else _lost_node(attempt) or STOPS[stopped.why]
     if (reason := _reason_of_slurm(attempt, on_first_node=status is not None)) is not None:
         return reason
     if failure is not None:
@@ -101,6 +102,15 @@ def _reason_of_slurm(attempt: Attempt, *, on_first_node: bool) -> str | None:
         if line.kind in ("memory", "node", "contact") or line.text in NOTICES:
             return _cause(line, attempt)
     return None
+
+
+def _lost_node(attempt: Attempt) -> str | None:
+    """What Slurm reported if it ended the job because a node was lost."""
+    lines = lines_about_the_end(_said_by_slurm(attempt))
+    if not any(line.text == "NODE FAILURE" for line in lines):
+        return None
+    nodes = [line for line in lines if line.kind == "node"]
+    return _cause(nodes[0], attempt) if nodes else NOTICES["NODE FAILURE"]
 
 
 def _cause(line: Line, attempt: Attempt) -> str:

@@ -170,8 +170,8 @@ def who_ends(job: str, attempt: int) -> str | None:
     """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
 
     In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
-    attempt; at a time limit the limit is reached; otherwise it was scancel. Raises WorkError if the
-    controller does not answer.
+    attempt; at a time limit the limit is reached; otherwise it was scancel, unless the job lost a node and may
+    not be requeued. Raises WorkError if the controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -181,6 +181,8 @@ def who_ends(job: str, attempt: int) -> str | None:
         state == "COMPLETING" and _minutes(fields["RunTime"]) >= _minutes(fields["TimeLimit"])
     ):
         return "time limit"
+    if fields.get("Reason") == "NodeDown":
+        return None
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 

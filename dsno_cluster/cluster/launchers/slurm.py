@@ -20,7 +20,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.launchers.following import wait_for
 from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
 from dsno_cluster.cluster.reasons import how_it_ended
-from dsno_cluster.cluster.records import Result
+from dsno_cluster.cluster.records import Result, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, jobs_folder, unlink
 from dsno_cluster.cluster.slurm_commands import (
     UNACCOUNTED,
@@ -266,7 +266,8 @@ def _ended(run: Run, word: str, reason: str) -> State:
     attempts = run.attempts()
     if attempts and attempts[-1].read(Result) is not None:
         return State("done")
-    if run.cancelled:
+    stopped = attempts[-1].read(Stopped) if attempts else None
+    if run.cancelled or (stopped is not None and stopped.why == "cancelled"):
         return State("cancelled")
     if word == "cancelled" and run.record().after and not attempts:
         return State(word, "the stage that it waited for did not succeed")
