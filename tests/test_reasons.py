@@ -132,7 +132,7 @@ def row(run: Run) -> dict[str, str]:
         (MEMORY_CGROUP, "ray", "task 0 on node1 ran out of memory, as Slurm reports (Out Of Memory): raise mem_gb"),
         (MEMORY_POLLED, "ranks", "it ran out of memory, as Slurm reports (Exceeded job memory limit): raise mem_gb"),
         (CRASH, "ranks", "task 1 on node2 crashed: SIGSEGV"),
-        ("srun: error: node1: tasks 0-1: Killed\n", "ray", "tasks 0-1 on node1 was killed by SIGKILL"),
+        ("srun: error: node1: tasks 0-1: Killed\n", "ray", "tasks 0-1 on node1 were killed by SIGKILL"),
         (LOST, "ranks", LOST_RANK),
         ("", "ranks", LOST_RANK),
     ],

@@ -95,13 +95,18 @@ def trouble(said: str) -> str | None:
 
 def task_end(line: Line) -> str:
     """How tasks ended, for people."""
-    who = f"task{'' if line.tasks.isdigit() else 's'} {line.tasks} on {line.hosts}"
+    one = line.tasks.isdigit()
+    who = f"{'task' if one else 'tasks'} {line.tasks} on {line.hosts}"
     name = _SIGNALS.get(line.text.partition(" (")[0])
     if line.kind == "memory":
         return f"{who} ran out of memory, as Slurm reports ({line.text}): raise mem_gb"
     if name is None:
         return f"{who} ended and did not say why ({line.text})"
-    return f"{who} was killed by {name}, from outside" if name in _FROM_OUTSIDE else f"{who} crashed: {name}"
+    return (
+        f"{who} {'was' if one else 'were'} killed by {name}, from outside"
+        if name in _FROM_OUTSIDE
+        else f"{who} crashed: {name}"
+    )
 
 
 def _line(text: str) -> Line | None:
