@@ -94,7 +94,7 @@ COMMANDS = {
     "status": Command(
         runs.show_status,
         "the runs that were submitted: state, attempts, progress, time left, last error",
-        "[RUN ...]",
+        "[RUN ... or CONFIG [key=value ...]]",
         "dsno-cluster status",
         [options.json_output, options.all_runs],
     ),

@@ -19,8 +19,8 @@ import pytest
 from tiny import TINY, dsno
 
 from dsno_cluster.cli import main
-from dsno_cluster.cluster.attempt import lost_nodes, why
 from dsno_cluster.cluster.launchers import states_of
+from dsno_cluster.cluster.reasons import lost_nodes, why
 from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
 from dsno_cluster.cluster.stage import Submission
@@ -150,15 +150,15 @@ def test_preempted_attempts_are_not_counted(run: Run) -> None:
 def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
     attempt = run.attempt(0)
     attempt.folder.mkdir(parents=True)
-    assert "killed by SIGKILL" in why(attempt, 137) and "mem_gb" in why(attempt, 137)
+    assert "ended by SIGKILL" in why(attempt, 137) and "memory" not in why(attempt, 137)
     assert "loss of a node" in why(attempt, None)
     attempt.write(Failure(kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)"))
     log = run.folder / "batch.log"
     log.write_text(
         "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
     )
-    assert why(attempt, 137).startswith("task 1 on node2 was killed, perhaps for lack of memory")
-    # another rank that was lost in another way: srun ends the others after the first
+    assert why(attempt, 137).startswith("task 1 on node2 was killed by SIGKILL, from outside")
+    # another rank was lost in another way: srun ends the others after the first
     log.write_text(
         "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"
     )
@@ -179,7 +179,7 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     )
     assert attempt.failure() is None
     assert [lost.host for lost in attempt.node_losses()] == ["node3"]
-    assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for lack of memory")
+    assert why(attempt, 137).startswith("task 0 on node1 was killed by SIGKILL, from outside")
     (run.folder / "batch.log").write_text(
         "old\nsrun: error: node2: task 1: Killed\nsrun: error: Node failure on node4\n"
         "srun: error: Node failure on node2\n"  # which is told of already

@@ -10,7 +10,6 @@ Its exit status becomes that of the job, on which Slurm's `afterok` depends.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -18,16 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from dsno_cluster.cluster.reasons import KILLED, oom_kills, why
 from dsno_cluster.cluster.records import AttemptRecord, Begin, Outcome, Result, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm_commands import host_names, may_heal, requeue_job, who_ends
-from dsno_cluster.cluster.task import STOPS, attempt_number
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.cluster.slurm_commands import may_heal, requeue_job, who_ends
+from dsno_cluster.cluster.task import attempt_number
+from dsno_cluster.errors import UserError, WorkError
 
 T = TypeVar("T")
 
-KILLED = 128
-WAS_KILLED = "was killed, perhaps for lack of memory (mem_gb)"
 OUTAGE_SECONDS = 900.0  # a controller may be restarting when a job asks to be requeued
 REFUSED_SECONDS = 60.0  # or it may refuse for a moment, for example while a job is completing
 PAUSE_SECONDS = 10.0
@@ -43,6 +41,7 @@ def begin(run: Run) -> int:
         job=os.environ.get("SLURM_JOB_ID"),
         nodes=os.environ.get("SLURM_JOB_NODELIST"),
         batch_log_bytes=log.stat().st_size if log.is_file() else 0,
+        oom_kills=oom_kills(),
     )
     _note(attempt, begun)
     if run.cancelled:
@@ -127,83 +126,6 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     _note(attempt, Outcome(state="failed", reason=text))
     print(f"dsno-cluster: {text}", flush=True)
     return 1
-
-
-def why(attempt: Attempt, status: int | None) -> str:
-    """Why an attempt ended, in a line. `status` None: its batch script was killed with it."""
-    failure, stopped = attempt.failure(), attempt.read(Stopped)
-    missed_another = failure is not None and failure.reason.startswith(LOST_RANK)
-    if failure is not None and not missed_another:
-        return failure.reason
-    if stopped is not None:
-        return STOPS[stopped.why]
-    killed = _killed_task(attempt) if status is not None else None
-    if killed is not None:
-        return f"{killed} {WAS_KILLED}; see {attempt.folder}"
-    if failure is not None:
-        return failure.reason
-    if status is None:
-        nodes = (attempt.read(Begin) or Begin()).nodes
-        return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"
-    if lost := lost_nodes(attempt):
-        return lost[0]
-    if status > KILLED:
-        name = signal.Signals(status - KILLED).name if status - KILLED in set(signal.Signals) else "a signal"
-        memory = ", perhaps for lack of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
-        return f"a task was killed by {name}{memory}; see {attempt.folder}"
-    return f"srun ended with status {status} and no task said why; see {attempt.folder} and {BATCH_LOG}"
-
-
-def lost_nodes(attempt: Attempt) -> list[str]:
-    """Why a Ray stage lost other nodes, a reason for each: what the node reported, or what srun did."""
-    if not attempt.run.is_ray_stage:
-        return []
-    said = _said_by_srun(attempt)
-    reasons = {
-        host: f"task {task} on {host} {WAS_KILLED}"
-        for host, task, how in _ends(said)
-        if task and how == "Killed"
-    }
-    reasons |= {_short(lost.host): lost.reason for lost in attempt.node_losses()}
-    for hosts in re.findall(r"srun: error: Node failure on (\S+)", said):
-        try:
-            names = host_names(hosts) if "[" in hosts else [hosts]
-        except (UserError, WorkError):
-            names = [hosts]
-        for name in names:  # a node may be lost after its task was killed
-            reasons.setdefault(name, f"Slurm lost {name}")
-    return list(reasons.values())
-
-
-def _short(host: str) -> str:
-    """A host's name as Slurm uses it, without a domain."""
-    return host.partition(".")[0]
-
-
-def _killed_task(attempt: Attempt) -> str | None:
-    """The task, and its host, whose death ended the attempt, as srun reported it; None if none was killed.
-
-    In a training it is the first that ended, after which srun ends the others; in a Ray stage it is the
-    driver, task 0.
-    """
-    ends = _ends(_said_by_srun(attempt))
-    ends = [end for end in ends if end[1] == 0] if attempt.run.is_ray_stage else ends
-    return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
-
-
-def _ends(said: str) -> list[tuple[str, int, str]]:
-    """Host, number and kind of end of each task that failed, in the order in which srun reported them."""
-    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
-    return [(host, int(task), how) for host, task, how in ends]
-
-
-def _said_by_srun(attempt: Attempt) -> str:
-    """An attempt's part of the batch log."""
-    before = (attempt.read(Begin) or Begin()).batch_log_bytes
-    try:
-        return (attempt.run.folder / BATCH_LOG).read_bytes()[before:].decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def main(words: Sequence[str]) -> int:

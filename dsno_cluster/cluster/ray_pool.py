@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dsno_cluster import console
+from dsno_cluster.cluster.noted_signals import NotedSignals
 from dsno_cluster.cluster.ray_folder import claimed, place_for
 from dsno_cluster.errors import StorageError, UserError, WorkError
 from dsno_cluster.provenance import Environment, environment
@@ -172,12 +173,21 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
 def _sigterm_as_before() -> Iterator[None]:
     """Restore our SIGTERM handler after ray.init, whose own raises SystemExit even while unwinding.
 
-    If we have no handler, Ray's stays: by default the process would die at once.
+    A SIGTERM that ray.init swallowed reaches our handler then. If we have none, Ray's stays: by default the
+    process would die at once.
     """
     ours = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(ours) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ours)
+    if not callable(ours) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted = NotedSignals()
+    try:
+        yield
+    finally:
+        received = noted.end()
+    signal.signal(signal.SIGTERM, ours)
+    if signal.SIGTERM in received:
+        ours(signal.SIGTERM, None)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from dsno_cluster.errors import UserError, WorkError
 
 CONTROLLER_SECONDS = 2.0
 COMMAND_SECONDS = 60.0
+ACCOUNTING_SECONDS = 5.0  # somebody waits for the answer, and it is not needed for what runs
+# no word of Slurm's: the controller has forgotten the job, so it has ended; how, accounting does not say now
+UNACCOUNTED = "UNACCOUNTED"
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,9 @@ def may_heal(said: str) -> bool:
 def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
     """The states of a user's jobs, by id; jobs that Slurm does not know are omitted.
 
-    They come from squeue, and for finished jobs from sacct if there is accounting; without it the controller
-    remembers them only for a while (MinJobAge, usually five minutes). Raises WorkError if the controller does
-    not answer.
+    They come from squeue, and for finished jobs from sacct if there is accounting (if it does not answer, they
+    are UNACCOUNTED); without it the controller remembers them only for a while (MinJobAge, usually five
+    minutes). Raises WorkError if the controller does not answer.
     """
     wanted = set(jobs)
     if not wanted:
@@ -129,12 +132,11 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
     forgotten = sorted(wanted - found.keys())
     if forgotten and has_accounting():
         try:
-            listing = _ask(
-                "sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,End", "-j", ",".join(forgotten)
-            )
+            columns = ("-X", "-n", "-P", "-o", "JobID,State,NodeList,End")
+            listing = _ask("sacct", *columns, "-j", ",".join(forgotten), seconds=ACCOUNTING_SECONDS)
         except WorkError as error:  # squeue's answer is still valid
-            console.say(f"accounting does not answer: {error}")
-            return found
+            console.say(f"Slurm's accounting does not answer: {error}")
+            return found | dict.fromkeys(forgotten, JobState(UNACCOUNTED))
         for line in listing.splitlines():
             job, state, nodes, end = line.split("|")
             found[job] = JobState(state.split()[0], "", nodes, end)  # "CANCELLED by 0"
@@ -168,8 +170,8 @@ def who_ends(job: str, attempt: int) -> str | None:
     """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
 
     In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
-    attempt; at a time limit the limit is reached; otherwise it was scancel. Raises WorkError if the
-    controller does not answer.
+    attempt; at a time limit the limit is reached; otherwise it was scancel, unless the job lost a node and may
+    not be requeued. Raises WorkError if the controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -179,6 +181,8 @@ def who_ends(job: str, attempt: int) -> str | None:
         state == "COMPLETING" and _minutes(fields["RunTime"]) >= _minutes(fields["TimeLimit"])
     ):
         return "time limit"
+    if fields.get("Reason") == "NodeDown":
+        return None
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
@@ -228,25 +232,23 @@ def _fields(job: str) -> dict[str, str]:
     )
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, seconds: float = COMMAND_SECONDS) -> str:
     try:
-        done = _run(*command)
+        done = _run(*command, seconds=seconds)
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on PATH; load Slurm's module") from None
     except subprocess.TimeoutExpired:
-        raise WorkError(f"{command[0]} did not answer within {COMMAND_SECONDS:g} s") from None
+        raise WorkError(f"{command[0]} did not answer within {seconds:g} s") from None
     if done.returncode:
         raise WorkError(f"{command[0]}: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str, seconds: float) -> subprocess.CompletedProcess[str]:
     # a user's defaults for these commands would change their output
     filters = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(filters)}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, env=env
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=env)
 
 
 def user_name(uid: int) -> str:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsno_cluster import console
+from dsno_cluster.cluster.noted_signals import NotedSignals
 from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Result, Stopped
 from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.cluster.stage import Stage, StageOptions
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from dsno_cluster.cluster.ray_on_slurm import Node
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+AGAIN_SECONDS = 1.0
 STOPS = {
     "time limit": "its time limit was near",
     "preempted": "another job or an administrator needed its nodes",
     "cancelled": "it was cancelled",
     "signal": "a process on its node signalled it to end",
 }
+_noted: NotedSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ class StageTask:
             attempt.write(Result(result=address))
         return address
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled by submitit, it notes signals until it is called: submitit's own handlers ignore some."""
+        global _noted
+        self.__dict__.update(state)
+        if "SUBMITIT_EXECUTOR" in os.environ and threading.current_thread() is threading.main_thread():
+            _noted = NotedSignals()
+
     def checkpoint(self) -> Any:
         """What submitit submits for a requeued job: the same task, which continues from its checkpoint."""
         from submitit.helpers import DelayedSubmission
@@ -126,24 +136,43 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
     """In this context a signal that asks for the node raises Preempted; later ones are ignored.
 
     They are also added to `received`: while Ray waits in C, it turns what a handler raises into a plain
-    KeyboardInterrupt.
+    KeyboardInterrupt. What is raised may be swallowed, by an import that ignores all errors or in a destructor;
+    it is then raised again every second.
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
         received.append(number)
         _ignore_signals()
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
         raise Preempted
+
+    def unwind_again(number: int, frame: FrameType | None) -> None:
+        if not _is_unwinding():
+            raise Preempted
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    signal.signal(signal.SIGALRM, unwind_again)
     for number in REQUEUE_SIGNALS:
         signal.signal(number, unwind)
+    for noted in _noted.end() if _noted is not None else ():
+        if noted in REQUEUE_SIGNALS:
+            unwind(noted, None)
     yield
     _ignore_signals()  # done: the rest takes only a moment
 
 
+def _is_unwinding() -> bool:
+    """Whether this thread is handling what ends the task, such as in a `finally`: it must not be disturbed."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error = error.__context__
+    return error is not None
+
+
 def _ignore_signals() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
     for number in REQUEUE_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
