@@ -26,6 +26,7 @@ from dsno_cluster.cluster.slurm_commands import (
     cancel_job,
     check_profile,
     cluster_name,
+    host_names,
     job_states,
     refusal,
     user_name,
@@ -236,6 +237,9 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
         known = WAITS.get(reason)
         said = "" if job.reason == "None" else job.reason  # in Slurm's own words
         return State(word, said if known is None else known + more.replace("_", " "))
+    if word == "running" and run.is_ray_stage and _lost_first_node(job):
+        said = f"its first node, {job.batch_host}, is lost, and its work stands still"
+        return State("stalled", f"{said}; `scontrol requeue {record.job}` starts it again", job.nodes)
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
@@ -243,6 +247,11 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
     if word == "cancelled" and record.after and not attempts and not run.cancelled:
         return State(word, "the stage that it waited for did not succeed")
     return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
+
+
+def _lost_first_node(job: JobState) -> bool:
+    """Whether a running job no longer has the node of its batch script."""
+    return job.batch_host != job.nodes and job.batch_host not in host_names(job.nodes)
 
 
 def _submit(submission: Submission, after: str | None) -> Run:
