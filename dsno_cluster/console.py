@@ -6,7 +6,9 @@ stays clean.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +56,26 @@ class Tally:
 
 def say(message: str) -> None:
     """Print one line about what is happening or about to happen."""
-    _console.print(without_passwords(message), markup=False)
+    _print(without_passwords(message))
+
+
+def _print(message: str, style: str | None = None) -> None:
+    """Print a line, unless the disk of the log is full: nobody's work ends for that."""
+    try:
+        _console.print(message, markup=False, style=style)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        atexit.unregister(_drop_unprinted)
+        atexit.register(_drop_unprinted)
+
+
+def _drop_unprinted() -> None:
+    """At exit, drop what still cannot be printed: Python would change the exit status to 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def duration(seconds: float) -> str:
@@ -70,10 +91,9 @@ def duration(seconds: float) -> str:
 
 def error(message: str) -> None:
     """Print one line that says what went wrong and what to do."""
-    _console.print(
+    _print(
         f"dsno-cluster: {without_passwords(' '.join(message.split()))}",
-        markup=False,
-        style="bold red" if _console.is_terminal else None,
+        "bold red" if _console.is_terminal else None,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsno_cluster.errors import UserError, closest
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import TINY, dsno
+from tiny import TINY, dsno, small_disk
 
 from dsno_cluster.cli import main
 from dsno_cluster.cluster.launchers import states_of
 from dsno_cluster.cluster.reasons import lost_nodes, why
-from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Result, Stopped, WhyStopped
+from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Outcome, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.status import run_to_cancel
@@ -271,3 +271,25 @@ def test_status_of_a_local_run(tiny_data: Path, tmp_path: Path) -> None:
     assert "4/4 steps" in dsno("status", **state).stdout
     assert "training the student: 4/4 steps" in dsno("logs", **state).stdout
     assert "done already" in dsno("cancel", row["run"], **state).stderr
+
+
+def test_a_message_that_cannot_be_printed_changes_no_exit_status() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dsno_cluster.cli", "status", "no-such-run"]
+        assert subprocess.run(command, stderr=full, check=False).returncode == 2
+
+
+def test_how_an_attempt_ends_is_noted_on_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "1m"):
+        attempt = Run(tmp_path / "small/run").attempt(0)
+        attempt.open(Begin())
+        with pytest.raises(OSError, match="No space left"), (tmp_path / "small/full").open("wb") as full:
+            full.write(bytes(2 << 20))
+        failure = Failure(kind="work", reason="the disk is full", rank=0)
+        for note in (failure, Stopped(why="preempted"), Outcome(state="again", reason="the disk is full")):
+            attempt.note(note)
+        attempt.note(Result(result="x" * 9000))  # there is no room for that much
+        attempt.close()
+        assert attempt.failure() == failure
+        assert attempt.read(Stopped) and attempt.read(Outcome) and not attempt.read(Result)
+        assert not list(attempt.folder.glob(".*"))

@@ -12,7 +12,10 @@ from pathlib import Path
 from dsno_cluster.cluster.records import AnyNote, Note, read_note, write_note
 from dsno_cluster.errors import UserError, WorkError
 
-MEET_SECONDS = 300.0  # a node may start slowly, and a network file system may be slow to show a new file
+MEET_SECONDS, LOOK_SECONDS = (
+    300.0,
+    0.5,
+)  # a node may start slowly, and a network file system may be slow to show a new file
 
 
 def address_towards(host: str) -> str | None:
@@ -86,14 +89,13 @@ def tell(attempt: Path, note: Note) -> None:
 
 def hear(attempt: Path, what: type[AnyNote]) -> AnyNote:
     """Wait for the note that another task leaves. Raises WorkError if it does not appear in time."""
-    deadline = time.monotonic() + MEET_SECONDS
-    while (note := read_note(what, attempt)) is None:
-        if time.monotonic() > deadline:
-            raise WorkError(
-                f"{attempt / what.FILE}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir "
-                "is not a folder that all nodes share"
-            )
-        time.sleep(0.5)
+    for _ in range(round(MEET_SECONDS / LOOK_SECONDS)):  # a clock would also count the time of a suspension
+        if (note := read_note(what, attempt)) is not None:
+            return note
+        time.sleep(LOOK_SECONDS)
         with contextlib.suppress(OSError):
             os.listdir(attempt)  # makes NFS look again
-    return note
+    raise WorkError(
+        f"{attempt / what.FILE}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir "
+        "is not a folder that all nodes share"
+    )

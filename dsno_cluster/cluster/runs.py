@@ -30,6 +30,7 @@ from dsno_cluster.cluster.records import (
     AnyNote,
     AttemptProgress,
     AttemptRecord,
+    Begin,
     Failure,
     RunRecord,
     Stopped,
@@ -49,9 +50,13 @@ from dsno_cluster.config import (
 )
 from dsno_cluster.errors import LOST_RANK, UserError
 from dsno_cluster.provenance import code_version
+from dsno_cluster.records import record_bytes
 
 # files of a run folder, besides its records
 BATCH_LOG, CONFIG, PROFILE = "batch.log", "config.yaml", "profile.yaml"
+# notes of an attempt's end for which its beginning keeps room on the disk, and how many bytes each
+LAST_NOTES, ROOM = ("result.json", "stopped.json", "failure-0.json", "outcome.json"), 4096
+NO_REQUEUE = "its profile says no-requeue: the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,43 @@ class Attempt:
 
     def write(self, record: AttemptRecord) -> None:
         write_note(record, self.folder)
+
+    def open(self, begin: Begin) -> None:
+        """Make the folder, with the note of its beginning and room for those of its end. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write(begin)
+        for name in LAST_NOTES:
+            self._room(name).write_bytes(b" " * ROOM)
+
+    def close(self) -> None:
+        """Remove the room that was not needed."""
+        for name in LAST_NOTES:
+            with contextlib.suppress(OSError):
+                self._room(name).unlink(missing_ok=True)
+
+    def note(self, record: AttemptRecord) -> None:
+        """Write a record of the attempt's end, which a full disk must not change.
+
+        It takes the room kept for it if there is no other; if it cannot be written at all, this says so.
+        """
+        try:
+            self.write(record)
+        except OSError as error:
+            try:
+                self._write_in_room(record)
+            except OSError:
+                console.say(f"{self.folder}/{record.file_name}: cannot be written: {error.strerror}")
+
+    def _write_in_room(self, record: AttemptRecord) -> None:
+        room, data = self._room(record.file_name), record_bytes(record)
+        if len(data) > ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(room))
+        with room.open("r+b") as file:
+            file.write(data.ljust(ROOM))
+        room.replace(self.folder / record.file_name)
+
+    def _room(self, name: str) -> Path:
+        return self.folder / f".{name}.room"
 
     @property
     def run(self) -> Run:

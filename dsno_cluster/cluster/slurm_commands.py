@@ -9,28 +9,35 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from dsno_cluster import console
 from dsno_cluster.config import Profile, slurm_minutes
 from dsno_cluster.errors import UserError, WorkError
+
+Answer = TypeVar("Answer")
 
 CONTROLLER_SECONDS = 2.0
 COMMAND_SECONDS = 60.0
 ACCOUNTING_SECONDS = 5.0  # somebody waits for the answer, and it is not needed for what runs
 # no word of Slurm's: the controller has forgotten the job, so it has ended; how, accounting does not say now
 UNACCOUNTED = "UNACCOUNTED"
+OUTAGE_SECONDS = 900.0  # a controller may be restarting when a job asks it something
+REFUSED_SECONDS = 60.0  # or it may refuse for a moment, for example while a job is completing
+PAUSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm reports it: state (PENDING, ...), reason to wait, nodes, and end in local time."""
+    """A job as Slurm reports it: state (PENDING, ...), reason to wait, nodes, end in local time, batch host."""
 
     state: str
     reason: str = ""
     nodes: str = ""
     end: str = ""
+    batch_host: str = ""
 
     def seconds_over(self) -> float:
         """How long ago it ended; infinite if Slurm does not say."""
@@ -106,9 +113,13 @@ def refusal(said: str) -> Exception:
 
 
 def may_heal(said: str) -> bool:
-    """Whether an error of a Slurm command is about its controller's state, which may change."""
+    """Whether an error is about the state of Slurm's controller or of a disk, which may change."""
     return (
-        re.search("contact|timed out|did not answer|temporarily|connection|Zero Bytes", said, re.IGNORECASE)
+        re.search(
+            "contact|timed out|did not answer|temporarily|connection|Zero Bytes|No space left|Disk quota",
+            said,
+            re.IGNORECASE,
+        )
         is not None
     )
 
@@ -123,11 +134,11 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e")
+    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e|%B")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
-        if row[0] in wanted and len(row) == 5
+        if row[0] in wanted and len(row) == 6
     }
     forgotten = sorted(wanted - found.keys())
     if forgotten and has_accounting():
@@ -141,6 +152,25 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
             job, state, nodes, end = line.split("|")
             found[job] = JobState(state.split()[0], "", nodes, end)  # "CANCELLED by 0"
     return found
+
+
+def patiently(ask: Callable[[], Answer], outage: float = OUTAGE_SECONDS) -> Answer:
+    """The answer of `ask`, which runs a command of Slurm, for a process inside a job.
+
+    While the controller is silent, as when it restarts, it is asked again for `outage` seconds (so is a disk
+    that is full). Raises WorkError after that, or sooner if it refuses.
+    """
+    waited = 0.0
+    while True:
+        asked = time.monotonic()
+        try:
+            return ask()
+        except WorkError as error:
+            # at most what a command takes: the job may have been suspended meanwhile
+            waited += min(time.monotonic() - asked, COMMAND_SECONDS) + PAUSE_SECONDS
+            if waited > (outage if may_heal(str(error)) else REFUSED_SECONDS):
+                raise
+            time.sleep(PAUSE_SECONDS)
 
 
 @functools.cache
@@ -166,7 +196,7 @@ def has_accounting() -> bool:
     return storage.endswith("/slurmdbd") and shutil.which("sacct") is not None
 
 
-def who_ends(job: str, attempt: int) -> str | None:
+def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "cancelled"] | None:
     """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
 
     In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
@@ -186,7 +216,7 @@ def who_ends(job: str, attempt: int) -> str | None:
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
-def why_told(job: str, save_seconds: int) -> str:
+def why_told(job: str, save_seconds: int) -> Literal["preempted", "time limit", "signal"]:
     """Why a running job was asked to end: `preempted`, `time limit`, or `signal` if it is neither.
 
     Raises WorkError if the controller does not answer.
@@ -198,12 +228,10 @@ def why_told(job: str, save_seconds: int) -> str:
     return "time limit" if left < save_seconds + 60 else "signal"
 
 
-def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
-    """The nodes that a job has now; `otherwise` if Slurm does not say."""
-    try:
-        return host_names(_fields(job)["NodeList"]) or list(otherwise)
-    except (KeyError, UserError, WorkError):
-        return list(otherwise)
+def job_nodes(job: str) -> list[str]:
+    """The nodes that a job has now. Raises WorkError if the controller does not answer."""
+    nodes = _fields(job).get("NodeList", "(null)")
+    return [] if nodes == "(null)" else host_names(nodes)
 
 
 def host_names(hosts: str) -> list[str]:
@@ -211,9 +239,10 @@ def host_names(hosts: str) -> list[str]:
     return _ask("scontrol", "show", "hostnames", hosts).split()
 
 
-def requeue_job(job: str) -> None:
-    """Requeue a job. Raises WorkError if Slurm refuses, as for one that waits already."""
-    _ask("scontrol", "requeue", job)
+def requeue_job(job: str, attempt: int) -> None:
+    """Requeue a job, unless somebody requeued or cancelled this attempt. Raises WorkError if Slurm refuses."""
+    if who_ends(job, attempt) not in ("requeued", "cancelled"):
+        _ask("scontrol", "requeue", job)
 
 
 def cancel_job(job: str) -> None:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsno_cluster import console
 from dsno_cluster.cluster.noted_signals import NotedSignals
-from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Result, Stopped
+from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.cluster.stage import Stage, StageOptions
 from dsno_cluster.config import Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
+from dsno_cluster.files import NO_ROOM
 from dsno_cluster.storage import expect_answers
 
 if TYPE_CHECKING:
@@ -77,14 +78,21 @@ class StageTask:
             sys.exit(0)  # rank 0 reports for all; an error status here would make Slurm end it too early
         except (UserError, WorkError) as error:  # no traceback; the exit status ends the other ranks
             users = isinstance(error, UserError)
-            attempt.write(_failure("user" if users else "work", str(error), rank))
+            attempt.note(_failure("user" if users else "work", str(error), rank))
             console.error(str(error))
             sys.exit(2 if users else 1)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                attempt.note(_failure("bug", f"{type(error).__name__}: {error}", rank))
+                raise
+            attempt.note(_failure("work", str(error), rank))
+            console.error(str(error))
+            sys.exit(1)
         except Exception as error:
-            attempt.write(_failure("bug", f"{type(error).__name__}: {error}", rank))
+            attempt.note(_failure("bug", f"{type(error).__name__}: {error}", rank))
             raise
         if rank == 0:
-            attempt.write(Result(result=address))
+            attempt.note(Result(result=address))
         return address
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,7 +123,9 @@ class StageTask:
 
         node = _ray_node(profile)
         if node.index:
-            ray_worker(node, attempt.folder)
+            ray_worker(
+                node, attempt.folder, lambda error: attempt.note(_failure("work", str(error), node.index))
+            )
             return "worker"
         with ray_head(node, attempt.folder) as address:
             return self.stage.run(config, self.options, address, None).address
@@ -182,23 +192,28 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
 
     The batch script then requeues the job. A local job exits here, through submitit.
     """
-    from dsno_cluster.cluster.slurm_commands import who_ends, why_told
+    from dsno_cluster.cluster.slurm_commands import patiently, who_ends, why_told
 
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
-        attempt.write(Stopped(why="time limit"))
+        attempt.note(Stopped(why="time limit"))
         console.say("time is nearly up: the job asks to be requeued")
         sys.stdout.flush()
         if not callable(requeue):
             raise RuntimeError("submitit installed no handler to requeue the job")
         requeue(signal.SIGUSR2, None)  # leaves by SystemExit
+    attempt.note(Stopped(why="signal"))  # for now: this process may be killed before Slurm answers
     job = os.environ["SLURM_JOB_ID"]
-    try:
+
+    def ask() -> WhyStopped:
         ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
-        why = "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
+        return "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
+
+    why: WhyStopped = "signal"
+    try:
+        why = patiently(ask)
     except (UserError, WorkError) as error:
         console.say(f"Slurm does not report why this job must end: {error}")
-        why = "signal"
-    attempt.write(Stopped(why=why))
+    attempt.note(Stopped(why=why))
     console.say(f"{STOPS[why]}: what is done is kept")
 
 

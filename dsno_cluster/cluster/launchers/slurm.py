@@ -28,6 +28,7 @@ from dsno_cluster.cluster.slurm_commands import (
     cancel_job,
     check_profile,
     cluster_name,
+    host_names,
     job_states,
     refusal,
     user_name,
@@ -242,6 +243,9 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
         return State(word, job.state)
     if word == "waiting":
         return State(word, _wait(job.reason, str(record.job)))
+    if word == "running" and run.is_ray_stage and _lost_first_node(job):
+        said = f"its first node, {job.batch_host}, is lost, and its work stands still"
+        return State("stalled", f"{said}; `scontrol requeue {record.job}` starts it again", job.nodes)
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
@@ -280,6 +284,11 @@ def _how(run: Run) -> str:
         return how_it_ended(attempts[-1])
     log = run.folder / BATCH_LOG
     return f"its batch script ended before the work began; see {log}" if log.is_file() else "it never began"
+
+
+def _lost_first_node(job: JobState) -> bool:
+    """Whether a running job no longer has the node of its batch script."""
+    return job.batch_host != job.nodes and job.batch_host not in host_names(job.nodes)
 
 
 def _submit(submission: Submission, after: str | None) -> Run:
