@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -27,6 +28,11 @@ from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
 from dsno_cluster.errors import UserError, WorkError, closest
 from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, TRAIN
 
+# errors of a file system that are no bug of ours, wherever they come up
+_OF_THE_DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
+)
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*=")
 
 
@@ -190,6 +196,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output, such as `head`, has enough: the rest must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug or error.errno not in _OF_THE_DISK or error.filename is None:
+            raise
+        from dsno_cluster import console
+
+        console.error(f"{error.filename}: {error.strerror}")
+        return 1
     except KeyboardInterrupt:
         from dsno_cluster import console
 

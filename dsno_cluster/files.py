@@ -14,6 +14,7 @@ from pathlib import Path
 from dsno_cluster.errors import UserError, closest
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
+LONGEST_NAME, LONGEST_PATH = 255, 3500  # bytes; Linux takes 255 and 4095
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
@@ -62,6 +63,16 @@ def in_home(path: str) -> str:
         why = "HOME is not set" if user == "~" else f"there is no user {user[1:]}"
         raise UserError(f"{path}: {user} is no folder here, as {why}; write the path out")
     return expanded
+
+
+def too_long(path: str) -> str | None:
+    """Why no file can be at a path, with room for the names below it; None if one can."""
+    name = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        return f"{name[:20]}...: a name of {len(os.fsencode(name))} bytes; a folder or file can have {LONGEST_NAME}"
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        return f"{path[:20]}...: a path of {len(os.fsencode(path))} bytes; the limit is {LONGEST_PATH}"
+    return None
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import re
 import subprocess
 import sys
@@ -101,6 +102,63 @@ def test_no_folder_is_named_after_a_scheme_or_a_user(
         assert told.returncode == 2 and told.stderr.startswith(f"dsno-cluster: {value}: "), told.stderr
         assert len(told.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without HOME and without an entry in the users' list, as in a container or under cron."""
+
+    def unknown(number: int) -> pwd.struct_passwd:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_without_a_home_folder_only_what_needs_it_is_refused(tmp_path: Path) -> None:
+    for key in PATHS:
+        assert (
+            _refusal(key, "~/it")
+            == f"{key}: ~/it: ~ is no folder here, as HOME is not set; write the path out"
+        )
+    for words in (["verify", "~/it"], ["sample", "~"]):
+        told = answer(*words, cwd=tmp_path)
+        assert told.returncode == 2 and "~ is no folder here, as HOME is not set" in told.stderr, told.stderr
+    assert answer("plan", cwd=tmp_path).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_that_is_too_long_is_one_line(key: str) -> None:
+    assert _refusal(key, f"x/{'n' * 256}/y") == (
+        f"{key}: nnnnnnnnnnnnnnnnnnnn...: a name of 256 bytes; a folder or file can have 255"
+    )
+    assert (
+        _refusal(key, "/abcdefghi" * 430)
+        == f"{key}: /abcdefghi/abcdefghi...: a path of 4300 bytes; the limit is 3500"
+    )
+
+
+@pytest.mark.parametrize("long", ["n" * 300, "abcdefghi/" * 430])
+def test_no_word_of_a_command_line_is_too_long(long: str, tmp_path: Path) -> None:
+    words = (
+        ["plan", f"{long}.yaml"],
+        ["verify", long],
+        ["inspect", long],
+        ["sample", long],
+        ["status", long],
+    )
+    for line in (
+        *words,
+        ["plan", f"name={long}"],
+        ["report", long],
+        ["import-weights", long, "--config", "x", "--out", "y"],
+    ):
+        told = answer(*line, cwd=tmp_path)
+        assert told.returncode in (1, 2), told.stderr
+        assert len(told.stderr.splitlines()) == 1 and "Traceback" not in told.stderr
 
 
 @pytest.mark.parametrize("key", PATHS)

@@ -420,6 +420,13 @@ def test_published_weights_are_downloaded_once_and_checked(
     assert not [p for p in found.path.parent.iterdir() if p.name.startswith(".")]
 
 
+def test_without_a_home_folder_weights_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(UserError, match=r"evaluation\.weights_path: .* no home folder"):
+        features.find_weights(features.INCEPTION, None, None)
+
+
 @pytest.mark.slow
 def test_checkpoints_are_watched(tiny_student: Path, tmp_path: Path) -> None:
     """Each checkpoint and each average is evaluated once; the best is named; a second call measures nothing."""

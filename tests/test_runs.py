@@ -26,7 +26,7 @@ from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruit
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.status import run_to_cancel
 from dsno_cluster.config import Config, load_config, load_profile
-from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.stages import TRAIN
 
 # what scripts read of `status --json`
@@ -207,6 +207,22 @@ def test_a_run_folder_that_cannot_be_read_hides_no_other(
     monkeypatch.setattr(Path, "is_file", denied)
     assert all_runs() == [run]
     assert "locked: left out: Permission denied" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "reason"),
+    [("file", "digits", "Not a directory"), ("file/below", "digits", "Not a directory"),
+     ("here", "n" * 240, "File name too long"), ("/proc/nowhere", "digits", "No such file or directory")],
+)  # fmt: skip
+def test_a_run_folder_that_cannot_be_made_is_one_line(
+    place: str, name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = load_config("configs/digits.yaml", [f"run.dir={tmp_path / place}", f"name={name}"])
+    with pytest.raises(WorkError) as told:
+        new_run(config)
+    assert f": cannot be made: {reason}; choose another run.dir or name" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:

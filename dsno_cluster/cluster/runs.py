@@ -48,7 +48,7 @@ from dsno_cluster.config import (
     load_config,
     load_resolved_profile,
 )
-from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.provenance import code_version
 from dsno_cluster.records import record_bytes
 
@@ -246,6 +246,10 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
             break
         except FileExistsError:
             continue
+        except OSError as error:  # a file in its place, a read-only disk, a long name
+            raise WorkError(
+                f"{folder}: cannot be made: {error.strerror}; choose another run.dir or name"
+            ) from error
     run = Run(folder)
     (folder / CONFIG).write_text(dump_config(config))
     (folder / PROFILE).write_text(dump_profile(submission.profile))

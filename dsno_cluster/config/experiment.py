@@ -14,6 +14,7 @@ from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, 
 from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
+from dsno_cluster.files import too_long
 
 # folders beside those of the experiments in evaluation/
 TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
@@ -26,6 +27,8 @@ def _run_name(name: str) -> str:
             f"{name!r} cannot name folders: only A-Z, a-z, 0-9, '.', '_' and '-', and first a letter or digit; "
             f"try name={proposed}"
         )
+    if problem := too_long(name):
+        raise ValueError(problem)
     return name
 
 

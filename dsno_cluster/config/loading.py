@@ -12,7 +12,7 @@ from dsno_cluster.config.places import RunConfig
 from dsno_cluster.config.profile import Profile
 from dsno_cluster.config.validation import validate
 from dsno_cluster.errors import UserError, closest
-from dsno_cluster.files import shown_path
+from dsno_cluster.files import shown_path, too_long
 from dsno_cluster.yaml_text import dump_yaml, parse_written
 
 EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference")
@@ -89,6 +89,8 @@ def find_file(path: str, folder: str) -> Path:
     Raises UserError if neither exists.
     """
     here = Path(path)
+    if problem := too_long(path):
+        raise UserError(problem)
     if here.is_file():
         return here
     if here.is_dir():

@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ValidationInfo
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.files import in_home
+from dsno_cluster.files import in_home, too_long
 from dsno_cluster.storage import absolute_address, split_address
 
 FOLDER = "folder"  # key of pydantic's validation context: the folder that relative paths are relative to
@@ -29,9 +29,12 @@ def resolved(path: str, info: ValidationInfo) -> str:
     if path.startswith("package:"):
         return path
     try:
-        return absolute_address(_with_variables(path), _folder(info))
+        found = absolute_address(_with_variables(path), _folder(info))
     except UserError as error:
         raise ValueError(str(error)) from None  # pydantic adds the key's name
+    if problem := too_long(found):
+        raise ValueError(problem)
+    return found
 
 
 def _root(path: str, info: ValidationInfo) -> str:

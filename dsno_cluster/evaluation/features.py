@@ -26,7 +26,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.evaluation.table import INCEPTION
-from dsno_cluster.files import not_there, written_aside
+from dsno_cluster.files import in_home, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
@@ -268,9 +268,8 @@ def is_published(weights: WeightsFile) -> bool:
 
 
 def weights_cache() -> Path:
-    """The folder of downloaded weights."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dsno-cluster" / "weights"
+    """The folder of downloaded weights. Raises UserError if the home folder is not known."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or in_home("~/.cache")) / "dsno-cluster" / "weights"
 
 
 def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
@@ -321,7 +320,13 @@ def _downloaded(name: str, key: str) -> WeightsFile:
     url = published_url(name)
     if url is None:
         raise UserError(f"{key}_path: the weights of {name} are needed; name their file")
-    file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
+    try:
+        file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
+    except UserError:
+        raise UserError(
+            f"{key}_path: there is no home folder (HOME is not set) to keep the weights of {name} in: name their file, or set "
+            "XDG_CACHE_HOME"
+        ) from None
     if not file.is_file():
         console.say(f"downloading the weights of {name}, once: {url}")
         try:
