@@ -37,6 +37,7 @@ def disguise(head: bytes) -> str | None:
 
     The answer continues a sentence: "is a Git LFS pointer, ...".
     """
+    head = head[:512]
     if not head:
         return f"is empty; {_AGAIN}"
     if head.startswith(b"version https://git-lfs"):
@@ -45,7 +46,7 @@ def disguise(head: bytes) -> str | None:
         return f"is a web page, perhaps the answer to a failed download; {_AGAIN}"
     if head.startswith(_GZIP):
         return "is compressed by gzip; unpack it first"
-    if re.fullmatch(rb"[\t\r\n\x20-\x7e]+", head[:256]):
+    if re.fullmatch(rb"[\t\r\n\x20-\x7e]+", head):
         return f"is text that begins with {head[:40].decode().strip()!r}; {_AGAIN}"
     return None
 

@@ -21,7 +21,9 @@ from dsno_cluster.config import load_config
 from dsno_cluster.data import load_digits
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.image_sets import DataIdentity, open_images
+from dsno_cluster.evaluation.metrics import Reference, fid
 from dsno_cluster.evaluation.reference import imported
+from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
 
 SIZE = 16
@@ -410,6 +412,15 @@ def test_batches_that_hold_no_images(data: bytes, says: str, tmp_path: Path) -> 
     done = answer("eval", "--samples", "x.npz", "--dry-run", "--launcher", "local", cwd=tmp_path)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "x.npz" in line and says in line, line
+
+
+def test_features_that_are_not_finite_are_said() -> None:
+    right = moments_of(NOISE)
+    wrong = moments_of(np.where(NOISE > 3, np.nan, NOISE))
+    identity = DataIdentity(kind="x")
+    for samples, real, says in ((wrong, right, "of the samples"), (right, wrong, "of the reference")):
+        with pytest.raises(UserError, match=f"features {says} are not finite"):
+            fid(samples, Reference(identity, real.mean, real.covariance, 64, 8))
 
 
 @pytest.mark.parametrize("whose", ["samples", "reference"])

@@ -21,15 +21,19 @@ import safetensors.torch
 import torch
 from teacher_models import PUBLISHED, saved
 from teacher_models import small_diffusers_unet as small_diffusers_unet  # fixture
-from tiny import answer, dsno
+from tiny import TINY, answer, dsno
 
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.features import DIGITS, INCEPTION, file_sha256, find_weights
 from dsno_cluster.model_folder import package_path
+from dsno_cluster.teachers import find_teacher
 from dsno_cluster.teachers.importing import import_weights
+from dsno_cluster.training.heldout import heldout_states
 from dsno_cluster.training.objectives.losses import check_lpips_weights
+from dsno_cluster.training.online import planned_manifest
+from dsno_cluster.trajectories.plan import make_plan
 
 DIGITS_TEACHER = Path(package_path("package:digits-teacher"))
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 132735322\n"
@@ -192,6 +196,35 @@ def test_weights_of_an_extractor(kind: str, tmp_path: Path, monkeypatch: pytest.
         line = str(refused.value)
         assert "weights.pth" in line and any(word in line for word in says.split("|")), line
         assert "\n" not in line and not (tmp_path / "trap").exists()
+
+
+@bad_files
+def test_the_state_of_an_unfinished_teacher(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "runs/teachers/digits-resume.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(state_dict("zip"))
+    says = spoil(file, kind)
+    done = answer("train-teacher", "teacher_training.steps=1", cwd=tmp_path)
+    check_refused(done, "digits-resume.pt", says)
+    assert "delete that file to begin anew" in done.stderr and not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut"])
+def test_held_out_states_that_were_kept(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are only kept to save time, so they are made again."""
+    words = [*TINY, f"storage.root={tmp_path}", "training.heldout_samples=4"]
+    config = load_config(str(Path(__file__).parents[1] / "configs/digits.yaml"), words)
+    teacher = find_teacher(config)
+    manifest = planned_manifest(make_plan(config, teacher))
+    states = heldout_states(config, teacher, manifest, torch.device("cpu"))
+    (file,) = tmp_path.glob("students/digits/heldout-*.safetensors")
+    whole = file.read_bytes()
+    says = spoil(file, kind)
+    capsys.readouterr()
+    assert torch.equal(heldout_states(config, teacher, manifest, torch.device("cpu")), states)
+    assert says in capsys.readouterr().err and file.read_bytes() == whole
 
 
 def test_plan_opens_the_weights_of_an_extractor(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def array_names(file: Path) -> list[str]:
             )
         with zipfile.ZipFile(file) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
     except _DAMAGED as error:
         raise UserError(f"{file}: cannot be read: {said_by('zipfile', error)}") from None
 

@@ -7,6 +7,7 @@ no figure may depend on a background or a colour profile that nobody chose.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import warnings
@@ -118,8 +119,9 @@ def read_picture(file: Path) -> np.ndarray:
                 )
             return _as_rgb(file, ImageOps.exif_transpose(image), image.format)
     except _DAMAGED as error:
-        with file.open("rb") as opened:
-            problem = disguise(opened.read(HEAD)) or f"cannot be read: {said_by('Pillow', error)}"
+        problem = f"cannot be read: {said_by('Pillow', error)}"
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            problem = disguise(opened.read(HEAD)) or problem
         raise UserError(f"{file}: {problem}") from None
 
 
@@ -138,9 +140,7 @@ def _as_rgb(file: Path, image: Image.Image, form: str | None) -> np.ndarray:
         return np.repeat((grey.astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode not in MODES:
         what = f" ({_WHAT[image.mode]})" if image.mode in _WHAT else ""
-        raise UserError(
-            f"{file}: is of mode {image.mode}{what}; convert it to 8-bit RGB, which is not one certain way"
-        )
+        raise UserError(f"{file}: is of mode {image.mode}{what}; convert it to 8-bit RGB first")
     return np.array(image.convert("RGB"))
 
 

@@ -279,8 +279,13 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
     if plan and plan.note:
         lines.insert(1, f"note          {plan.note}")
     lines += [f"not usable    {problem}" for problem in found.files]
-    if missing := files_not_there(config):
-        told = ", ".join(f"{key} {path}" for key, path in missing.items())
+    later = {
+        key: path
+        for key, path in files_not_there(config).items()
+        if not any(problem.startswith(f"{key}: ") for problem in found.files)  # it was said
+    }
+    if later:
+        told = ", ".join(f"{key} {path}" for key, path in later.items())
         lines.append(f"files         not there yet, for later stages: {told}")
     if (measured := found.measured) is None:
         lines.append("time          not measured: --measure times the teacher on this machine's device")
