@@ -121,7 +121,7 @@ def _cause(line: Line, attempt: Attempt) -> str:
     if line.kind == "node":
         return f"Slurm lost {', '.join(_names(line.hosts))}"
     if line.kind == "contact":
-        return f"srun lost its connection to {_node(attempt, line.index)} ({line.text})"
+        return f"Slurm lost its connection to {_node(attempt, line.index)} ({line.text})"
     return NOTICES[line.text]
 
 
