@@ -76,21 +76,14 @@ class StageTask:
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
             sys.exit(0)  # rank 0 reports for all; an error status here would make Slurm end it too early
-        except (UserError, WorkError) as error:  # no traceback; the exit status ends the other ranks
-            users = isinstance(error, UserError)
-            attempt.note(_failure("user" if users else "work", str(error), rank))
-            console.error(str(error))
-            sys.exit(2 if users else 1)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                attempt.note(_failure("bug", f"{type(error).__name__}: {error}", rank))
-                raise
-            attempt.note(_failure("work", str(error), rank))
-            console.error(str(error))
-            sys.exit(1)
         except Exception as error:
-            attempt.note(_failure("bug", f"{type(error).__name__}: {error}", rank))
-            raise
+            kind = _kind(error)
+            reason = f"{type(error).__name__}: {error}" if kind == "bug" else str(error)
+            attempt.note(_failure(kind, reason, rank))
+            if kind == "bug":
+                raise
+            console.error(reason)
+            sys.exit(2 if kind == "user" else 1)  # no traceback; the exit status ends the other ranks
         if rank == 0:
             attempt.note(Result(result=address))
         return address
@@ -131,6 +124,14 @@ class StageTask:
             return self.stage.run(config, self.options, address, None).address
 
 
+def _kind(error: Exception) -> Literal["user", "work", "bug"]:
+    """Whose fault an error is: that of the input, of the work's surroundings such as a full disk, or ours."""
+    if isinstance(error, UserError):
+        return "user"
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
+    return "work" if full or isinstance(error, WorkError) else "bug"
+
+
 def _failure(kind: Literal["user", "work", "bug"], reason: str, rank: int) -> Failure:
     return Failure(kind=kind, reason=reason, rank=rank, host=socket.gethostname())
 
@@ -169,8 +170,10 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
     for noted in _noted.end() if _noted is not None else ():
         if noted in REQUEUE_SIGNALS:
             unwind(noted, None)
-    yield
-    _ignore_signals()  # done: the rest takes only a moment
+    try:
+        yield
+    finally:
+        _ignore_signals()  # done or failed: the rest takes only a moment, and says why
 
 
 def _is_unwinding() -> bool:
