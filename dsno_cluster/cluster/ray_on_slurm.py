@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
+from dsno_cluster.cluster.guard import guards
 from dsno_cluster.cluster.ray_folder import INSIDE, claimed, place_for
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.cluster.records import Outcome, RayEnded, RayStarted
@@ -43,6 +44,7 @@ START_SECONDS, START_PAUSE = (
     0.2,
 )  # many nodes that start Python from a network file system at once are slow
 END_SECONDS = 5.0
+PORTS = 64  # a node without that many free ports cannot run Ray, which opens some itself and would not say so
 LOST_HEAD_KNOCKS, KNOCK_SECONDS = 8, 2.0  # with the second between them: about 24 s
 # how often the first worker asks Slurm; each further one waits a second longer, so that many do not ask at
 # once
@@ -83,7 +85,7 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
     Raises WorkError if it does not start.
     """
     address = own_address(node.hosts, node.index, node.interface)
-    port, client, dashboard, *agents = free_ports(7)  # in one call, so that they differ
+    port, client, dashboard, *agents = free_ports(PORTS)[:7]  # in one call, so that they differ
     folder = place_for(f"{node.job}-{attempt.name}")
     command = [
         *("--head", f"--port={port}", f"--ray-client-server-port={client}"),
@@ -114,7 +116,7 @@ def ray_worker(node: Node, attempt: Path, report: Callable[[WorkError], None]) -
     head, folder = started.address, Path(started.folder)  # Ray's workers use the head's folder
     try:
         address = own_address(node.hosts, node.index, node.interface)
-        options = [f"--address={head}", *_common(node, address, free_ports(4))]
+        options = [f"--address={head}", *_common(node, address, free_ports(PORTS)[:4])]
         with _ray_processes(options, folder) as ray:
             console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
             lost = _first_node_lost(node, attempt, head, ray)
@@ -251,6 +253,8 @@ def _end(ray: subprocess.Popen[bytes]) -> None:
     def descendants() -> list[psutil.Process]:
         alive = []
         for process in psutil.Process().children(recursive=True):
+            if process.pid in guards:
+                continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 alive += [process] if process.status() != psutil.STATUS_ZOMBIE else []
         return alive
@@ -279,6 +283,7 @@ def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> Non
 
 def _knock(address: str) -> str:
     """The state of host:port: `open`, `closed` (the host answers that nothing listens there) or `silent`."""
+    liveness.moved()
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()

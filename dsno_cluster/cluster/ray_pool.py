@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
+from dsno_cluster.cluster.actor_watch import ASIDE, HangWatch, SlowWatch, Worker
 from dsno_cluster.cluster.noted_signals import NotedSignals
 from dsno_cluster.cluster.ray_folder import claimed, place_for
 from dsno_cluster.errors import StorageError, UserError, WorkError
@@ -67,8 +68,13 @@ class RayCluster:
     num_gpus: int
     fixed: int | None  # number of actors, if it was given
 
-    def actor_options(self) -> dict[str, int]:
-        return {"num_cpus": self.threads, "num_gpus": self.num_gpus}
+    def actor_options(self) -> dict[str, Any]:
+        """What an actor asks for; one of its threads is kept for questions of the pool (`HangWatch`)."""
+        return {
+            "num_cpus": self.threads,
+            "num_gpus": self.num_gpus,
+            "concurrency_groups": {ASIDE: 1},
+        }
 
     def capacity(self) -> int:
         """How many actors the cluster has room for now; nodes may come and go."""
@@ -238,14 +244,8 @@ def _check_listening(address: str) -> None:
 
 
 @dataclass(eq=False)
-class _Worker:
-    actor: Any
-    load: int = 0
-
-
-@dataclass(eq=False)
 class _Attempt(Generic[Task]):
-    worker: _Worker
+    worker: Worker
     task: Task
     began: float
 
@@ -336,24 +336,28 @@ def run_pool(
     probes = list(tasks[:PROBES]) if in_order else _spread(tasks)
     waiting: deque[Task] = deque(dict.fromkeys([*probes, *tasks]))
     open_tasks = set(tasks)
-    starting: dict[Any, _Worker] = {}
-    workers: set[_Worker] = set()
+    starting: dict[Any, Worker] = {}
+    workers: set[Worker] = set()
     running: dict[Any, _Attempt[Task]] = {}
     failures: _Failures[Task] = _Failures()
     durations: list[float] = []
+    hangs, slow = HangWatch(), SlowWatch()
     failed_starts = storage_failures = 0
     listener = _Listener()
     quiet_since = polled = time.monotonic()
     try:
         room = told = capacity()
         while open_tasks:
+            liveness.moved()
+            hangs.look(workers)
+            slow.look(running.values(), durations)
             if time.monotonic() - polled > POLL_SECONDS:
                 before, room, polled = room, capacity(), time.monotonic()
                 if room == before and room != told:  # say it once if many nodes join or leave together
                     console.say(f"Ray has room for {room} actor(s) now, {told} before")
                     told = room
             while len(starting) + len(workers) < min(room, len(open_tasks)):
-                worker = _Worker(make_actor())
+                worker = Worker(make_actor())
                 starting[greet(worker.actor)] = worker
             _hand_out(waiting, open_tasks, workers, running, in_flight, durations, call)
             listener.listen(running)
@@ -378,6 +382,7 @@ def run_pool(
                         if getattr(error, "actor_init_failed", False) or failed_starts >= DEATHS:
                             raise _start_failure(error) from error
                         continue
+                    hangs.welcome(worker)
                     workers.add(worker)
                     failed_starts, quiet_since = 0, time.monotonic()
                     continue
@@ -391,6 +396,8 @@ def run_pool(
                     cause = getattr(error, "cause", None) or error
                     if isinstance(cause, UserError):
                         raise cause from error
+                    if attempt.worker.hangs:
+                        cause = WorkError(attempt.worker.hangs)
                     if died:
                         workers.discard(attempt.worker)
                     if task not in open_tasks:
@@ -421,6 +428,7 @@ def run_pool(
     except (ray.exceptions.RaySystemError, ConnectionError) as error:
         raise WorkError(f"the Ray cluster was lost: {_last_line(error)}; the same command resumes") from error
     finally:
+        console.remark("")
         for worker in [*workers, *starting.values()]:
             with contextlib.suppress(ValueError, RuntimeError, ray.exceptions.RayError):  # gone already
                 (release or ray.kill)(worker.actor)
@@ -443,7 +451,7 @@ def _spread(tasks: Sequence[Task]) -> list[Task]:
 def _hand_out(
     waiting: deque[Task],
     open_tasks: set[Task],
-    workers: set[_Worker],
+    workers: set[Worker],
     running: dict[Any, _Attempt[Task]],
     in_flight: int,
     durations: list[float],
@@ -451,7 +459,7 @@ def _hand_out(
 ) -> None:
     """Give waiting tasks to the least loaded workers, and start slow ones a second time on idle workers."""
 
-    def start(worker: _Worker, task: Task) -> None:
+    def start(worker: Worker, task: Task) -> None:
         running[call(worker.actor, task)] = _Attempt(worker, task, time.monotonic())
         worker.load += 1
 

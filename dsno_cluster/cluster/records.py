@@ -100,10 +100,19 @@ class AttemptProgress(AttemptRecord):
     done: int = 0
     rate: float = 0.0
     figures: str = ""
+    remark: str = ""
 
     @classmethod
     def of(cls, tally: Tally) -> AttemptProgress:
         return cls(**vars(tally))
+
+
+class Idle(AttemptRecord):
+    """The attempt has made no progress for this long, by the clock of its first node; gone once it does."""
+
+    FILE = "idle.json"
+
+    seconds: float
 
 
 class Result(AttemptRecord):

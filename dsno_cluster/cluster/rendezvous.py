@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsno_cluster.cluster.records import AnyNote, Note, read_note, write_note
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.cluster.records import AnyNote, Failure, Note, read_note, write_note
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
 MEET_SECONDS, LOOK_SECONDS = (
     300.0,
@@ -74,11 +74,20 @@ def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct free TCP ports of this host. Use them at once: nothing reserves them."""
+    """Distinct free TCP ports of this host. Use them at once: nothing reserves them.
+
+    Raises WorkError if there are too few.
+    """
     with contextlib.ExitStack() as held:  # all bound together, so that none is returned twice
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("", 0))
+        try:
+            for s in sockets:
+                s.bind(("", 0))
+        except OSError as error:
+            raise WorkError(
+                f"{socket.gethostname()} has no {count} free TCP ports ({error.strerror}); "
+                "`ss -tan` on it lists those in use, net.ipv4.ip_local_port_range is their range"
+            ) from error
         return [s.getsockname()[1] for s in sockets]
 
 
@@ -88,10 +97,12 @@ def tell(attempt: Path, note: Note) -> None:
 
 
 def hear(attempt: Path, what: type[AnyNote]) -> AnyNote:
-    """Wait for the note that another task leaves. Raises WorkError if it does not appear in time."""
+    """Wait for the first task's note. Raises WorkError if it has failed, or leaves none in time."""
     for _ in range(round(MEET_SECONDS / LOOK_SECONDS)):  # a clock would also count the time of a suspension
         if (note := read_note(what, attempt)) is not None:
             return note
+        if (attempt / Failure.FILE.replace("*", "0")).is_file():
+            raise WorkError(f"{LOST_RANK} (the first task failed while this one waited for it)")
         time.sleep(LOOK_SECONDS)
         with contextlib.suppress(OSError):
             os.listdir(attempt)  # makes NFS look again

@@ -199,7 +199,8 @@ class Attempt:
         """What the nodes reported that a Ray stage lost and continues without."""
         if not self.run.is_ray_stage:
             return []
-        return sorted((f for f in self._failures() if f.rank), key=lambda f: f.time)
+        lost = [f for f in self._failures() if f.rank and not f.reason.startswith(LOST_RANK)]
+        return sorted(lost, key=lambda f: f.time)
 
     def _failures(self) -> list[Failure]:
         said = [read_note(Failure, self.folder, file.name) for file in self.folder.glob(Failure.FILE)]

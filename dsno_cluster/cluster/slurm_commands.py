@@ -27,6 +27,7 @@ UNACCOUNTED = "UNACCOUNTED"
 OUTAGE_SECONDS = 900.0  # a controller may be restarting when a job asks it something
 REFUSED_SECONDS = 60.0  # or it may refuse for a moment, for example while a job is completing
 PAUSE_SECONDS = 10.0
+CLOCK_SECONDS = 15.0  # clocks of a cluster may differ by this much; munge refuses more than five minutes
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class JobState:
     batch_host: str = ""
 
     def seconds_over(self) -> float:
-        """How long ago it ended; infinite if Slurm does not say."""
+        """How long ago it ended; infinite if Slurm does not say, or by a clock that is ahead of this host's."""
         try:
-            return time.time() - time.mktime(time.strptime(self.end, "%Y-%m-%dT%H:%M:%S"))
+            over = time.time() - time.mktime(time.strptime(self.end, "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
             return float("inf")
+        return over if over > -CLOCK_SECONDS else float("inf")
 
 
 def controller_silence() -> str | None:
@@ -96,12 +98,29 @@ def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Seque
         )
     if profile.mem_gb * 1024 > (memory := max(_number(row[3]) for row in rows)):
         return f"{where}: mem_gb {profile.mem_gb}: a node of partition {partition} has at most {memory / 1024:.1f} GB"
-    gpus = max(sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5]))) for row in rows)
+    gpus = max(_gpus(row) for row in rows)
     if profile.gpus_per_node > gpus:
         return f"{where}: gpus_per_node {profile.gpus_per_node}: a node of partition {partition} has at most {gpus}"
+    if profile.nodes > (fit := sum(_number(row[1]) for row in rows if _fits(profile, row))):
+        gpus_each = f", {profile.gpus_per_node} GPUs" if profile.gpus_per_node else ""
+        return (
+            f"--nodes {profile.nodes}: partition {partition} has {fit} node(s) with the {cpus} CPUs{gpus_each} and "
+            f"{profile.mem_gb} GB of {where}"
+        )
     if profile.time_minutes > (limit := max(_minutes(row[4]) for row in rows)):
         return f"{where}: time_minutes {profile.time_minutes}: partition {partition} allows {limit:.0f}"
     return None
+
+
+def _fits(profile: Profile, row: Sequence[str]) -> bool:
+    """Whether nodes as `check_profile` lists them are large enough for a profile."""
+    cpus = profile.tasks_per_node * profile.cpus_per_task
+    enough = cpus <= _number(row[2]) and profile.mem_gb * 1024 <= _number(row[3])
+    return enough and profile.gpus_per_node <= _gpus(row)
+
+
+def _gpus(row: Sequence[str]) -> int:
+    return sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5])))
 
 
 def refusal(said: str) -> Exception:
@@ -116,7 +135,8 @@ def may_heal(said: str) -> bool:
     """Whether an error is about the state of Slurm's controller or of a disk, which may change."""
     return (
         re.search(
-            "contact|timed out|did not answer|temporarily|connection|Zero Bytes|No space left|Disk quota",
+            "contact|timed out|did not answer|temporarily|connection|credential|authentication|Zero Bytes|No space left|"
+            "Disk quota",
             said,
             re.IGNORECASE,
         )

@@ -13,7 +13,7 @@ from dsno_cluster import console
 from dsno_cluster.cluster.launchers import State, launcher_of, states_of
 from dsno_cluster.cluster.launchers.following import POLL_SECONDS, followed
 from dsno_cluster.cluster.reasons import how_it_ended, lost_nodes
-from dsno_cluster.cluster.records import AttemptProgress, Outcome, Result
+from dsno_cluster.cluster.records import AttemptProgress, Idle, Outcome, Result
 from dsno_cluster.cluster.runs import Attempt, Run, matching_runs, the_only_run
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import Code
@@ -57,8 +57,13 @@ def _row(run: Run, state: State, attempts: Sequence[Attempt]) -> Row:
     record = run.record()
     last = attempts[-1] if attempts else None
     progress = last.read(AttemptProgress) if last else None
+    idle = last.read(Idle) if last and state.word == "running" else None
+    why_now = state.why
+    if state.word == "running":
+        why_now = f"no progress for {console.duration(idle.seconds)}" if idle else why_now
+        why_now = "; ".join(filter(None, [why_now, progress.remark if progress else ""]))
     left = None
-    if progress and state.word == "running" and progress.rate > 0:
+    if progress and not idle and state.word == "running" and progress.rate > 0:
         left = (progress.total - progress.done) / progress.rate
     return Row(
         run=run.id,
@@ -66,7 +71,7 @@ def _row(run: Run, state: State, attempts: Sequence[Attempt]) -> Row:
         job=record.job,
         launcher=record.launcher,
         state=state.word,
-        why=state.why,
+        why=why_now,
         nodes=state.nodes,
         attempts=len(attempts),
         done=progress.done if progress else None,

@@ -65,7 +65,7 @@ class StageTask:
         expect_answers()  # the command that submitted this checked the address of the storage
         received: list[int] = []
         try:
-            with _signals_unwind(received):
+            with _signals_unwind(received), _guarded(run, attempt, rank):
                 address = self._run(run, attempt)
         except (KeyboardInterrupt, SystemExit) as stopped:
             _ignore_signals()
@@ -182,6 +182,14 @@ def _is_unwinding() -> bool:
     while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
         error = error.__context__
     return error is not None
+
+
+def _guarded(run: Run, attempt: Attempt, rank: int) -> contextlib.AbstractContextManager[None]:
+    """In this context the task is ended if it hangs for good."""
+    from dsno_cluster.cluster.guard import guarded
+
+    role = ("the task" if rank else "the driver") if run.is_ray_stage else f"rank {rank}"
+    return guarded(attempt.folder, rank, f"{role} on {socket.gethostname()}", run.profile().hang_minutes)
 
 
 def _ignore_signals() -> None:

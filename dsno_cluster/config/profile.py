@@ -96,6 +96,10 @@ class Profile(Strict):
         3,
         description="how many times in a row the job is started again although the last attempt made no progress",
     )
+    hang_minutes: Annotated[float, Field(gt=0)] = Field(
+        30,
+        description="a task or an actor whose work shows no sign of life for this long is ended, and begins again, in minutes",
+    )
     sbatch: dict[str, str | bool] = Field(default_factory=dict, description="further options of sbatch")
 
     @property

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Config
 from dsno_cluster.config.loading import EVALUATION_FILES
 from dsno_cluster.evaluation.evaluate import evaluate
@@ -76,6 +76,7 @@ def watch(
             console.say(f"waiting for a checkpoint after step {max(last, 0)} below {where}")
             said = time.monotonic()
         if not todo:
+            liveness.moved()
             time.sleep(POLL_SECONDS)
     best = history.best
     if best is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from dsno_cluster import liveness
 from dsno_cluster.config import Network
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
@@ -126,6 +127,7 @@ class Teacher:
         """
         import torch
 
+        liveness.moved()
         if labels is None and self.null_class is not None:
             labels = torch.full((len(x),), self.null_class, device=x.device)
         if (labels is None) != (self.num_classes == 0):

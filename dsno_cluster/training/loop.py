@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.files import shown_path
@@ -275,8 +275,9 @@ def _agree(figures: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float
     """The figures of the whole global batch, and the signals of all ranks, in one all-reduce."""
     flags = torch.tensor([float(stop.preempt), float(stop.interrupt)], device=ranks.device)
     together = torch.cat([figures / ranks.world_size, flags])
-    dist.all_reduce(together)
-    *averaged, preempt, interrupt = together.tolist()
+    with liveness.waiting_for_peers():
+        dist.all_reduce(together)
+        *averaged, preempt, interrupt = together.tolist()
     return averaged, Signals(preempt > 0, interrupt > 0)
 
 

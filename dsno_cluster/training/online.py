@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.cluster.ray_pool import CONCURRENCY, given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
@@ -73,6 +73,7 @@ class StagedShards(ShardReader):
         shard = self.manifest.shards[number]
         said = asked = time.monotonic()
         while self.storage.stat(self.folder + shard.key) is None:
+            liveness.moved()
             if self.storage.stat(FAILED) is not None:
                 raise WorkError(f"no more trajectories come: {self.storage.read(FAILED).decode()}")
             if self.producer is not None and self.producer.process.poll() is not None:

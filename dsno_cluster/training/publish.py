@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Config, dump_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.model_folder import BEST, LATEST, META, AboutModel, step_name, write_model
@@ -102,6 +102,7 @@ class Publisher:
         folder, prefix, attempt = self.local.root / self.prefix / name, f"{self.prefix}{name}/", 0
         while folder.is_dir():
             attempt += 1
+            liveness.moved()
             try:
                 self.claim.hold()
                 if again or self.shared.stat(prefix + META) is None:

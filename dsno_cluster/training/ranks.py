@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dsno_cluster import liveness
 from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
@@ -19,6 +21,9 @@ from dsno_cluster.training.deepspeed_internals import import_deepspeed
 
 Found = TypeVar("Found")
 
+# If a rank hangs in a job, its guard ends it. torch's own time-outs would name no rank, and count the time for
+# which a job was suspended.
+GUARDED_TIMEOUT = timedelta(days=1)
 _UNSET = (
     "a launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; to train in one process, "
     "unset them"
@@ -49,7 +54,11 @@ def join_ranks(config: Config) -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(config.training.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     deepspeed = import_deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        verbose=False,
+        **({"timeout": GUARDED_TIMEOUT} if liveness.guarded else {}),
+    )
     compute_device()  # no TensorFloat-32, as when trajectories are made and in eval
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world, device)
