@@ -166,7 +166,7 @@ def test_the_disk_of_the_run_folder_is_full(stage: str, tiny_data: Path, tmp_pat
         for file in filled:
             file.unlink()
         row = user.ends(run)
-        assert row["attempts"] == 2 and not list(run.folder.glob("attempts/*/.*")), row
+        assert row["attempts"] >= 2 and not list(run.folder.glob("attempts/*/.*")), row
         log = (run.folder / "batch.log").read_text()
         assert "Traceback" not in log, log
 
