@@ -67,6 +67,14 @@ def is_signalled_in_a_destructor(*_: Any) -> StageResult:
     return runs_on()
 
 
+def turns_it_into_an_error(*_: Any) -> StageResult:
+    try:
+        signal_me()
+        return runs_on()
+    except BaseException as error:
+        raise ImportError("a package is missing") from error
+
+
 def cleans_up(*_: Any) -> StageResult:
     try:
         signal_me()
@@ -82,6 +90,7 @@ def cleans_up(*_: Any) -> StageResult:
         (runs_on, "early", ""),
         (swallows_it, "later", "swallowed"),
         (is_signalled_in_a_destructor, "later", "swallowed"),
+        (turns_it_into_an_error, "later", ""),
         (cleans_up, "later", "cleaned up"),
     ],
 )

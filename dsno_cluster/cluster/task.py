@@ -148,7 +148,7 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
 
     They are also added to `received`: while Ray waits in C, it turns what a handler raises into a plain
     KeyboardInterrupt. What is raised may be swallowed, by an import that ignores all errors or in a destructor;
-    it is then raised again every second.
+    it is then raised again every second. An error into which others turn it on its way is Preempted again.
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
@@ -172,6 +172,10 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
             unwind(noted, None)
     try:
         yield
+    except Exception as error:
+        if received:
+            raise Preempted from error
+        raise
     finally:
         _ignore_signals()  # done or failed: the rest takes only a moment, and says why
 
