@@ -198,8 +198,8 @@ def _guarded(run: Run, attempt: Attempt, rank: int) -> contextlib.AbstractContex
 
 def _ignore_signals() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.0)
-    for number in REQUEUE_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for number in REQUEUE_SIGNALS:  # of one that has arrived already, SIG_IGN would make Python complain
+        signal.signal(number, lambda number, frame: None)
 
 
 def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
