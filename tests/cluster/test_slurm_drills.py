@@ -145,7 +145,7 @@ def test_the_disk_of_the_run_folder_is_full(tmp_path: Path) -> None:
         # the shards are elsewhere: it ends for another reason
         cluster.run("pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit", host="node1")
         wait_for(lambda: queued(user, run) == "PENDING")
-        assert "killed" in user.row(run)["last_error"]
+        assert "SIGKILL" in user.row(run)["last_error"]
         wait_for(
             lambda: user.in_queue(run) and queued(user, run) == "RUNNING"
         )  # on a disk that is full still
