@@ -140,18 +140,24 @@ def test_the_disk_of_the_run_folder_is_full(tmp_path: Path) -> None:
         words = [*SLOW, "storage.root=out", f"run.dir={tmp_path}/small/run", "--nodes", "2"]
         run = user.run_of(user.dsno("gen-trajectories", *words, "--launcher", "slurm").stderr)
         wait_for(lambda: run.attempts() and done_by(run) >= 20)
-        full = tmp_path / "small/full"
-        cluster.run("dd", "if=/dev/zero", f"of={full}", "bs=4k", check=False)
+        filled: list[Path] = []
+
+        def fill() -> None:  # also what is given back meanwhile
+            filled.append(tmp_path / f"small/full-{len(filled)}")
+            cluster.run("dd", "if=/dev/zero", f"of={filled[-1]}", "bs=4k", check=False)
+
+        fill()
         # the shards are elsewhere: it ends for another reason
         cluster.run("pkill", "-9", "-f", "^[^ ]*python[^ ]* -u -m submitit", host="node1")
-        wait_for(lambda: queued(user, run) == "PENDING")
+        wait_for(lambda: fill() or queued(user, run) == "PENDING")
         assert "SIGKILL" in user.row(run)["last_error"]
         wait_for(
             lambda: user.in_queue(run) and queued(user, run) == "RUNNING"
         )  # on a disk that is full still
         time.sleep(15)
         assert not run.attempt(1).read(Begin) and queued(user, run) == "RUNNING"
-        full.unlink()
+        for file in filled:
+            file.unlink()
         row = user.ends(run)
         assert row["attempts"] == 2 and not list(run.folder.glob("attempts/*/.*")), row
         assert "Traceback" not in (run.folder / "batch.log").read_text()
