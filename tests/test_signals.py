@@ -15,6 +15,7 @@ import cloudpickle
 import pytest
 from submitit.core.utils import DelayedSubmission
 
+from dsno_cluster.cluster.records import Stopped
 from dsno_cluster.cluster.runs import create_run
 from dsno_cluster.cluster.stage import StageResult, Submission
 from dsno_cluster.cluster.task import StageTask
@@ -124,6 +125,44 @@ def test_a_signal_while_a_task_starts_ends_it(
     )  # fmt: skip
     assert done.returncode == 0 and printed in done.stdout, done.stderr
     assert "race condition" not in done.stderr
+
+
+@pytest.mark.parametrize("rank_0", ["stops too", "hears nothing"])
+def test_a_rank_that_alone_is_told_to_end_ends_the_others(
+    rank_0: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
+    run = create_run(
+        Submission(TRAIN, config, load_profile(TRAIN.name, {}), "dsno-cluster train"), snapshot=False
+    )
+    DelayedSubmission(StageTask(TRAIN, TRAIN.options(), str(run.folder))).dump(
+        run.folder / "17_submitted.pkl"
+    )
+    attempt = run.attempt(0)
+    attempt.folder.mkdir(parents=True)
+    if rank_0 == "stops too":
+        attempt.note(Stopped(why="signal"))
+    slurm = {
+        "JOB_ID": "17",
+        "NTASKS": "2",
+        "PROCID": "1",
+        "LOCALID": "0",
+        "NNODES": "1",
+        "NODEID": "0",
+        "JOB_NODELIST": "localhost",
+    }
+    environment = os.environ | {"SUBMITIT_EXECUTOR": "slurm"} | {f"SLURM_{k}": v for k, v in slurm.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(run.folder), "early"],
+        env=environment, capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    failure = attempt.failure()
+    if rank_0 == "stops too":
+        assert done.returncode == 0 and failure is None, done.stderr
+    else:
+        assert done.returncode == 1 and failure is not None, done.stderr
+        assert failure.rank == 1 and "no other" in failure.reason
 
 
 def test_a_training_whose_signal_was_swallowed_ends_after_its_first_step() -> None:

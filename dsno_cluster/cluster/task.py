@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 AGAIN_SECONDS = 1.0
+LONE_SECONDS, LOOK_SECONDS = 10.0, 0.5  # how long a rank that is told to end waits to see that rank 0 is, too
 STOPS = {
     "time limit": "its time limit was near",
     "preempted": "another job or an administrator needed its nodes",
@@ -75,6 +77,9 @@ class StageTask:
                 sys.exit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code)
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
+            elif self.stage.kind == "ranks" and _on_slurm() and not _rank_0_leaves(attempt):
+                attempt.note(_failure("work", "a signal ended this rank and no other", rank))
+                sys.exit(1)  # which ends the others: they would wait for this one
             sys.exit(0)  # rank 0 reports for all; an error status here would make Slurm end it too early
         except Exception as error:
             kind = _kind(error)
@@ -104,7 +109,7 @@ class StageTask:
     def _run(self, run: Run, attempt: Attempt) -> str:
         """Run the stage in this task's place among the others; returns where its results are."""
         config, profile = run.config(), run.profile()
-        on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        on_slurm = _on_slurm()
         if on_slurm and not profile.gpus_per_node:
             # Slurm allocated none, so visible GPUs are a neighbour's
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -122,6 +127,19 @@ class StageTask:
             return "worker"
         with ray_head(node, attempt.folder) as address:
             return self.stage.run(config, self.options, address, None).address
+
+
+def _on_slurm() -> bool:
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def _rank_0_leaves(attempt: Attempt) -> bool:
+    """Whether rank 0 notes, within some seconds, that it was asked to end too, or that it has finished."""
+    for _ in range(round(LONE_SECONDS / LOOK_SECONDS)):
+        if attempt.read(Stopped) is not None or attempt.read(Result) is not None:
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
 
 
 def _kind(error: Exception) -> Literal["user", "work", "bug"]:
