@@ -323,3 +323,5 @@ def test_attempts_that_slurm_takes_before_they_can_note_it_are_not_counted(
         assert begin_or_end(["begin", str(run.folder)]) == 0
         with (run.folder / BATCH_LOG).open("a") as log:
             log.write(taken)
+        if number % 2:  # the batch script had time
+            run.attempt(number).write(Outcome(state="again", reason="it was requeued"))

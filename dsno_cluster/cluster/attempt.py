@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsno_cluster import console
-from dsno_cluster.cluster.reasons import KILLED, TAKEN_BY_SLURM, oom_kills, why
+from dsno_cluster.cluster.reasons import KILLED, TAKEN_BY_SLURM, how_it_ended, oom_kills, why
 from dsno_cluster.cluster.records import Begin, Outcome, Result, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, NO_REQUEUE, Attempt, Run, fruitless
 from dsno_cluster.cluster.slurm_commands import OUTAGE_SECONDS, patiently, requeue_job, who_ends
@@ -56,8 +56,7 @@ def begin(run: Run) -> int:
 
 def _note_preemption(earlier: Attempt) -> None:
     """Note that Slurm took the nodes of an attempt which had no time to note it itself."""
-    silent = earlier.read(Outcome) is None and earlier.read(Stopped) is None
-    if silent and why(earlier, None) in TAKEN_BY_SLURM:
+    if earlier.read(Stopped) is None and how_it_ended(earlier) in TAKEN_BY_SLURM:
         earlier.note(Stopped(why="preempted"))
 
 

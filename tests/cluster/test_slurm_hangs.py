@@ -15,7 +15,7 @@ from test_slurm_faults import undisturbed_lines as undisturbed_lines
 from testbed import CPUS, LOCAL_DISK, Cluster
 from tiny import TINY
 
-from dsno_cluster.cluster.records import AttemptProgress
+from dsno_cluster.cluster.records import AttemptProgress, Outcome
 from dsno_cluster.cluster.runs import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.drill, pytest.mark.timeout(600)]
@@ -81,11 +81,10 @@ def test_an_actor_and_a_driver_that_hang(disk_user: User, cluster: Cluster) -> N
     )
     wait_for(lambda: "no progress" not in disk_user.row(run)["why"])
     cluster.run("pkill", "-STOP", "-f", TASK, host="node1")
-    row = disk_user.ends(run)
-    assert row["attempts"] == 2
-    assert row["last_error"].startswith("the driver on node1 hangs: its process has given no sign of life"), (
-        row
-    )
+    assert disk_user.ends(run)["attempts"] == 2
+    outcome = run.attempt(0).read(Outcome)
+    assert outcome is not None
+    assert outcome.reason.startswith("the driver on node1 hangs: its process has given no sign of life")
     all_shards_made_once(disk_user)
 
 
