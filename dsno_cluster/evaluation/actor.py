@@ -131,7 +131,7 @@ class EvaluationActor:
         else:
             sampling = source.sampling
             states = solve_with(sampling.method, self.teacher, noise, sampling.times, labels)[:, -1]
-        return to_uint8(states).cpu(), None if labels is None else labels.cpu()
+        return to_uint8(states).cpu(), labels
 
     def _measure(self, block: Block, images: Tensor, labels: Tensor | None) -> MeasuredBlock:
         readings = self.readings[block.source]
@@ -158,12 +158,14 @@ class EvaluationActor:
     def _inputs(self, indices: range) -> tuple[Tensor, Tensor | None]:
         seed, classes = self.config.evaluation.seed, self.student.network.num_classes
         noise = sample_noise(seed, indices, self.teacher.shape).to(self.device)
-        return noise, sample_labels(seed, indices, classes).to(self.device) if classes else None
+        # labels stay on the CPU, where the student checks them without waiting for a GPU
+        return noise, sample_labels(seed, indices, classes) if classes else None
 
     def _trajectory_error(self, block: Block) -> TrajectoryError:
         indices = range(block.start, block.stop)
         target, _ = solve_samples(self.spec, self.teacher, self.config.evaluation.seed, indices)
         noise, labels = self._inputs(indices)
+        target = target.to(self.device)  # a teacher without a network computes on the CPU
         difference = self.student.trajectory(noise, labels, self.spec.times) - target
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
         return TrajectoryError(sums[0], sums[1])
