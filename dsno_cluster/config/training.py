@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Sha256Start, Strict
+from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Precision, Sha256Start, Strict
 from dsno_cluster.config.paths import LocalPath
 
 
@@ -53,9 +53,11 @@ class Training(Strict):
         description="DeepSpeed ZeRO: what is divided among the ranks; 0: nothing, 1: optimiser states, 2: gradients too, "
         "3: weights too",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
+    precision: Precision = Field(
         "float32",
-        description="precision of weights and layers; master weights stay float32; with float16 the loss is scaled",
+        description="bfloat16: the layers in autocast, weights, gradients and their sums in float32; tf32: float32 whose "
+        "matrix products and convolutions a GPU computes from inputs of 10 bits; float16: weights and layers, with float32 "
+        "master weights, and the loss is scaled",
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the optimiser")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the optimiser")

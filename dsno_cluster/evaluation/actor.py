@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -86,7 +86,8 @@ class EvaluationActor:
             )
             self.student, self.spec = loaded.to(self.device), student.spec
             found = find_teacher(config)
-            self.teacher = found.load().to(self.device)
+            # tf32 would hold for the whole process, and so for the features that another thread extracts
+            self.teacher = replace(found.load().to(self.device), tf32=False)
             check_teacher(student.spec, self.teacher, found.path)
         layers: dict[str, list[str]] = {}
         for reading in (reading for of_source in readings.values() for reading in of_source.values()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
 from dsno_cluster.config import Network
+from dsno_cluster.config.base import Precision
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
@@ -21,7 +23,7 @@ Options = Mapping[str, Any]
 Shape = tuple[int, int, int]
 NativeGrid = Callable[[int], tuple[float, ...]]
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 # A model whose meta names at most this many steps was distilled to them, and knows no other levels.
 MOST_DISTILLED_STEPS = 128
 
@@ -66,12 +68,13 @@ class TeacherInfo:
 class Teacher:
     """A denoiser: `denoise(x, t_N, labels)` gives x0.
 
-    `network` is the module that `to` moves, if there is one.
+    `network` is the module that `to` moves, if there is one. `tf32`: it is evaluated with TensorFloat-32 on a GPU.
     """
 
     info: TeacherInfo
     denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     network: nn.Module | None = None
+    tf32: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -131,6 +134,8 @@ class Teacher:
         """
         import torch
 
+        from dsno_cluster.device import allowing_tf32
+
         device, count = self.device, len(x)
         if labels is None and self.null_class is not None:
             labels = torch.full((count,), self.null_class, device=device)
@@ -142,7 +147,7 @@ class Teacher:
             t_N = t.to(device, torch.float64).expand(count)
         else:  # filled on the device: a copy from the host would be waited for
             t_N = torch.full((count,), t, dtype=torch.float64, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), allowing_tf32() if self.tf32 else contextlib.nullcontext():
             x0 = self.denoise(x.to(device), t_N, None if labels is None else labels.to(device))
         return x0.to(x.device)
 
