@@ -3,9 +3,9 @@
 20 000 samples of (5, 3, 32, 32) float16 with a label, batches of 64, one process, shuffled, from a local folder
 (warm) and, with `--s3 ENDPOINT`, from that S3 server (bucket `bench`; credentials from AWS_*). Every reader gives
 float16 torch batches; ours is also timed with what training gets besides: noise made again, float32. Rounds
-are run in turn; medians. The peers come with `pip install '.[bench]'`, best in an environment of their
-own: they want older libraries than diffusers does. LitData's client (0.2.76) takes https endpoints alone; against a
-server on plain http it says so and drops out.
+are run in turn; medians. The peers want older libraries than diffusers does, so they come with `pip install '.[bench]'` in
+an environment of their own: `make bench` makes it, `.venv-bench`. LitData's client (0.2.76) takes https endpoints alone;
+against a server on plain http it says so and drops out.
 
     python benchmarks/reader.py [--rounds 5] [--s3 http://127.0.0.1:8333]
 """
@@ -73,6 +73,11 @@ def main() -> None:
 def peer_or_word(name: str) -> Any:
     try:
         yield
+    except ModuleNotFoundError as error:
+        print(
+            f"{name}: not measured: there is no {error.name} here; `make bench` makes an environment of its own for the peers, "
+            ".venv-bench: run .venv-bench/bin/python benchmarks/reader.py"
+        )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"{name}: not measured: {type(error).__name__}: {error}")
 

@@ -49,14 +49,21 @@ def main(argv: list[str]) -> None:
     # a process of ours
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "WORK"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.published is None and options.cases is not CASES and "published" in options.cases:
+        parser.error("--cases published: needs --published DIR")
+    if options.published is not None and not (options.published / "models/tddpmm.py").is_file():
+        parser.error(
+            f"--published {options.published}: has no models/tddpmm.py; it is not a checkout of the published code"
+        )
     config = load_config(options.config)
     network = config.network.model_copy(update={"channels": 3})  # the published network knows no other
     config = config.model_copy(update={"network": network})
     if options.memory_of:
         print(peak_memory(config, options.published, options.batch, *options.memory_of))
         return
-    cases = [c for c in options.cases if c != "published" or options.published]
     base = "published" if options.published else "T=1 U-Net"
+    # all are compared with the base, so it is among them
+    cases = [c for c in CASES if c == base or (c in options.cases and c != "published")]
     parameters = sum(p.numel() for p in build("float32", config, None).parameters())
     print(f"{options.config}: {parameters / 1e6:.1f} M parameters, batch {options.batch}, {device_name()}")
     for work in options.works:
@@ -197,7 +204,7 @@ def in_turn(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, li
 def compare(images: dict[str, Tensor]) -> None:
     """How far ours are from the published images: relative, and in steps of 8-bit pixels."""
     truth = images["published"].float()
-    for case in ("float32", "float32 compiled", "bfloat16", "bfloat16 compiled"):
+    for case in [c for c in ("float32", "float32 compiled", "bfloat16", "bfloat16 compiled") if c in images]:
         scale = float(truth.std())  # images have a standard deviation of about one half
         apart = images[case].float() - truth
         relative, pixels = float(apart.norm() / truth.norm()), float(apart.abs().mean()) / scale * 0.5 * 127.5

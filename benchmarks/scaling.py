@@ -117,7 +117,7 @@ def busy_actors(actors: int, tasks: int, pause: float) -> None:
                 key = f"shard-{index:06d}.safetensors"
                 return Shard(key=key, start=index, stop=index + 1, size=1000, sha256="0" * 64), "0" * 32
 
-        remote = ray.remote(max_concurrency=2, num_cpus=1)(Idle)
+        remote = ray.remote(max_concurrency=2, **cluster.actor_options())(Idle)
         handles = [remote.remote() for _ in range(actors)]
         ray.get([handle.make_shard.remote(0) for handle in handles])
         spare = list(handles)

@@ -26,9 +26,19 @@ value written as YAML: `dsno-cluster plan CONFIG trajectories.steps=32 'trajecto
 that is unknown, of the wrong type or in conflict with other keys is refused in one line, before anything starts. *needed* marks
 keys without a default. The files [jobs/*.yaml](#profiles-jobsyaml) say where a stage runs.
 
-When a config is loaded, `~` and `$VARIABLES` are expanded in every value of the kind *path*, and relative paths become absolute:
-they are relative to the working directory. The variables of `reader.cache_dir` are the exception: they are those of the node
-that reads. Addresses such as `s3://bucket/prefix` and names such as `package:NAME` stay as they are.
+## How values are read
+
+- Numbers are those of YAML 1.2: `1e-4` and `.5` are numbers, `0123` is 123 (octal is `0o123`), `16:00` and `2026-01-01` are text.
+  A whole number may be written as `1e6` or `1_000_000`. Truth values are `true` and `false`, or `yes`, `no`, `on` and `off`.
+- Where a key takes text, numbers and truth values are text as written: `name: 007` is the name 007, and
+  `environment: {OMP_NUM_THREADS: 1}` needs no quotes. `null` means that a key has no value.
+- Anchors, aliases and merge keys (`<<: *name`) work. Keys of the file that begin with `x-` are left out: they may hold what
+  several sections share, as in `x-shared: &shared {batch_size: 128}`. A key that appears twice in a section is refused.
+- When a config is loaded, `~` and `$VARIABLES` (also `${VARIABLES}`) are expanded in every value of the kind *path*, and relative
+  paths become absolute: they are relative to the working directory. A variable that is unset or empty is refused. The variables
+  of `reader.cache_dir` are those of the node that reads.
+- In S3 addresses (`s3://bucket/prefix`) variables are expanded too. Names such as `package:NAME` stay as they are. Addresses with
+  another scheme (`gs://`, `file:/`, `s3:/`) are refused.
 """
 
 PROFILES = "Profiles: jobs/*.yaml"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -27,7 +28,12 @@ from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
 from dsno_cluster.errors import UserError, WorkError, closest
 from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, TRAIN
 
-_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
+# errors of a file system that are no bug of ours, wherever they come up
+_OF_THE_DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
+)
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*=")
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ COMMANDS = {
     "status": Command(
         runs.show_status,
         "the runs that were submitted: state, attempts, progress, time left, last error",
-        "[RUN ...]",
+        "[RUN ... or CONFIG [key=value ...]]",
         "dsno-cluster status",
         [options.json_output, options.all_runs],
     ),
@@ -190,6 +196,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output, such as `head`, has enough: the rest must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug or error.errno not in _OF_THE_DISK or error.filename is None:
+            raise
+        from dsno_cluster import console
+
+        console.error(f"{error.filename}: {error.strerror}")
+        return 1
     except KeyboardInterrupt:
         from dsno_cluster import console
 
@@ -252,8 +265,10 @@ def _parse(name: str, rest: list[str]) -> Arguments:
     unknown = [word for word in extras if word.startswith("-")]
     if unknown:
         known = [s for action in parser._actions for s in action.option_strings if s.startswith("--")]
-        near = closest(unknown[0].split("=")[0], known)
+        near, override = closest(unknown[0].split("=")[0], known), unknown[0].lstrip("-")
         hint = f"did you mean {near}?" if near else f"options: {', '.join(known)}"
+        if near is None and _OVERRIDE.match(override):
+            hint = f"a key of the config is set without hyphens before it: {override}"
         raise UserError(f"unknown option {unknown[0]}; {hint}")
     overrides = [word for word in extras if _OVERRIDE.match(word)]
     words = [word for word in extras if not _OVERRIDE.match(word)]

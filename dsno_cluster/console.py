@@ -6,7 +6,9 @@ stays clean.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from dsno_cluster import liveness
 from dsno_cluster.errors import without_passwords
 
 
@@ -32,6 +35,7 @@ _WRAPPED = 24  # smallest width of a column that may wrap
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
 _record: Callable[[Tally], None] | None = None
+_remark = ""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Tally:
     """The progress of long work.
 
     `start`: units done by an earlier run; `reached`: how far earlier runs came (see `progress`); `rate`:
-    units per second.
+    units per second. `remark`: what `status` says beside it.
     """
 
     title: str
@@ -50,11 +54,39 @@ class Tally:
     done: int
     rate: float = 0.0
     figures: str = ""
+    remark: str = ""
 
 
 def say(message: str) -> None:
     """Print one line about what is happening or about to happen."""
-    _console.print(without_passwords(message), markup=False)
+    _print(without_passwords(message))
+
+
+def _print(message: str, style: str | None = None) -> None:
+    """Print a line, unless the disk of the log is full: nobody's work ends for that."""
+    try:
+        _console.print(message, markup=False, style=style)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        atexit.unregister(_drop_unprinted)
+        atexit.register(_drop_unprinted)
+
+
+def _drop_unprinted() -> None:
+    """At exit, drop what still cannot be printed: Python would change the exit status to 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def remark(message: str) -> None:
+    """Print one line, which `status` then shows beside this process's progress; empty: it shows none any more."""
+    global _remark
+    _remark = message
+    if message:
+        say(message)
 
 
 def duration(seconds: float) -> str:
@@ -70,10 +102,9 @@ def duration(seconds: float) -> str:
 
 def error(message: str) -> None:
     """Print one line that says what went wrong and what to do."""
-    _console.print(
+    _print(
         f"dsno-cluster: {without_passwords(' '.join(message.split()))}",
-        markup=False,
-        style="bold red" if _console.is_terminal else None,
+        "bold red" if _console.is_terminal else None,
     )
 
 
@@ -89,10 +120,15 @@ def progress(
     shown. `quiet` shows nothing, for all ranks except one.
     """
     if quiet:
-        yield lambda count, **figures: None
+        yield lambda count, **figures: liveness.progressed()
         return
     shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
-    with shown as advance:
+    with shown as show:
+
+        def advance(count: int, **figures: Any) -> None:
+            liveness.progressed()
+            show(count, **figures)
+
         if _record is None:
             yield advance
             return
@@ -109,13 +145,13 @@ def record_progress(record: Callable[[Tally], None]) -> None:
 def _recorded(
     advance: Callable[..., None], record: Callable[[Tally], None], tally: Tally
 ) -> Callable[..., None]:
-    began, written = time.time(), 0.0
+    began, written = time.monotonic(), float("-inf")
 
     def write(figures: Mapping[str, object]) -> None:
         nonlocal written, tally
-        written = time.time()
+        written = time.monotonic()
         rate = (tally.done - tally.start) / max(written - began, 1e-9)
-        tally = replace(tally, rate=rate, figures=_figures(figures))
+        tally = replace(tally, rate=rate, figures=_figures(figures), remark=_remark)
         with contextlib.suppress(OSError):  # a full disk is reported by the work itself
             record(tally)
 
@@ -123,7 +159,7 @@ def _recorded(
         nonlocal tally
         advance(count, **figures)
         tally = replace(tally, done=tally.done + count)
-        if time.time() - written >= _RECORD_EVERY_SECONDS or tally.done >= tally.total:
+        if time.monotonic() - written >= _RECORD_EVERY_SECONDS or tally.done >= tally.total:
             write(figures)
 
     write({})

@@ -35,6 +35,12 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, choices, n=1)), None)
 
 
+def said_by(library: str, error: BaseException) -> str:
+    """`LIBRARY says: ...`: the error of another library in one line, to be part of a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{library} says: {text[:160]}{'...' if len(text) > 160 else ''}"
+
+
 def without_passwords(text: str) -> str:
     """`text` without the user:password of its URLs; every message shown to people passes through here."""
     return re.sub(r"://[^\s/@]*:[^\s@]*@", "://***@", text)

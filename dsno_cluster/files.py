@@ -11,6 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsno_cluster.errors import UserError, closest
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
+LONGEST_NAME, LONGEST_PATH = 255, 3500  # bytes; Linux takes 255 and 4095
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
@@ -21,6 +25,54 @@ def shown_path(path: str | Path) -> str:
     except (ValueError, OSError):  # elsewhere, an address; or the working directory was deleted
         return str(path)
     return str(below)
+
+
+def not_there(path: str | Path, what: str = "file or folder") -> str:
+    """Why there is no `what` at a local path: the folder that a relative path is relative to, and the nearest name."""
+    below = "" if Path(shown_path(path)).is_absolute() else f" below {Path.cwd()}"
+    near = nearest_existing(path, folders_only=what == "folder")
+    return f"no such {what}{below}" + (f"; did you mean {near}?" if near else "")
+
+
+def nearest_existing(path: str | Path, *, folders_only: bool = False) -> str | None:
+    """The existing path that is nearest to one that does not exist, as shown to people; None if none is near."""
+    at = Path(path).expanduser().absolute()
+    missing = next((part for part in [*reversed(at.parents), at] if not os.path.exists(part)), None)
+    if missing is None:
+        return None
+    folders_only = folders_only or missing != at
+    try:
+        beside = [p.name for p in missing.parent.iterdir() if not folders_only or p.is_dir()]
+    except OSError:
+        return None
+    if (near := closest(missing.name, sorted(beside))) is None:
+        return None
+    whole = missing.parent / near / at.relative_to(missing)
+    return shown_path(whole if os.path.exists(whole) else missing.parent / near)
+
+
+def in_home(path: str) -> str:
+    """`path` with the home folder in place of a `~` or `~user` at its beginning.
+
+    Raises UserError if that folder is not known: without HOME and without an entry in the users' list, as in
+    some containers.
+    """
+    expanded = os.path.expanduser(path)
+    user = path.partition("/")[0]
+    if user.startswith("~") and (expanded == path or (user == "~" and os.environ.get("HOME") == "")):
+        why = "HOME is not set" if user == "~" else f"there is no user {user[1:]}"
+        raise UserError(f"{path}: {user} is no folder here, as {why}; write the path out")
+    return expanded
+
+
+def too_long(path: str) -> str | None:
+    """Why no file can be at a path, with room for the names below it; None if one can."""
+    name = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        return f"{name[:20]}...: a name of {len(os.fsencode(name))} bytes; a folder or file can have {LONGEST_NAME}"
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        return f"{path[:20]}...: a path of {len(os.fsencode(path))} bytes; the limit is {LONGEST_PATH}"
+    return None
 
 
 def replace_file(path: Path, data: bytes) -> None:

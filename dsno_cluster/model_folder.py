@@ -6,7 +6,6 @@ has it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from dsno_cluster.errors import UserError, WorkError, closest
-from dsno_cluster.files import shown_path
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.files import not_there, shown_path
 from dsno_cluster.provenance import Code, environment
 from dsno_cluster.records import SparseRecord, Values, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.weight_files import check_safetensors, parse_safetensors
 from dsno_cluster.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
@@ -104,17 +104,25 @@ class FoundModel:
     meta: ModelMeta
 
     def weights(self) -> dict[str, Tensor]:
-        """Its weights by name, read now. Raises WorkError if the bytes are not those of `meta.json`."""
-        import safetensors.torch
+        """Its weights by name, read now.
 
+        Raises NotWeights if they are none, and WorkError if the bytes are not those of `meta.json`.
+        """
         name = _weights_file(self.meta)
         data = self.storage.read(self.prefix + name)
+        weights = parse_safetensors(data, self._shown_weights)
         found = hashlib.sha256(data).hexdigest()
         if found != self.meta.sha256:
-            raise WorkError(
-                f"{shown_path(self.path)}: {self.prefix}{name} has sha256 {found}, its {META} says {self.meta.sha256}"
-            )
-        return safetensors.torch.load(data)
+            raise WorkError(f"{self._shown_weights} has sha256 {found}, its {META} says {self.meta.sha256}")
+        return weights
+
+    def check_weights(self) -> None:
+        """Raises NotWeights if its weights are missing or no whole file, as judged by their header and size."""
+        check_safetensors(self.storage, self.prefix + _weights_file(self.meta), self._shown_weights)
+
+    @property
+    def _shown_weights(self) -> str:
+        return f"{shown_path(self.path)}: {self.prefix}{_weights_file(self.meta)}"
 
 
 def step_name(step: int) -> str:
@@ -227,14 +235,11 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
 def _no_model(path: str) -> str:
     """Why there is no model at a path, with the nearest folder that exists."""
     folder = Path(package_path(path))
-    if "://" in path or folder.exists():
+    if "://" in path or folder.is_dir():
         return f"no model here: neither {META} nor {LATEST} in it"
-    missing = next(at for at in [*reversed(folder.parents), folder] if not at.exists())
-    with contextlib.suppress(OSError):
-        beside = sorted(at.name for at in missing.parent.iterdir() if at.is_dir())
-        if near := closest(missing.name, beside):
-            return f"no such folder; did you mean {shown_path(missing.parent / near)}?"
-    return "no such folder" + ("" if Path(shown_path(folder)).is_absolute() else f" below {Path.cwd()}")
+    if folder.exists():
+        return f"is a file; name the folder that it is in, {shown_path(folder.parent)}"
+    return not_there(folder, "folder")
 
 
 def write_model(

@@ -70,15 +70,19 @@ def _generate(
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
     from dsno_cluster.training.beginning import find_trajectories
-    from dsno_cluster.training.checkpoint import newest_step
+    from dsno_cluster.training.checkpoint import check_published, newest_step
+    from dsno_cluster.training.ownership import check_students, students_claim
     from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
-    _check_training_ahead(config, processes)
+    _check_ranks(config, processes)
     plan = make_plan(config)
     find_trajectories(config, plan)
     if config.training.online:  # it has not read the storage yet
         check_reachable(config, plan.folder)
-    begun = newest_step(config) or 0
+    newest = newest_step(config)
+    check_published(config, (plan.folder, *plan.other_folders))
+    check_students(students_claim(config), newest)
+    begun = newest or 0
     if begun >= config.training.steps:
         done = f"nothing to do: {config.name} has already reached step {begun}; for a new training run choose another name="
         return Checked(done, plan.teacher)
@@ -90,11 +94,19 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
 
 
 def _check_training_ahead(config: Config, ranks: int) -> None:
-    from dsno_cluster.training.objectives.losses import find_lpips_weights
+    from dsno_cluster.training.checkpoint import newest_step
+    from dsno_cluster.training.ownership import check_students, students_claim
+
+    _check_ranks(config, ranks)
+    check_students(students_claim(config), newest_step(config))
+
+
+def _check_ranks(config: Config, ranks: int) -> None:
+    from dsno_cluster.training.objectives.losses import check_lpips_weights
     from dsno_cluster.training.ranks import check_divides
 
     check_divides(config, ranks)
-    find_lpips_weights(config.training)
+    check_lpips_weights(config.training)
 
 
 def _train(
@@ -124,7 +136,8 @@ def _find_evaluated(config: Config, options: EvaluationOptions) -> tuple[str, Co
         from dsno_cluster.evaluation.image_sets import open_images
 
         images = open_images(options.samples, config.storage.endpoint_url)
-        return f"{images.count} images of {images.address}", None
+        note = f" ({images.note})" if images.note else ""
+        return f"{images.count} images of {images.address}{note}", None
     from dsno_cluster.evaluation.look_up import find_student
     from dsno_cluster.teachers import find_teacher
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import http.client
 import socket
 import struct
@@ -13,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 Fault = str
-"""500, 503, reset, reset-body, cut-body, flip, stall, lost-answer, or "" for none."""
+"""500, 503, reset, reset-body, cut-body, flip, stall, freeze, skewed, lost-answer, or "" for none."""
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SKEWED = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"
 INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
 
 
@@ -26,6 +28,7 @@ class FaultyS3:
         self.fault: Callable[[str, str, int], Fault] = lambda method, path, number: ""
         self.seen: list[tuple[str, str, Fault]] = []
         self.lock = threading.Lock()
+        self.thaw = threading.Event()  # ends `freeze`
         proxy, target = self, urlsplit(endpoint)
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,6 +57,11 @@ class FaultyS3:
                     return self.reply(int(fault), {}, INTERNAL if fault == "500" else SLOW_DOWN)
                 if fault == "reset":
                     return self.reset()
+                if fault == "skewed":  # by a server whose clock is an hour ahead
+                    later = email.utils.formatdate(time.time() + 3605, usegmt=True)
+                    return self.reply(403, {"Date": later}, SKEWED)
+                if fault == "freeze":
+                    proxy.thaw.wait()
                 if fault == "stall":
                     time.sleep(30)
                     return self.reset()

@@ -1,12 +1,19 @@
-"""Every benchmark starts with today's code. Each takes minutes, so that is all: `make lint` checks what they call."""
+"""Every benchmark starts with today's code. Each takes minutes, so that is nearly all: `make lint` checks what they call."""
 
 from __future__ import annotations
 
+import importlib
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+
+from dsno_cluster import console
+from dsno_cluster.config import Config
+from dsno_cluster.students.dsno import DSNO
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -19,3 +26,81 @@ def test_it_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with pytest.raises(SystemExit) as left:
         runpy.run_path(file, run_name="__main__")
     assert left.value.code == 0 and f"usage: {name}.py" in capsys.readouterr().out
+
+
+class Published(nn.Module):
+    """In the place of the published network, whose code cannot be had here: ours, called as that one is."""
+
+    def __init__(self, student: DSNO) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, noise: Tensor, levels: Tensor, labels: Tensor | None) -> Tensor:
+        return self.student(noise, labels)
+
+
+@pytest.mark.parametrize(
+    ("cases", "published", "rows"),
+    [
+        (["published", "float32"], True, ["published", "float32"]),
+        (["float32"], True, ["published", "float32"]),
+        (["float32"], False, ["float32", "T=1 U-Net"]),
+    ],
+)
+def test_some_cases_of_sampler(
+    cases: list[str],
+    published: bool,
+    rows: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Those that are named and what they are compared with."""
+    sampler = runpy.run_path(str(BENCHMARKS / "sampler.py"), run_name="sampler")
+    names = sampler["main"].__globals__
+
+    def network(config: Config, folder: Path) -> nn.Module:
+        return Published(sampler["build"]("float32", config, None))
+
+    shown: list[list[str]] = []
+    monkeypatch.setitem(names, "published_network", network)
+    monkeypatch.setitem(names, "from_published_torch", lambda theirs, unet, where: unet.state_dict())
+    monkeypatch.setitem(names, "run_memory", lambda options, case, work: 0)  # a process of its own
+    monkeypatch.setattr(console, "table", lambda title, header, rows: shown.extend(rows))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/tddpmm.py").touch()
+    words = ["--config", "configs/digits.yaml", "--batch", "2", "--rounds", "1", "--works", "sample"]
+    words += ["--published", str(tmp_path)] if published else []
+    sampler["main"]([*words, "--cases", *cases])
+    assert [row[0] for row in shown] == rows
+    assert ("float32: 0.0e+00 of the published outputs" in capsys.readouterr().out) == published
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--cases", "published"], "--cases published: needs --published DIR"),
+        (["--published", "nowhere"], "nowhere: has no models/tddpmm.py"),
+    ],
+)
+def test_sampler_says_what_it_needs(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sampler = runpy.run_path(str(BENCHMARKS / "sampler.py"), run_name="sampler")
+    with pytest.raises(SystemExit) as left:
+        sampler["main"](words)
+    assert left.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_reader_says_how_to_have_its_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    reader = runpy.run_path(str(BENCHMARKS / "reader.py"), run_name="reader")
+    with reader["peer_or_word"]("litdata"):
+        importlib.import_module("no_such_peer")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "there is no no_such_peer here" in line and ".venv-bench/bin/python benchmarks/reader.py" in line
+
+
+def test_make_bench_gives_the_peers_an_environment_of_their_own() -> None:
+    asked = subprocess.run(
+        ["make", "-n", "bench"], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True
+    )
+    assert "benchmarks/reader.py) python=.venv-bench/bin/python" in asked.stdout
+    assert ".venv-bench/bin/python -m pip install --quiet --editable '.[bench]'" in asked.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pwd
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,16 +57,126 @@ def test_every_path_is_expanded_and_absolute(
         assert _loaded(key, "$NODE/it") == "$NODE/it"
         return
     assert _loaded(key, "$SCRATCH/it") == _loaded(key, "${SCRATCH}/it") == "/scratch/me/it"
+    assert _loaded(key, "./~it") == str(tmp_path / "~it")
+    monkeypatch.setenv("EMPTY", "")
+    for value, problem in (
+        ("$NO_SUCH/it", "names a variable that is not set here: $NO_SUCH"),
+        ("${EMPTY}/it", "names a variable that is empty here: $EMPTY"),
+        ("s3://$NO_SUCH/it", "names a variable that is not set here: $NO_SUCH"),
+        ("${SCRATCH:-/tmp}/it", "only $NAME and ${NAME} are expanded, not ${SCRATCH:-/tmp}/it"),
+        ("$(pwd)/it", "only $NAME and ${NAME} are expanded, not $(pwd)/it"),
+    ):
+        assert _refusal(key, value) == f"{key}: {value}{':' * problem.startswith('only')} {problem}"
+
+
+def _refusal(key: str, value: str) -> str:
     with pytest.raises(UserError) as caught:
-        _loaded(key, "$NO_SUCH/it")
-    says = f"{DIGITS}: {key}: $NO_SUCH/it names a variable that is not set here: $NO_SUCH"
-    assert str(caught.value) == says
+        _loaded(key, value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{DIGITS}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("s3:/bucket/it", "s3:/bucket/it: did you mean s3://bucket/it?"),
+        ("S3:bucket/it", "S3:bucket/it: did you mean s3://bucket/it?"),
+        ("s3a://bucket/it", "s3a://bucket/it: did you mean s3://bucket/it?"),
+        ("file:/data", "file:/data: write a folder as its path, /data"),
+        ("file:///data", "file:///data: write a folder as its path, /data"),
+        ("gs://bucket/it", "gs://bucket/it: storage is a folder or s3://bucket/prefix"),
+        ("hdfs:/it", "hdfs:/it: storage is a folder or s3://bucket/prefix"),
+        ("http://host:9000/it", "http://host:9000/it: storage is a folder or s3://bucket/prefix; the URL of an S3 server"),
+        ("~nobody_like_that/it", "~nobody_like_that is no folder here, as there is no user nobody_like_that"),
+    ],
+)  # fmt: skip
+def test_no_folder_is_named_after_a_scheme_or_a_user(
+    value: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key in PATHS:
+        assert f"{key}: " in (refusal := _refusal(key, value)) and says in refusal
+    # the same on the command line
+    for words in (["verify", value], ["sample", value]):
+        told = answer(*words, cwd=tmp_path)
+        assert told.returncode == 2 and told.stderr.startswith(f"dsno-cluster: {value}: "), told.stderr
+        assert len(told.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without HOME and without an entry in the users' list, as in a container or under cron."""
+
+    def unknown(number: int) -> pwd.struct_passwd:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_without_a_home_folder_only_what_needs_it_is_refused(tmp_path: Path) -> None:
+    for key in PATHS:
+        assert (
+            _refusal(key, "~/it")
+            == f"{key}: ~/it: ~ is no folder here, as HOME is not set; write the path out"
+        )
+    for words in (["verify", "~/it"], ["sample", "~"]):
+        told = answer(*words, cwd=tmp_path)
+        assert told.returncode == 2 and "~ is no folder here, as HOME is not set" in told.stderr, told.stderr
+    assert answer("plan", cwd=tmp_path).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_that_is_too_long_is_one_line(key: str) -> None:
+    assert _refusal(key, f"x/{'n' * 256}/y") == (
+        f"{key}: nnnnnnnnnnnnnnnnnnnn...: a name of 256 bytes; a folder or file can have 255"
+    )
+    assert (
+        _refusal(key, "/abcdefghi" * 430)
+        == f"{key}: /abcdefghi/abcdefghi...: a path of 4300 bytes; the limit is 3500"
+    )
+
+
+@pytest.mark.parametrize("long", ["n" * 300, "abcdefghi/" * 430])
+def test_no_word_of_a_command_line_is_too_long(long: str, tmp_path: Path) -> None:
+    words = (
+        ["plan", f"{long}.yaml"],
+        ["verify", long],
+        ["inspect", long],
+        ["sample", long],
+        ["status", long],
+    )
+    for line in (
+        *words,
+        ["plan", f"name={long}"],
+        ["report", long],
+        ["import-weights", long, "--config", "x", "--out", "y"],
+    ):
+        told = answer(*line, cwd=tmp_path)
+        assert told.returncode in (1, 2), told.stderr
+        assert len(told.stderr.splitlines()) == 1 and "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_an_s3_address_may_be_written_in_capitals_and_with_variables(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", "lab")
+    for value, address in (("S3://lab/it", "s3://lab/it"), ("s3://${BUCKET}/it", "s3://lab/it")):
+        if key in ("storage.root", "teacher.path", "evaluation.reference"):
+            assert _loaded(key, value) == address
+        elif "$" not in value or key != "reader.cache_dir":
+            assert _refusal(key, value) == f"{key}: {address}: must be a path on a disk"
 
 
 @pytest.mark.parametrize(
     ("key", "address"),
     [
-        ("storage.root", "s3://bucket/$x"),
+        ("storage.root", "s3://bucket/x"),
         ("teacher.path", "s3://bucket/teacher"),
         ("teacher.path", "package:digits-teacher"),
         ("teacher.path", "my.module:function"),
@@ -132,12 +244,130 @@ def test_a_mistake_is_one_line(override: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_yaml_numbers_and_repeated_keys(tmp_path: Path) -> None:
-    assert load_config(DIGITS, ["training.lr=1e-4"]).training.lr == 1e-4
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.lr=1e-4", 1e-4),
+        ("training.lr=.5", 0.5),
+        ("training.lr=1.e-3", 1e-3),
+        ("training.lr=1", 1.0),
+        ("seed=0123", 123),
+        ("seed=0o17", 15),
+        ("seed=0xff", 255),
+        ("seed=1_000", 1000),
+        ("training.steps=1e6", 1_000_000),
+        ("training.compile=yes", True),
+        ("training.compile=Off", False),
+        ("name=007", "007"),
+        ("name=1e5", "1e5"),
+        ("name=2024", "2024"),
+        ("name=2026-01-01", "2026-01-01"),
+        ("name=no", "no"),
+        ("name=0x1F", "0x1F"),
+        ("name='1'", "1"),
+        ("teacher.options={a: 1e-4, b: 07, c: yes, d: 1.0, 1: null}", {"a": 1e-4, "b": 7, "c": True, "d": 1.0, "1": None}),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2_and_text_is_text(override: str, value: object, tmp_path: Path) -> None:
+    """On the command line, in a file, and in the file that a run keeps."""
+    *groups, last = override.partition("=")[0].split(".")
+    config = load_config(DIGITS, [override])
+    (tmp_path / "digits.yaml").write_text(dump_config(config))
+    (tmp_path / "own.yaml").write_text(
+        Path(DIGITS)
+        .read_text()
+        .replace("seed: 0", override.replace("=", ": ", 1) if not groups else "seed: 0")
+    )
+    again = load_config(str(tmp_path / "own.yaml"), [override] if groups else [])
+    for found in (config, load_config(str(tmp_path / "digits.yaml")), again):
+        for group in groups:
+            found = getattr(found, group)
+        loaded = getattr(found, last)
+        assert loaded == value and type(loaded) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=16:00", 'seed: input should be a valid integer, found "16:00"'),
+        ("seed=0b11", 'seed: input should be a valid integer, found "0b11"'),
+        ("training.compile=y", 'training.compile: input should be a valid boolean, found "y"'),
+        ("training.lr=.inf", "training.lr: input should be a finite number"),
+        ("name=null", "name: input should be a valid string, found null"),
+        ("name=a b", "'a b' cannot name folders"),
+        ("teacher.options=!!python/name:os.system x", "the tag tag:yaml.org,2002:python/name:os.system is not known here"),
+        ("teacher.options=&a {b: *a}", "not YAML: an anchor that contains itself on line 1"),
+        ("teacher.options={<<: 3}", "not YAML: << takes a mapping, or a list of mappings on line 1"),
+        ("teacher.options={[1]: 3}", "not YAML: a key is not plain text on line 1"),
+        ("training.batch-size=4", "unknown key training.batch-size; did you mean training.batch_size?"),
+        ("training.BATCH_SIZE=4", "unknown key training.BATCH_SIZE; did you mean training.batch_size?"),
+        ("training.batchSize=4", "unknown key training.batchSize; did you mean training.batch_size?"),
+        ("num-samples=4", "unknown key num-samples; did you mean trajectories.num_samples or evaluation.num_samples?"),
+    ],
+)  # fmt: skip
+def test_what_yaml_1_2_does_not_know_is_one_line(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(DIGITS, [override])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _written(folder: Path, *changes: tuple[str, str]) -> str:
+    """The path of a copy of the shipped config with changes of its text."""
+    text = Path(DIGITS).read_text()
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after, 1)
+    (folder / "mine.yaml").write_text(text)
+    return str(folder / "mine.yaml")
+
+
+def test_a_key_is_misspelt_before_another_is_missing(tmp_path: Path) -> None:
+    for right, wrong in (
+        ("  batch_size: 48", "  batch-size: 48"),
+        ("training:\n  steps: 34", "Training:\n  steps: 34"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_config(_written(tmp_path, (right, wrong)))
+        key = wrong.strip().partition(":")[0]
+        assert f"unknown key {'training.' * (key != 'Training')}{key}; did you mean training" in str(
+            caught.value
+        )
+
+
+def test_sections_may_share_keys_with_anchors_and_merges(tmp_path: Path) -> None:
+    shared = ("seed: 0\n", "seed: 0\nx-shared: &shared {batch_size: 128, lr: 0.25, warmup: 7}\n")
+    teacher = ("  batch_size: 128\n  lr: 1e-3\n", "  <<: *shared\n  lr: 0.5\n")
+    student = (
+        "  batch_size: 48\n  lr: 1e-3\n  warmup: 50\n",
+        "  <<: [{lr: 2.0}, *shared]\n  batch_size: 32\n",
+    )
+    config = load_config(_written(tmp_path, shared, teacher, student), ["training.steps=9"])
+    assert (config.teacher_training.batch_size, config.teacher_training.lr) == (128, 0.5)
+    assert (config.training.batch_size, config.training.lr, config.training.warmup) == (32, 2.0, 7)
+    # the anchor of a section that is used; an override changes only the section that it names
+    text = Path(DIGITS).read_text()
+    for section, value in (
+        ("teacher_training", "&both {steps: 5, batch_size: 16, lr: 0.1}"),
+        ("training", "*both"),
+    ):
+        text = re.sub(rf"^{section}:\n(  .*\n)+", f"{section}: {value}\n", text, flags=re.MULTILINE)
+    (tmp_path / "both.yaml").write_text(text)
+    config = load_config(str(tmp_path / "both.yaml"), ["training.steps=9"])
+    assert (config.training.steps, config.teacher_training.steps) == (9, 5)
     twice = tmp_path / "twice.yaml"
-    twice.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(UserError, match=r"twice\.yaml: not YAML: key 'seed' appears twice on line 2$"):
-        load_config(str(twice))
+    for text in ("seed: 1\nseed: 2\n", "x-a: &a {b: 1}\nc: {<<: *a, d: 1, d: 2}\n", "1: 1\n'1': 2\n"):
+        twice.write_text(text)
+        with pytest.raises(UserError, match=r"twice\.yaml: not YAML: key '[a-z1]+' appears twice on line 2$"):
+            load_config(str(twice))
+
+
+def test_a_config_with_spaces_in_its_name(tmp_path: Path) -> None:
+    text = Path(DIGITS).read_text()
+    (tmp_path / "my  digits run.yaml").write_text(text)
+    assert load_config(str(tmp_path / "my  digits run.yaml")).name == "my-digits-run"
+    (tmp_path / "größer (2).yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'größer-\(2\)' cannot name folders.*try name=gr-er-2$"):
+        load_config(str(tmp_path / "größer (2).yaml"))
 
 
 def test_the_working_directory_wins_over_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +496,13 @@ def test_dry_runs_start_nothing(tmp_path: Path, tiny_data: Path) -> None:
         (["plan", "trajectories.times=[0.5,", "0.0]"], "within quotes: 'a.b=[1, 2]'"),
         (["plan", "digits.yaml"], "did you mean configs/digits.yaml?"),
         (["plan", "--probes", "4"], "--probes: used only with --measure or --tolerance E"),
+        (
+            ["plan", "training.batch-size=4"],
+            "unknown key training.batch-size; did you mean training.batch_size?",
+        ),
+        (["plan", "--training.lr=1e-4"], "is set without hyphens before it: training.lr=1e-4"),
+        (["plan", "configs/digit"], "configs/digit: no such file; did you mean configs/digits.yaml?"),
+        (["plan", "training.lr"], "training.lr: no such file"),
         (["sample", "x", "--shards", "y", "--out", "z.png"], "--out and --shards: a file or shards"),
     ],
 )

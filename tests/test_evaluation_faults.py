@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from tiny import DATA, TINY, answer, distilled_experiment, dsno
-from training_runs import train
+from training_runs import train, wait_for
 
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
@@ -22,11 +23,14 @@ from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.history import read_history
 from dsno_cluster.evaluation.look_up import Comparison, Student, Subject, find_student, look_up
-from dsno_cluster.evaluation.records import HistoryRow, TeacherRow, rewrite
-from dsno_cluster.evaluation.store import say_replaced
+from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
+from dsno_cluster.evaluation.pictures import Pictured
+from dsno_cluster.evaluation.records import Figures, HistoryRow, TeacherRow, rewrite
+from dsno_cluster.evaluation.store import Findings, say_replaced, store
 from dsno_cluster.evaluation.teacher_rows import SHIPPED_ROWS, keep_row, known_rows, row_keys
 from dsno_cluster.evaluation.watch import checkpoints, note_row, watch
 from dsno_cluster.model_folder import package_path
+from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.records import Record, canonical_hash
 from dsno_cluster.storage import FolderStorage, open_storage
 from dsno_cluster.teachers import compared_samplings, find_teacher
@@ -202,7 +206,7 @@ sys.exit(status)
     of_teacher = {name: count for name, count in counted.items() if name.startswith(str(teacher))}
     assert of_teacher and set(of_teacher.values()) == {1}, of_teacher
     weights = [name for name in of_teacher if name.endswith(".safetensors")]
-    assert len(weights) == (0 if family == "own" else 1)  # ours says its sha256 in meta.json
+    assert len(weights) == 1  # of ours only the header, as meta.json says its sha256
 
 
 def test_a_student_of_a_version_that_knew_fewer_keys_is_evaluated(root: Path, tmp_path: Path) -> None:
@@ -263,9 +267,8 @@ def test_what_is_replaced_is_said_before_the_work(tmp_path: Path, capsys: pytest
     written_by(comparison(tmp_path))
     assert said() == ""
     wide = tmp_path / "other.safetensors"
-    shutil.copy(Path(package_path("package:digits-features")) / "weights.safetensors", wide)
-    with wide.open("ab") as file:
-        file.write(b"\n")
+    weights = Path(package_path("package:digits-features")) / "weights.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(weights), wide, {"made": "again"})
     for words, of, differs in [
         ([], {"sha256": "cd" * 32}, "the student"),
         ([], {"step": 5}, "its step"),
@@ -279,6 +282,56 @@ def test_what_is_replaced_is_said_before_the_work(tmp_path: Path, capsys: pytest
         assert f"which differs in {differs}; to keep that, copy" in line, line
     (tmp_path / "evaluation/digits/metrics.json").write_text("{}")
     assert "replaces a file that cannot be read" in said()
+
+
+def findings(brightness: float) -> Findings:
+    """What an evaluation without a metric on images found, with flat pictures."""
+    times, columns = 4, 3
+    noise = torch.zeros(10 * columns, 1, 8, 8)
+    states = torch.full((10 * columns, times, 1, 8, 8), brightness)
+    student = MeasuredStudent((brightness,) * times, (), None, Pictured(noise, states, states, 1))
+    return Findings({}, student, Figures(), None, Surroundings(None, NOWHERE))
+
+
+def test_two_evaluations_that_end_at_once_do_not_mix_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first is held up between its files until the second has begun to write its own."""
+    few = ["evaluation.metrics=[trajectory_error]", "evaluation.picture_columns=3"]
+    folder = tmp_path / "evaluation/digits"
+    first_is_there, second_is_there, written = threading.Event(), threading.Event(), FolderStorage.write
+
+    def write(storage: FolderStorage, key: str, data: bytes, **how: Any) -> None:
+        if key.endswith("trajectory.png") and threading.current_thread() is first:
+            first_is_there.set()
+            second_is_there.wait(60)
+        written(storage, key, data, **how)
+
+    def say(message: str) -> None:
+        if "writes there now" in message:
+            second_is_there.set()
+
+    first, second = (
+        threading.Thread(target=store, args=(comparison(tmp_path, *few), findings(x), 0.0, None))
+        for x in (-0.5, 0.5)
+    )
+    monkeypatch.setattr(FolderStorage, "write", write)
+    monkeypatch.setattr("dsno_cluster.console.say", say)
+    first.start()
+    first_is_there.wait(60)
+    second.start()
+    wait_for(lambda: second_is_there.is_set() or not second.is_alive())
+    second_is_there.set()
+    first.join()
+    second.join()
+    together = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert json.loads(together["metrics.json"])["student"]["trajectory_error"]["0.0"] == 0.5
+    shutil.rmtree(folder)
+    alone = threading.Thread(target=store, args=(comparison(tmp_path, *few), findings(0.5), 0.0, None))
+    alone.start()
+    alone.join()
+    pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert {name: data for name, data in together.items() if name != "metrics.json"} == pictures
 
 
 def test_a_foreign_file_beside_a_teacher_is_ignored_with_a_note(

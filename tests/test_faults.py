@@ -133,6 +133,27 @@ def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Pat
     assert answer("verify", str(theirs.parent)).returncode == 0
 
 
+@pytest.mark.parametrize("how", ["once", pytest.param("always", marks=pytest.mark.slow)])
+def test_shards_that_vanish_before_the_manifest_is_written_are_made_again(faulty: Path, how: str) -> None:
+    """While one of the shards 1 and 4 is made, the other is deleted."""
+    root = faulty / "root"
+    (faulty / "fault").write_text(
+        f"if {how!r} == 'always' or len((self.folder / 'attempts').read_text()) <= 2:\n"
+        "    for shard in (1, 4):\n"
+        "        for path in self.folder.glob(f'root/trajectories/*/shard-{shard:06d}*'): path.unlink()\n"
+    )
+    made = dsno(*words(root, faulty, shards=(1, 4)), PYTHONPATH=str(faulty))
+    assert "1 shards have vanished since they were made; they are made again" in made.stderr, made.stderr
+    if how == "always":
+        assert made.returncode == 1 and "does a lifecycle rule of the bucket" in made.stderr, made.stderr
+        assert (faulty / "attempts").read_text() == "xxxx" and not list(
+            root.glob("trajectories/*/manifest.json")
+        )
+        return
+    assert made.returncode == 0 and len(shards(root)) == 6, made.stderr
+    assert answer("verify", str(next((root / "trajectories").iterdir()))).returncode == 0
+
+
 def factory(folder: Path, words: str) -> list[str]:
     """A run with a teacher of a package `changing`, whose class body has `words`."""
     (folder / "changing").mkdir()

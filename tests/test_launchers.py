@@ -22,7 +22,14 @@ from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.submitit_internals import CONTROLLER, controller_variables, start_on_this_machine
 from dsno_cluster.cluster.task import StageTask
-from dsno_cluster.config import Config, Profile, load_config, load_profile
+from dsno_cluster.config import (
+    Config,
+    Profile,
+    dump_profile,
+    load_config,
+    load_profile,
+    load_resolved_profile,
+)
 from dsno_cluster.errors import UserError
 from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, STAGES, TRAIN, EvaluationOptions
 
@@ -139,9 +146,17 @@ def test_the_script_is_that_of_the_golden_file(
         ({"partitoin": "gpu"}, "unknown key partitoin; did you mean partition?"),
         ({"environment": {"DB_PWD": "x"}}, "DB_PWD looks like a secret"),
         ({"setup": ["export AWS_SECRET_ACCESS_KEY=abc"]}, "setup: AWS_SECRET_ACCESS_KEY looks like a secret"),
-        ({"sbatch": {"time": 99999}}, "sbatch: time: is time_minutes of the profile"),
+        ({"sbatch": {"time": "99999"}}, "sbatch: time: is time_minutes of the profile"),
         ({"sbatch": {"output": "x"}}, "sbatch: output: dsno-cluster sets it itself"),
-        ({"environment": {"A": 1}}, "environment.A: input should be a valid string, found 1"),
+        ({"environment": {"A": None}}, "environment.A: input should be a valid string, found null"),
+        ({"time_minutes": "1:00"}, "save_seconds 300: not below the time limit of 1 minutes"),
+        (
+            {"time_minutes": "12:60:00"},
+            "time_minutes: '12:60:00' is not a number of minutes, nor a time as Slurm writes it",
+        ),
+        ({"time_minutes": "1-24"}, "time_minutes: '1-24' is not a number of minutes"),
+        ({"time_minutes": "UNLIMITED"}, "time_minutes: 'UNLIMITED' is not a number of minutes"),
+        ({"time_minutes": "0:00"}, "time_minutes: input should be greater than 0"),
     ],
 )
 def test_wrong_profiles_are_one_line(
@@ -153,6 +168,47 @@ def test_wrong_profiles_are_one_line(
     with pytest.raises(UserError) as told:
         check_tasks(TRAIN, load_profile(TRAIN.name, change))
     assert expected in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [("90", 90), ("0090", 90), ("30:00", 30), ("30:01", 31), ("90:00", 90), ("12:00:00", 720), ("1-00:00:00", 1440),
+     ("1-12", 2160), ("2-12:30", 3630), ("36:00:00", 2160), ("'45'", 45), ("'06:00:30'", 361)],
+)  # fmt: skip
+def test_a_time_limit_is_in_minutes_or_as_slurm_writes_it(
+    written: str, minutes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/train.yaml").write_text(f"mem_gb: 1\ntime_minutes: {written}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_profile("train", {}).time_minutes == minutes
+
+
+def test_text_in_a_profile_is_taken_as_written(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/train.yaml").write_text(
+        "x-all: &all {mem_gb: 1, time_minutes: 60}\n<<: *all\npartition: 1\naccount: 0123\nqos: 1e3\nconstraint: 12_0\n"
+        "environment: {OMP_NUM_THREADS: 1, ON: yes, RATE: 1e5, NO: 08}\n"
+        "sbatch: {begin: 16:00, deadline: 2026-12-01, wckey: 007, nice: 10, exclusive: yes, overcommit: off}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    profile = load_profile("train", {})
+    assert (profile.partition, profile.account, profile.qos, profile.constraint) == (
+        "1",
+        "0123",
+        "1e3",
+        "12_0",
+    )
+    assert profile.environment == {"OMP_NUM_THREADS": "1", "ON": "yes", "RATE": "1e5", "NO": "08"}
+    (tmp_path / "again.yaml").write_text(dump_profile(profile))
+    assert load_resolved_profile(tmp_path / "again.yaml") == profile
+    lines = script("train", load_config("configs/digits.yaml", []), profile).splitlines()
+    options = ["begin=16:00", "deadline=2026-12-01", "wckey=007", "nice=10", "exclusive", "account=0123"]
+    assert {f"#SBATCH --{option}" for option in options} <= set(lines)
+    assert not [line for line in lines if "overcommit" in line]
 
 
 def test_secrets_that_a_command_gives_do_not_stand_in_the_script() -> None:

@@ -226,7 +226,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
         ("words.npz", "labels cannot be read"),
         ("few.npz", r"labels is int64 of \(4,\), of 5 images"),
         ("none", "neither sample shards"),
-        ("absent", "no such folder"),
+        ("absent", "no such file or folder"),
         ("absent.npz", "missing"),
         ("text.npz", "not an .npz"),
     ]:
@@ -418,6 +418,13 @@ def test_published_weights_are_downloaded_once_and_checked(
     with pytest.raises(WorkError, match=rf"cannot be downloaded .*put {url}/{name} at {found.path}"):
         features.find_weights(features.INCEPTION, None, None)
     assert not [p for p in found.path.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_without_a_home_folder_weights_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(UserError, match=r"evaluation\.weights_path: .* no home folder"):
+        features.find_weights(features.INCEPTION, None, None)
 
 
 @pytest.mark.slow

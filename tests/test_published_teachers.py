@@ -27,6 +27,19 @@ from dsno_cluster.teachers.importing import import_weights
 FLAX = ["teacher_flax_x", "teacher_flax_both"]
 
 
+def test_an_import_does_not_replace_another_model(tmp_path: Path) -> None:
+    one, other = ([str(PUBLISHED / name / file) for file in ("teacher", "config.yaml")] for name in FLAX)
+    import_weights(*one, str(tmp_path / "t"))
+    before = (tmp_path / "t/model.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=r"--out .*/t: holds another model, that of teacher; name a new folder"
+    ):
+        import_weights(*other, str(tmp_path / "t"))
+    import_weights(*one, str(tmp_path / "t"))
+    assert (tmp_path / "t/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
 @pytest.mark.parametrize("name", FLAX)
 @pytest.mark.parametrize("door", ["file", "folder", "imported"])
 def test_outputs_of_published_teachers(name: str, door: str, tmp_path: Path) -> None:

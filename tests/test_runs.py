@@ -16,17 +16,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import TINY, dsno
+from tiny import TINY, dsno, small_disk
 
 from dsno_cluster.cli import main
-from dsno_cluster.cluster.attempt import lost_nodes, why
 from dsno_cluster.cluster.launchers import states_of
-from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Result, Stopped, WhyStopped
+from dsno_cluster.cluster.reasons import lost_nodes, why
+from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Outcome, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.status import run_to_cancel
 from dsno_cluster.config import Config, load_config, load_profile
-from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.stages import TRAIN
 
 # what scripts read of `status --json`
@@ -150,15 +150,15 @@ def test_preempted_attempts_are_not_counted(run: Run) -> None:
 def test_the_reason_is_that_of_the_rank_that_is_to_blame(run: Run) -> None:
     attempt = run.attempt(0)
     attempt.folder.mkdir(parents=True)
-    assert "killed by SIGKILL" in why(attempt, 137) and "mem_gb" in why(attempt, 137)
+    assert "ended by SIGKILL" in why(attempt, 137) and "memory" not in why(attempt, 137)
     assert "loss of a node" in why(attempt, None)
     attempt.write(Failure(kind="work", rank=0, reason=f"{LOST_RANK} (connection reset)"))
     log = run.folder / "batch.log"
     log.write_text(
         "srun: error: node2: task 1: Killed\nsrun: error: node1: task 0: Exited with exit code 1\n"
     )
-    assert why(attempt, 137).startswith("task 1 on node2 was killed, perhaps for lack of memory")
-    # another rank that was lost in another way: srun ends the others after the first
+    assert why(attempt, 137).startswith("task 1 on node2 was killed by SIGKILL, from outside")
+    # another rank was lost in another way: srun ends the others after the first
     log.write_text(
         "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"
     )
@@ -179,7 +179,7 @@ def test_of_a_ray_stage_the_driver_is_to_blame(run: Run) -> None:
     )
     assert attempt.failure() is None
     assert [lost.host for lost in attempt.node_losses()] == ["node3"]
-    assert why(attempt, 137).startswith("task 0 on node1 was killed, perhaps for lack of memory")
+    assert why(attempt, 137).startswith("task 0 on node1 was killed by SIGKILL, from outside")
     (run.folder / "batch.log").write_text(
         "old\nsrun: error: node2: task 1: Killed\nsrun: error: Node failure on node4\n"
         "srun: error: Node failure on node2\n"  # which is told of already
@@ -207,6 +207,22 @@ def test_a_run_folder_that_cannot_be_read_hides_no_other(
     monkeypatch.setattr(Path, "is_file", denied)
     assert all_runs() == [run]
     assert "locked: left out: Permission denied" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "reason"),
+    [("file", "digits", "Not a directory"), ("file/below", "digits", "Not a directory"),
+     ("here", "n" * 240, "File name too long"), ("/proc/nowhere", "digits", "No such file or directory")],
+)  # fmt: skip
+def test_a_run_folder_that_cannot_be_made_is_one_line(
+    place: str, name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = load_config("configs/digits.yaml", [f"run.dir={tmp_path / place}", f"name={name}"])
+    with pytest.raises(WorkError) as told:
+        new_run(config)
+    assert f": cannot be made: {reason}; choose another run.dir or name" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_runs_are_found_by_what_people_have_at_hand(run: Run) -> None:
@@ -271,3 +287,25 @@ def test_status_of_a_local_run(tiny_data: Path, tmp_path: Path) -> None:
     assert "4/4 steps" in dsno("status", **state).stdout
     assert "training the student: 4/4 steps" in dsno("logs", **state).stdout
     assert "done already" in dsno("cancel", row["run"], **state).stderr
+
+
+def test_a_message_that_cannot_be_printed_changes_no_exit_status() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dsno_cluster.cli", "status", "no-such-run"]
+        assert subprocess.run(command, stderr=full, check=False).returncode == 2
+
+
+def test_how_an_attempt_ends_is_noted_on_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "1m"):
+        attempt = Run(tmp_path / "small/run").attempt(0)
+        attempt.open(Begin())
+        with pytest.raises(OSError, match="No space left"), (tmp_path / "small/full").open("wb") as full:
+            full.write(bytes(2 << 20))
+        failure = Failure(kind="work", reason="the disk is full", rank=0)
+        for note in (failure, Stopped(why="preempted"), Outcome(state="again", reason="the disk is full")):
+            attempt.note(note)
+        attempt.note(Result(result="x" * 9000))  # there is no room for that much
+        attempt.close()
+        assert attempt.failure() == failure
+        assert attempt.read(Stopped) and attempt.read(Outcome) and not attempt.read(Result)
+        assert not list(attempt.folder.glob(".*"))

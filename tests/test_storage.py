@@ -355,3 +355,12 @@ def _read(url: str, endpoint: str) -> bytes:
         region_name="us-east-1",
     )
     return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+
+
+def test_a_file_where_a_folder_should_be_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("file/x.png", "file/below/x.png"):
+        with pytest.raises(WorkError, match=r"file/.*x\.png: cannot be written: Not a directory"):
+            write_file(str(tmp_path / path), b"")
+    with pytest.raises(WorkError, match=r"file/step: cannot be written: Not a directory"):
+        open_storage(str(tmp_path / "file")).write_folder("step/", {"a": b""})

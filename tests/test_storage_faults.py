@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,18 @@ from faulty_s3 import FaultyS3, faulty_s3
 from s3_server import KEYS
 from test_storage import s3_endpoint  # noqa: F401
 from tiny import TINY, answer, dsno
+from training_runs import wait_for
 
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.storage import MissingObject, Patience, PreconditionFailed, Storage, open_storage, s3
+from dsno_cluster.storage import (
+    MissingObject,
+    Patience,
+    PreconditionFailed,
+    Storage,
+    open_storage,
+    s3,
+    silence_now,
+)
 from dsno_cluster.trajectories.shards import Shard, read_shard, write_shard
 
 QUICK = Patience(attempts=4, first_pause_seconds=0.01, longest_pause_seconds=0.05, timeout_seconds=2.0)
@@ -137,6 +149,214 @@ def test_what_cannot_heal_is_told_at_once(
     with pytest.raises(UserError, match="must not carry a password") as caught:
         open_storage("s3://bucket/x", "http://user:hidden@host:1")
     assert "hidden" not in str(caught.value)
+
+
+SAVED_KEYS = "aws_access_key_id = a\naws_secret_access_key = b\n"
+IN_SETTINGS = "the AWS settings (AWS_* variables, ~/.aws/config and ~/.aws/credentials): "
+# what ~/.aws/config says, further variables, and what is said of it
+SETTINGS: dict[str, tuple[str, dict[str, str], str]] = {
+    "a program that fails": (
+        "[default]\ncredential_process = /bin/sh -c 'echo log in first >&2; exit 3'\n",
+        {},
+        "credential_process of the AWS profile default failed: log in first",
+    ),
+    "a program that prints a page": (
+        "[default]\ncredential_process = /bin/echo '<html>'\n",
+        {},
+        "credential_process of the AWS profile default printed something other than credentials in JSON",
+    ),
+    "a program that prints no keys": (
+        """[default]\ncredential_process = /bin/echo '{"Version": 1}'\n""",
+        {},
+        "credential_process of the AWS profile default failed: Missing required key in response: 'AccessKeyId'",
+    ),
+    "no such program": (
+        "[profile corp]\ncredential_process = /nonexistent/login\n",
+        {"AWS_PROFILE": "corp"},
+        "credential_process of the AWS profile corp cannot be started: [Errno 2] No such file or directory",
+    ),
+    "an open quotation": (
+        "[default]\ncredential_process = /bin/echo 'x\n",
+        {},
+        "credential_process of the AWS profile default is not a command line: No closing quotation",
+    ),
+    "no such profile": (
+        "",
+        {"AWS_PROFILE": "corp"},
+        "AWS_PROFILE: there is no profile corp in ~/.aws/config or ~/.aws/credentials",
+    ),
+    "half of the keys": (
+        "",
+        {"AWS_ACCESS_KEY_ID": "a"},
+        "half of the AWS credentials is missing: Partial credentials found in env, missing: AWS_SECRET_ACCESS_KEY",
+    ),
+    "no keys": ("", {}, "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "no section": (SAVED_KEYS, {}, "the AWS settings: Unable to parse config file"),
+    "no such region": (
+        f"[default]\nregion = us east 1\n{SAVED_KEYS}",
+        {},
+        f"{IN_SETTINGS}Provided region_name 'us east 1'",
+    ),
+    "a role of no profile": (
+        "[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = y\n",
+        {},
+        f'{IN_SETTINGS}The source_profile "y" referenced',
+    ),
+    "no login": (
+        "[default]\nsso_session = s\nsso_account_id = 1\nsso_role_name = r\n"
+        "[sso-session s]\nsso_region = us-east-1\nsso_start_url = https://x\n",
+        {},
+        "log in again, for example with `aws sso login --profile default`",
+    ),
+    "a token's file that is missing": (
+        "",
+        {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nonexistent/token", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x"},
+        f"{IN_SETTINGS}[Errno 2] No such file or directory: '/nonexistent/token'",
+    ),
+}
+
+
+def set_aws_config(monkeypatch: pytest.MonkeyPatch, folder: Path, config: str, **variables: str) -> None:
+    """Only these AWS settings."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    (folder / "config").write_text(config)
+    files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
+    for name, value in ({k: str(folder / v) for k, v in files.items()} | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_credentials_that_cannot_be_had_say_whose_error_it_is(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of an address where nothing listens, which is never reached."""
+    config, variables, said = SETTINGS[what]
+    set_aws_config(monkeypatch, tmp_path, config, **variables)
+    with pytest.raises(WorkError) as caught:
+        open_storage("s3://bucket/x", "http://127.0.0.1:1").read("k")
+    message = str(caught.value)
+    assert message.startswith("s3://bucket/x/k: ") and said in message, message
+    assert len(message.splitlines()) == 1 and "endpoint" not in message
+
+
+def test_credentials_that_fail_once_in_a_run_are_asked_for_again(
+    proxy: FaultyS3, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program whose credentials must be renewed at each call, and which fails once."""
+    program, calls, fails = tmp_path / "login", tmp_path / "calls", tmp_path / "fails"
+    soon = (datetime.now(UTC) + timedelta(minutes=5)).isoformat()
+    keys = {"AccessKeyId": KEYS["AWS_ACCESS_KEY_ID"], "SecretAccessKey": KEYS["AWS_SECRET_ACCESS_KEY"]}
+    program.write_text(
+        f"#!/bin/sh\necho call >> {calls}\nrm {fails} 2>/dev/null && echo busy >&2 && exit 1\n"
+        f"echo '{json.dumps({'Version': 1, **keys, 'Expiration': soon})}'\n"
+    )
+    program.chmod(0o755)
+    config = f"[default]\nregion = us-east-1\ncredential_process = {program}\n"
+    set_aws_config(monkeypatch, tmp_path, config)
+    storage = through(proxy, request)
+    storage.write("k", DATA)
+    fails.touch()
+    before = calls.read_text()
+    assert storage.read("k") == DATA and not fails.exists() and len(calls.read_text()) > len(before)
+
+
+@pytest.mark.parametrize("method", ["read", "stat"])
+def test_a_clock_that_is_off_is_named(proxy: FaultyS3, request: pytest.FixtureRequest, method: str) -> None:
+    """Also where the answer has no code, as that to `stat`."""
+    proxy.fault = lambda method, path, number: "skewed"
+    with pytest.raises(WorkError, match="this machine's clock is 1 h 0 min behind the server's") as caught:
+        getattr(through(proxy, request), method)("k")
+    assert "denied" not in str(caught.value) and len(proxy.seen) == 1
+
+
+def test_silence_and_its_end_are_reported_once_for_all_threads(
+    proxy: FaultyS3,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("dsno_cluster.storage.silence.FIRST_SECONDS", 0.5)
+    storage = through(proxy, request)
+    storage.write("k", DATA)
+    proxy.fault = lambda method, path, number: "freeze"
+    patient = open_storage(storage.url, proxy.url)
+    readers = [threading.Thread(target=patient.read, args=("k",)) for _ in range(4)]
+    said = []
+
+    def is_said(words: str) -> bool:
+        said.append(capsys.readouterr().err)
+        return words in "".join(said)
+
+    for reader in readers:
+        reader.start()
+    wait_for(lambda: is_said("no answer for "), pause=0.05)
+    assert "still waiting (attempt 1 of 8)" in str(silence_now())
+    proxy.thaw.set()
+    for reader in readers:
+        reader.join()
+    wait_for(lambda: is_said("s3://bucket: answers again"), pause=0.05)
+    assert silence_now() is None and "".join(said).count("no answer") == 1
+
+
+def started(proxy: FaultyS3, root: str, folder: Path) -> subprocess.Popen[str]:
+    """gen-trajectories of the tiny experiment through the proxy."""
+    root_words = [f"storage.root={root}", f"storage.endpoint_url={proxy.url}", f"run.dir={folder}"]
+    words = ["gen-trajectories", *TINY, *root_words, "--launcher", "local", "--actors", "1"]
+    command = [sys.executable, "-m", "dsno_cluster.cli", *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **KEYS})
+
+
+@pytest.mark.slow
+def test_an_actor_whose_first_call_meets_an_outage_waits(
+    s3_endpoint: str,  # noqa: F811
+    proxy: FaultyS3,
+    tmp_path: Path,
+) -> None:
+    """As any later call does: the command that started it has had answers."""
+    port, again = int(proxy.url.rpartition(":")[2]), []
+    notes: list[bool] = []
+
+    def restart() -> None:
+        again.append(FaultyS3(s3_endpoint, port))
+        again[0].server.serve_forever()
+
+    def close() -> None:
+        proxy.server.shutdown()
+        proxy.server.server_close()
+        timer = threading.Timer(6.0, restart)  # longer than the four attempts of a first call take
+        timer.daemon = True
+        timer.start()
+
+    def fault(method: str, path: str, number: int) -> str:
+        notes.append(method == "PUT" and path.endswith("progress.json"))
+        if notes[-1] and sum(notes) == 1:  # the driver's, before any shard
+            threading.Thread(target=close, daemon=True).start()
+        return ""
+
+    proxy.fault = fault
+    run = started(proxy, "s3://bucket/outage", tmp_path)
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    again[0].server.shutdown()
+    again[0].server.server_close()
+
+
+@pytest.mark.slow
+def test_what_an_actor_waits_for_is_said_by_the_driver(proxy: FaultyS3, tmp_path: Path) -> None:
+    proxy.fault = lambda method, path, number: (
+        "freeze" if method == "PUT" and "/shard-" in path and not proxy.thaw.is_set() else ""
+    )
+    run = started(proxy, "s3://bucket/frozen", tmp_path)
+    assert run.stderr is not None
+    lines = []
+    for line in run.stderr:
+        lines.append(line)
+        if "an actor reports: s3://bucket: no answer for " in line:
+            proxy.thaw.set()
+    assert run.wait(timeout=300) == 0, "".join(lines)
+    assert proxy.thaw.is_set(), "".join(lines)
 
 
 def test_a_missing_bucket_is_not_a_missing_object(proxy: FaultyS3, request: pytest.FixtureRequest) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tiny import TINY, dsno
-from training_runs import ends, link_data, metrics, start_ranks, train, weights
+from tiny import TINY, answer, dsno
+from training_runs import ends, link_data, metrics, start_ranks, train, weights, words
 
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
@@ -157,12 +157,39 @@ def test_one_of_several_averages_is_asked_for(tiny_data: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -> None:
     more = ["training.precision=bfloat16", "training.gradient_clip=1.0", "training.zero_stage=2"]
-    train(tiny_data, tmp_path / "half", *more)
+    # as a launcher starts an only rank, without LOCAL_RANK and an address to meet at
+    train(tiny_data, tmp_path / "half", *more, RANK="0", WORLD_SIZE="1")
     train(tiny_data, tmp_path / "full", "training.zero_stage=2")
     half, full = (np.array([line["loss"] for line in metrics(tmp_path / name)]) for name in ("half", "full"))
     # weights, gradients and their sums stay float32, so that only the layers' rounding is left
     assert half == pytest.approx(full, rel=0.01) and not np.array_equal(half, full)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK=x in the environment is not a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1 in the environment is not a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not a whole number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 in the environment is not below WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1 in the environment is not below WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, and no RANK and no LOCAL_RANK and no MASTER_ADDR and no"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "WORLD_SIZE=2 in the environment, and no LOCAL_RANK; a launcher such as torchrun sets RANK,",
+        ),
+    ],
+)  # fmt: skip
+def test_half_of_a_launcher_is_one_line(
+    variables: dict[str, str], says: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    link_data(tiny_data, tmp_path / "out")
+    told = answer(*words(tmp_path / "out"), "--launcher", "local", **variables)
+    assert told.returncode == 2 and f"dsno-cluster: {says}" in told.stderr, told.stderr
+    assert len(told.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from dsno_cluster.trajectories.shards import (
     MadeShards,
     Shard,
     commit_manifest,
+    encode_shard,
     make_manifest,
     read_manifest,
     write_made_shards,
@@ -184,8 +185,38 @@ def test_a_shard_that_no_note_names_must_vouch_for_itself(tiny_data: Path, tmp_p
         assert not changed and not (folder / "manifest.json").exists()
         return
     assert again.returncode == 0, again.stderr
-    assert changed == ([flipped.name, misplaced.name] if note == "of this device" else sorted(before))
+    assert changed == [flipped.name, misplaced.name]
     assert shard_bytes(root) == shard_bytes(tiny_data)
+    assert answer("verify", str(folder)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "bits", ["of this device", pytest.param("of another device", marks=pytest.mark.slow)]
+)
+def test_whole_shards_whose_manifest_was_lost_are_kept(tiny_data: Path, tmp_path: Path, bits: str) -> None:
+    """Nothing says what made them, so one is made again: it must have the same bytes."""
+    root = tmp_path / "root"
+    shutil.copytree(tiny_data, root)
+    folder = data_set(root)
+    lost = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    if bits == "of another device":
+        tensors = safetensors.torch.load_file(folder / "shard-000000.safetensors")
+        tensors["states"] += 0.01
+        (folder / "shard-000000.safetensors").write_bytes(encode_shard(tensors, 0))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    again = dsno("gen-trajectories", *TINY, f"storage.root={root}", "--launcher", "local", "--actors", "1")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")} == before
+    if bits == "of another device":
+        assert (
+            again.returncode == 1 and "shard-000000.safetensors: exists, made with other bits" in again.stderr
+        )
+        assert not (folder / "manifest.json").exists() and not (folder / "progress.json").exists()
+        return
+    assert again.returncode == 0 and "to make" not in again.stderr, again.stderr
+    found = json.loads((folder / "manifest.json").read_text())
+    assert (found["shards"], found["spec"]) == (lost["shards"], lost["spec"])
+    assert found["environment"]["device"] == lost["environment"]["device"]
     assert answer("verify", str(folder)).returncode == 0
 
 
@@ -235,7 +266,7 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
     report = json.loads(result.stdout)
     assert result.returncode == 1 and not report["ok"]
     assert len(report["problems"]) == 1 and "shard-000003" in report["problems"][0]
-    assert "shard-000003" in result.stderr
+    assert "shard-000003" in result.stderr and "`dsno-cluster gen-trajectories`" in result.stderr
 
     config = load_config(DIGITS, TINY)
     storage = open_storage(str(tmp_path))
@@ -247,8 +278,10 @@ def test_verify_names_the_bad_shard(tiny_data: Path, tmp_path: Path, damage: str
         rank=0,
         world_size=1,
     )
-    with pytest.raises(WorkError, match="shard-000003"):  # training does not read it either
+    # training does not read it either, and says how it comes back
+    with pytest.raises(WorkError, match=r"shard-000003.*`dsno-cluster gen-trajectories`") as caught:
         next(batches)
+    assert ("delete it" in str(caught.value)) == (damage != "remove")
 
 
 @pytest.mark.parametrize("last", [90, 9999])

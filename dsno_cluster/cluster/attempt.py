@@ -10,208 +10,122 @@ Its exit status becomes that of the job, on which Slurm's `afterok` depends.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from dsno_cluster.cluster.records import AttemptRecord, Begin, Outcome, Result, Stopped
-from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm_commands import host_names, may_heal, requeue_job, who_ends
-from dsno_cluster.cluster.task import STOPS, attempt_number
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
-
-T = TypeVar("T")
-
-KILLED = 128
-WAS_KILLED = "was killed, perhaps for lack of memory (mem_gb)"
-OUTAGE_SECONDS = 900.0  # a controller may be restarting when a job asks to be requeued
-REFUSED_SECONDS = 60.0  # or it may refuse for a moment, for example while a job is completing
-PAUSE_SECONDS = 10.0
+from dsno_cluster import console
+from dsno_cluster.cluster.reasons import KILLED, oom_kills, why
+from dsno_cluster.cluster.records import Begin, Outcome, Result, Stopped
+from dsno_cluster.cluster.runs import BATCH_LOG, NO_REQUEUE, Attempt, Run, fruitless
+from dsno_cluster.cluster.slurm_commands import OUTAGE_SECONDS, patiently, requeue_job, who_ends
+from dsno_cluster.cluster.task import attempt_number
+from dsno_cluster.errors import UserError, WorkError
 
 
 def begin(run: Run) -> int:
     """Open this attempt; returns the exit status, 0 if the job may run."""
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
-    attempt.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / BATCH_LOG
     begun = Begin(
         job=os.environ.get("SLURM_JOB_ID"),
         nodes=os.environ.get("SLURM_JOB_NODELIST"),
         batch_log_bytes=log.stat().st_size if log.is_file() else 0,
+        oom_kills=oom_kills(),
     )
-    _note(attempt, begun)
+    try:
+        patiently(lambda: _open(attempt, begun))
+    except WorkError as error:
+        # attempts that have no folder could not begin either
+        missing = attempt.number - (former[-1].number + 1 if former else 0)
+        if missing + fruitless(former) > run.profile().retries:
+            raise
+        return _start_again(run, attempt, str(error))
     if run.cancelled:
-        _note(attempt, Outcome(state="cancelled", reason="cancelled before it began"))
+        attempt.note(Outcome(state="cancelled", reason="cancelled before it began"))
         return 1
     if (streak := fruitless(former)) > run.profile().retries:
         return _give_up(attempt, streak, why(former[-1], None))
     return 0
 
 
+def _open(attempt: Attempt, begun: Begin) -> None:
+    """Open the attempt's folder. Raises WorkError if that fails, as on a full disk."""
+    try:
+        attempt.open(begun)
+    except OSError as error:
+        raise WorkError(f"{attempt.folder}: cannot be written: {error.strerror}") from error
+
+
 def end(run: Run, status: int) -> int:
     """Close this attempt, whose srun ended with `status`; returns the job's exit status."""
     attempt, job = run.attempt(attempt_number()), os.environ["SLURM_JOB_ID"]
     if attempt.read(Result) is not None:  # rank 0 finished; other tasks may have been lost with their nodes
-        _note(attempt, Outcome(state="done"))
+        attempt.note(Outcome(state="done"))
         return 0
-    ended = "cancelled" if run.cancelled else _patiently(lambda: who_ends(job, attempt.number))
+    ended = "cancelled" if run.cancelled else patiently(lambda: who_ends(job, attempt.number))
     if ended == "cancelled":
-        _note(attempt, Outcome(state="cancelled"))
+        attempt.note(Outcome(state="cancelled"))
         return KILLED + signal.SIGTERM
     reason = why(attempt, status)
     if ended == "requeued":  # by Slurm for another job, or by an administrator
-        _note(attempt, Outcome(state="again", reason=reason))
+        attempt.note(Outcome(state="again", reason=reason))
         return 1
     if ended == "time limit" and attempt.read(Stopped) is None:
         reason = "its time limit was reached before it had saved"
     failure = attempt.failure()
     if failure and failure.kind == "user":
-        _note(attempt, Outcome(state="failed", reason=reason))
+        attempt.note(Outcome(state="failed", reason=reason))
         return 2
-    if not run.profile().requeue:
-        reason += "; its profile says no-requeue: the same command resumes"
-        _note(attempt, Outcome(state="failed", reason=reason))
-        return 1
-    if (streak := fruitless(run.attempts())) > run.profile().retries:
+    if run.profile().requeue and (streak := fruitless(run.attempts())) > run.profile().retries:
         return _give_up(attempt, streak, reason)
-    _note(attempt, Outcome(state="again", reason=reason))
-    print(f"dsno-cluster: {reason}; the job is started again", flush=True)
+    return _start_again(run, attempt, reason)
 
-    def requeue() -> None:
-        if who_ends(job, attempt.number) != "requeued":  # nobody requeued it meanwhile
-            requeue_job(job)
 
+def _start_again(run: Run, attempt: Attempt, reason: str) -> int:
+    """Have the job requeued, unless its profile forbids it; returns the exit status."""
+    if not run.profile().requeue:
+        attempt.note(Outcome(state="failed", reason=f"{reason}; {NO_REQUEUE}"))
+        return 1
+    attempt.note(Outcome(state="again", reason=reason))
+    console.error(f"{reason}; the job is started again")
     try:
-        _patiently(requeue)
+        patiently(lambda: requeue_job(os.environ["SLURM_JOB_ID"], attempt.number))
     except WorkError as error:
         reason += f"; and Slurm did not requeue the job: {error}"
-        _note(attempt, Outcome(state="failed", reason=reason))
+        attempt.note(Outcome(state="failed", reason=reason))
         return 1
+    attempt.close()
     # If the script ends before Slurm's signal arrives, the job may count as failed (seen with 22.05): wait
     # for it.
     time.sleep(OUTAGE_SECONDS)
     return 1
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """The answer of a controller that may be restarting.
-
-    Raises WorkError if it stays silent, or sooner if it refuses.
-    """
-    began = time.monotonic()
-    while True:
-        try:
-            return ask()
-        except WorkError as error:
-            patience = OUTAGE_SECONDS if may_heal(str(error)) else REFUSED_SECONDS
-            if time.monotonic() - began > patience:
-                raise
-            time.sleep(PAUSE_SECONDS)
-
-
-def _note(attempt: Attempt, record: AttemptRecord) -> None:
-    """Write a record; a full disk must not change the outcome of the job."""
-    try:
-        attempt.write(record)
-    except OSError as error:
-        print(f"dsno-cluster: {attempt.folder}/{record.file_name}: cannot be written: {error}", flush=True)
-
-
 def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     text = f"given up: {streak} attempts in a row made no progress; the last: {reason}"
-    _note(attempt, Outcome(state="failed", reason=text))
-    print(f"dsno-cluster: {text}", flush=True)
+    attempt.note(Outcome(state="failed", reason=text))
+    console.error(text)
     return 1
-
-
-def why(attempt: Attempt, status: int | None) -> str:
-    """Why an attempt ended, in a line. `status` None: its batch script was killed with it."""
-    failure, stopped = attempt.failure(), attempt.read(Stopped)
-    missed_another = failure is not None and failure.reason.startswith(LOST_RANK)
-    if failure is not None and not missed_another:
-        return failure.reason
-    if stopped is not None:
-        return STOPS[stopped.why]
-    killed = _killed_task(attempt) if status is not None else None
-    if killed is not None:
-        return f"{killed} {WAS_KILLED}; see {attempt.folder}"
-    if failure is not None:
-        return failure.reason
-    if status is None:
-        nodes = (attempt.read(Begin) or Begin()).nodes
-        return f"it was killed from outside with its batch script, such as by the loss of a node ({nodes})"
-    if lost := lost_nodes(attempt):
-        return lost[0]
-    if status > KILLED:
-        name = signal.Signals(status - KILLED).name if status - KILLED in set(signal.Signals) else "a signal"
-        memory = ", perhaps for lack of memory (mem_gb)" if status - KILLED == signal.SIGKILL else ""
-        return f"a task was killed by {name}{memory}; see {attempt.folder}"
-    return f"srun ended with status {status} and no task said why; see {attempt.folder} and {BATCH_LOG}"
-
-
-def lost_nodes(attempt: Attempt) -> list[str]:
-    """Why a Ray stage lost other nodes, a reason for each: what the node reported, or what srun did."""
-    if not attempt.run.is_ray_stage:
-        return []
-    said = _said_by_srun(attempt)
-    reasons = {
-        host: f"task {task} on {host} {WAS_KILLED}"
-        for host, task, how in _ends(said)
-        if task and how == "Killed"
-    }
-    reasons |= {_short(lost.host): lost.reason for lost in attempt.node_losses()}
-    for hosts in re.findall(r"srun: error: Node failure on (\S+)", said):
-        try:
-            names = host_names(hosts) if "[" in hosts else [hosts]
-        except (UserError, WorkError):
-            names = [hosts]
-        for name in names:  # a node may be lost after its task was killed
-            reasons.setdefault(name, f"Slurm lost {name}")
-    return list(reasons.values())
-
-
-def _short(host: str) -> str:
-    """A host's name as Slurm uses it, without a domain."""
-    return host.partition(".")[0]
-
-
-def _killed_task(attempt: Attempt) -> str | None:
-    """The task, and its host, whose death ended the attempt, as srun reported it; None if none was killed.
-
-    In a training it is the first that ended, after which srun ends the others; in a Ray stage it is the
-    driver, task 0.
-    """
-    ends = _ends(_said_by_srun(attempt))
-    ends = [end for end in ends if end[1] == 0] if attempt.run.is_ray_stage else ends
-    return f"task {ends[0][1]} on {ends[0][0]}" if ends and ends[0][2] == "Killed" else None
-
-
-def _ends(said: str) -> list[tuple[str, int, str]]:
-    """Host, number and kind of end of each task that failed, in the order in which srun reported them."""
-    ends = re.findall(r"srun: error: (\S+): tasks? (\d+)[^:]*: (\w+)", said)
-    return [(host, int(task), how) for host, task, how in ends]
-
-
-def _said_by_srun(attempt: Attempt) -> str:
-    """An attempt's part of the batch log."""
-    before = (attempt.read(Begin) or Begin()).batch_log_bytes
-    try:
-        return (attempt.run.folder / BATCH_LOG).read_bytes()[before:].decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
     try:
-        return begin(run) if words[0] == "begin" else end(run, int(words[2]))
-    except (UserError, WorkError, OSError) as error:  # a full disk raises OSError, which names the file
-        print(f"dsno-cluster: {error}", flush=True)
+        if words[0] == "begin":
+            return begin(run)
+        attempt = run.attempt(attempt_number())
+        try:
+            return end(run, int(words[2]))
+        except OSError as error:  # a disk that fails: whatever it hides, the job is started again
+            return _start_again(run, attempt, str(error))
+        finally:
+            attempt.close()
+    except (UserError, WorkError, OSError) as error:
+        console.error(str(error))
         return 1
 
 

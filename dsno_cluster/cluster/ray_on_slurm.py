@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -17,21 +18,34 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
+from dsno_cluster.cluster.guard import guards
 from dsno_cluster.cluster.ray_folder import INSIDE, claimed, place_for
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
-from dsno_cluster.cluster.records import RayEnded, RayStarted
+from dsno_cluster.cluster.records import Outcome, RayEnded, RayStarted
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
-from dsno_cluster.cluster.slurm_commands import job_nodes, node_timeout, requeue_job
+from dsno_cluster.cluster.runs import NO_REQUEUE, Attempt
+from dsno_cluster.cluster.slurm_commands import (
+    cancel_job,
+    job_nodes,
+    may_heal,
+    node_timeout,
+    patiently,
+    requeue_job,
+)
 from dsno_cluster.errors import WorkError
 
-START_SECONDS = 180.0  # many nodes that start Python from a network file system at once are slow
+START_SECONDS, START_PAUSE = (
+    180.0,
+    0.2,
+)  # many nodes that start Python from a network file system at once are slow
 END_SECONDS = 5.0
-LOST_HEAD_SECONDS = 20.0
+PORTS = 64  # a node without that many free ports cannot run Ray, which opens some itself and would not say so
+LOST_HEAD_KNOCKS, KNOCK_SECONDS = 8, 2.0  # with the second between them: about 24 s
 # how often the first worker asks Slurm; each further one waits a second longer, so that many do not ask at
 # once
 VERDICT_SECONDS, SPARE_SECONDS = 5.0, 60.0
@@ -71,7 +85,7 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
     Raises WorkError if it does not start.
     """
     address = own_address(node.hosts, node.index, node.interface)
-    port, client, dashboard, *agents = free_ports(7)  # in one call, so that they differ
+    port, client, dashboard, *agents = free_ports(PORTS)[:7]  # in one call, so that they differ
     folder = place_for(f"{node.job}-{attempt.name}")
     command = [
         *("--head", f"--port={port}", f"--ray-client-server-port={client}"),
@@ -91,54 +105,99 @@ def ray_head(node: Node, attempt: Path) -> Iterator[str]:
                 tell(attempt, RayEnded())
 
 
-def ray_worker(node: Node, attempt: Path) -> None:
+def ray_worker(node: Node, attempt: Path, report: Callable[[WorkError], None]) -> None:
     """Run a Ray worker on this node until the head is gone.
 
     If the head's node is lost, this requeues the job: with --no-kill Slurm lets a job continue without a lost
-    node, even if its batch script was lost with it. Raises WorkError if no head appears or this node's Ray
-    ends by itself.
+    node, even if its batch script was lost with it. So this also waits for the head's end after its own Ray
+    has failed, which it passes to `report` at once. Raises WorkError then, or if no head appears.
     """
     started = hear(attempt, RayStarted)
     head, folder = started.address, Path(started.folder)  # Ray's workers use the head's folder
-    address = own_address(node.hosts, node.index, node.interface)
-    with _ray_processes([f"--address={head}", *_common(node, address, free_ports(4))], folder) as ray:
-        console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
-        answered = time.monotonic()
-        while time.monotonic() - answered < LOST_HEAD_SECONDS:
-            if (attempt / RayEnded.FILE).is_file():
-                console.say(f"the head at {head} has ended; this node's Ray ends")
-                return
-            if (state := _knock(head)) == "open":
-                answered = time.monotonic()
-                if ray.poll() is not None:
-                    raise WorkError(
-                        f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode})"
-                    )
-            time.sleep(1.0)
-    if state == "closed":
-        # its node answers, so only its process was killed: the batch script requeues the job once this task
-        # has ended
-        console.say(f"the head at {head} has ended without notice; this node's Ray ends")
-        return
-    _hear_of_first_node(node, attempt, head)
+    try:
+        address = own_address(node.hosts, node.index, node.interface)
+        options = [f"--address={head}", *_common(node, address, free_ports(PORTS)[:4])]
+        with _ray_processes(options, folder) as ray:
+            console.say(f"Ray worker on {socket.gethostname()}, {address}, joins {head}")
+            lost = _first_node_lost(node, attempt, head, ray)
+    except WorkError as error:
+        report(error)
+        if _first_node_lost(node, attempt, head, None):
+            _start_again(node, attempt)
+        raise
+    if lost:
+        _start_again(node, attempt)
 
 
-def _hear_of_first_node(node: Node, attempt: Path, head: str) -> None:
-    """Requeue the job once Slurm reports that the head's node, which is silent, is lost."""
-    first, patience = node.hosts[0], node_timeout() + SPARE_SECONDS
-    console.say(
-        f"the head at {head} is silent; waiting up to {patience:.0f} s for what Slurm says about {first}"
-    )
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and not (attempt / RayEnded.FILE).is_file():
-        if _knock(head) == "open":
-            raise WorkError(f"{socket.gethostname()} was cut off from the head at {head} for a while")
-        if first not in job_nodes(node.job, node.hosts):
-            console.say(f"{first}, the first node, is lost: the job asks to be requeued")
-            with contextlib.suppress(WorkError):  # another node was quicker
-                requeue_job(node.job)
+def _first_node_lost(node: Node, attempt: Path, head: str, ray: subprocess.Popen[bytes] | None) -> bool:
+    """Wait until the head is gone; returns whether it is gone with its node.
+
+    Raises WorkError if this node's `ray` ends by itself before that.
+    """
+    unanswered = 0  # a clock would also count the time in which this process is suspended
+    while not (attempt / RayEnded.FILE).is_file():
+        state = _knock(head)
+        unanswered = 0 if state == "open" else unanswered + 1
+        if state == "open" and ray is not None and ray.poll() is not None:
+            raise WorkError(f"Ray on {socket.gethostname()} ended by itself (status {ray.returncode})")
+        if unanswered >= LOST_HEAD_KNOCKS:
+            if state == "closed":
+                # its node answers, so only its process was killed: the batch script requeues the job once
+                # this task has ended
+                console.say(f"the head at {head} has ended without notice; this node's Ray ends")
+                return False
+            if _slurm_lost_first_node(node, attempt, head):
+                return True
+            unanswered = 0
+        time.sleep(1.0)
+    console.say(f"the head at {head} has ended; this node's Ray ends")
+    return False
+
+
+def _slurm_lost_first_node(node: Node, attempt: Path, head: str) -> bool:
+    """Whether Slurm says that the head's node, which is silent, is lost; False once the head is not silent.
+
+    As long as Slurm is silent too, this waits: perhaps nobody else is left to end the job. Raises WorkError if
+    Slurm keeps the node for longer than it keeps one that is lost, or does not know the job.
+    """
+    first, pause = node.hosts[0], VERDICT_SECONDS + node.index - 1
+    console.say(f"the head at {head} is silent; waiting for what Slurm says about {first}")
+    waited, said = 0.0, ""
+    while _knock(head) == "silent" and not (attempt / RayEnded.FILE).is_file():
+        waited += pause
+        verdict, patience = f"{first} is not lost", SPARE_SECONDS
+        try:
+            if first not in job_nodes(node.job):
+                return True
+            patience += node_timeout()
+        except WorkError as error:
+            verdict = str(error)
+            waited = 0.0 if may_heal(verdict) else waited
+        if verdict != said:
+            console.say(f"Slurm's answer: {verdict}")
+            said = verdict
+        if waited > patience:
+            raise WorkError(
+                f"{socket.gethostname()} does not reach the head at {head}; Slurm's answer: {verdict}"
+            )
+        time.sleep(pause)
+    return False
+
+
+def _start_again(node: Node, attempt: Path) -> None:
+    """Requeue the job, whose batch script is lost; end it if it may not be requeued or Slurm refuses."""
+    here = Attempt(attempt)
+    if here.run.profile().requeue:
+        console.say(f"{node.hosts[0]}, the first node, is lost: the job asks to be requeued")
+        try:
+            patiently(lambda: requeue_job(node.job, here.number), math.inf)
             return
-        time.sleep(VERDICT_SECONDS + node.index - 1)
+        except WorkError as error:
+            reason = f"{node.hosts[0]}, the first node, was lost, and Slurm did not requeue the job: {error}"
+    else:
+        reason = f"{node.hosts[0]}, the first node, was lost; {NO_REQUEUE}"
+    here.note(Outcome(state="failed", reason=reason))
+    patiently(lambda: cancel_job(node.job), math.inf)
 
 
 def _common(node: Node, address: str, agents: list[int]) -> list[str]:
@@ -194,6 +253,8 @@ def _end(ray: subprocess.Popen[bytes]) -> None:
     def descendants() -> list[psutil.Process]:
         alive = []
         for process in psutil.Process().children(recursive=True):
+            if process.pid in guards:
+                continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 alive += [process] if process.status() != psutil.STATUS_ZOMBIE else []
         return alive
@@ -211,23 +272,21 @@ def _end(ray: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_for_port(address: str, port: int, ray: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while _knock(f"{address}:{port}") != "open":
-        if ray.poll() is not None or time.monotonic() > deadline:
-            how = (
-                f"ended with status {ray.returncode}"
-                if ray.poll() is not None
-                else f"is silent after {START_SECONDS:g} s"
-            )
-            raise WorkError(f"Ray's head on {socket.gethostname()} {how}")
-        time.sleep(0.2)
+    for _ in range(round(START_SECONDS / START_PAUSE)):  # a clock would also count the time of a suspension
+        if _knock(f"{address}:{port}") == "open":
+            return
+        if ray.poll() is not None:
+            raise WorkError(f"Ray's head on {socket.gethostname()} ended with status {ray.returncode}")
+        time.sleep(START_PAUSE)
+    raise WorkError(f"Ray's head on {socket.gethostname()} is silent after {START_SECONDS:g} s")
 
 
 def _knock(address: str) -> str:
     """The state of host:port: `open`, `closed` (the host answers that nothing listens there) or `silent`."""
+    liveness.moved()
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
     except ConnectionRefusedError:
         return "closed"
     except OSError:

@@ -19,9 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
+from dsno_cluster.cluster.actor_watch import ASIDE, HangWatch, SlowWatch, Worker
+from dsno_cluster.cluster.noted_signals import NotedSignals
 from dsno_cluster.cluster.ray_folder import claimed, place_for
 from dsno_cluster.errors import StorageError, UserError, WorkError
+from dsno_cluster.provenance import Environment, environment
+from dsno_cluster.storage import expect_answers, silence_now
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -34,9 +38,26 @@ PROBES = 16
 # time, which takes a quarter of Inception's time on a CPU
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
 MEMORY = "actors mostly die for lack of memory: use fewer of them (--actors), or more memory (mem_gb)"
+CONCURRENCY = 3  # calls that an actor answers at a time: two tasks, and whether it waits for the storage
 POLL_SECONDS = 1.0
 SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
+ASK_SECONDS = 10.0  # how often the actor that has worked longest is asked whether it waits for the storage
+SAY_SECONDS = 60.0
+
+
+class PoolActor:
+    """What an actor of a pool does besides its work. Its methods are called from other threads than its tasks."""
+
+    def __init__(self) -> None:
+        expect_answers()
+
+    def environment(self) -> Environment:
+        return environment()
+
+    def silence(self) -> str | None:
+        """The silence of the storage that this actor waits in, in words."""
+        return silence_now()
 
 
 @dataclass(frozen=True)
@@ -47,8 +68,13 @@ class RayCluster:
     num_gpus: int
     fixed: int | None  # number of actors, if it was given
 
-    def actor_options(self) -> dict[str, int]:
-        return {"num_cpus": self.threads, "num_gpus": self.num_gpus}
+    def actor_options(self) -> dict[str, Any]:
+        """What an actor asks for; one of its threads is kept for questions of the pool (`HangWatch`)."""
+        return {
+            "num_cpus": self.threads,
+            "num_gpus": self.num_gpus,
+            "concurrency_groups": {ASIDE: 1},
+        }
 
     def capacity(self) -> int:
         """How many actors the cluster has room for now; nodes may come and go."""
@@ -153,12 +179,21 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
 def _sigterm_as_before() -> Iterator[None]:
     """Restore our SIGTERM handler after ray.init, whose own raises SystemExit even while unwinding.
 
-    If we have no handler, Ray's stays: by default the process would die at once.
+    A SIGTERM that ray.init swallowed reaches our handler then. If we have none, Ray's stays: by default the
+    process would die at once.
     """
     ours = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(ours) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ours)
+    if not callable(ours) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted = NotedSignals()
+    try:
+        yield
+    finally:
+        received = noted.end()
+    signal.signal(signal.SIGTERM, ours)
+    if signal.SIGTERM in received:
+        ours(signal.SIGTERM, None)
 
 
 @contextlib.contextmanager
@@ -209,16 +244,38 @@ def _check_listening(address: str) -> None:
 
 
 @dataclass(eq=False)
-class _Worker:
-    actor: Any
-    load: int = 0
-
-
-@dataclass(eq=False)
 class _Attempt(Generic[Task]):
-    worker: _Worker
+    worker: Worker
     task: Task
     began: float
+
+
+class _Listener:
+    """Asks the actor that has worked longest whether it waits for the storage, whose own words nobody would see."""
+
+    def __init__(self) -> None:
+        self.answer: Any = None  # the reference to an answer that has not come yet
+        self.asked = time.monotonic()
+        self.said = -SAY_SECONDS
+
+    def listen(self, running: Mapping[Any, _Attempt[Any]]) -> None:
+        """Say the answer if there is one, and ask again if it is time to."""
+        ray, now = import_ray(), time.monotonic()
+        if self.answer is not None:
+            if not ray.wait([self.answer], timeout=0)[0]:
+                return
+            with contextlib.suppress(ray.exceptions.RayError):  # it has died
+                text = ray.get(self.answer)
+                if text is not None and now - self.said >= SAY_SECONDS:
+                    console.say(f"an actor reports: {text}")
+                    self.said = now
+            self.answer = None
+        if not running or now - self.asked < ASK_SECONDS:
+            return
+        oldest = min(running.values(), key=lambda attempt: attempt.began)
+        ask = getattr(oldest.worker.actor, "silence", None)  # actors of other classes are not asked
+        if ask is not None and now - oldest.began >= ASK_SECONDS:
+            self.asked, self.answer = now, ask.remote()
 
 
 @dataclass
@@ -279,25 +336,31 @@ def run_pool(
     probes = list(tasks[:PROBES]) if in_order else _spread(tasks)
     waiting: deque[Task] = deque(dict.fromkeys([*probes, *tasks]))
     open_tasks = set(tasks)
-    starting: dict[Any, _Worker] = {}
-    workers: set[_Worker] = set()
+    starting: dict[Any, Worker] = {}
+    workers: set[Worker] = set()
     running: dict[Any, _Attempt[Task]] = {}
     failures: _Failures[Task] = _Failures()
     durations: list[float] = []
+    hangs, slow = HangWatch(), SlowWatch()
     failed_starts = storage_failures = 0
+    listener = _Listener()
     quiet_since = polled = time.monotonic()
     try:
         room = told = capacity()
         while open_tasks:
+            liveness.moved()
+            hangs.look(workers)
+            slow.look(running.values(), durations)
             if time.monotonic() - polled > POLL_SECONDS:
                 before, room, polled = room, capacity(), time.monotonic()
                 if room == before and room != told:  # say it once if many nodes join or leave together
                     console.say(f"Ray has room for {room} actor(s) now, {told} before")
                     told = room
             while len(starting) + len(workers) < min(room, len(open_tasks)):
-                worker = _Worker(make_actor())
+                worker = Worker(make_actor())
                 starting[greet(worker.actor)] = worker
             _hand_out(waiting, open_tasks, workers, running, in_flight, durations, call)
+            listener.listen(running)
             if not running and time.monotonic() - quiet_since > WAITING_SECONDS:
                 console.say("waiting for actors: none has started yet, or Ray has no room for one now")
                 quiet_since = time.monotonic()
@@ -319,6 +382,7 @@ def run_pool(
                         if getattr(error, "actor_init_failed", False) or failed_starts >= DEATHS:
                             raise _start_failure(error) from error
                         continue
+                    hangs.welcome(worker)
                     workers.add(worker)
                     failed_starts, quiet_since = 0, time.monotonic()
                     continue
@@ -332,6 +396,8 @@ def run_pool(
                     cause = getattr(error, "cause", None) or error
                     if isinstance(cause, UserError):
                         raise cause from error
+                    if attempt.worker.hangs:
+                        cause = WorkError(attempt.worker.hangs)
                     if died:
                         workers.discard(attempt.worker)
                     if task not in open_tasks:
@@ -362,6 +428,7 @@ def run_pool(
     except (ray.exceptions.RaySystemError, ConnectionError) as error:
         raise WorkError(f"the Ray cluster was lost: {_last_line(error)}; the same command resumes") from error
     finally:
+        console.remark("")
         for worker in [*workers, *starting.values()]:
             with contextlib.suppress(ValueError, RuntimeError, ray.exceptions.RayError):  # gone already
                 (release or ray.kill)(worker.actor)
@@ -384,7 +451,7 @@ def _spread(tasks: Sequence[Task]) -> list[Task]:
 def _hand_out(
     waiting: deque[Task],
     open_tasks: set[Task],
-    workers: set[_Worker],
+    workers: set[Worker],
     running: dict[Any, _Attempt[Task]],
     in_flight: int,
     durations: list[float],
@@ -392,7 +459,7 @@ def _hand_out(
 ) -> None:
     """Give waiting tasks to the least loaded workers, and start slow ones a second time on idle workers."""
 
-    def start(worker: _Worker, task: Task) -> None:
+    def start(worker: Worker, task: Task) -> None:
         running[call(worker.actor, task)] = _Attempt(worker, task, time.monotonic())
         worker.load += 1
 
@@ -419,9 +486,12 @@ def _start_failure(error: BaseException) -> Exception:
     if isinstance(cause, UserError):
         return cause
     # if an actor's __init__ raises, Ray hands over only the text of the error
-    line, user_error = _last_line(cause), f"{UserError.__module__}.{UserError.__name__}: "
-    if line.startswith(user_error):
-        return UserError(line.removeprefix(user_error))
+    line = _last_line(cause)
+    if found := re.match(r"(dsno_cluster(?:\.\w+)*)\.(\w+): (.+)", line):
+        kind = getattr(sys.modules.get(found[1]), found[2], None)
+        for ours in (UserError, WorkError):
+            if isinstance(kind, type) and issubclass(kind, ours):
+                return ours(found[3])
     return WorkError(f"an actor cannot start: {line}")
 
 

@@ -75,7 +75,8 @@ class AttemptRecord(Note):
 class Begin(AttemptRecord):
     """The batch script began.
 
-    `batch_log_bytes` is the length of its log then, written by earlier attempts.
+    `batch_log_bytes` is the length of its log then, written by earlier attempts; `oom_kills` how many processes
+    the kernel of its node had killed for lack of memory.
     """
 
     FILE = "begin.json"
@@ -83,6 +84,7 @@ class Begin(AttemptRecord):
     job: str | None = None
     nodes: str | None = None
     batch_log_bytes: int = 0
+    oom_kills: int | None = None
 
 
 class AttemptProgress(AttemptRecord):
@@ -98,10 +100,19 @@ class AttemptProgress(AttemptRecord):
     done: int = 0
     rate: float = 0.0
     figures: str = ""
+    remark: str = ""
 
     @classmethod
     def of(cls, tally: Tally) -> AttemptProgress:
         return cls(**vars(tally))
+
+
+class Idle(AttemptRecord):
+    """The attempt has made no progress for this long, by the clock of its first node; gone once it does."""
+
+    FILE = "idle.json"
+
+    seconds: float
 
 
 class Result(AttemptRecord):

@@ -9,10 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsno_cluster.cluster.records import AnyNote, Note, read_note, write_note
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.cluster.records import AnyNote, Failure, Note, read_note, write_note
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 
-MEET_SECONDS = 300.0  # a node may start slowly, and a network file system may be slow to show a new file
+MEET_SECONDS, LOOK_SECONDS = (
+    300.0,
+    0.5,
+)  # a node may start slowly, and a network file system may be slow to show a new file
 
 
 def address_towards(host: str) -> str | None:
@@ -71,11 +74,20 @@ def own_address(hosts: Sequence[str], node: int, interface: str | None) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct free TCP ports of this host. Use them at once: nothing reserves them."""
+    """Distinct free TCP ports of this host. Use them at once: nothing reserves them.
+
+    Raises WorkError if there are too few.
+    """
     with contextlib.ExitStack() as held:  # all bound together, so that none is returned twice
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("", 0))
+        try:
+            for s in sockets:
+                s.bind(("", 0))
+        except OSError as error:
+            raise WorkError(
+                f"{socket.gethostname()} has no {count} free TCP ports ({error.strerror}); "
+                "`ss -tan` on it lists those in use, net.ipv4.ip_local_port_range is their range"
+            ) from error
         return [s.getsockname()[1] for s in sockets]
 
 
@@ -85,15 +97,16 @@ def tell(attempt: Path, note: Note) -> None:
 
 
 def hear(attempt: Path, what: type[AnyNote]) -> AnyNote:
-    """Wait for the note that another task leaves. Raises WorkError if it does not appear in time."""
-    deadline = time.monotonic() + MEET_SECONDS
-    while (note := read_note(what, attempt)) is None:
-        if time.monotonic() > deadline:
-            raise WorkError(
-                f"{attempt / what.FILE}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir "
-                "is not a folder that all nodes share"
-            )
-        time.sleep(0.5)
+    """Wait for the first task's note. Raises WorkError if it has failed, or leaves none in time."""
+    for _ in range(round(MEET_SECONDS / LOOK_SECONDS)):  # a clock would also count the time of a suspension
+        if (note := read_note(what, attempt)) is not None:
+            return note
+        if (attempt / Failure.FILE.replace("*", "0")).is_file():
+            raise WorkError(f"{LOST_RANK} (the first task failed while this one waited for it)")
+        time.sleep(LOOK_SECONDS)
         with contextlib.suppress(OSError):
             os.listdir(attempt)  # makes NFS look again
-    return note
+    raise WorkError(
+        f"{attempt / what.FILE}: the first task did not write it within {MEET_SECONDS:g} s; it did not start, or run.dir "
+        "is not a folder that all nodes share"
+    )

@@ -10,13 +10,15 @@
         begin.json  progress.json  result.json  failure-<rank>.json  stopped.json  outcome.json  task-<rank>.log
 
 `records.py` has the models of the JSON files. A link to each run folder is kept below the user's state
-folder, so that `status`, `logs` and `cancel` find it from any terminal.
+folder, so that `status`, `logs` and `cancel` find it from any terminal. If there is none, they take the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from dsno_cluster.cluster.records import (
     AnyNote,
     AttemptProgress,
     AttemptRecord,
+    Begin,
     Failure,
     RunRecord,
     Stopped,
@@ -45,11 +48,15 @@ from dsno_cluster.config import (
     load_config,
     load_resolved_profile,
 )
-from dsno_cluster.errors import LOST_RANK, UserError
+from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.provenance import code_version
+from dsno_cluster.records import record_bytes
 
 # files of a run folder, besides its records
 BATCH_LOG, CONFIG, PROFILE = "batch.log", "config.yaml", "profile.yaml"
+# notes of an attempt's end for which its beginning keeps room on the disk, and how many bytes each
+LAST_NOTES, ROOM = ("result.json", "stopped.json", "failure-0.json", "outcome.json"), 4096
+NO_REQUEUE = "its profile says no-requeue: the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,16 @@ class Run:
     @property
     def id(self) -> str:
         return self.folder.name
+
+    @property
+    def word(self) -> str:
+        """What stands for it in a shell command: its id if commands find it by that, else its folder."""
+        return self.id if self.is_linked else shlex.quote(str(self.folder))
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether the link of its id leads to it."""
+        return (index() / self.id).resolve() == self.folder.resolve()
 
     def record(self) -> RunRecord:
         """What was submitted."""
@@ -128,6 +145,43 @@ class Attempt:
     def write(self, record: AttemptRecord) -> None:
         write_note(record, self.folder)
 
+    def open(self, begin: Begin) -> None:
+        """Make the folder, with the note of its beginning and room for those of its end. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write(begin)
+        for name in LAST_NOTES:
+            self._room(name).write_bytes(b" " * ROOM)
+
+    def close(self) -> None:
+        """Remove the room that was not needed."""
+        for name in LAST_NOTES:
+            with contextlib.suppress(OSError):
+                self._room(name).unlink(missing_ok=True)
+
+    def note(self, record: AttemptRecord) -> None:
+        """Write a record of the attempt's end, which a full disk must not change.
+
+        It takes the room kept for it if there is no other; if it cannot be written at all, this says so.
+        """
+        try:
+            self.write(record)
+        except OSError as error:
+            try:
+                self._write_in_room(record)
+            except OSError:
+                console.say(f"{self.folder}/{record.file_name}: cannot be written: {error.strerror}")
+
+    def _write_in_room(self, record: AttemptRecord) -> None:
+        room, data = self._room(record.file_name), record_bytes(record)
+        if len(data) > ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(room))
+        with room.open("r+b") as file:
+            file.write(data.ljust(ROOM))
+        room.replace(self.folder / record.file_name)
+
+    def _room(self, name: str) -> Path:
+        return self.folder / f".{name}.room"
+
     @property
     def run(self) -> Run:
         return Run(self.folder.parents[1])
@@ -145,7 +199,8 @@ class Attempt:
         """What the nodes reported that a Ray stage lost and continues without."""
         if not self.run.is_ray_stage:
             return []
-        return sorted((f for f in self._failures() if f.rank), key=lambda f: f.time)
+        lost = [f for f in self._failures() if f.rank and not f.reason.startswith(LOST_RANK)]
+        return sorted(lost, key=lambda f: f.time)
 
     def _failures(self) -> list[Failure]:
         said = [read_note(Failure, self.folder, file.name) for file in self.folder.glob(Failure.FILE)]
@@ -184,12 +239,18 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
     begin = f"{config.name}-{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = jobs / f"{begin}{suffix}"
+        if (index() / folder.name).is_symlink():  # the id of a run elsewhere
+            continue
         try:
             # only for the user: the script contains the environment that the profile sets
             folder.mkdir(parents=True, mode=0o700)
             break
         except FileExistsError:
             continue
+        except OSError as error:  # a file in its place, a read-only disk, a long name
+            raise WorkError(
+                f"{folder}: cannot be made: {error.strerror}; choose another run.dir or name"
+            ) from error
     run = Run(folder)
     (folder / CONFIG).write_text(dump_config(config))
     (folder / PROFILE).write_text(dump_profile(submission.profile))
@@ -209,11 +270,28 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
     if snapshot:
         package = Path(__file__).resolve().parent.parent
         shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    # if the home folder is full or read-only, the run can still be found by its path
-    with contextlib.suppress(OSError):
-        index().mkdir(parents=True, exist_ok=True)
-        (index() / run.id).symlink_to(folder)
+    _link(run)
     return run
+
+
+def _link(run: Run) -> None:
+    """Keep a link to a run. If that fails (the home folder is full or read-only), its folder stands for it."""
+    try:
+        if not index().is_absolute():
+            raise OSError(errno.ENOENT, "there is no home folder")
+        index().mkdir(parents=True, exist_ok=True)
+        (index() / run.id).symlink_to(run.folder.resolve())
+    except OSError as error:
+        console.say(
+            f"{index()}: keeps no link to this run ({error.strerror}): commands find it by its folder"
+        )
+
+
+def unlink(run: Run) -> None:
+    """Remove the link to a run."""
+    with contextlib.suppress(OSError):
+        if run.is_linked:
+            (index() / run.id).unlink()
 
 
 def index() -> Path:
@@ -222,17 +300,28 @@ def index() -> Path:
     return Path(state) / "dsno-cluster" / "runs"
 
 
-def all_runs() -> list[Run]:
-    """The user's runs whose folders still exist, newest first."""
+def all_runs(config: Config | None = None) -> list[Run]:
+    """The user's runs whose folders still exist, newest first.
+
+    With `config` they include those of its run.dir to which no link leads.
+    """
+    linked = {link.resolve() for link in index().glob("*")} if index().is_dir() else set()
+    beside = {folder.resolve() for folder in jobs_folder(config).glob("*")} if config is not None else set()
     submitted: dict[Run, float] = {}
-    for link in index().glob("*") if index().is_dir() else ():
-        run = Run(link.resolve())
+    for run in map(Run, linked | beside):
         try:
             if (run.folder / RunRecord.FILE).is_file():
                 submitted[run] = run.record().submitted
         except OSError as error:  # no longer permitted, or on a disk that fails: show the others
-            console.say(f"{run.folder}: left out: {error.strerror}")
+            if run.folder in linked:  # and not of another user of the same run.dir
+                console.say(f"{run.folder}: left out: {error.strerror}")
     return sorted(submitted, key=lambda run: submitted[run], reverse=True)
+
+
+def runs_of_config(file: str, overrides: Sequence[str]) -> list[Run]:
+    """The runs in the run.dir of a config file, newest first. Raises as `load_config` does."""
+    config = load_config(file, overrides)
+    return [run for run in all_runs(config) if run.folder.parent == jobs_folder(config).resolve()]
 
 
 def find_run(word: str) -> Run:
@@ -264,8 +353,10 @@ def matching_runs(word: str) -> list[Run]:
     same = [run for run in runs if run.id == word or run.record().job == word]
     if matching := same[:1] or [run for run in runs if run.id.startswith(word)]:
         return matching
-    newest = f"; the newest is {runs[0].id}" if runs else "; none was submitted yet"
-    raise UserError(f"{word}: no submitted run of that name{newest} (`dsno-cluster status` lists them)")
+    newest = f"; the newest is {runs[0].id}" if runs else f"; no link to any is in {index()}"
+    raise UserError(
+        f"{word}: no submitted run of that name{newest} (`dsno-cluster status` lists them; a run's folder stands for it too)"
+    )
 
 
 def config_file_of_run(word: str) -> str:

@@ -9,32 +9,44 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from dsno_cluster import console
-from dsno_cluster.config import Profile
+from dsno_cluster.config import Profile, slurm_minutes
 from dsno_cluster.errors import UserError, WorkError
+
+Answer = TypeVar("Answer")
 
 CONTROLLER_SECONDS = 2.0
 COMMAND_SECONDS = 60.0
+ACCOUNTING_SECONDS = 5.0  # somebody waits for the answer, and it is not needed for what runs
+# no word of Slurm's: the controller has forgotten the job, so it has ended; how, accounting does not say now
+UNACCOUNTED = "UNACCOUNTED"
+OUTAGE_SECONDS = 900.0  # a controller may be restarting when a job asks it something
+REFUSED_SECONDS = 60.0  # or it may refuse for a moment, for example while a job is completing
+PAUSE_SECONDS = 10.0
+CLOCK_SECONDS = 15.0  # clocks of a cluster may differ by this much; munge refuses more than five minutes
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm reports it: state (PENDING, ...), reason to wait, nodes, and end in local time."""
+    """A job as Slurm reports it: state (PENDING, ...), reason to wait, nodes, end in local time, batch host."""
 
     state: str
     reason: str = ""
     nodes: str = ""
     end: str = ""
+    batch_host: str = ""
 
     def seconds_over(self) -> float:
-        """How long ago it ended; infinite if Slurm does not say."""
+        """How long ago it ended; infinite if Slurm does not say, or by a clock that is ahead of this host's."""
         try:
-            return time.time() - time.mktime(time.strptime(self.end, "%Y-%m-%dT%H:%M:%S"))
+            over = time.time() - time.mktime(time.strptime(self.end, "%Y-%m-%dT%H:%M:%S"))
         except ValueError:
             return float("inf")
+        return over if over > -CLOCK_SECONDS else float("inf")
 
 
 def controller_silence() -> str | None:
@@ -86,12 +98,29 @@ def _too_much(profile: Profile, where: str, partition: str, rows: Sequence[Seque
         )
     if profile.mem_gb * 1024 > (memory := max(_number(row[3]) for row in rows)):
         return f"{where}: mem_gb {profile.mem_gb}: a node of partition {partition} has at most {memory / 1024:.1f} GB"
-    gpus = max(sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5]))) for row in rows)
+    gpus = max(_gpus(row) for row in rows)
     if profile.gpus_per_node > gpus:
         return f"{where}: gpus_per_node {profile.gpus_per_node}: a node of partition {partition} has at most {gpus}"
+    if profile.nodes > (fit := sum(_number(row[1]) for row in rows if _fits(profile, row))):
+        gpus_each = f", {profile.gpus_per_node} GPUs" if profile.gpus_per_node else ""
+        return (
+            f"--nodes {profile.nodes}: partition {partition} has {fit} node(s) with the {cpus} CPUs{gpus_each} and "
+            f"{profile.mem_gb} GB of {where}"
+        )
     if profile.time_minutes > (limit := max(_minutes(row[4]) for row in rows)):
         return f"{where}: time_minutes {profile.time_minutes}: partition {partition} allows {limit:.0f}"
     return None
+
+
+def _fits(profile: Profile, row: Sequence[str]) -> bool:
+    """Whether nodes as `check_profile` lists them are large enough for a profile."""
+    cpus = profile.tasks_per_node * profile.cpus_per_task
+    enough = cpus <= _number(row[2]) and profile.mem_gb * 1024 <= _number(row[3])
+    return enough and profile.gpus_per_node <= _gpus(row)
+
+
+def _gpus(row: Sequence[str]) -> int:
+    return sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[5])))
 
 
 def refusal(said: str) -> Exception:
@@ -103,9 +132,14 @@ def refusal(said: str) -> Exception:
 
 
 def may_heal(said: str) -> bool:
-    """Whether an error of a Slurm command is about its controller's state, which may change."""
+    """Whether an error is about the state of Slurm's controller or of a disk, which may change."""
     return (
-        re.search("contact|timed out|did not answer|temporarily|connection|Zero Bytes", said, re.IGNORECASE)
+        re.search(
+            "contact|timed out|did not answer|temporarily|connection|credential|authentication|Zero Bytes|No space left|"
+            "Disk quota",
+            said,
+            re.IGNORECASE,
+        )
         is not None
     )
 
@@ -113,32 +147,50 @@ def may_heal(said: str) -> bool:
 def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
     """The states of a user's jobs, by id; jobs that Slurm does not know are omitted.
 
-    They come from squeue, and for finished jobs from sacct if there is accounting; without it the controller
-    remembers them only for a while (MinJobAge, usually five minutes). Raises WorkError if the controller does
-    not answer.
+    They come from squeue, and for finished jobs from sacct if there is accounting (if it does not answer, they
+    are UNACCOUNTED); without it the controller remembers them only for a while (MinJobAge, usually five
+    minutes). Raises WorkError if the controller does not answer.
     """
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e")
+    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e|%B")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
-        if row[0] in wanted and len(row) == 5
+        if row[0] in wanted and len(row) == 6
     }
     forgotten = sorted(wanted - found.keys())
     if forgotten and has_accounting():
         try:
-            listing = _ask(
-                "sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,End", "-j", ",".join(forgotten)
-            )
+            columns = ("-X", "-n", "-P", "-o", "JobID,State,NodeList,End")
+            listing = _ask("sacct", *columns, "-j", ",".join(forgotten), seconds=ACCOUNTING_SECONDS)
         except WorkError as error:  # squeue's answer is still valid
-            console.say(f"accounting does not answer: {error}")
-            return found
+            console.say(f"Slurm's accounting does not answer: {error}")
+            return found | dict.fromkeys(forgotten, JobState(UNACCOUNTED))
         for line in listing.splitlines():
             job, state, nodes, end = line.split("|")
             found[job] = JobState(state.split()[0], "", nodes, end)  # "CANCELLED by 0"
     return found
+
+
+def patiently(ask: Callable[[], Answer], outage: float = OUTAGE_SECONDS) -> Answer:
+    """The answer of `ask`, which runs a command of Slurm, for a process inside a job.
+
+    While the controller is silent, as when it restarts, it is asked again for `outage` seconds (so is a disk
+    that is full). Raises WorkError after that, or sooner if it refuses.
+    """
+    waited = 0.0
+    while True:
+        asked = time.monotonic()
+        try:
+            return ask()
+        except WorkError as error:
+            # at most what a command takes: the job may have been suspended meanwhile
+            waited += min(time.monotonic() - asked, COMMAND_SECONDS) + PAUSE_SECONDS
+            if waited > (outage if may_heal(str(error)) else REFUSED_SECONDS):
+                raise
+            time.sleep(PAUSE_SECONDS)
 
 
 @functools.cache
@@ -164,12 +216,12 @@ def has_accounting() -> bool:
     return storage.endswith("/slurmdbd") and shutil.which("sacct") is not None
 
 
-def who_ends(job: str, attempt: int) -> str | None:
+def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "cancelled"] | None:
     """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
 
     In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
-    attempt; at a time limit the limit is reached; otherwise it was scancel. Raises WorkError if the
-    controller does not answer.
+    attempt; at a time limit the limit is reached; otherwise it was scancel, unless the job lost a node and may
+    not be requeued. Raises WorkError if the controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -179,10 +231,12 @@ def who_ends(job: str, attempt: int) -> str | None:
         state == "COMPLETING" and _minutes(fields["RunTime"]) >= _minutes(fields["TimeLimit"])
     ):
         return "time limit"
+    if fields.get("Reason") == "NodeDown":
+        return None
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
-def why_told(job: str, save_seconds: int) -> str:
+def why_told(job: str, save_seconds: int) -> Literal["preempted", "time limit", "signal"]:
     """Why a running job was asked to end: `preempted`, `time limit`, or `signal` if it is neither.
 
     Raises WorkError if the controller does not answer.
@@ -194,12 +248,10 @@ def why_told(job: str, save_seconds: int) -> str:
     return "time limit" if left < save_seconds + 60 else "signal"
 
 
-def job_nodes(job: str, otherwise: Sequence[str]) -> list[str]:
-    """The nodes that a job has now; `otherwise` if Slurm does not say."""
-    try:
-        return host_names(_fields(job)["NodeList"]) or list(otherwise)
-    except (KeyError, UserError, WorkError):
-        return list(otherwise)
+def job_nodes(job: str) -> list[str]:
+    """The nodes that a job has now. Raises WorkError if the controller does not answer."""
+    nodes = _fields(job).get("NodeList", "(null)")
+    return [] if nodes == "(null)" else host_names(nodes)
 
 
 def host_names(hosts: str) -> list[str]:
@@ -207,9 +259,10 @@ def host_names(hosts: str) -> list[str]:
     return _ask("scontrol", "show", "hostnames", hosts).split()
 
 
-def requeue_job(job: str) -> None:
-    """Requeue a job. Raises WorkError if Slurm refuses, as for one that waits already."""
-    _ask("scontrol", "requeue", job)
+def requeue_job(job: str, attempt: int) -> None:
+    """Requeue a job, unless somebody requeued or cancelled this attempt. Raises WorkError if Slurm refuses."""
+    if who_ends(job, attempt) not in ("requeued", "cancelled"):
+        _ask("scontrol", "requeue", job)
 
 
 def cancel_job(job: str) -> None:
@@ -228,25 +281,23 @@ def _fields(job: str) -> dict[str, str]:
     )
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, seconds: float = COMMAND_SECONDS) -> str:
     try:
-        done = _run(*command)
+        done = _run(*command, seconds=seconds)
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on PATH; load Slurm's module") from None
     except subprocess.TimeoutExpired:
-        raise WorkError(f"{command[0]} did not answer within {COMMAND_SECONDS:g} s") from None
+        raise WorkError(f"{command[0]} did not answer within {seconds:g} s") from None
     if done.returncode:
         raise WorkError(f"{command[0]}: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str, seconds: float) -> subprocess.CompletedProcess[str]:
     # a user's defaults for these commands would change their output
     filters = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(filters)}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, env=env
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=env)
 
 
 def user_name(uid: int) -> str:
@@ -266,9 +317,5 @@ def _number(text: str) -> int:
 
 def _minutes(limit: str) -> float:
     """Minutes of a time such as 1-00:00:00 or 30:00; infinite for words such as UNLIMITED."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+)*", limit):
-        return float("inf")
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    hours, minutes, seconds = [0] * (3 - len(parts)) + parts
-    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+    minutes = slurm_minutes(limit)
+    return float("inf") if minutes is None else minutes

@@ -10,10 +10,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from dsno_cluster import console
-from dsno_cluster.cluster.attempt import lost_nodes, why
 from dsno_cluster.cluster.launchers import State, launcher_of, states_of
 from dsno_cluster.cluster.launchers.following import POLL_SECONDS, followed
-from dsno_cluster.cluster.records import AttemptProgress, Outcome, Result
+from dsno_cluster.cluster.reasons import how_it_ended, lost_nodes
+from dsno_cluster.cluster.records import AttemptProgress, Idle, Outcome, Result
 from dsno_cluster.cluster.runs import Attempt, Run, matching_runs, the_only_run
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import Code
@@ -47,23 +47,23 @@ class Row(BaseModel):
 
 def overview(runs: Sequence[Run]) -> list[Row]:
     """A row for each run."""
-    return [_row(run, state) for run, state in states_of(runs).items()]
+    attempts = {
+        run: run.attempts() for run in runs
+    }  # before the states: one that begins meanwhile is not over
+    return [_row(run, state, attempts[run]) for run, state in states_of(runs).items()]
 
 
-def _row(run: Run, state: State) -> Row:
-    record, attempts = run.record(), run.attempts()
+def _row(run: Run, state: State, attempts: Sequence[Attempt]) -> Row:
+    record = run.record()
     last = attempts[-1] if attempts else None
     progress = last.read(AttemptProgress) if last else None
-    over = [
-        a
-        for a in attempts
-        if a.read(Result) is None and (a is not last or not state.live or a.read(Outcome) is not None)
-    ]
-    error = state.why if state.word == "failed" else (_reason(over[-1]) if over else "")
-    if last is not None and state.word == "running" and (lost := lost_nodes(last)):
-        error = f"continues without {len(lost)} node(s): {lost[-1]}"
+    idle = last.read(Idle) if last and state.word == "running" else None
+    why_now = state.why
+    if state.word == "running":
+        why_now = f"no progress for {console.duration(idle.seconds)}" if idle else why_now
+        why_now = "; ".join(filter(None, [why_now, progress.remark if progress else ""]))
     left = None
-    if progress and state.word == "running" and progress.rate > 0:
+    if progress and not idle and state.word == "running" and progress.rate > 0:
         left = (progress.total - progress.done) / progress.rate
     return Row(
         run=run.id,
@@ -71,7 +71,7 @@ def _row(run: Run, state: State) -> Row:
         job=record.job,
         launcher=record.launcher,
         state=state.word,
-        why=state.why,
+        why=why_now,
         nodes=state.nodes,
         attempts=len(attempts),
         done=progress.done if progress else None,
@@ -79,15 +79,35 @@ def _row(run: Run, state: State) -> Row:
         unit=progress.unit if progress else None,
         rate=progress.rate if progress else None,
         seconds_left=left,
-        last_error=error,
+        last_error=_last_error(state, attempts),
         folder=str(run.folder),
         code=record.code,
     )
 
 
-def _reason(attempt: Attempt) -> str:
-    outcome = attempt.read(Outcome)
-    return why(attempt, None) if outcome is None else outcome.reason
+def _last_error(state: State, attempts: Sequence[Attempt]) -> str:
+    """What went wrong last: why the run failed, or in a run that has not ended, why its last attempt did."""
+    if not state.live:
+        return state.why if state.word == "failed" else ""
+    if not attempts:
+        return ""
+    if state.word == "running" and (lost := lost_nodes(attempts[-1])):
+        return f"continues without {len(lost)} node(s): {lost[-1]}"
+    # a job that waits has no attempt, even if the batch script of its last one left no outcome
+    last_is_over = state.word in ("waiting", "starting") or attempts[-1].read(Outcome) is not None
+    over = [a for a in (attempts if last_is_over else attempts[:-1]) if a.read(Result) is None]
+    return how_it_ended(over[-1]) if over else ""
+
+
+def history(run: Run) -> list[str]:
+    """A line for each attempt that ended before the work was done, or that lost nodes."""
+    lines = []
+    for attempt in run.attempts():
+        if (outcome := attempt.read(Outcome)) is not None and outcome.reason:
+            lines.append(f"attempt {attempt.number}: {outcome.reason}")
+        elif lost := lost_nodes(attempt):
+            lines.append(f"attempt {attempt.number}: without {len(lost)} node(s): {'; '.join(lost)}")
+    return lines
 
 
 def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -21,22 +21,27 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsno_cluster import console
-from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Result, Stopped
+from dsno_cluster.cluster.noted_signals import NotedSignals
+from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Result, Stopped, WhyStopped
 from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.cluster.stage import Stage, StageOptions
 from dsno_cluster.config import Profile
 from dsno_cluster.errors import Preempted, UserError, WorkError
+from dsno_cluster.files import NO_ROOM
+from dsno_cluster.storage import expect_answers
 
 if TYPE_CHECKING:
     from dsno_cluster.cluster.ray_on_slurm import Node
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+AGAIN_SECONDS = 1.0
 STOPS = {
     "time limit": "its time limit was near",
     "preempted": "another job or an administrator needed its nodes",
     "cancelled": "it was cancelled",
     "signal": "a process on its node signalled it to end",
 }
+_noted: NotedSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,10 @@ class StageTask:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler
         if rank == 0:
             console.record_progress(lambda tally: attempt.write(AttemptProgress.of(tally)))
+        expect_answers()  # the command that submitted this checked the address of the storage
         received: list[int] = []
         try:
-            with _signals_unwind(received):
+            with _signals_unwind(received), _guarded(run, attempt, rank):
                 address = self._run(run, attempt)
         except (KeyboardInterrupt, SystemExit) as stopped:
             _ignore_signals()
@@ -70,17 +76,24 @@ class StageTask:
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
             sys.exit(0)  # rank 0 reports for all; an error status here would make Slurm end it too early
-        except (UserError, WorkError) as error:  # no traceback; the exit status ends the other ranks
-            users = isinstance(error, UserError)
-            attempt.write(_failure("user" if users else "work", str(error), rank))
-            console.error(str(error))
-            sys.exit(2 if users else 1)
         except Exception as error:
-            attempt.write(_failure("bug", f"{type(error).__name__}: {error}", rank))
-            raise
+            kind = _kind(error)
+            reason = f"{type(error).__name__}: {error}" if kind == "bug" else str(error)
+            attempt.note(_failure(kind, reason, rank))
+            if kind == "bug":
+                raise
+            console.error(reason)
+            sys.exit(2 if kind == "user" else 1)  # no traceback; the exit status ends the other ranks
         if rank == 0:
-            attempt.write(Result(result=address))
+            attempt.note(Result(result=address))
         return address
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled by submitit, it notes signals until it is called: submitit's own handlers ignore some."""
+        global _noted
+        self.__dict__.update(state)
+        if "SUBMITIT_EXECUTOR" in os.environ and threading.current_thread() is threading.main_thread():
+            _noted = NotedSignals()
 
     def checkpoint(self) -> Any:
         """What submitit submits for a requeued job: the same task, which continues from its checkpoint."""
@@ -103,10 +116,20 @@ class StageTask:
 
         node = _ray_node(profile)
         if node.index:
-            ray_worker(node, attempt.folder)
+            ray_worker(
+                node, attempt.folder, lambda error: attempt.note(_failure("work", str(error), node.index))
+            )
             return "worker"
         with ray_head(node, attempt.folder) as address:
             return self.stage.run(config, self.options, address, None).address
+
+
+def _kind(error: Exception) -> Literal["user", "work", "bug"]:
+    """Whose fault an error is: that of the input, of the work's surroundings such as a full disk, or ours."""
+    if isinstance(error, UserError):
+        return "user"
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
+    return "work" if full or isinstance(error, WorkError) else "bug"
 
 
 def _failure(kind: Literal["user", "work", "bug"], reason: str, rank: int) -> Failure:
@@ -124,24 +147,53 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
     """In this context a signal that asks for the node raises Preempted; later ones are ignored.
 
     They are also added to `received`: while Ray waits in C, it turns what a handler raises into a plain
-    KeyboardInterrupt.
+    KeyboardInterrupt. What is raised may be swallowed, by an import that ignores all errors or in a destructor;
+    it is then raised again every second.
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
         received.append(number)
         _ignore_signals()
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
         raise Preempted
+
+    def unwind_again(number: int, frame: FrameType | None) -> None:
+        if not _is_unwinding():
+            raise Preempted
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    signal.signal(signal.SIGALRM, unwind_again)
     for number in REQUEUE_SIGNALS:
         signal.signal(number, unwind)
-    yield
-    _ignore_signals()  # done: the rest takes only a moment
+    for noted in _noted.end() if _noted is not None else ():
+        if noted in REQUEUE_SIGNALS:
+            unwind(noted, None)
+    try:
+        yield
+    finally:
+        _ignore_signals()  # done or failed: the rest takes only a moment, and says why
+
+
+def _is_unwinding() -> bool:
+    """Whether this thread is handling what ends the task, such as in a `finally`: it must not be disturbed."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error = error.__context__
+    return error is not None
+
+
+def _guarded(run: Run, attempt: Attempt, rank: int) -> contextlib.AbstractContextManager[None]:
+    """In this context the task is ended if it hangs for good."""
+    from dsno_cluster.cluster.guard import guarded
+
+    role = ("the task" if rank else "the driver") if run.is_ray_stage else f"rank {rank}"
+    return guarded(attempt.folder, rank, f"{role} on {socket.gethostname()}", run.profile().hang_minutes)
 
 
 def _ignore_signals() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
     for number in REQUEUE_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -151,23 +203,28 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
 
     The batch script then requeues the job. A local job exits here, through submitit.
     """
-    from dsno_cluster.cluster.slurm_commands import who_ends, why_told
+    from dsno_cluster.cluster.slurm_commands import patiently, who_ends, why_told
 
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
-        attempt.write(Stopped(why="time limit"))
+        attempt.note(Stopped(why="time limit"))
         console.say("time is nearly up: the job asks to be requeued")
         sys.stdout.flush()
         if not callable(requeue):
             raise RuntimeError("submitit installed no handler to requeue the job")
         requeue(signal.SIGUSR2, None)  # leaves by SystemExit
+    attempt.note(Stopped(why="signal"))  # for now: this process may be killed before Slurm answers
     job = os.environ["SLURM_JOB_ID"]
-    try:
+
+    def ask() -> WhyStopped:
         ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)
-        why = "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
+        return "preempted" if ended == "requeued" else ended or why_told(job, run.profile().save_seconds)
+
+    why: WhyStopped = "signal"
+    try:
+        why = patiently(ask)
     except (UserError, WorkError) as error:
         console.say(f"Slurm does not report why this job must end: {error}")
-        why = "signal"
-    attempt.write(Stopped(why=why))
+    attempt.note(Stopped(why=why))
     console.say(f"{STOPS[why]}: what is done is kept")
 
 

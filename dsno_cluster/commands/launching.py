@@ -108,7 +108,7 @@ def follow_to_end(launcher: Launcher, runs: Sequence[Run]) -> StageResult:
             address = launcher.follow(run)
         except KeyboardInterrupt:
             if launcher.detached:
-                raise Unwatched(run.id) from None
+                raise Unwatched(run.word) from None
             raise
         if launcher.detached:  # a local run prints this itself
             console.say(f"done: {shown_path(address)}")

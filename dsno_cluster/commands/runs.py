@@ -10,14 +10,20 @@ from dsno_cluster.errors import UserError
 
 def show_status(arguments: Arguments) -> None:
     from dsno_cluster.cluster import status
-    from dsno_cluster.cluster.runs import all_runs, find_run
+    from dsno_cluster.cluster.runs import all_runs, find_run, index, runs_of_config
+    from dsno_cluster.config import is_config_file
     from dsno_cluster.provenance import Code
 
-    if arguments.overrides:
-        raise UserError(f"status takes runs, not {arguments.overrides[0]}")
+    configs = [word for word in arguments.words if is_config_file(word)]
+    if arguments.overrides and not configs:
+        raise UserError(
+            f"status takes runs, or a config with its overrides, not {arguments.overrides[0]} only"
+        )
     options = arguments.options
-    runs = [find_run(word) for word in arguments.words] or all_runs()
-    shown = runs if arguments.words or options.all else runs[: status.SHOWN]
+    named = [find_run(word) for word in arguments.words if word not in configs]
+    of_configs = [run for file in configs for run in runs_of_config(file, arguments.overrides)]
+    runs = named + of_configs if arguments.words else all_runs()
+    shown = runs if named or options.all else runs[: status.SHOWN]
     rows = status.overview(shown)
     if options.json:
         print(json.dumps({"runs": [row.model_dump(mode="json") for row in rows]}))
@@ -26,17 +32,19 @@ def show_status(arguments: Arguments) -> None:
 
     if not rows:
         print(
-            "no submitted runs. `status` lists only Slurm jobs and local training runs with --tasks-per-node; other local "
-            "commands print their progress in their own terminal"
+            f"no submitted runs in {index()}. `status` lists only Slurm jobs and local training runs with --tasks-per-node; "
+            "other local commands print their progress in their own terminal"
         )
         return
     console.table("runs, newest first", *status.table_rows(rows))
     if len(shown) < len(runs):
         print(f"{len(runs) - len(shown)} older ones: --all")
-    for row in rows if arguments.words else []:
+    for run, row in zip(shown, rows, strict=True) if named else ():
         code = row.code or Code(version="unknown")
         commit = f", commit {code.commit[:12]}{' with changes' if code.dirty else ''}" if code.commit else ""
         print(f"{row.run}: version {code.version}{commit}; files: {row.folder}")
+        for line in status.history(run):
+            print(line)
 
 
 def show_logs(arguments: Arguments) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.launching import run_stage
+from dsno_cluster.errors import UserError
 
 
 def train_student(arguments: Arguments) -> None:
@@ -11,7 +12,13 @@ def train_student(arguments: Arguments) -> None:
     from dsno_cluster.stages import TRAIN
     from dsno_cluster.training.ranks import launched_as_rank
 
-    if launched_as_rank() and not arguments.options.dry_run:  # torchrun or a similar launcher has set RANK
+    options = arguments.options
+    if launched_as_rank() and not options.dry_run:  # torchrun or a similar launcher has set RANK
+        if options.tasks_per_node or options.nodes:
+            raise UserError(
+                "--tasks-per-node and --nodes: RANK and WORLD_SIZE are set, so another launcher has started this process; "
+                "unset them, or leave out the option"
+            )
         TRAIN.run(config, TRAIN.options(), None, None)
         return
     run_stage(arguments, TRAIN, config, TRAIN.options())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsno_cluster.commands.arguments import Arguments
@@ -26,6 +27,7 @@ def gen_trajectories(arguments: Arguments) -> None:
 def plan_trajectories(arguments: Arguments) -> None:
     from dsno_cluster import console
     from dsno_cluster.config import load_profile
+    from dsno_cluster.evaluation.given_files import problems_of_files
     from dsno_cluster.teachers import NoTeacher
     from dsno_cluster.trajectories import plan
 
@@ -59,21 +61,28 @@ def plan_trajectories(arguments: Arguments) -> None:
         if error is None and planned.teacher.own_steps is None:
             error = plan.measure_errors(planned, teacher, probes)
         found = plan.Found(cost, error)
-    else:
+    problems: list[UserError | WorkError] = []
+    if not measuring:
         try:
             planned = plan.make_plan(config)
         except (NoTeacher, WorkError) as reason:  # a teacher that does not fit raises UserError instead
-            found = plan.Found(problem=str(reason))
+            problems.append(reason)
+        found = plan.Found(problem=str(problems[0]) if problems else None)
+    of_files = problems_of_files(config)
+    found = replace(found, files=tuple(map(str, of_files)))
     show = plan.as_json if options.json else plan.report
     print(show(config, planned, found))
     if options.tolerance and not options.json:
         settings = config.trajectories
         chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
         print(f"use           {' '.join(f'trajectories.{key}={value}' for key, value in chosen.items())}")
+    for problem in [*problems, *of_files]:  # after the arithmetic, which holds all the same
+        raise problem
 
 
 def verify_trajectories(arguments: Arguments) -> None:
     address, endpoint_url = arguments.address(_DATA_SET, _data_set)
+    from dsno_cluster.trajectories.shards import REPAIR
     from dsno_cluster.trajectories.verify import verify
 
     report = verify(address, endpoint_url)
@@ -84,7 +93,7 @@ def verify_trajectories(arguments: Arguments) -> None:
             f"{report['shards']} shards, {report['samples']} samples, {report['bytes']} bytes: all as the manifest says"
         )
     if report["problems"]:
-        raise WorkError(f"{address}: " + "; ".join(report["problems"]))
+        raise WorkError(f"{address}: {'; '.join(report['problems'])}; delete what is wrong, and {REPAIR}")
 
 
 def inspect_trajectories(arguments: Arguments) -> None:

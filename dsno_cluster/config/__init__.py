@@ -17,11 +17,10 @@ from dsno_cluster.config.loading import (
 )
 from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
 from dsno_cluster.config.places import RunConfig, StorageConfig
-from dsno_cluster.config.profile import Profile
+from dsno_cluster.config.profile import Profile, slurm_minutes
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, TimeGrid, Trajectories
 from dsno_cluster.config.validation import validate
-from dsno_cluster.yaml_text import parse_yaml
 
 __all__ = [
     "Config",
@@ -46,7 +45,7 @@ __all__ = [
     "load_config",
     "load_profile",
     "load_resolved_profile",
-    "parse_yaml",
+    "slurm_minutes",
     "too_many_modes",
     "validate",
 ]

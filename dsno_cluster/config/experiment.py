@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
@@ -13,9 +14,22 @@ from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, 
 from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
+from dsno_cluster.files import too_long
 
 # folders beside those of the experiments in evaluation/
 TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
+
+
+def _run_name(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        proposed = re.sub("[^A-Za-z0-9_.]+", "-", name).strip("-_.") or "run-1"
+        raise ValueError(
+            f"{name!r} cannot name folders: only A-Z, a-z, 0-9, '.', '_' and '-', and first a letter or digit; "
+            f"try name={proposed}"
+        )
+    if problem := too_long(name):
+        raise ValueError(problem)
+    return name
 
 
 class DataConfig(Strict):
@@ -28,8 +42,9 @@ class DataConfig(Strict):
 class Config(Strict):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = Field(
-        description="names the student and its folders; default: the stem of the config's file"
+    name: Annotated[str, AfterValidator(_run_name)] = Field(
+        description="names the student and its folders: letters, digits, `.`, `_` and `-`; default: the stem of the config's "
+        "file, with `-` for spaces"
     )
     seed: Seed = Field(0, description="determines the noise and labels of the trajectories, and training")
     storage: StorageConfig = Field(default_factory=StorageConfig)

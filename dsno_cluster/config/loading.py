@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from dsno_cluster.config.experiment import Config
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.config.places import RunConfig
 from dsno_cluster.config.profile import Profile
-from dsno_cluster.config.validation import nearest, validate
-from dsno_cluster.errors import UserError
-from dsno_cluster.files import shown_path
-from dsno_cluster.yaml_text import parse_yaml
+from dsno_cluster.config.validation import validate
+from dsno_cluster.errors import UserError, closest
+from dsno_cluster.files import shown_path, too_long
+from dsno_cluster.yaml_text import dump_yaml, parse_written
 
 EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference")
 
@@ -31,8 +29,8 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
     data = _read_yaml(file)
     for override in overrides:
         key, _, text = override.partition("=")
-        _set(data, key, parse_yaml(text, override), override)
-    data.setdefault("name", Path(path).stem)
+        _set(data, key, parse_written(text, override), override)
+    data.setdefault("name", "-".join(Path(path).stem.split()))
     config = validate(Config, data, str(path), folder)
     # the default is relative to the working directory
     if config.run.dir is None and "://" in config.storage.root:
@@ -58,12 +56,12 @@ def load_resolved_profile(file: Path) -> Profile:
 
 def dump_profile(profile: Profile) -> str:
     """The profile as YAML that `load_resolved_profile` reads back to an equal object."""
-    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(profile.model_dump(mode="json"))
 
 
 def dump_config(config: Config) -> str:
     """The config as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def is_config_file(word: str) -> bool:
@@ -91,6 +89,8 @@ def find_file(path: str, folder: str) -> Path:
     Raises UserError if neither exists.
     """
     here = Path(path)
+    if problem := too_long(path):
+        raise UserError(problem)
     if here.is_file():
         return here
     if here.is_dir():
@@ -104,18 +104,21 @@ def find_file(path: str, folder: str) -> Path:
     if len(here.parts) == 1 and (Path(folder) / here).is_file():
         raise UserError(f"{path}: no such file; did you mean {Path(folder) / here}?")
     beside = {p.name for root in [Path(), *roots] for p in (root / here.parent).glob("*.yaml")}
-    hint = nearest(path, [str(here.parent / name) for name in sorted(beside)])
-    raise UserError(f"{path}: no such file{hint}")
+    near = closest(path, [str(here.parent / name) for name in sorted(beside)])
+    raise UserError(f"{path}: no such file" + (f"; did you mean {near}?" if near else ""))
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
+    """The keys of a YAML file, without those that only hold what `<<` and `*` use: `x-...`."""
     try:
-        data = parse_yaml(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        data = parse_written(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8: {error.reason} at byte {error.start}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values")
-    return data
+        raise UserError(f"{path}: is not a mapping of keys to values, as in `seed: 0`")
+    return {key: value for key, value in data.items() if not key.startswith("x-")}
 
 
 def _set(data: dict[str, object], key: str, value: object, override: str) -> None:

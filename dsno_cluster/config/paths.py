@@ -1,9 +1,9 @@
 """The types of paths in a config.
 
 When a config is loaded, `~` and `$VARIABLES` are expanded and relative paths become absolute, so that a
-process that starts in another folder or on another node finds the same files. Addresses (`s3://...`,
-`package:NAME`) stay as they are. Relative paths are relative to the working directory, or to the `folder`
-passed to `validate`.
+process that starts in another folder or on another node finds the same files. In addresses (`s3://...`) only
+variables are expanded; names (`package:NAME`) stay as they are. Relative paths are relative to the working
+directory, or to the `folder` passed to `validate`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ValidationInfo
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import in_home, too_long
 from dsno_cluster.storage import absolute_address, split_address
 
 FOLDER = "folder"  # key of pydantic's validation context: the folder that relative paths are relative to
@@ -24,19 +25,32 @@ _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def resolved(path: str, info: ValidationInfo) -> str:
-    """A path made absolute; an address as it is."""
-    if "://" in path or path.startswith("package:"):
+    """A path made absolute, or an address, with its variables expanded. Raises ValueError."""
+    if path.startswith("package:"):
         return path
-    return absolute_address(_expanded(path), _folder(info))
+    try:
+        found = absolute_address(_with_variables(path), _folder(info))
+    except UserError as error:
+        raise ValueError(str(error)) from None  # pydantic adds the key's name
+    if problem := too_long(found):
+        raise ValueError(problem)
+    return found
 
 
 def _root(path: str, info: ValidationInfo) -> str:
+    root = resolved(path, info)
     try:
-        if "://" in path:
-            split_address(path)
+        if "://" in root:
+            split_address(root)
     except UserError as error:
-        raise ValueError(str(error)) from None  # pydantic adds the key's name
-    return resolved(path, info)
+        raise ValueError(str(error)) from None
+    return root
+
+
+def _local(path: str, info: ValidationInfo) -> str:
+    if "://" in (found := resolved(path, info)):
+        raise ValueError(f"{found}: must be a path on a disk")
+    return found
 
 
 def _teacher(path: str, info: ValidationInfo) -> str:
@@ -49,10 +63,10 @@ def _reference(path: str, info: ValidationInfo) -> str:
 
 
 def _node_path(path: str, info: ValidationInfo) -> str:
-    return path if "$" in path else resolved(path, info)
+    return path if "$" in path else _local(path, info)
 
 
-LocalPath = Annotated[str, AfterValidator(resolved)]
+LocalPath = Annotated[str, AfterValidator(_local)]
 """A file or folder, or `package:NAME`."""
 
 StorageRoot = Annotated[str, AfterValidator(_root)]
@@ -74,8 +88,8 @@ def on_this_node(path: str, key: str) -> Path:
     Raises UserError, naming the `key`, if a variable is not set here.
     """
     try:
-        return Path(_expanded(path)).absolute()
-    except ValueError as error:
+        return Path(in_home(_with_variables(path))).absolute()
+    except (UserError, ValueError) as error:
         raise UserError(f"{key}: {error}") from None
 
 
@@ -88,8 +102,11 @@ def _folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get(FOLDER, ""))
 
 
-def _expanded(path: str) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
-        raise ValueError(f"{path} names a variable that is not set here: {unset[0]}")
-    return expanded
+def _with_variables(path: str) -> str:
+    for name in re.findall(r"\$(\w+)|\$\{(\w+)\}", path):
+        if os.environ.get("".join(name), "") == "":
+            kind = "is empty here" if "".join(name) in os.environ else "is not set here"
+            raise ValueError(f"{path} names a variable that {kind}: ${''.join(name)}")
+    if shell := re.search(r"\$(\(|\{(?!\w+\})).*", path):
+        raise ValueError(f"{path}: only $NAME and ${{NAME}} are expanded, not {shell[0]}")
+    return os.path.expandvars(path)

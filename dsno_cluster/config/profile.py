@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dsno_cluster.config.base import PositiveInt, Strict
 
@@ -27,6 +28,33 @@ OWN_OPTIONS = {
 }
 
 
+def slurm_minutes(text: str) -> float | None:
+    """Minutes of a time as Slurm writes it, such as 90, 30:00, 12:00:00 or 1-00:00:00; None for anything else."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip(), re.ASCII)
+    if found is None:
+        return None
+    days, numbers = found[1], [int(number) for number in found.groups()[1:] if number is not None]
+    if any(n >= most for n, most in zip(numbers, (24 if days else math.inf, 60, 60), strict=False)):
+        return None
+    if days:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def _minutes(value: Any) -> Any:
+    """`value` in minutes, rounded up, if it is a text."""
+    if not isinstance(value, str):
+        return value
+    if (minutes := slurm_minutes(value)) is None:
+        raise ValueError(
+            f"{value!r} is not a number of minutes, nor a time as Slurm writes it: 30:00 (30 minutes), 12:00:00 (12 hours), "
+            "1-12:00:00 (a day and a half)"
+        )
+    return math.ceil(minutes)
+
+
 class Profile(Strict):
     """Where a stage runs: a file of `jobs/`. Options of the command line take precedence over it."""
 
@@ -41,7 +69,9 @@ class Profile(Strict):
         1, description="CPUs of each training process, or of a Ray stage on each node"
     )
     mem_gb: PositiveInt = Field(description="memory per node in GB")
-    time_minutes: PositiveInt = Field(description="time limit of an attempt in minutes")
+    time_minutes: Annotated[PositiveInt, BeforeValidator(_minutes)] = Field(
+        description="time limit of an attempt in minutes, or as Slurm writes it: MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
+    )
     partition: str | None = Field(
         None, description="the partition; null: that of SBATCH_PARTITION, or the cluster's default"
     )
@@ -66,12 +96,18 @@ class Profile(Strict):
         3,
         description="how many times in a row the job is started again although the last attempt made no progress",
     )
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="further options of sbatch")
+    hang_minutes: Annotated[float, Field(gt=0)] = Field(
+        30,
+        description="a task or an actor whose work shows no sign of life for this long is ended, and begins again, in minutes",
+    )
+    sbatch: dict[str, str | bool] = Field(default_factory=dict, description="further options of sbatch")
 
     @property
-    def sbatch_options(self) -> dict[str, str | int | bool]:
+    def sbatch_options(self) -> dict[str, str | bool]:
         """`sbatch` as options: false flags are omitted, except that `requeue: false` becomes `no-requeue`."""
-        options = {key: value for key, value in self.sbatch.items() if value is not False}
+        options: dict[str, str | bool] = {
+            key: value for key, value in self.sbatch.items() if value is not False
+        }
         return options if self.requeue else {**options, "no-requeue": True}
 
     @property

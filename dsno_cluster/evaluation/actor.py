@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_cluster.cluster.ray_pool import PoolActor
 from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
@@ -25,7 +26,6 @@ from dsno_cluster.evaluation.records import Cost
 from dsno_cluster.evaluation.sources import Block, ImageSource, MeasuredBlock, TrajectoryError
 from dsno_cluster.evaluation.statistics import moments_of
 from dsno_cluster.images import to_uint8
-from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import find_teacher
@@ -51,7 +51,7 @@ class StudentAtWork:
     keep: str | None = None
 
 
-class EvaluationActor:
+class EvaluationActor(PoolActor):
     """Holds the extractors and, if given, the `student` with its teacher.
 
     `readings`: the layers that metrics read.
@@ -64,6 +64,7 @@ class EvaluationActor:
         readings: dict[ImageSource, Readings],
         student: StudentAtWork | None = None,
     ) -> None:
+        super().__init__()
         self.config, self.readings, self.work = config, readings, student
         settings, endpoint = config.evaluation, config.storage.endpoint_url
         threads = settings.threads
@@ -96,9 +97,6 @@ class EvaluationActor:
             name: load_extractor(weights[name], dict.fromkeys(wanted)) for name, wanted in layers.items()
         }
         self.images = lru_cache(4)(lambda address: open_images(address, endpoint))
-
-    def environment(self) -> Environment:
-        return environment()
 
     def run(self, block: Block) -> MeasuredBlock | TrajectoryError | Cost | Pictured:
         """The result of a block's work."""

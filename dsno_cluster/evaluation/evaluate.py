@@ -43,9 +43,9 @@ def evaluate(
     began = time.monotonic()
     comparison = look_up(subject, folder)
     say_what(comparison, actors)
-    say_replaced(comparison)
+    before = say_replaced(comparison)
     found = _measure(comparison, actors, ray_address)
-    return store(comparison, found, began)
+    return store(comparison, found, began, before)
 
 
 def evaluate_images(
@@ -62,6 +62,9 @@ def evaluate_images(
         f"{comparison.images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "
         f"{actor_count(actors, config.evaluation.threads)}"
     )
+    for images in (comparison.images, real.images):
+        if images is not None:
+            images.say_note()
     figures, surroundings = _measure_images(comparison, actors, ray_address)
     return store_images(comparison, figures, surroundings)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -25,13 +24,20 @@ from torch_fidelity.utils import create_feature_extractor
 
 from dsno_cluster import console
 from dsno_cluster.config import Evaluation
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.evaluation.table import INCEPTION
-from dsno_cluster.files import written_aside
+from dsno_cluster.files import in_home, not_there, written_aside
 from dsno_cluster.model_folder import package_path
+from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
 DIGITS, VGG = "digits-features", "vgg16"
 DIGITS_SHAPE = (1, 8, 8)
+STATE_DICTS = (
+    DIGITS,
+    VGG,
+    INCEPTION,
+)  # extractors whose weights are tensors by name; others' may hold programs
+OTHER_KEY = "evaluation.precision_recall_weights"  # of the keys of another extractor
 # torch-fidelity's names of the metrics that read features
 METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
 BATCH = 64  # images at a time, torch-fidelity's default
@@ -52,7 +58,7 @@ class DigitsFeatures(FeatureExtractorBase):
             *[nn.Flatten(), nn.Linear(256, 64), nn.ReLU()],
         )
         self.o = nn.Linear(64, 10)
-        weights = safetensors.torch.load_file(feature_extractor_weights_path)
+        weights = parse_weights(Path(feature_extractor_weights_path), feature_extractor_weights_path)
         self.load_state_dict(weights)
         self.eval()
 
@@ -185,7 +191,7 @@ def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
                 name,
                 settings.precision_recall_weights_path,
                 settings.precision_recall_weights_sha256,
-                "evaluation.precision_recall_weights",
+                OTHER_KEY,
             )
     return found
 
@@ -195,9 +201,9 @@ def find_weights(
 ) -> WeightsFile:
     """The weights of an extractor: the file at `path`, or the published one, downloaded once.
 
-    The file's sha256 must begin with `sha256`. Raises UserError for an unknown name, missing weights, or
-    weights without a known sha256, because torch-fidelity unpickles them; WorkError for another sha256 or a
-    failed download.
+    The file's sha256 must begin with `sha256`. Raises UserError for an unknown name, missing weights, a file
+    that holds none, or weights without a known sha256, because torch-fidelity unpickles them; WorkError for
+    another sha256 or a failed download.
     """
     _check_known(name)
     if path is None and name == DIGITS:
@@ -207,16 +213,36 @@ def find_weights(
     file = Path(package_path(path))
     file = file / WEIGHT_FILE if file.is_dir() else file
     if not file.is_file():
-        raise UserError(f"{key}_path: {path} is missing; put the weights of {name} there")
+        reason = not_there(file) if not file.exists() else "is not a file"
+        raise UserError(f"{key}_path: {path} is missing ({reason}); put the weights of {name} there")
     found = file_sha256(file)
+    weights = WeightsFile(name, file, found)
     if sha256 and not found.startswith(sha256):
         raise WorkError(f"{key}_path: {file} has sha256 {found}, not {sha256}")
-    published = published_url(name)
-    if name != DIGITS and not sha256 and not (published and found.startswith(_digits_in(published))):
+    if is_published(weights):
+        return weights
+    with file.open("rb") as opened:
+        if problem := disguise(opened.read(HEAD)):
+            raise UserError(f"{key}_path: {file} {problem}")
+    if name != DIGITS and not sha256:
         raise UserError(
             f"{key}_sha256: needed for {file.name}, whose loading can run code; its sha256 is {found}"
         )
-    return WeightsFile(name, file, found)
+    if name in STATE_DICTS:  # whatever its sha256, it holds only tensors
+        parse_weights(file, f"{key}_path: {file}")
+    return weights
+
+
+def check_given_weights(settings: Evaluation) -> None:
+    """Raises as `find_weights` does for the weights that the config names itself; downloads nothing."""
+    used = {reading.extractor for reading in find_readings(settings).values()}
+    other = settings.precision_recall_extractor
+    if settings.weights_path and settings.feature_extractor in used:
+        find_weights(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
+    if settings.precision_recall_weights_path and other in used and other != settings.feature_extractor:
+        find_weights(
+            other, settings.precision_recall_weights_path, settings.precision_recall_weights_sha256, OTHER_KEY
+        )
 
 
 def published_url(name: str) -> str | None:
@@ -242,23 +268,32 @@ def is_published(weights: WeightsFile) -> bool:
 
 
 def weights_cache() -> Path:
-    """The folder of downloaded weights."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dsno-cluster" / "weights"
+    """The folder of downloaded weights. Raises UserError if the home folder is not known."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or in_home("~/.cache")) / "dsno-cluster" / "weights"
 
 
 def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
-    """The extractor, giving `layers`, on this process's device. Raises WorkError if the file has changed."""
+    """The extractor, giving `layers`, on this process's device.
+
+    Raises WorkError if the file has changed, and UserError if its weights are not this extractor's.
+    """
     if (found := file_sha256(weights.path)) != weights.sha256:
         raise WorkError(f"{weights.path}: has sha256 {found} now, not {weights.sha256}")
     layers = tuple(dict.fromkeys(layers))
-    network = create_feature_extractor(
-        weights.extractor,
-        list(layers),
-        cuda=torch.cuda.is_available(),
-        feature_extractor_weights_path=str(weights.path),
-        verbose=False,
-    )
+    try:
+        network = create_feature_extractor(
+            weights.extractor,
+            list(layers),
+            cuda=torch.cuda.is_available(),
+            feature_extractor_weights_path=str(weights.path),
+            verbose=False,
+        )
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise UserError(
+            f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
+        ) from error
     return Extractor(network, 1 if weights.extractor == DIGITS else 3, layers)
 
 
@@ -285,7 +320,13 @@ def _downloaded(name: str, key: str) -> WeightsFile:
     url = published_url(name)
     if url is None:
         raise UserError(f"{key}_path: the weights of {name} are needed; name their file")
-    file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
+    try:
+        file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
+    except UserError:
+        raise UserError(
+            f"{key}_path: there is no home folder (HOME is not set) to keep the weights of {name} in: name their file, or set "
+            "XDG_CACHE_HOME"
+        ) from None
     if not file.is_file():
         console.say(f"downloading the weights of {name}, once: {url}")
         try:

@@ -5,7 +5,7 @@ address is:
 
     data, held-out       the training and the held-out images of the config's `data.name`
     FOLDER or s3://...   shards and their manifest, as `sample --shards` and `evaluation.keep_samples` write them
-    FOLDER               pictures (.png, .jpg, .jpeg), in the order of their paths, as torch-fidelity reads them
+    FOLDER               pictures, in the order of their paths, as `picture_files.py` takes and reads them
     FILE.npz             `images` (N, C, H, W) as `sample --out` writes, or `arr_0` (N, H, W, C) as ADM's batches have
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,35 +23,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsno_cluster import console
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import file_sha256
+from dsno_cluster.evaluation.npz_file import IMAGES, array_names, find_images, npz_file, read_arrays
+from dsno_cluster.evaluation.picture_files import PICTURES, READING, find_pictures, read_picture
+from dsno_cluster.files import not_there, shown_path
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, read_shard
 
-ARRAYS = ("images", "arr_0")  # of an .npz: ours, and ADM's
 READERS = 4  # pictures decoded at a time
 
 
 class DataIdentity(Named):
     """The identity of images, or of their statistics.
 
-    It is a hash of their content; for pictures, of their files' names, sizes and times.
+    It is a hash of their content; for pictures, of their files' names, sizes and times, and `reading` is the
+    version of how their pixels are read.
     """
 
     kind: str
     sha256: str | None = later(None)
     bytes: int | None = later(None)
     files: str | None = later(None)
+    reading: int | None = later(None)
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """`count` images uint8 (C, H, W) of one shape: `read` gives (N, C, H, W), `labels` their classes (N,) int64.
 
-    `labels` is None if the classes are not known.
+    `labels` is None if the classes are not known. `note`: which files of a folder were left out, if any were.
     """
 
     address: str
@@ -61,6 +65,12 @@ class ImageSet:
     identify: Callable[[], DataIdentity]
     read: Callable[[int, int], Tensor]
     labels: Callable[[int, int], Tensor] | None = None
+    note: str | None = None
+
+    def say_note(self) -> None:
+        """Say which files were left out, if any were."""
+        if self.note is not None:
+            console.say(f"note: {shown_path(self.address)}: {self.note}")
 
     @functools.cached_property
     def identity(self) -> DataIdentity:
@@ -128,13 +138,17 @@ def _shards(address: str, storage: Storage, manifest: Manifest) -> ImageSet:
 
 
 def _npz(file: Path) -> ImageSet:
-    name, images = npz_images(file) or (None, None)
-    if name is None or images is None:
-        raise UserError(f"{file}: holds none of {', '.join(ARRAYS)}, the images of an .npz batch")
+    found = find_images(file)
+    if found is None:
+        names = ", ".join(array_names(file)) or "nothing"
+        raise UserError(
+            f"{file}: has none of {', '.join(IMAGES)}, the images of an .npz batch; it holds {names}"
+        )
+    name, images = found
     in_rows = name == "arr_0"
 
     def read(start: int, stop: int) -> Tensor:
-        part = torch.from_numpy(np.array(images[start:stop]))
+        part = torch.from_numpy(np.array(images[start:stop], order="C"))
         return part.permute(0, 3, 1, 2).contiguous() if in_rows else part
 
     def identify() -> DataIdentity:
@@ -151,13 +165,9 @@ def _parts(rows: Tensor) -> Callable[[int, int], Tensor]:
 
 def _npz_labels(file: Path, count: int) -> Tensor | None:
     """The classes (count,) beside the images of an .npz of ours, or None."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            if "labels" not in arrays.files:
-                return None
-            found = arrays["labels"]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{file}: labels cannot be read: {error}") from None
+    if "labels" not in array_names(file):
+        return None
+    (found,) = read_arrays(file, ["labels"])
     if found.shape != (count,) or found.dtype.kind not in "iu":
         raise UserError(
             f"{file}: labels is {found.dtype} of {found.shape}, of {count} images; they are whole numbers"
@@ -165,61 +175,17 @@ def _npz_labels(file: Path, count: int) -> Tensor | None:
     return torch.from_numpy(found.astype(np.int64))
 
 
-def npz_file(address: str) -> Path:
-    """The file at an .npz's address.
-
-    Raises UserError for an s3:// address, from which only shards are read.
-    """
-    if "://" in address:
-        raise UserError(f"{address}: an .npz is read only from a folder; copy it to one")
-    return Path(address)
-
-
-def npz_images(file: Path) -> tuple[str, np.ndarray] | None:
-    """Name and array of an .npz batch's images, memory-mapped if uncompressed; None if it has none.
-
-    Raises UserError if the file is not an .npz or its images are not uint8 of four axes.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} is missing")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            name = next((name for name in ARRAYS if name in names), None)
-            if name is None:
-                return None
-            info = names[name]
-            with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, fortran, dtype = header(member)
-                before = member.tell()
-        if dtype != np.uint8 or len(shape) != 4 or fortran or not shape[0]:
-            raise UserError(f"{file}: {name} is {dtype} of {shape}; images are uint8 of four axes")
-        if info.compress_type != zipfile.ZIP_STORED:
-            with np.load(file, allow_pickle=False) as arrays:
-                return name, arrays[name]
-        with file.open("rb") as raw:  # the lengths in the local header give the offset of the member's bytes
-            raw.seek(info.header_offset)
-            local = raw.read(30)
-        skip = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        return name, np.memmap(file, np.uint8, "r", info.header_offset + skip + before, shape)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{file}: not an .npz file: {error}") from None
-
-
 def _pictures(folder: Path) -> ImageSet:
-    from torch_fidelity.utils import glob_samples_paths
-
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, and no .npz file")
-    files = [Path(p) for p in glob_samples_paths(str(folder), True, "png,jpg,jpeg", verbose=False)]
+        what = "is a file, and neither an .npz nor a folder" if folder.exists() else not_there(folder)
+        raise UserError(f"{folder}: {what}")
+    found = find_pictures(folder)
+    files = found.files
     if not files:
-        raise UserError(f"{folder}: neither sample shards (manifest.json) nor pictures (.png, .jpg) are here")
+        here = f"; {found.note}" if found.note else ""
+        raise UserError(
+            f"{folder}: neither sample shards (manifest.json) nor pictures ({', '.join(PICTURES)}) are here{here}"
+        )
     shape = _shape(_picture(files[0]))
 
     def one(file: Path) -> Tensor:
@@ -240,21 +206,15 @@ def _pictures(folder: Path) -> ImageSet:
             [str(f.relative_to(root)) if f.is_relative_to(root) else str(f), s.st_size, s.st_mtime_ns]
             for f, s in ((f, f.stat()) for f in files)
         ]
-        return DataIdentity(kind="pictures", files=hashlib.sha256(json.dumps(lines).encode()).hexdigest())
+        names = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+        return DataIdentity(kind="pictures", files=names, reading=READING)
 
-    return ImageSet(str(folder), len(files), shape, identify, read)
+    return ImageSet(str(folder), len(files), shape, identify, read, note=found.note)
 
 
 def _picture(file: Path) -> Tensor:
-    """A picture as uint8 (3, H, W), as torch-fidelity reads it."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{file}: is not a picture that can be read: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """A picture as uint8 (3, H, W)."""
+    return torch.from_numpy(read_picture(file)).permute(2, 0, 1)
 
 
 def _shape(image: Tensor) -> tuple[int, int, int]:

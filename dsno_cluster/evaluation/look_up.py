@@ -33,7 +33,7 @@ from dsno_cluster.evaluation.reference import (
 from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
 from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec, known_rows
-from dsno_cluster.model_folder import model_address, read_meta
+from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import ConfiguredTeacher, Sampling, compared_samplings, find_teacher
@@ -157,7 +157,7 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
     endpoint = config.storage.endpoint_url
     try:
         path = model_address(student_path or config.student_address, endpoint)
-        meta = read_meta(path, endpoint, config.evaluation.ema_decay)
+        found = find_model(path, endpoint, config.evaluation.ema_decay)
     except UserError as error:
         how = (
             "name one that exists"
@@ -165,6 +165,8 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
             else "`dsno-cluster train` makes it; --student names another"
         )
         raise UserError(f"{error}; {how}") from None
+    found.check_weights()
+    meta = found.meta
     model = student_model(meta, path)
     if model.network != config.network:
         raise UserError(
@@ -272,6 +274,8 @@ def say_what(comparison: Comparison, actors: int | None) -> None:
         rows = f"{len(comparison.known)} of the teacher's {len(comparison.samplings)} rows"
         known = f"; {rows} were measured before{came}"
     console.say(f"{what}, {actor_count(actors, settings.threads)}{known}")
+    if comparison.real.images is not None:
+        comparison.real.images.say_note()
 
 
 def _find_weights(config: Config) -> dict[str, WeightsFile]:

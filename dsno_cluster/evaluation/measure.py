@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import RayCluster, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.cluster.ray_pool import (
+    CONCURRENCY,
+    RayCluster,
+    given_address,
+    import_ray,
+    open_ray,
+    run_pool,
+)
 from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.actor import EvaluationActor, StudentAtWork
@@ -151,7 +158,7 @@ class _Pool:
 
     def __init__(self, cluster: RayCluster, arguments: tuple[Any, ...]) -> None:
         # two calls at a time: while one block's features are extracted, the next is drawn or read
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
+        remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(EvaluationActor)
         self.cluster = cluster
         self.remote, self.arguments = remote, arguments
         self.idle: list[Any] = []

@@ -91,6 +91,7 @@ def layers_by_row(readings: Readings) -> set[str]:
 def fewest(settings: Evaluation) -> dict[str, int]:
     """The smallest number of images, on either side, for the metrics that need one."""
     return {
+        "fid": 2,  # a covariance
         "kid": settings.kid_subset_size,
         "inception_score": settings.inception_splits,
         "precision_recall": settings.neighborhood + 1,
@@ -135,9 +136,17 @@ def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> 
 
 
 def fid(moments: Moments, reference: Reference) -> float:
-    """Frechet distance (Heusel et al. 2017) of samples from the reference."""
+    """Frechet distance (Heusel et al. 2017) of samples from the reference.
+
+    Raises UserError if features on either side are not finite.
+    """
     assert reference.mean is not None and reference.covariance is not None
     _check_width(reference.mean, len(moments.mean))
+    for what, covariance in (("the samples", moments.m2), ("the reference", reference.covariance)):
+        if not np.isfinite(covariance).all():
+            raise UserError(
+                f"evaluation.feature_extractor: its features of {what} are not finite; are its weights damaged?"
+            )
     return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
 
 

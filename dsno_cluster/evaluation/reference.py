@@ -7,7 +7,7 @@ identity, their number, and the extractors' names, layers and weights, so two re
 from __future__ import annotations
 
 import json
-import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dsno_cluster.config import Config, Evaluation, files_not_there
 from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import Readings, WeightsFile, check_shape, file_sha256, is_published
-from dsno_cluster.evaluation.image_sets import DataIdentity, ImageSet, npz_file, npz_images, open_images
+from dsno_cluster.evaluation.image_sets import DataIdentity, ImageSet, open_images
 from dsno_cluster.evaluation.metrics import (
     BY_ROW,
     OF_REFERENCE,
@@ -29,12 +29,15 @@ from dsno_cluster.evaluation.metrics import (
     check_count,
     check_width,
 )
+from dsno_cluster.evaluation.npz_file import array_names, find_images, npz_file, read_arrays
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.evaluation.table import INCEPTION
+from dsno_cluster.files import not_there
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
 
 ENOUGH = 10_000  # images; the FID of fewer is far above that of 50 000, and such figures are not published
+ALIKE = 1e-3  # by how much of its largest number a stored covariance may miss being one
 
 
 class Held(Named):
@@ -93,35 +96,59 @@ def imported(settings: Evaluation) -> Reference | None:
         _refuse_facts(settings)
         return None
     try:
-        file = npz_file(settings.reference)
+        return _statistics(npz_file(settings.reference), settings)
     except UserError as error:
-        raise UserError(f"evaluation.reference: {error}") from None
-    if not file.is_file():
+        message = str(error)
         raise UserError(
-            f"evaluation.reference: {file} is missing; put an .npz with mu and sigma of the real data, or with its images, there"
-        )
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            if "mu" not in found.files or "sigma" not in found.files:
-                if npz_images(file) is not None:
-                    _refuse_facts(settings)
-                    return None
-                names = ", ".join(found.files) or "nothing"
-                raise UserError(
-                    f"evaluation.reference: {file} has neither mu and sigma nor images (images, arr_0); it holds {names}"
-                )
-            mean, covariance = found["mu"].astype(np.float64), found["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"evaluation.reference: {file} is not an .npz with mu and sigma: {error}") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            message if message.startswith("evaluation.") else f"evaluation.reference: {message}"
+        ) from None
+
+
+def _statistics(file: Path, settings: Evaluation) -> Reference | None:
+    if not file.exists():
         raise UserError(
-            f"evaluation.reference: {file} has mu of {mean.shape} and sigma of {covariance.shape}; they do not fit together"
+            f"{file} is missing ({not_there(file)}); put an .npz with mu and sigma of the real data, or with its images, there"
         )
+    names = array_names(file)
+    if "mu" not in names or "sigma" not in names:
+        if find_images(file) is not None:
+            _refuse_facts(settings)
+            return None
+        raise UserError(
+            f"{file} has neither mu and sigma nor images (images, arr_0); it holds {', '.join(names) or 'nothing'}"
+        )
+    mean, covariance = read_arrays(file, ["mu", "sigma"])
+    _check_statistics(file, mean, covariance)
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     resolution = settings.reference_resolution
-    if resolution is None and npz_images(file) is not None:
+    if resolution is None and find_images(file) is not None:
         resolution = open_images(str(file)).shape[1]
     identity = DataIdentity(kind="mu and sigma", sha256=file_sha256(file))
     return Reference(identity, mean, covariance, settings.reference_count, resolution)
+
+
+def _check_statistics(file: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Raises UserError unless the arrays are a mean (D,) and a covariance (D, D) of real, finite numbers."""
+    for name, array in (("mu", mean), ("sigma", covariance)):
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{file}: {name} is {array.dtype}, not real numbers")
+        if not array.size:
+            raise UserError(f"{file}: {name} is empty: its shape is {array.shape}")
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"{file} has mu of {mean.shape} and sigma of {covariance.shape}; they do not fit together: (D,) and (D, D) do"
+        )
+    for name, array in (("mu", mean), ("sigma", covariance)):
+        if bad := int(np.count_nonzero(~np.isfinite(array))):
+            raise UserError(f"{file}: {bad} of the {array.size} numbers of {name} are NaN or infinite")
+    largest = float(np.abs(covariance).max())
+    if (
+        np.abs(covariance - covariance.T).max() > ALIKE * largest
+        or covariance.diagonal().min() < -ALIKE * largest
+    ):
+        raise UserError(
+            f"{file}: sigma is no covariance: it is not symmetric, or its diagonal has negative numbers"
+        )
 
 
 def _refuse_facts(settings: Evaluation) -> None:
@@ -155,7 +182,7 @@ def reference_images(
     by_row = [metric for metric in readings if metric in BY_ROW]
     if not by_row:
         return None
-    if npz_images(Path(settings.reference)) is None:
+    if find_images(Path(settings.reference)) is None:
         raise UserError(
             f"evaluation.metrics: {' and '.join(by_row)} compare single images, and {settings.reference} holds only mu "
             "and sigma; name images as evaluation.reference"
@@ -240,7 +267,7 @@ def _one(identity: DataIdentity | ReferenceParts) -> DataIdentity:
 
 
 def compared_data(
-    config: Config, compared: Readings, weights: dict[str, WeightsFile]
+    config: Config, compared: Readings, extractors: Iterable[str]
 ) -> tuple[Reference | None, ImageSet | None]:
     """Imported statistics and the images that the metrics need; neither if nothing is compared.
 
@@ -255,9 +282,9 @@ def compared_data(
     images = reference_images(settings, statistics, compared, config.storage.endpoint_url)
     if images is not None:
         what = f"evaluation.reference {settings.reference}"
-        by_row = [metric for metric in compared if metric in BY_ROW]
-        check_count(settings, by_row, images.count, what)
-        check_shape(weights, images.shape, what)
+        of_images = [metric for metric in compared if statistics is None or metric in BY_ROW]
+        check_count(settings, of_images, images.count, what)
+        check_shape(extractors, images.shape, what)
     return statistics, images
 
 

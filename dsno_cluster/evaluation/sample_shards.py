@@ -17,15 +17,24 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.cluster.ray_pool import (
+    CONCURRENCY,
+    PoolActor,
+    actor_count,
+    given_address,
+    import_ray,
+    open_ray,
+    run_pool,
+)
 from dsno_cluster.config.base import Named, PositiveInt, Seed, later
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.sample import Drawing, Refinement, draw_images, open_drawing
 from dsno_cluster.images import to_uint8
-from dsno_cluster.model_folder import model_address, read_meta
+from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import (
+    ROUNDS,
     check_alike,
     check_same_environment,
     collect_shards,
@@ -37,6 +46,7 @@ from dsno_cluster.trajectories.shards import (
     Manifest,
     Shard,
     commit_manifest,
+    keep_vanishing,
     make_manifest,
     put_shard,
     read_made_shards,
@@ -101,7 +111,9 @@ def sample_to_shards(
     storage = open_storage(url, drawing.endpoint_url)
     # a training that continues moves `latest`, and every actor opens the student by itself
     address = model_address(drawing.checkpoint, drawing.endpoint_url)
-    meta = read_meta(address, drawing.endpoint_url)
+    found = find_model(address, drawing.endpoint_url)
+    found.check_weights()  # before the actors read them
+    meta = found.meta
     drawing = replace(drawing, checkpoint=address, sha256=meta.sha256)
     if meta.seed == seed:
         raise UserError(
@@ -126,8 +138,15 @@ def sample_to_shards(
         f"{actor_count(actors, THREADS)}; {shards - len(todo)} shards exist already"
     )
     began = time.monotonic()
-    if todo:
+    for number in range(ROUNDS + 1):
+        if not todo:
+            break
+        if number == ROUNDS:
+            raise keep_vanishing(f"{storage.url}/{shard_key(todo[0])}", ROUNDS)
         made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, actors, ray_address)
+        # some may be gone by now: what the manifest names must be there
+        sizes = {stat.key: stat.size for stat in storage.list("shard-")}
+        todo = [i for i in range(shards) if sizes.get(shard_key(i)) != lines[shard_key(i)][0].size]
     made = tuple(lines[shard_key(index)][0] for index in range(shards))
     commit_manifest(storage, "", make_manifest(spec, made, made_by or environment()))
     storage.delete(MADE_SHARDS)
@@ -169,7 +188,7 @@ def _draw(
 
     size, here = spec.samples_per_shard, os.getcwd()
     with open_ray(given_address(ray_address), actors, THREADS) as cluster:
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SampleActor)
+        remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
             pool = run_pool(
                 lambda: remote.remote(drawing, url, spec.seed, size, here),
@@ -211,7 +230,7 @@ def _there_already(
     return kept, made_by if kept else None
 
 
-class SampleActor:
+class SampleActor(PoolActor):
     """A Ray actor that draws shards of `size` images from a student, below `url`.
 
     Paths are relative to `folder`.
@@ -220,6 +239,7 @@ class SampleActor:
     def __init__(self, drawing: Drawing, url: str, seed: int, size: int, folder: str) -> None:
         import torch
 
+        super().__init__()
         with contextlib.suppress(OSError):  # not on this node: then all that is used is on S3
             os.chdir(folder)
         torch.set_num_threads(THREADS)
@@ -227,9 +247,6 @@ class SampleActor:
         self.drawing = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(THREADS,))
         self.opened = open_drawing(drawing)
         self.storage, self.seed, self.size = open_storage(url, drawing.endpoint_url), seed, size
-
-    def environment(self) -> Environment:
-        return environment()
 
     def make_shard(self, index: int) -> tuple[Shard, str]:
         """Draw and write a shard.

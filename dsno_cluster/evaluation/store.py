@@ -11,7 +11,7 @@ from dsno_cluster import console
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.features import Readings, WeightsFile
-from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison
+from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
 from dsno_cluster.evaluation.metrics import Reference
 from dsno_cluster.evaluation.records import (
@@ -29,12 +29,14 @@ from dsno_cluster.evaluation.records import (
     read_file,
 )
 from dsno_cluster.evaluation.reference import warnings_of
-from dsno_cluster.provenance import Code, code_version, software_versions
+from dsno_cluster.provenance import Code, Environment, code_version, software_versions
 from dsno_cluster.records import Values, canonical_hash, record_bytes
+from dsno_cluster.storage import Stat, Storage, only_writer
 from dsno_cluster.teachers import Sampling
-from dsno_cluster.trajectories.shards import commit_manifest, make_manifest
+from dsno_cluster.trajectories.shards import Shard, commit_manifest, make_manifest
 
 METRICS = "metrics.json"
+WRITING = "writing.json"  # the record of the evaluation that writes its files now
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,16 @@ class Findings:
     surroundings: Surroundings
 
 
-def store(comparison: Comparison, found: Findings, began: float) -> Metrics:
-    """Write metrics.json and the pictures, and commit the kept samples.
+def store(comparison: Comparison, found: Findings, began: float, before: Stat | None) -> Metrics:
+    """Write the pictures and then metrics.json, and commit the kept samples.
 
-    `began` is the start, by `time.monotonic`.
+    Of several evaluations that end at once, each writes all its files before the next; the last remains. `began`
+    is the start, by `time.monotonic`, and `before` was metrics.json then.
     """
     config, storage, folder = comparison.config, comparison.storage, comparison.folder
     made_by = found.surroundings.environment
     if comparison.keep is not None:
-        manifest = make_manifest(comparison.keep.spec, found.student.shards, made_by)
-        commit_manifest(storage, comparison.keep.folder, manifest)
+        _commit_samples(storage, comparison.keep, found.student.shards, made_by)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
     beside = _beside(
         comparison, found.surroundings.reference, config.network.image_size, settings.num_samples
@@ -80,14 +82,31 @@ def store(comparison: Comparison, found: Findings, began: float) -> Metrics:
         train_seconds=student.train_seconds,
         pictures=pictures.layout(config) if found.student.pictured else None,
     )
-    storage.write(folder + METRICS, record_bytes(metrics))
     files = pictures.pictures(config, found.student.pictured, metrics) if found.student.pictured else {}
-    for name, png in files.items():
-        storage.write(folder + name, png)
-    for name in set(pictures.NAMES) - files.keys():  # an earlier evaluation's, of other figures
-        storage.delete(folder + name)
+    with only_writer(storage, folder + WRITING):
+        if storage.stat(folder + METRICS) not in (before, None):
+            console.say(f"this replaces an evaluation that ended meanwhile: {storage.url}/{folder}{METRICS}")
+        for name, png in files.items():
+            storage.write(folder + name, png)
+        for name in set(pictures.NAMES) - files.keys():  # an earlier evaluation's, of other figures
+            storage.delete(folder + name)
+        storage.write(folder + METRICS, record_bytes(metrics))
     console.say(f"written: {storage.url}/{folder}{{{', '.join([METRICS, *files])}}}")
     return metrics
+
+
+def _commit_samples(
+    storage: Storage, keep: KeptSamples, shards: tuple[Shard, ...], made_by: Environment
+) -> None:
+    """Write the manifest of the kept samples, unless some have vanished since they were drawn."""
+    sizes = {stat.key: stat.size for stat in storage.list(f"{keep.folder}shard-")}
+    if gone := [shard.key for shard in shards if sizes.get(keep.folder + shard.key) != shard.size]:
+        console.say(
+            f"note: {storage.url}/{keep.folder} gets no manifest: {len(gone)} of its shards have vanished since they were drawn, "
+            f"for example {gone[0]}; the figures are whole, and the same command draws the samples again"
+        )
+        return
+    commit_manifest(storage, keep.folder, make_manifest(keep.spec, shards, made_by))
 
 
 def store_images(comparison: ImagesComparison, figures: Figures, surroundings: Surroundings) -> ImagesMetrics:
@@ -106,20 +125,22 @@ def store_images(comparison: ImagesComparison, figures: Figures, surroundings: S
     return metrics
 
 
-def say_replaced(comparison: Comparison) -> None:
-    """Say that an evaluation of another student, or with other settings, will be overwritten."""
+def say_replaced(comparison: Comparison) -> Stat | None:
+    """Say that an evaluation of another student, or with other settings, will be overwritten; returns its metrics.json."""
     storage, folder = comparison.storage, comparison.folder
+    there = storage.stat(folder + METRICS)
     try:
         before = read_file(Metrics, storage, folder + METRICS)
     except UserError as error:
         console.say(f"at its end this replaces a file that cannot be read: {error}")
-        return
+        return there
     differing = [] if before is None else _differences(before, comparison)
     if before is not None and differing:
         console.say(
             f"at its end this replaces the evaluation of step {before.checkpoint.step} by {before.num_samples} samples, which "
             f"differs in {', '.join(differing)}; to keep that, copy {storage.url}/{folder} first"
         )
+    return there
 
 
 def _differences(before: Metrics, comparison: Comparison) -> list[str]:

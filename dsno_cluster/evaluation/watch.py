@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Config
 from dsno_cluster.config.loading import EVALUATION_FILES
 from dsno_cluster.evaluation.evaluate import evaluate
@@ -76,6 +76,7 @@ def watch(
             console.say(f"waiting for a checkpoint after step {max(last, 0)} below {where}")
             said = time.monotonic()
         if not todo:
+            liveness.moved()
             time.sleep(POLL_SECONDS)
     best = history.best
     if best is not None:
@@ -154,9 +155,11 @@ def note_row(
     history = rewrite(storage, history_key(config), with_row)
     if history is None:
         return read_history(storage, config)
-    if history.best is not None:
+    best, written = history.best, None
+    while best is not None and best != written:  # another evaluation may have found a better one meanwhile
         best_key = f"{config.student_prefix}best-{metric}"
-        storage.write(best_key, (step_name(history.best.step) + "\n").encode())
+        storage.write(best_key, (step_name(best.step) + "\n").encode())
+        best, written = read_history(storage, config).best, best
     return history
 
 

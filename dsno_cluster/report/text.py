@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import yaml
 from pydantic import JsonValue
 
 from dsno_cluster import __version__, console
@@ -17,6 +16,7 @@ from dsno_cluster.provenance import Code, Environment
 from dsno_cluster.records import Values
 from dsno_cluster.report.run_files import RunFiles
 from dsno_cluster.trajectories.plan import bytes_text
+from dsno_cluster.yaml_text import dump_yaml
 
 # sections in which a student's own config must agree with the reported config
 TRAINED = ("seed", "data", "network", "teacher", "trajectories", "student", "training")
@@ -251,7 +251,7 @@ def reproduction(files: RunFiles) -> tuple[str, str, str]:
     """The commands, the text of the config that they take, and the name to save it as."""
     config = files.config.model_dump(mode="json")
     config |= {key: files.trained_with[key] for key in TRAINED if key in files.trained_with}
-    text = without_passwords(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    text = without_passwords(dump_yaml(config, only_ascii=False))
     name = f"{files.config.name}.yaml"
     stages = ("gen-trajectories", "train", "eval", "report")
     lines = [f"dsno-cluster {stage} {name}" for stage in stages]

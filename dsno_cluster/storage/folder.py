@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ class FolderStorage:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = root.absolute()
         self.url = shown_path(root)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -39,7 +40,7 @@ class FolderStorage:
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
         path = self.root / key
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             with written_aside(path) as aside:
                 aside.write_bytes(data)
                 sync(aside)
@@ -64,7 +65,7 @@ class FolderStorage:
         try:
             if not _may_be_replaced(path, last=list(files)[-1]):
                 raise PreconditionFailed(f"{path}: holds other files, which would be lost")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as name:
                 new, old = Path(name) / "new", Path(name) / "old"
                 inside = FolderStorage(new)
@@ -131,6 +132,13 @@ class FolderStorage:
         found = path.stat()
         etag = f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
         return Stat(path.relative_to(self.root).as_posix(), found.st_size, etag)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
 
 
 def _may_be_replaced(path: Path, last: str) -> bool:

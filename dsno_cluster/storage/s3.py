@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from typing import Any, TypeVar
 
 from dsno_cluster.errors import StorageError, UserError, WorkError, without_passwords
 from dsno_cluster.storage.address import endpoint_problem
+from dsno_cluster.storage.aws_errors import CredentialsError, explain_refusal, explain_settings
 from dsno_cluster.storage.protocol import STALE, MissingObject, PreconditionFailed, Stat
+from dsno_cluster.storage.silence import Call, watched
 
 Result = TypeVar("Result")
 
@@ -24,6 +27,7 @@ Result = TypeVar("Result")
 MULTIPART_ABOVE = 64 << 20
 PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
+READ_BYTES = 1 << 20  # read at a time, so that it is known that bytes arrive
 
 # errors of S3 and compatible servers that are transient; so is every 5xx status
 _HEALING_CODES = {
@@ -35,6 +39,16 @@ _HEALING_CODES = {
 # Endpoints (None: Amazon's, or the environment's) that have answered this process: a failure there may be
 # transient.
 _answered: set[str | None] = set()
+_expected = False  # whether the command that started this process has had answers
+
+
+def expect_answers() -> None:
+    """From now on wait for any endpoint that cannot be reached, even if this process has had no answer from it yet.
+
+    For the processes of a run: the command that started them has checked the address.
+    """
+    global _expected
+    _expected = True
 
 
 @dataclass(frozen=True)
@@ -62,13 +76,22 @@ class S3Storage:
         self.bucket, self.prefix, self.endpoint_url, self.patience = bucket, prefix, endpoint_url, patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket_is_there = False
+        self._making = (
+            threading.RLock()
+        )  # a session is not thread-safe while clients and credentials are made
 
     def __reduce__(self) -> tuple[Any, ...]:  # a client cannot be pickled; its address can
         return S3Storage, (self.bucket, self.prefix, self.endpoint_url, self.patience)
 
     @functools.cached_property
+    def _session(self) -> Any:
+        import botocore.session
+
+        # a separate session for each storage, which reads the settings and credentials of now
+        return botocore.session.Session()
+
+    @functools.cached_property
     def _client(self) -> Any:
-        import boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
@@ -79,96 +102,126 @@ class S3Storage:
             read_timeout=self.patience.timeout_seconds,
             max_pool_connections=16,
         )
-        # a separate session: the default one is not thread-safe and never reads credentials again
-        session, found_there = boto3.session.Session(), "AWS_ENDPOINT_URL, or endpoint_url of the AWS profile"
+        self._find_credentials()
+        found_there = "AWS_ENDPOINT_URL, or endpoint_url of the AWS profile"
         try:
-            client = session.client("s3", endpoint_url=self.endpoint_url, config=config)
-        except BotoCoreError:
-            raise
+            with self._making:
+                client = self._session.create_client("s3", endpoint_url=self.endpoint_url, config=config)
+        except BotoCoreError as error:
+            raise CredentialsError(explain_settings(error, self._session)) from error
         except ValueError:  # about the endpoint; its text may contain a password
             raise UserError(f"{found_there}: is not a URL like https://host:port") from None
         if problem := endpoint_problem(client.meta.endpoint_url):
             raise UserError(f"{found_there}: {problem}")
         return client
 
+    def _find_credentials(self) -> None:
+        """Find the credentials, or renew those that expire.
+
+        Raises CredentialsError if that fails, except for a server of credentials that cannot be reached.
+        """
+        from botocore.exceptions import ConnectionError, HTTPClientError, NoCredentialsError
+
+        try:
+            with self._making:
+                credentials = self._session.get_credentials()
+            if credentials is None:
+                raise NoCredentialsError
+            credentials.get_frozen_credentials()
+        except (ConnectionError, HTTPClientError):
+            raise
+        except Exception as error:
+            # whatever it is: credentials come from other people's programs and files
+            raise CredentialsError(explain_settings(error, self._session)) from error
+
     def _asked_amazon(self) -> str:
         """A hint for users whose bucket is not Amazon's and who named no endpoint."""
-        if self.endpoint_url is not None or "amazonaws.com" not in self._client.meta.endpoint_url:
+        if (
+            self.endpoint_url is not None or "_client" not in self.__dict__
+        ):  # it may be credentials that were not reached
+            return ""
+        if "amazonaws.com" not in self._client.meta.endpoint_url:
             return ""
         return " (Amazon was asked, as no endpoint is named: --endpoint-url, storage.endpoint_url or AWS_ENDPOINT_URL)"
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _try(self, action: str, key: str, call: Callable[[int], Result]) -> Result:
-        """The result of `call(attempt)`, retried after transient errors; botocore's errors become our own."""
+    def _try(self, action: str, key: str, call: Callable[[Call], Result], size: int = 0) -> Result:
+        """The result of `call`, retried after transient errors; botocore's errors become our own.
+
+        `size` is the number of bytes that it sends.
+        """
+        pause = self.patience.first_pause_seconds
+        with watched(f"s3://{self.bucket}", self.endpoint_url, self.patience.attempts, size) as waiting:
+            while True:
+                try:
+                    self._find_credentials()
+                    result = call(waiting)
+                    _answered.add(self.endpoint_url)
+                    waiting.heard()
+                    return result
+                except Exception as error:
+                    problem = self._transient(error, action, key, waiting)
+                    if waiting.attempt >= waiting.attempts:
+                        raise StorageError(
+                            f"s3://{self.bucket}/{self._name(key)}: {action} failed after {waiting.attempt} attempts: "
+                            f"{problem}{self._asked_amazon()}"
+                        ) from error
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, self.patience.longest_pause_seconds)
+                waiting.attempt += 1
+
+    def _transient(self, error: Exception, action: str, key: str, waiting: Call) -> str:
+        """What a transient error is, in words; raises our own error, or this one, for all others."""
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,
             FlexibleChecksumError,
             HTTPClientError,
             IncompleteReadError,
-            NoCredentialsError,
-            PartialCredentialsError,
         )
         from botocore.exceptions import ConnectionError as NoConnection  # refused, unknown host, TLS, proxy
 
         where = f"s3://{self.bucket}/{self._name(key)}"
+        if isinstance(error, CredentialsError):
+            if self.endpoint_url in _answered:  # it had some before
+                return str(error)
+            raise StorageError(f"{where}: {error}") from error
+        if isinstance(error, ClientError):
+            _answered.add(self.endpoint_url)
+            waiting.heard()
+            return self._transient_answer(error, action, where, waiting.attempt)
         healing = (NoConnection, HTTPClientError, IncompleteReadError, FlexibleChecksumError, OSError)
-        attempts = self.patience.attempts
-        pause = self.patience.first_pause_seconds
-        attempt = 1
-        while True:
-            try:
-                result = call(attempt)
-                _answered.add(self.endpoint_url)
-                return result
-            except (NoCredentialsError, PartialCredentialsError):
-                raise StorageError(
-                    f"{where}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-                ) from None
-            except ClientError as error:
-                _answered.add(self.endpoint_url)
-                code = str(error.response.get("Error", {}).get("Code", "?"))
-                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
-                if code == "NoSuchBucket":
-                    raise StorageError(f"{where}: there is no bucket {self.bucket}") from None
-                if code in ("NoSuchKey", "404"):
-                    raise MissingObject(f"{where}: no such object") from None
-                if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
-                    raise PreconditionFailed(
-                        f"{where}: exists already or was changed by another writer"
-                    ) from None
-                denied = (
-                    " access is denied: are the keys right, and may they use this bucket?"
-                    if status == 403
-                    else ""
-                )
-                problem, cause = f"{code} (HTTP {status}){denied}", error
-                heals = status >= 500 or status == 429 or code in _HEALING_CODES
-                if not heals or status == 501:  # 501: this server does not support it
-                    raise StorageError(
-                        f"{where}: {action} failed after {attempt} attempt(s): {problem}"
-                    ) from error
-            except healing as error:
-                problem, cause = without_passwords(f"{type(error).__name__}: {error}"), error
-                if isinstance(error, NoConnection) and self.endpoint_url not in _answered:
-                    attempts = min(attempts, self.patience.first_attempts)
-            except BotoCoreError as error:
-                raise StorageError(f"{where}: {action} failed: {without_passwords(str(error))}") from error
-            if attempt >= attempts:
-                raise StorageError(
-                    f"{where}: {action} failed after {attempt} attempts: {problem}{self._asked_amazon()}"
-                ) from cause
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, self.patience.longest_pause_seconds)
-            attempt += 1
+        if isinstance(error, healing):
+            if isinstance(error, NoConnection) and not (_expected or self.endpoint_url in _answered):
+                waiting.attempts = min(waiting.attempts, self.patience.first_attempts)
+            return without_passwords(f"{type(error).__name__}: {error}")
+        if isinstance(error, BotoCoreError):
+            raise StorageError(f"{where}: {action} failed: {without_passwords(str(error))}") from error
+        raise error
+
+    def _transient_answer(self, error: Any, action: str, where: str, attempt: int) -> str:
+        """The same for an error answer of the server."""
+        code = str(error.response.get("Error", {}).get("Code", "?"))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
+        if code == "NoSuchBucket":
+            raise StorageError(f"{where}: there is no bucket {self.bucket}") from None
+        if code in ("NoSuchKey", "404"):
+            raise MissingObject(f"{where}: no such object") from None
+        if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
+            raise PreconditionFailed(f"{where}: exists already or was changed by another writer") from None
+        problem, clock = explain_refusal(error)
+        heals = status >= 500 or status == 429 or (code in _HEALING_CODES and not clock)
+        if not heals or status == 501:  # 501: this server does not support it
+            raise StorageError(f"{where}: {action} failed after {attempt} attempt(s): {problem}") from error
+        return problem
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         whole = start == 0 and end is None
         span = {} if whole else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
 
-        def get(attempt: int) -> bytes:
+        def get(call: Call) -> bytes:
             from botocore.exceptions import IncompleteReadError
 
             try:
@@ -179,7 +232,11 @@ class S3Storage:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                     return b""  # the range begins at the end or after it
                 raise
-            data = bytes(answer["Body"].read())
+            parts = []
+            while part := answer["Body"].read(READ_BYTES):
+                parts.append(part)
+                call.heard()
+            data = b"".join(parts)
             expected = answer["ContentLength"]
             if len(data) != expected:
                 raise IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
@@ -190,8 +247,8 @@ class S3Storage:
             return b""
         return self._try("get", key, get)
 
-    def _head(self, key: str) -> Callable[[int], Any]:
-        return lambda attempt: self._client.head_object(Bucket=self.bucket, Key=self._name(key))
+    def _head(self, key: str) -> Callable[[Call], Any]:
+        return lambda call: self._client.head_object(Bucket=self.bucket, Key=self._name(key))
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> None:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
@@ -199,7 +256,7 @@ class S3Storage:
             self._write_parts(key, data, condition)
             return
 
-        def put(attempt: int) -> None:
+        def put(call: Call) -> None:
             try:
                 self._client.put_object(
                     Bucket=self.bucket,
@@ -211,17 +268,17 @@ class S3Storage:
             except self._client.exceptions.ClientError as error:
                 # an earlier attempt may have succeeded although its answer was lost: then the object is ours
                 refused = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
-                if not (attempt > 1 and refused and self._holds(key, data)):
+                if not (call.attempt > 1 and refused and self._holds(key, data)):
                     raise
 
-        self._try("put", key, put)
+        self._try("put", key, put, len(data))
 
     def _write_parts(self, key: str, data: bytes, condition: dict[str, str]) -> None:
         client, target = self._client, {"Bucket": self.bucket, "Key": self._name(key)}
         upload: str = self._try(
             "put",
             key,
-            lambda attempt: client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")["UploadId"],
+            lambda call: client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")["UploadId"],
         )
         target["UploadId"] = upload
 
@@ -231,18 +288,19 @@ class S3Storage:
             answer = self._try(
                 "put of a part",
                 key,
-                lambda attempt: client.upload_part(
+                lambda call: client.upload_part(
                     **target, PartNumber=number, Body=part, ChecksumSHA256=checksum
                 ),
+                PARTS_AT_ONCE * len(part),
             )
             return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": checksum}
 
-        def complete(attempt: int) -> None:
+        def complete(call: Call) -> None:
             try:
                 client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, **condition)
             except client.exceptions.ClientError:
                 # as in `write`: the answer may have been lost
-                if not (attempt > 1 and self._holds(key, data)):
+                if not (call.attempt > 1 and self._holds(key, data)):
                     raise
 
         try:
@@ -279,7 +337,7 @@ class S3Storage:
         Asks once.
         """
 
-        def head(attempt: int) -> None:
+        def head(call: Call) -> None:
             try:
                 self._client.head_bucket(Bucket=self.bucket)
             except self._client.exceptions.ClientError as error:
@@ -299,7 +357,7 @@ class S3Storage:
     def list(self, prefix: str) -> Iterator[Stat]:
         asked = {"Bucket": self.bucket, "Prefix": self._name(prefix)}
 
-        def next_page(attempt: int) -> Any:
+        def next_page(call: Call) -> Any:
             return self._client.list_objects_v2(**asked)
 
         while True:
@@ -316,11 +374,11 @@ class S3Storage:
         self._try(
             "delete",
             key,
-            lambda attempt: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)),
+            lambda call: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)),
         )
 
     def tidy(self, prefix: str) -> None:
-        def unfinished(attempt: int) -> Any:
+        def unfinished(call: Call) -> Any:
             return self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=self._name(prefix))
 
         for upload in self._try("list uploads", prefix, unfinished).get("Uploads", []):
@@ -330,7 +388,7 @@ class S3Storage:
                 )
 
     def _abort(self, key: str, upload: dict[str, str]) -> None:
-        self._try("abort", key, lambda attempt: self._client.abort_multipart_upload(**upload))
+        self._try("abort", key, lambda call: self._client.abort_multipart_upload(**upload))
 
 
 def _sha256(data: bytes) -> str:

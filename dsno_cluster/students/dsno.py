@@ -34,6 +34,7 @@ from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.networks.temporal import cosine_series, fourier_basis
 from dsno_cluster.networks.unet import UNet
+from dsno_cluster.weight_files import check_fit
 
 KIND: Literal["dsno"] = "dsno"
 FINEST = 16  # a published-form student is evaluated on grids of at most this many times its own points
@@ -351,6 +352,7 @@ def load_student(
     folder = read_model(str(path), endpoint_url, ema, sha256)
     model = student_model(folder.meta, str(path))
     student = DSNO(model.network, model.form, model.times, diffusers=model.diffusers)
+    check_fit(folder.weights, student.state_dict(), f"{path}: its weights do not fit its {META}")
     student.load_state_dict(folder.weights)
     student.to(memory_format=torch.channels_last)  # not in training: DeepSpeed needs contiguous weights
     return student.eval().requires_grad_(False).accelerate(precision=precision, compile=compile)

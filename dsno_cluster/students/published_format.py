@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.config import parse_yaml
 from dsno_cluster.errors import UserError
+from dsno_cluster.weight_files import container
+from dsno_cluster.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from dsno_cluster.networks.unet import UNet
@@ -30,11 +31,9 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 
 
 def recognise(head: bytes) -> str:
-    """The kind of a checkpoint by its first bytes: 'flax', 'torch', 'pickle' or 'unknown'."""
-    if head[:4] == b"PK\x03\x04":
-        return "torch"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return "pickle"
+    """The kind of a checkpoint by its first bytes: 'flax', 'torch', 'pickle', 'safetensors' or 'unknown'."""
+    if (kind := container(head)) != "unknown":
+        return {"zip": "torch"}.get(kind, kind)
     is_map = bool(head) and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
     return "flax" if is_map else "unknown"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from dsno_cluster.students.published_format import (
     say_wrong,
     whole_number,
 )
+from dsno_cluster.weight_files import parse_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,25 +133,10 @@ def _student_network(theirs: dict[str, Tensor], settings: dict[str, Any], where:
 def _read_torch_zip(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors of `ema` by name. Raises UserError if the file is not a published checkpoint."""
     import argparse
-    import pickle
-    import zipfile
 
     import torch
 
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (
-        *(pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile),
-        *(LookupError, AssertionError, TypeError, AttributeError, NotImplementedError),
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        unsafe = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", reason)
-        if unsafe:
-            reason = (
-                f"it names {unsafe[1]}, which could run code; only tensors and argparse.Namespace are read"
-            )
-        raise UserError(f"{where}: is not a published checkpoint: {reason[:160]}") from None
+    saved = parse_torch(data, where, allowed=[argparse.Namespace])
     ema = saved.get("ema") if isinstance(saved, dict) else None
     if not isinstance(ema, dict) or not ema or not all(isinstance(v, torch.Tensor) for v in ema.values()):
         raise UserError(f"{where}: holds no tensors `ema`; it is not a published DSNO checkpoint")

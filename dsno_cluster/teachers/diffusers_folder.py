@@ -34,6 +34,12 @@ from dsno_cluster.teachers.teacher import (
     check_schedule,
 )
 from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
+from dsno_cluster.weight_files import (
+    check_fit,
+    check_safetensors_data,
+    disguise,
+    parse_safetensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,24 +144,15 @@ class DiffusersFolder:
 
 def _network(folder: Folder, path: str) -> Any:
     """The UNet2DModel with its weights. Raises UserError if the files do not fit this network."""
-    import safetensors.torch
-
     from dsno_cluster.networks.diffusers_backbone import unet2d_model
 
     unet = unet2d_model(folder.config, path)
     weights = {
-        _present_name(k): v for data in folder.files.values() for k, v in safetensors.torch.load(data).items()
+        _present_name(k): v
+        for name, data in folder.files.items()
+        for k, v in parse_safetensors(data, f"{path}: {name}").items()
     }
-    wanted = unet.state_dict()
-    wrong = [f"{k} is missing" for k in wanted if k not in weights]
-    wrong += [f"{k} is not of this network" for k in weights if k not in wanted]
-    wrong += [
-        f"{k} has shape {tuple(weights[k].shape)}, expected {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in weights and weights[k].shape != wanted[k].shape
-    ]
-    if wrong:
-        raise UserError(f"{path}: does not fit its config.json: {'; '.join(wrong[:4])}")
+    check_fit(weights, unet.state_dict(), f"{path}: does not fit its config.json")
     unet.load_state_dict(weights)
     return unet
 
@@ -208,7 +205,8 @@ def _json(source: Source, key: str) -> dict[str, Any] | None:
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{source.storage.url}/{key}: not JSON: {error}") from None
+        problem = disguise(data) or f"not JSON: {error}"
+        raise UserError(f"{source.storage.url}/{key}: {problem}") from None
     if not isinstance(content, dict):
         raise UserError(f"{source.storage.url}/{key}: holds {type(content).__name__}, not an object")
     return content
@@ -285,6 +283,7 @@ def _weights(source: Source, prefix: str) -> dict[str, bytes]:
                     f"{path}: {pickles[0]} is a pickle, which may run code when read; save the model as safetensors"
                 )
             raise UserError(f"{path}: no weights: {source.storage.url}/{prefix}{name}: no such file")
+        check_safetensors_data(data, f"{path}: {prefix}{name}")
         files[name] = data
     return files
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, said_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,8 +59,9 @@ def _unpack(data: bytes, where: str) -> Any:
     try:
         return msgpack.unpackb(data, ext_hook=Packed, max_map_len=MAX_KEYS, max_array_len=MAX_KEYS)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{where}: is damaged or not flax msgpack: {reason}") from None
+        raise UserError(
+            f"{where}: is cut off, damaged or not flax msgpack: {said_by('msgpack', error)}"
+        ) from None
 
 
 def _array(data: bytes, where: str) -> np.ndarray[Any, Any]:

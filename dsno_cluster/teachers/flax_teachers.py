@@ -17,6 +17,7 @@ from dsno_cluster.students.published_format import (
 )
 from dsno_cluster.teachers.flax_file import read_flax
 from dsno_cluster.teachers.identity import Prediction, UNetDescription
+from dsno_cluster.weight_files import HEAD, disguise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,13 +43,14 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
     """
     from dsno_cluster.networks.unet import UNet
 
-    if (kind := recognise(data[:4])) != "flax":
+    if (kind := recognise(data[:HEAD])) != "flax":
         what = {
             "torch": "is a torch zip file (a published DSNO student?), not a teacher in flax msgpack",
+            "safetensors": "is a safetensors file, not flax msgpack",
             "pickle": "is a pickle, which may run code when read; only flax msgpack is read here",
             "unknown": "is not a flax msgpack checkpoint (it begins with no msgpack map)",
         }
-        raise UserError(f"{where}: {what[kind]}")
+        raise UserError(f"{where}: {disguise(data[:HEAD]) or what[kind]}")
     settings = published_settings(config, config_path)
     params, steps = read_flax(data, where)
     network = _network(params, settings, where, config_path)

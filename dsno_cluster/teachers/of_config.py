@@ -11,6 +11,7 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers.loading import load_in, open_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits
+from dsno_cluster.weight_files import NotWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,8 @@ def find_teacher(config: Config) -> ConfiguredTeacher:
     try:
         opened = open_teacher(path, config.storage.endpoint_url, config.teacher.options)
         info = opened.info()
+    except NotWeights as error:  # it is a teacher, whose weights are damaged
+        raise NoTeacher(f"teacher.path: {error}") from None
     except UserError as error:
         raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
     check_fits(config.network, info, path)

@@ -42,7 +42,7 @@ class OwnFolder:
         return self._info
 
     def load(self, precision: str) -> Teacher:
-        return unet_teacher(self._info, self._description, self._weights, precision)
+        return unet_teacher(self._info, self._description, self._weights, precision, self.path)
 
     def warm_start(self) -> dict[str, Tensor]:
         description = self._description
@@ -63,7 +63,9 @@ class OwnFolder:
 
     @functools.cached_property
     def _found(self) -> FoundModel:
-        return find_model(self.path, self.endpoint_url)
+        found = find_model(self.path, self.endpoint_url)
+        found.check_weights()
+        return found
 
     @functools.cached_property
     def _weights(self) -> dict[str, Tensor]:

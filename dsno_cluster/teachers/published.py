@@ -7,14 +7,16 @@ import hashlib
 from typing import TYPE_CHECKING, ClassVar
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import CONFIG, META
-from dsno_cluster.storage import open_storage, read_file
+from dsno_cluster.storage import open_storage, read_file, split_path
 from dsno_cluster.students.published_format import recognise
 from dsno_cluster.teachers.flax_teachers import read_published_teacher
 from dsno_cluster.teachers.identity import TeacherIdentity, UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
 from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
 from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
+from dsno_cluster.weight_files import HEAD, NotWeights, disguise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +42,7 @@ class PublishedFile:
 
     def load(self, precision: str) -> Teacher:
         description, weights, _ = self._read
-        return unet_teacher(self.info(), description, weights, precision)
+        return unet_teacher(self.info(), description, weights, precision, self.source.path)
 
     def warm_start(self) -> dict[str, Tensor]:
         description, weights, _ = self._read
@@ -58,15 +60,26 @@ class PublishedFile:
         path, endpoint_url = self.source.path, self.source.endpoint_url
         config = self.options.get("config")
         if self.source.is_file and config is None:
-            raise UserError(
-                f"{path}: is a file; give the published YAML of this checkpoint as option config="
-            )
+            raise _config_is_needed(path, endpoint_url)
         if not self.source.is_file:
             config = config or f"{path.rstrip('/')}/{CONFIG}"
             path = f"{path.rstrip('/')}/{_only_checkpoint(path, endpoint_url)}"
         data, text = read_file(path, endpoint_url), read_file(str(config), endpoint_url)
         teacher = read_published_teacher(data, path, text, str(config))
         return teacher.description, teacher.weights, hashlib.sha256(data).hexdigest()
+
+
+def _config_is_needed(path: str, endpoint_url: str | None) -> UserError:
+    """Why a file, given without a published YAML, is no teacher: it needs one, or is only a part of a folder."""
+    parent, name = split_path(path)
+    head = open_storage(parent, endpoint_url).read(name, 0, HEAD)
+    if not name.endswith((".json", ".yaml")) and (problem := disguise(head)):
+        return NotWeights(f"{path}: {problem}")
+    if recognise(head) == "flax":
+        return UserError(f"{path}: is a file; give the published YAML of this checkpoint as option config=")
+    return UserError(
+        f"{path}: is a file, and a teacher is the folder with its weights and its config: name {shown_path(parent)}"
+    )
 
 
 def _only_checkpoint(path: str, endpoint_url: str | None) -> str:
@@ -76,7 +89,12 @@ def _only_checkpoint(path: str, endpoint_url: str | None) -> str:
     """
     storage = open_storage(path, endpoint_url)
     keys = [s.key for s in storage.list("") if "/" not in s.key]
-    found = [key for key in keys if recognise(storage.read(key, 0, 4)) == "flax"]
+    heads = {key: storage.read(key, 0, 512) for key in keys}
+    found = [key for key, head in heads.items() if recognise(head) == "flax"]
+    if not found:
+        for key, head in heads.items():
+            if "." not in key and (problem := disguise(head)):  # as the published checkpoints are named
+                raise NotWeights(f"{path}: {key} {problem}")
     if len(found) != 1:
         raise UserError(
             f"{path}: holds {len(found) or 'no'} flax checkpoints beside its {CONFIG}, one is needed"

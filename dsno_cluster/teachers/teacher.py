@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
+from dsno_cluster import liveness
 from dsno_cluster.config import Network
 from dsno_cluster.config.base import Precision
 from dsno_cluster.errors import UserError
@@ -137,6 +138,7 @@ class Teacher:
         from dsno_cluster.device import allowing_tf32
 
         device, count = self.device, len(x)
+        liveness.moved()
         if labels is None and self.null_class is not None:
             labels = torch.full((count,), self.null_class, device=device)
         if (labels is None) != (self.num_classes == 0):

@@ -8,6 +8,7 @@ from dsno_cluster.diffusion.predictions import clean_images, out_channels
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers.identity import UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_schedule, is_distilled
+from dsno_cluster.weight_files import check_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +45,12 @@ def uniform_grid(steps: int) -> tuple[float, ...]:
 
 
 def unet_teacher(
-    info: TeacherInfo, description: UNetDescription, weights: dict[str, Tensor], precision: str
+    info: TeacherInfo, description: UNetDescription, weights: dict[str, Tensor], precision: str, path: str
 ) -> Teacher:
-    """The teacher of these weights, on CPU, its layers in `precision`."""
+    """The teacher of these weights, on CPU, its layers in `precision`.
+
+    Raises UserError, naming `path`, if the weights are not those of the network that is described.
+    """
     import torch
 
     from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
@@ -54,6 +58,7 @@ def unet_teacher(
 
     network, prediction, dtype = description.network, description.prediction, getattr(torch, precision)
     unet = UNet(network, out_channels=out_channels(prediction, network.channels))
+    check_fit(weights, unet.state_dict(), f"{path}: its weights do not fit its description")
     unet.load_state_dict(weights)
     unet.to(memory_format=torch.channels_last)
     unet.eval().requires_grad_(False).to(dtype)

@@ -15,6 +15,7 @@ from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.checkpoint import CheckpointState
 from dsno_cluster.training.online import planned_manifest
+from dsno_cluster.training.ownership import hold_students, students_claim
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import open_trajectories
 from dsno_cluster.trajectories.shards import Manifest
@@ -41,8 +42,9 @@ class Beginning:
 def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginning:
     """Where a run of this config begins.
 
-    Raises UserError if there are no finished trajectories, if the teacher does not fit, and if students or checkpoints of
-    the config's name belong to another run; WorkError if the newest checkpoint cannot be read.
+    From then on the config's name belongs to this run. Raises UserError if there are no finished trajectories, if the
+    teacher does not fit, and if students or checkpoints of the name belong to another run; WorkError if the newest
+    checkpoint cannot be read.
     """
     assert teacher is not None  # on rank 0
     plan = make_plan(config, teacher)
@@ -51,6 +53,7 @@ def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginni
     checkpoint.check_published(config, same)
     newest = checkpoint.newest_step(config)
     state = None if newest is None else checkpoint.read_state(config, newest, same)
+    hold_students(students_claim(config, plan.folder), newest)
     return Beginning(plan.folder, manifest, teacher.backbone(), state)
 
 

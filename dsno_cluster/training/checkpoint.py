@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsno_cluster.config import Config, validate
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.files import locked_if_possible, sync
+from dsno_cluster.files import sync
 from dsno_cluster.model_folder import AboutModel, SettingChange, read_config_of, read_meta, step_name
 from dsno_cluster.records import SparseRecord, first_mistake, record_bytes
 from dsno_cluster.storage import FolderStorage, MissingObject
@@ -97,27 +97,6 @@ class RunNotes:
 
 def resume_dir(config: Config) -> Path:
     return config.run_dir / config.student_prefix / "resume"
-
-
-@contextlib.contextmanager
-def only_run(config: Config) -> Iterator[None]:
-    """Lock the run's folder for this process. Raises WorkError if another training holds it.
-
-    A job's processes may outlive the command that started them, and two trainings would overwrite each other.
-    On a file system without locks, nothing is held.
-    """
-    folder = resume_dir(config)
-    with contextlib.ExitStack() as held:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked_if_possible(folder / ".lock", wait=False))
-        except BlockingIOError:
-            raise WorkError(
-                f"{folder}: another training writes there now; wait for it, end it, or choose another name="
-            ) from None
-        except OSError as error:
-            raise WorkError(f"{error.filename or folder}: {error.strerror}") from error
-        yield
 
 
 def newest_step(config: Config) -> int | None:

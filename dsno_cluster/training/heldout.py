@@ -18,6 +18,7 @@ from dsno_cluster.teachers import ConfiguredTeacher
 from dsno_cluster.training.metrics_log import metrics_file
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import solve_samples
+from dsno_cluster.weight_files import NotWeights, parse_safetensors
 
 
 class HeldOut:
@@ -69,7 +70,10 @@ def heldout_states(
     folder = FolderStorage(metrics_file(config).parent)
     name = f"heldout-{key}.safetensors"
     if folder.stat(name) is not None:
-        return safetensors.torch.load(folder.read(name))["states"].to(device)
+        try:
+            return parse_safetensors(folder.read(name), name)["states"].to(device)
+        except (NotWeights, KeyError) as error:
+            console.say(f"note: {error}; it is made again")
     console.say(f"solving {count} held-out trajectories with the teacher")
     network, spec = teacher.load().to(device), trajectory_spec(manifest, "the data set")
     parts = []

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.files import shown_path
@@ -32,6 +32,7 @@ from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog
 from dsno_cluster.training.objectives import Objective, StepFigures, make_objective
 from dsno_cluster.training.online import Producer, StagedShards
 from dsno_cluster.training.optim import learning_rate
+from dsno_cluster.training.ownership import only_run
 from dsno_cluster.training.pace import Pace, memory_gb
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher
@@ -53,14 +54,14 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         resources.enter_context(_failures_in_a_line(config))
         stop = resources.enter_context(StopSignals())
         ranks = join_ranks(config)
-        on_rank_0(ranks, lambda: resources.enter_context(checkpoint.only_run(config)))
+        on_rank_0(ranks, lambda: resources.enter_context(only_run(checkpoint.resume_dir(config))))
         # only rank 0 ever reads it
         known = on_rank_0(ranks, lambda: teacher or find_teacher(config))
         beginning = from_rank_0(ranks, lambda: find_beginning(config, known))
         start, main = beginning.step, ranks.rank == 0
         if start >= settings.steps:
             if main:
-                _finish_again(config, start, address)
+                _finish_again(config, beginning, address)
             return address
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
@@ -79,7 +80,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         notes = checkpoint.begin_notes(student, config, beginning.folder, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
-        publisher = Publisher(config) if main else None
+        publisher = Publisher(config, beginning.folder) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, objective.num_figures, notes.divergence)
         pace = Pace(notes.seconds)
         with console.progress(
@@ -138,11 +139,13 @@ def _failures_in_a_line(config: Config) -> Iterator[None]:
         raise WorkError(f"{LOST_RANK} ({reason}); the same command resumes from {begin}") from error
 
 
-def _finish_again(config: Config, step: int, address: str) -> None:
+def _finish_again(config: Config, beginning: Beginning, address: str) -> None:
     """Do what is left for a run that is at its last step: upload students that were not uploaded yet."""
-    Publisher(config).finish()
-    checkpoint.check_finished_alike(config, step)
-    console.say(f"finished already at step {step}: {shown_path(address)} (a new run needs another name=)")
+    Publisher(config, beginning.folder).finish()
+    checkpoint.check_finished_alike(config, beginning.step)
+    console.say(
+        f"finished already at step {beginning.step}: {shown_path(address)} (a new run needs another name=)"
+    )
 
 
 def _begin_student(
@@ -272,8 +275,9 @@ def _agree(figures: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float
     """The figures of the whole global batch, and the signals of all ranks, in one all-reduce."""
     flags = torch.tensor([float(stop.preempt), float(stop.interrupt)], device=ranks.device)
     together = torch.cat([figures / ranks.world_size, flags])
-    dist.all_reduce(together)
-    *averaged, preempt, interrupt = together.tolist()
+    with liveness.waiting_for_peers():
+        dist.all_reduce(together)
+        *averaged, preempt, interrupt = together.tolist()
     return averaged, Signals(preempt > 0, interrupt > 0)
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import given_address, import_ray, open_ray, run_pool
+from dsno_cluster import console, liveness
+from dsno_cluster.cluster.ray_pool import CONCURRENCY, given_address, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
@@ -39,7 +39,9 @@ from dsno_cluster.trajectories.shards import (
     shard_tensors,
     vouches_for_itself,
 )
+from dsno_cluster.yaml_text import parse_yaml
 
+_CONFIG = "the config of online training"
 FAILED = "failed"  # a file of the staging folder with the reason why no more shards will come
 POLL_SECONDS = 0.05
 IN_FLIGHT = 2  # shards that an actor works on: one is solved while another is written
@@ -71,6 +73,7 @@ class StagedShards(ShardReader):
         shard = self.manifest.shards[number]
         said = asked = time.monotonic()
         while self.storage.stat(self.folder + shard.key) is None:
+            liveness.moved()
             if self.storage.stat(FAILED) is not None:
                 raise WorkError(f"no more trajectories come: {self.storage.read(FAILED).decode()}")
             if self.producer is not None and self.producer.process.poll() is not None:
@@ -162,7 +165,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
     there = config.storage.model_copy(update={"root": str(staging_root(config))})
     actors_config = config.model_copy(update={"storage": there})
     with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
+        remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
         # like SIGUSR2, but only now, because Ray sets a handler when it starts
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         idle: list[Any] = []  # actors between one window and the next
@@ -200,9 +203,7 @@ def main() -> int:
     # Slurm sends it to all processes; training ends this one when it has saved
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     work = json.loads(sys.stdin.readline())
-    import yaml
-
-    config = validate(Config, yaml.safe_load(work["config"]), "the config of online training")
+    config = validate(Config, parse_yaml(work["config"], _CONFIG), _CONFIG)
     trained = [work["start"]]
 
     def listen() -> None:

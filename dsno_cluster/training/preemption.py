@@ -25,7 +25,8 @@ PREEMPT_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 class StopSignals:
     """In this context, signals set `preempt` or `interrupt`; a second Ctrl-C raises at once.
 
-    Before `steps_begin` there is nothing to save: the first signal raises Preempted or KeyboardInterrupt.
+    Before `steps_begin` there is nothing to save: the first signal raises Preempted or KeyboardInterrupt. If
+    that is swallowed, such as by an import that ignores all errors, the training ends after its first step.
     """
 
     def __init__(self) -> None:
@@ -48,14 +49,15 @@ class StopSignals:
         self.stepping = True
 
     def _set(self, number: int, frame: FrameType | None) -> None:
+        again = self.interrupt
+        if number == signal.SIGINT:
+            self.interrupt = True
+        else:
+            self.preempt = True
         if not self.stepping:
             raise KeyboardInterrupt if number == signal.SIGINT else Preempted
-        if number != signal.SIGINT:
-            self.preempt = True
-        elif self.interrupt:
+        if number == signal.SIGINT and again:
             raise KeyboardInterrupt
-        else:
-            self.interrupt = True
 
 
 def leave(ranks: Ranks, step: int, *, preempted: bool) -> NoReturn:

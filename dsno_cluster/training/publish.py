@@ -17,11 +17,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Config, dump_config
-from dsno_cluster.errors import WorkError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.model_folder import BEST, LATEST, META, AboutModel, step_name, write_model
 from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
+from dsno_cluster.training.ownership import students_claim
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
 LAST_ATTEMPTS = 3  # attempts at an upload once the training is done
@@ -30,17 +31,16 @@ LAST_ATTEMPTS = 3  # attempts at an upload once the training is done
 class Publisher:
     """Writes and uploads students; used only by rank 0. `finish` waits for pending uploads."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, trajectories: str) -> None:
         self.config, self.prefix = config, config.student_prefix
         # few attempts: a failed upload is retried later anyway
         patience = Patience(attempts=3, longest_pause_seconds=2.0)
         self.shared = open_storage(config.storage.root, config.storage.endpoint_url, patience)
         self.local = FolderStorage(config.run_dir)
         self.local.tidy(self.prefix)
-        own = (
-            isinstance(self.shared, FolderStorage) and self.shared.root.resolve() == self.local.root.resolve()
-        )
-        self.uploads: queue.Queue[str | None] | None = None if own else queue.Queue()
+        self.claim = students_claim(config, trajectories, self.shared)
+        self.uploads: queue.Queue[str | None] | None = None if self.claim.within else queue.Queue()
+        self.lost: UserError | None = None  # says who else owns the name now
         self.closing = threading.Event()
         self.uploaded: set[str] = set()  # by this process, or found in the storage
         self.failed: dict[str, Exception] = {}
@@ -53,8 +53,15 @@ class Publisher:
     ) -> None:
         """Write the student of `step`: whole weights by EMA decay, of which the first is the default.
 
-        Raises WorkError if it cannot be written.
+        Raises WorkError if it cannot be written, or if the name has become another training's.
         """
+        try:
+            if self.uploads is None:
+                self.claim.hold()
+            elif self.lost is not None:
+                raise self.lost
+        except UserError as error:
+            raise WorkError(str(error)) from error
         storage = self.shared if self.uploads is None else self.local
         first, *others = students
         more = {decay: students[decay] for decay in others}
@@ -95,13 +102,18 @@ class Publisher:
         folder, prefix, attempt = self.local.root / self.prefix / name, f"{self.prefix}{name}/", 0
         while folder.is_dir():
             attempt += 1
+            liveness.moved()
             try:
+                self.claim.hold()
                 if again or self.shared.stat(prefix + META) is None:
                     upload_student(folder, self.shared, prefix)
                 self.uploaded.add(name)
                 self._name_newest_and_best()
                 self.failed.pop(name, None)
                 self._drop_uploaded()
+                return
+            except UserError as error:  # the name is another training's
+                self.failed[name] = self.lost = error
                 return
             except Exception as error:  # noqa: BLE001 (of whatever kind: training continues)
                 self.failed[name] = error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dsno_cluster import liveness
 from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config
 from dsno_cluster.device import allow_tf32, compute_device
@@ -18,6 +20,14 @@ from dsno_cluster.errors import LOST_RANK, Preempted, UserError, WorkError
 from dsno_cluster.training.deepspeed_internals import import_deepspeed
 
 Found = TypeVar("Found")
+
+# If a rank hangs in a job, its guard ends it. torch's own time-outs would name no rank, and count the time for
+# which a job was suspended.
+GUARDED_TIMEOUT = timedelta(days=1)
+_UNSET = (
+    "a launcher such as torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; to train in one process, "
+    "unset them"
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +43,10 @@ class Ranks:
 def join_ranks(config: Config) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Without them this process is the only one. Raises UserError if the batch does not divide among the ranks.
+    Without them this process is the only one. Raises UserError if they describe no group, and if the batch does
+    not divide among the ranks.
     """
-    if not launched_as_rank():
-        only_one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(only_one, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]))
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    rank, local_rank, world, local_world = _place()
     check_divides(config, world)
 
     cuda = torch.cuda.is_available()
@@ -48,11 +54,40 @@ def join_ranks(config: Config) -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(config.training.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     deepspeed = import_deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        verbose=False,
+        **({"timeout": GUARDED_TIMEOUT} if liveness.guarded else {}),
+    )
     compute_device()
     allow_tf32(config.training.precision == "tf32")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world, device)
+
+
+def _place() -> tuple[int, int, int, int]:
+    """Rank, rank on this node, number of ranks, and their number on this node, by the environment.
+
+    What an only rank lacks is set; DeepSpeed reads it. Raises UserError for values of which no group can be made.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    names = (*alone, "MASTER_PORT", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not {"RANK", "WORLD_SIZE"} & given.keys():
+        given = {}
+    for name, text in given.items():
+        if name != "MASTER_ADDR" and not text.isdecimal():
+            raise UserError(f"{name}={text} in the environment is not a whole number; {_UNSET}")
+    rank, world = int(given.get("RANK", "0")), int(given.get("WORLD_SIZE", "1"))
+    if rank >= world:
+        raise UserError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}; {_UNSET}")
+    missing = [name for name in (*alone, "MASTER_PORT") if name not in given]
+    if world > 1 and missing:
+        raise UserError(f"WORLD_SIZE={world} in the environment, and no {' and no '.join(missing)}; {_UNSET}")
+    if world == 1:
+        launched = given if launched_as_rank() else {}
+        os.environ.update({**alone, "MASTER_PORT": str(free_ports(1)[0]), **launched})
+    return rank, int(os.environ["LOCAL_RANK"]), world, max(1, int(given.get("LOCAL_WORLD_SIZE", world)))
 
 
 def launched_as_rank() -> bool:

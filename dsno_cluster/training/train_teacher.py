@@ -17,10 +17,12 @@ from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
 from dsno_cluster.networks.unet import UNet
-from dsno_cluster.records import Values
+from dsno_cluster.records import Values, canonical_hash
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
 from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
+from dsno_cluster.training.ownership import only_run, teacher_claim
+from dsno_cluster.weight_files import NotWeights, parse_torch
 
 
 class TeacherRun(Strict):
@@ -41,14 +43,21 @@ class TeacherRun(Strict):
 def train_teacher(config: Config, command: str) -> str:
     """Train and write `<storage.root>/teachers/<name>/`; returns its address.
 
-    An interrupted run is continued.
-
-    Raises UserError if the config names no data or its shape is not the network's.
+    An interrupted run is continued. Raises UserError if the config names no data, its shape is not the network's, or the
+    name belongs to another training, and WorkError if another process continues the same one.
     """
     data = _checked_data(config)
+    with only_run(config.run_dir / "teachers", f".{config.name}.lock"):
+        return _train(config, data, command)
+
+
+def _train(config: Config, data: Split, command: str) -> str:
+    """`train_teacher` on checked data, undisturbed."""
     network, settings = config.network, config.teacher_training
     folder = f"teachers/{config.name}/"
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    claim = teacher_claim(config, canonical_hash(_run(config).model_dump(mode="json")), storage)
+    claim.hold()
     # beside the model's folder, which appears complete
     resume, resume_key = FolderStorage(config.run_dir), f"teachers/{config.name}-resume.pt"
     torch.manual_seed(config.seed)
@@ -91,6 +100,7 @@ def train_teacher(config: Config, command: str) -> str:
         threads=torch.get_num_threads(),
         train_seconds=round(time.perf_counter() - began),
     )
+    claim.hold()
     write_model(storage, folder, ema, dump_config(config), about)
     resume.delete(resume_key)
     return f"{storage.url}/{folder.rstrip('/')}"
@@ -160,7 +170,10 @@ def _load_resume_state(
     Returns its steps and seconds. Raises MissingObject, and UserError for another run.
     """
     where = f"{resume.url}/{key}"
-    state = torch.load(io.BytesIO(resume.read(key)), weights_only=True)
+    try:
+        state = parse_torch(resume.read(key), where)
+    except NotWeights as error:
+        raise UserError(f"{error}; delete that file to begin anew") from None
     if changed := _run(config).differing(_saved_run(state["settings"], where)):
         raise UserError(
             f"{where}: an unfinished run with another {', '.join(changed)}; "

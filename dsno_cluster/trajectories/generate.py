@@ -10,19 +10,28 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_count, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.cluster.ray_pool import (
+    CONCURRENCY,
+    PoolActor,
+    RayCluster,
+    actor_count,
+    given_address,
+    import_ray,
+    open_ray,
+    run_pool,
+)
 from dsno_cluster.config import Config, StorageConfig, TeacherConfig
 from dsno_cluster.diffusion.noise import noise_checksum
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Environment, environment
-from dsno_cluster.storage import Stat, Storage, open_storage
+from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
 from dsno_cluster.teachers import Teacher, load_teacher
 from dsno_cluster.trajectories.plan import Plan
 from dsno_cluster.trajectories.shards import (
@@ -30,6 +39,7 @@ from dsno_cluster.trajectories.shards import (
     MadeShards,
     Shard,
     commit_manifest,
+    keep_vanishing,
     make_manifest,
     put_shard,
     read_made_shards,
@@ -41,6 +51,7 @@ from dsno_cluster.trajectories.shards import (
 )
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_shard
 
+ROUNDS = 3  # in which shards are made again that vanish before the manifest names them
 NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
 
 
@@ -66,7 +77,7 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
     address = f"{config.storage.root.rstrip('/')}/{plan.folder.rstrip('/')}"
     current = read_manifest(storage, plan.folder)
     named = {shard.key: shard for shard in current[0].shards} if current else {}
-    found = {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
+    found = _shards_there(storage, plan)
     console.say(describe_plan(config, plan, actors))  # now that the storage has answered
     if plan.note:
         console.say(f"note: {plan.note}")
@@ -74,29 +85,16 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
         console.say(
             f"each actor first compiles the teacher's network, or finds its kernels in {kernels_folder(config)}"
         )
-    done = {key: shard for key, shard in named.items() if key in found and found[key].size == shard.size}
+    done = {key: shard for key, shard in named.items() if _is_there(shard, found)}
     if len(named) >= plan.size.num_shards and len(done) == len(named):
         console.say(f"all {plan.size.num_shards} shards exist already: {shown_path(address)}")
         return address
-    made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
-    done |= {key: shard for key, (shard, _) in made.by_key.items()}
-    # a shard that the manifest names is made again if it is missing
-    num_shards = max(plan.size.num_shards, len(named))
-    todo = [index for index in range(num_shards) if shard_key(index) not in done]
-    if done:
-        console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
     made_by = [current[0].environment] if current else []
+    made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
+    if made.shards and made.environment is None:
+        made = _proven(config, plan, storage, made, made_by, actors, ray_address)
     made_by += [made.environment] if made.environment and made.shards else []
-    bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
-    if todo:
-        try:
-            made = _make_shards(config, plan, storage, todo, bad, made, made_by, actors, ray_address)
-        except KeyboardInterrupt:
-            console.say("interrupted: finished shards are kept, the same command makes the others")
-            raise
-        done |= {key: shard for key, (shard, _) in made.by_key.items()}
-    shards = tuple(done[shard_key(index)] for index in range(num_shards))
-    here = made.environment or (made_by[0] if made_by else environment())
+    shards, here = _complete(config, plan, storage, named, found, made, made_by, actors, ray_address)
     commit_manifest(storage, plan.folder, make_manifest(plan.spec, shards, here))
     storage.delete(plan.folder + MADE_SHARDS)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
@@ -108,6 +106,57 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
 def kernels_folder(config: Config) -> str:
     """The folder of compiled kernels, which later runs and other nodes find."""
     return str(config.run_dir.absolute() / "kernels")
+
+
+def _complete(
+    config: Config,
+    plan: Plan,
+    storage: Storage,
+    named: Mapping[str, Shard],
+    found: Mapping[str, Stat],
+    made: MadeShards,
+    made_by: list[Environment],
+    actors: int | None,
+    ray_address: str | None,
+) -> tuple[tuple[Shard, ...], Environment]:
+    """All shards of the data set, and the environment that made the last of them.
+
+    Some are `named` by the manifest and some were `made` before, in the environments `made_by`, and those that
+    are not `found` are made, until all are there. Raises WorkError if they keep vanishing.
+    """
+    num_shards = max(plan.size.num_shards, len(named))
+    for number in range(ROUNDS + 1):
+        known = {**named, **{key: shard for key, (shard, _) in made.by_key.items()}}
+        done = {key: shard for key, shard in known.items() if _is_there(shard, found)}
+        todo = [index for index in range(num_shards) if shard_key(index) not in done]
+        if not todo:
+            break
+        if number == ROUNDS:
+            raise keep_vanishing(f"{storage.url}/{plan.folder}{shard_key(todo[0])}", ROUNDS)
+        if number:
+            console.say(f"{len(todo)} shards have vanished since they were made; they are made again")
+        elif done:
+            console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
+        bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
+        try:
+            made = _make_shards(config, plan, storage, todo, bad, made, made_by, actors, ray_address)
+        except KeyboardInterrupt:
+            console.say("interrupted: finished shards are kept, the same command makes the others")
+            raise
+        made_by += [made.environment] if made.environment else []
+        found = _shards_there(storage, plan)  # what the manifest names must be there
+    return tuple(done[shard_key(index)] for index in range(num_shards)), (
+        made_by[-1] if made_by else environment()
+    )
+
+
+def _shards_there(storage: Storage, plan: Plan) -> dict[str, Stat]:
+    """The objects of the data set that are named like shards, by key."""
+    return {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
+
+
+def _is_there(shard: Shard, found: Mapping[str, Stat]) -> bool:
+    return shard.key in found and found[shard.key].size == shard.size
 
 
 def check_same_environment(ours: Environment, theirs: Sequence[Environment], where: str) -> None:
@@ -136,14 +185,11 @@ def check_alike(environment: Environment, first: Environment, what: str = "a dat
 
 
 def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShards:
-    """The complete shards of an interrupted run, not yet in a manifest: as noted, or read again.
+    """The complete shards that no manifest names, as noted by an interrupted run, or read again.
 
-    Without a note of what made them no shards count: a run writes it before its first shard, so they are not
-    a run's.
+    If there is no note of what made them, because the manifest was lost, their environment is None.
     """
     noted = read_made_shards(storage, plan.folder)
-    if noted.environment is None:
-        return noted
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
     per_shard, expected = plan.spec.samples_per_shard, shard_tensors(plan.spec)
     kept = {
@@ -153,7 +199,10 @@ def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShar
     }
 
     def hashed(key: str) -> tuple[Shard, str] | None:
-        data, start = storage.read(plan.folder + key), wanted[key] * per_shard
+        try:
+            data, start = storage.read(plan.folder + key), wanted[key] * per_shard
+        except MissingObject:  # gone meanwhile
+            return None
         if not vouches_for_itself(data, start, expected):
             return None
         sha256 = hashlib.sha256(data).hexdigest()
@@ -161,10 +210,67 @@ def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShar
         return shard, found[key].etag
 
     unknown = [key for key in found if key in wanted and key not in kept]
-    with ThreadPoolExecutor(4) as threads:
-        read = zip(unknown, threads.map(hashed, unknown), strict=True)
-        kept |= {key: line for key, line in read if line is not None}
+    with (
+        ThreadPoolExecutor(4) as threads,
+        console.progress("reading shards", len(unknown), "shards", quiet=not unknown) as advance,
+    ):
+        for key, line in zip(unknown, threads.map(hashed, unknown), strict=True):
+            kept |= {} if line is None else {key: line}
+            advance(1)
     return MadeShards(environment=noted.environment, shards=tuple(kept.values()))
+
+
+def _proven(
+    config: Config,
+    plan: Plan,
+    storage: Storage,
+    found: MadeShards,
+    made_by: Sequence[Environment],
+    actors: int | None,
+    ray_address: str | None,
+) -> MadeShards:
+    """Whole shards of unknown origin, with the environment of the actors here, which make one again with the same bytes.
+
+    Raises WorkError if its bytes are others, and UserError for a device other than those of `made_by`.
+    """
+    first = min(found.by_key)
+    console.say(
+        f"{len(found.shards)} whole shards are named by no manifest: they are kept if {first}, made again, has the same bytes"
+    )
+    present: list[Environment] = []
+
+    def welcome(environment: Environment) -> None:
+        check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
+        present.append(environment)
+
+    index = found.by_key[first][0].start // plan.spec.samples_per_shard
+    with open_ray(given_address(ray_address), 1, config.trajectories.threads) as cluster:
+        for _ in _solving(config, plan, cluster, [index], {}, welcome):
+            pass
+    proven = found.model_copy(update={"environment": present[0]})
+    write_made_shards(storage, plan.folder, proven)
+    return proven
+
+
+def _solving(
+    config: Config,
+    plan: Plan,
+    cluster: RayCluster,
+    todo: Sequence[int],
+    bad: Mapping[int, str],
+    welcome: Callable[[Environment], None],
+) -> Generator[tuple[int, tuple[Shard, str]]]:
+    """The shards `todo` with their etags, made by actors on the cluster; see `_make_shards`."""
+    remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
+    return run_pool(
+        lambda: remote.remote(plan.spec, config.teacher, config.storage, plan.folder, kernels_folder(config)),
+        lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
+        todo,
+        cluster.capacity,
+        in_flight=2,  # while one shard is encoded and uploaded, the next is solved
+        greet=lambda actor: actor.environment.remote(),
+        welcome=welcome,
+    )
 
 
 def _make_shards(
@@ -207,10 +313,7 @@ def _make_shards(
         if present:
             write_made_shards(storage, plan.folder, made())
 
-    kernels = kernels_folder(config)
     with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
-        # two calls at a time: while one shard is encoded and uploaded, the next is solved
-        remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
         began, finished = time.monotonic(), 0
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
@@ -223,15 +326,7 @@ def _make_shards(
                 evaluations = rate * plan.size.evaluations_per_sample
                 advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
 
-            pool = run_pool(
-                lambda: remote.remote(plan.spec, config.teacher, config.storage, plan.folder, kernels),
-                lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
-                todo,
-                cluster.capacity,
-                in_flight=2,
-                greet=lambda actor: actor.environment.remote(),
-                welcome=welcome,
-            )
+            pool = _solving(config, plan, cluster, todo, bad, welcome)
             collect_shards(pool, lines, note, finish_one)
     return made()
 
@@ -258,7 +353,7 @@ def collect_shards(
         raise
 
 
-class SolveActor:
+class SolveActor(PoolActor):
     """A Ray actor that holds a teacher and makes shards of `spec` below `folder` of a storage.
 
     The kernels of a compiled teacher are kept in the folder `kernels`.
@@ -274,6 +369,7 @@ class SolveActor:
 
         from dsno_cluster.device import compute_device
 
+        super().__init__()
         torch.set_num_threads(spec.threads)  # bits depend on it
         # the number of threads is also a property of the calling thread, so all solving is done in this one
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
@@ -288,9 +384,6 @@ class SolveActor:
         check_teacher(spec, loaded, str(teacher.path))
         self.teacher = loaded.to(compute_device())
         self.storage = open_storage(storage.root, storage.endpoint_url)
-
-    def environment(self) -> Environment:
-        return environment()
 
     def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
         """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.

@@ -80,12 +80,13 @@ class Cost:
 class Found:
     """Measurements for a plan: cost, relative error by time point.
 
-    `problem`: why the teacher cannot be used yet.
+    `problem`: why the teacher cannot be used yet; `files`: why other files of the config cannot be used.
     """
 
     measured: Cost | None = None
     error: dict[str, float] | None = None
     problem: str | None = None
+    files: tuple[str, ...] = ()
 
 
 def size_of(config: Config, method: Method | None = None) -> Size:
@@ -277,8 +278,14 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
         )
     if plan and plan.note:
         lines.insert(1, f"note          {plan.note}")
-    if missing := files_not_there(config):
-        told = ", ".join(f"{key} {path}" for key, path in missing.items())
+    lines += [f"not usable    {problem}" for problem in found.files]
+    later = {
+        key: path
+        for key, path in files_not_there(config).items()
+        if not any(problem.startswith(f"{key}: ") for problem in found.files)  # it was said
+    }
+    if later:
+        told = ", ".join(f"{key} {path}" for key, path in later.items())
         lines.append(f"files         not there yet, for later stages: {told}")
     if (measured := found.measured) is None:
         lines.append("time          not measured: --measure times the teacher on this machine's device")
@@ -316,6 +323,7 @@ def as_json(config: Config, plan: Plan | None, found: Found) -> str:
         "measured": None if found.measured is None else asdict(found.measured),
         "relative_error": found.error,
         "teacher_problem": found.problem,
+        "file_problems": list(found.files),
         "note": plan.note if plan else None,
         "folder": f"{config.storage.root}/{plan.folder}" if plan else None,
         "files_not_there": files_not_there(config),

@@ -32,6 +32,7 @@ from dsno_cluster.storage import FolderStorage, Storage
 from dsno_cluster.trajectories.shards import (
     Manifest,
     Shard,
+    missing_shard,
     problem_of,
     read_header,
     read_manifest,
@@ -226,6 +227,8 @@ def _mapped_file(storage: FolderStorage, folder: str, shard: Shard, trusted: boo
     path = storage.root / folder / shard.key
     try:
         return np.memmap(path, np.uint8, "r")
+    except FileNotFoundError:
+        raise missing_shard(str(path)) from None
     except (OSError, ValueError) as error:
         raise WorkError(f"{path}: cannot be read: {error}") from error
 

@@ -33,6 +33,12 @@ MANIFEST = "manifest.json"
 MADE_SHARDS = "progress.json"
 CHECKSUM = "tensors_sha256"
 
+# how a shard that is gone or wrong comes back
+REPAIR = (
+    "the command that made the data set makes it again: `dsno-cluster gen-trajectories` with the same config, for samples "
+    "`dsno-cluster sample --shards`"
+)
+
 
 class Shard(Record):
     """A line of a manifest: samples [start, stop) in a file of `size` bytes and the given sha256."""
@@ -204,13 +210,27 @@ def read_shard_bytes(storage: Storage, folder: str, shard: Shard) -> bytes:
 
     Raises WorkError, naming the shard.
     """
-    problem = None
+    where, problem = f"{storage.url}/{folder}{shard.key}", None
     for _ in range(2):
-        data = storage.read(folder + shard.key)
+        try:
+            data = storage.read(folder + shard.key)
+        except MissingObject:
+            raise missing_shard(where) from None
         problem = problem_of(data, shard)
         if problem is None:
             return data
-    raise WorkError(f"{storage.url}/{folder}{shard.key}: {problem}; delete it and run gen-trajectories again")
+    raise WorkError(f"{where}: {problem}; delete it, and {REPAIR}")
+
+
+def keep_vanishing(where: str, rounds: int) -> WorkError:
+    return WorkError(
+        f"{where}: was gone again after each of {rounds} times that it or others were made; does a lifecycle rule of the bucket, "
+        "or somebody else, delete shards?"
+    )
+
+
+def missing_shard(where: str) -> WorkError:
+    return WorkError(f"{where}: is missing, though the manifest names it; {REPAIR}")
 
 
 def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:

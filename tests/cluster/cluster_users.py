@@ -18,7 +18,7 @@ import testbed
 from testbed import Cluster
 from tiny import TINY
 
-from dsno_cluster.cluster.records import AttemptProgress, Stopped
+from dsno_cluster.cluster.records import AttemptProgress, Outcome, Stopped
 from dsno_cluster.cluster.runs import Attempt, Run
 
 # shards of about a second, so that there is time for things to go wrong
@@ -206,3 +206,9 @@ def why_stopped(attempt: Attempt) -> str | None:
     """The reason for which an attempt was asked to end; None if it was not asked."""
     stopped = attempt.read(Stopped)
     return stopped.why if stopped else None
+
+
+def why_ended(attempt: Attempt) -> str:
+    """The reason that an attempt's batch script noted."""
+    outcome = attempt.read(Outcome)
+    return outcome.reason if outcome else ""

@@ -200,6 +200,22 @@ class Cluster:
         self._start_daemon("slurmctld", "slurmctld", "-D")
         wait_for(lambda: " UP" in self.run("scontrol", "ping", check=False).stdout, 60, "slurmctld is silent")
 
+    def _munged(self, host: str) -> str:
+        """The command line of a host's munge, which goes into the background."""
+        own = f"{self.folder}/{host}"
+        files = f"--key-file={self.folder}/munge.key --seed-file={own}/munge.seed --log-file={own}/munged.log"
+        return f"munged --force {files} --pid-file=/run/munge/munged.pid --socket=/run/munge/munge.socket.2"
+
+    def stop_munge(self, host: str) -> None:
+        self.run("pkill", "-x", "munged", host=host)
+
+    def start_munge(self, host: str) -> None:
+        self.run(*self._munged(host).split(), host=host)
+
+    def signal_daemon(self, name: str, number: int) -> None:
+        """Freeze (SIGSTOP) or wake (SIGCONT) a daemon of the login host."""
+        self.run("kill", f"-{int(number)}", (self.folder / f"{name}.pid").read_text().strip())
+
     def stop_s3(self) -> None:
         """kill -9 of the S3 server."""
         self._stop_daemon("s3", signal.SIGKILL)
@@ -286,7 +302,6 @@ class Cluster:
         sh("ip", "-n", netns, "addr", "add", f"{address}/24", "dev", "eth0")
         sh("ip", "-n", netns, "link", "set", "eth0", "up")
         sh("ip", "-n", bridge, "link", "set", name, "master", "br0", "up")
-        munge = f"--key-file={self.folder}/munge.key --seed-file={folder}/munge.seed --log-file={folder}/munged.log"
         # /dev/shm and the folder for temporary files are a machine's own; munged wants a folder that nobody else can write
         script = f"""
             set -e
@@ -297,7 +312,7 @@ class Cluster:
             mkdir -p /run/munge
             mount -t tmpfs -o mode=0755 tmpfs /run/munge
             mount -t tmpfs -o mode=1777,size=2g tmpfs {LOCAL_DISK}
-            munged --force {munge} --pid-file=/run/munge/munged.pid --socket=/run/munge/munge.socket.2
+            {self._munged(name)}
             set +e
             {service} &
             while :; do wait; sleep 1; done

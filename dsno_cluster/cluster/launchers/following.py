@@ -73,4 +73,4 @@ def wait_for(run: Run, ask: Callable[[], State]) -> str:
         return result.result
     failure = attempts[-1].failure() if attempts else None
     kind = UserError if failure and failure.kind == "user" else WorkError
-    raise kind(f"{run.id} {state.word}: {state.why or 'see `dsno-cluster logs ' + run.id + '`'}")
+    raise kind(f"{run.id} {state.word}: {state.why or 'see `dsno-cluster logs ' + run.word + '`'}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dsno_cluster.cluster.stage import Stage, Submission
     from dsno_cluster.config import Profile
 
-LIVE = ("waiting", "starting", "running", "ending", "suspended", "state unknown")
+LIVE = ("waiting", "starting", "running", "stalled", "ending", "suspended", "state unknown")
 
 
 @dataclass(frozen=True)

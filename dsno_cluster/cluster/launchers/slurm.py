@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.attempt import why
 from dsno_cluster.cluster.launchers.following import wait_for
 from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
-from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, index, jobs_folder
+from dsno_cluster.cluster.reasons import how_it_ended
+from dsno_cluster.cluster.records import Result, Stopped
+from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, jobs_folder, unlink
 from dsno_cluster.cluster.slurm_commands import (
+    UNACCOUNTED,
     JobState,
     cancel_job,
     check_profile,
     cluster_name,
+    host_names,
     job_states,
     refusal,
     user_name,
@@ -64,16 +67,22 @@ WORDS = {
     "DEADLINE": "failed",
     "OUT_OF_MEMORY": "failed",
     "PREEMPTED": "failed",
+    UNACCOUNTED: "ended",
 }
 WAITS = {
     "Priority": "others are before it",
     "Resources": "for free nodes",
     "Dependency": "for the stage before it",
     "DependencyNeverSatisfied": "for a stage that failed: it will never start",
-    "BeginTime": "for its turn to start again",
+    "BeginTime": "for its time to start",
     "ReqNodeNotAvail": "for nodes that are down, drained or reserved",
-    "JobHeldUser": "held by its owner",
-    "JobHeldAdmin": "held by an administrator",
+    "JobHeldUser": "held by its owner, until `scontrol release {job}`",
+    "JobHeldAdmin": "held by an administrator, who can let it start with `scontrol release {job}`",
+    "JobHoldMaxRequeue": "held because it was requeued too often; `scontrol release {job}` lets it start",
+    "job requeued in held state": "requeued and held; `scontrol release {job}` lets it start",
+    "launch failed requeued held": (
+        "held because Slurm could not launch it; when the cause is mended, `scontrol release {job}` lets it start"
+    ),
     "PartitionTimeLimit": "its time limit is above the partition's",
     "QOSMaxJobsPerUserLimit": "for another job of yours to end",
     "AssocGrpGRES": "for the account's share of GPUs",
@@ -85,6 +94,7 @@ ENDS = {
     "PREEMPTED": "another job needed its nodes",
     "BOOT_FAIL": "a node did not boot",
     "DEADLINE": "its deadline was reached",
+    UNACCOUNTED: "how is not known: Slurm's accounting does not answer",
 }
 
 
@@ -128,8 +138,8 @@ class SlurmLauncher:
         for run in runs:
             record = run.record()
             console.say(
-                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.id}`, "
-                f"`dsno-cluster logs {run.id} --follow`; files: {run.folder}"
+                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.word}`, "
+                f"`dsno-cluster logs {run.word} --follow`; files: {run.folder}"
             )
         return runs
 
@@ -139,15 +149,17 @@ class SlurmLauncher:
         wanted = (self.name, stage, config.name, config.storage.root, submission.options.subject)
         same = [
             run
-            for run in all_runs()
+            for run in all_runs(config)
             if (r := run.record()).job and (r.launcher, r.stage, r.name, r.root, r.subject) == wanted
         ]
         ended = {run: state for run in same if (state := final_state(run)) is not None}
         for run, state in self.states([run for run in same if run not in ended]).items():
             if state.live:
+                known = state.word != "state unknown"
+                found = f"is {state.word} already" if known else f"may run already ({state.why})"
                 raise WorkError(
-                    f"{stage} of {config.name} is {state.word} already, as job {run.record().job}: "
-                    f"follow it with `dsno-cluster logs {run.id} --follow`, or end it with `dsno-cluster cancel {run.id}`"
+                    f"{stage} of {config.name} {found}, as job {run.record().job}: "
+                    f"follow it with `dsno-cluster logs {run.word} --follow`, or end it with `dsno-cluster cancel {run.word}`"
                 )
 
     def states(self, runs: Sequence[Run]) -> dict[Run, State]:
@@ -222,27 +234,61 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
     if record.cluster not in (None, cluster_name()):
         return State("state unknown", f"it is on the cluster {record.cluster}, this is {cluster_name()}")
     job = jobs.get(str(record.job))
-    attempts = run.attempts()
-    if job is None and run.owner != user_name(os.getuid()):
+    if (job is None or job.state == UNACCOUNTED) and run.owner != user_name(os.getuid()):
         return State("state unknown", f"Slurm does not show {run.owner}'s jobs to {user_name(os.getuid())}")
     if job is None:
-        last = why(attempts[-1], None) if attempts else "it never began"
-        return State("cancelled" if run.cancelled else "failed", f"Slurm no longer knows the job; {last}")
+        return _ended(run, "failed", f"Slurm no longer knows the job; {_how(run)}")
     word = WORDS.get(job.state, "state unknown")
     if word == "state unknown":
         return State(word, job.state)
     if word == "waiting":
-        reason, _, more = job.reason.partition(",")
-        known = WAITS.get(reason)
-        said = "" if job.reason == "None" else job.reason  # in Slurm's own words
-        return State(word, said if known is None else known + more.replace("_", " "))
+        return State(word, _wait(job.reason, str(record.job)))
+    if word == "running" and run.is_ray_stage and _lost_first_node(job):
+        said = f"its first node, {job.batch_host}, is lost, and its work stands still"
+        return State("stalled", f"{said}; `scontrol requeue {record.job}` starts it again", job.nodes)
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
         return State("ending")  # for a moment Slurm reports this for a job that it is about to requeue
-    if word == "cancelled" and record.after and not attempts and not run.cancelled:
+    return _ended(run, word, ENDS.get(job.state) or ("" if word in ("done", "cancelled") else _how(run)))
+
+
+def _wait(reason: str, job: str) -> str:
+    """What a job waits for; in Slurm's own words if there are no plainer ones."""
+    first, _, more = reason.partition(",")
+    if first not in WAITS:
+        return "" if reason == "None" else reason
+    return WAITS[first].format(job=job) + more.replace("_", " ")
+
+
+def _ended(run: Run, word: str, reason: str) -> State:
+    """The state of a run whose job has ended and whose batch script left no final state.
+
+    What the run folder knows for certain counts more than Slurm's state: that the work was finished, or that
+    the run was cancelled.
+    """
+    attempts = run.attempts()
+    if attempts and attempts[-1].read(Result) is not None:
+        return State("done")
+    stopped = attempts[-1].read(Stopped) if attempts else None
+    if run.cancelled or (stopped is not None and stopped.why == "cancelled"):
+        return State("cancelled")
+    if word == "cancelled" and run.record().after and not attempts:
         return State(word, "the stage that it waited for did not succeed")
-    return State(word, ENDS.get(job.state, "" if word in ("done", "cancelled") else job.state))
+    return State(word, reason)
+
+
+def _how(run: Run) -> str:
+    attempts = run.attempts()
+    if attempts:
+        return how_it_ended(attempts[-1])
+    log = run.folder / BATCH_LOG
+    return f"its batch script ended before the work began; see {log}" if log.is_file() else "it never began"
+
+
+def _lost_first_node(job: JobState) -> bool:
+    """Whether a running job no longer has the node of its batch script."""
+    return job.batch_host != job.nodes and job.batch_host not in host_names(job.nodes)
 
 
 def _submit(submission: Submission, after: str | None) -> Run:
@@ -343,9 +389,8 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
 
 def _forget(run: Run) -> None:
     """Delete a run folder whose job was not submitted."""
+    unlink(run)
     shutil.rmtree(run.folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (index() / run.id).unlink()
 
 
 def _take_back(run: Run) -> None:

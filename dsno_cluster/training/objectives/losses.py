@@ -7,7 +7,6 @@ is the mean over points of weight times distance (Zheng et al. 2023, section 4).
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 
 from dsno_cluster.config import Training
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import not_there
+from dsno_cluster.weight_files import check_fit, parse_weights
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,40 +79,45 @@ class VGGPerceptual(nn.Module):
 def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
     """LPIPS from torchvision's VGG-16 weights (`vgg16-397923af.pth`, or the same as safetensors).
 
-    Raises UserError if the file is missing or its sha256 does not begin with `sha256`.
+    Raises UserError as `check_lpips_weights` does.
     """
-    import safetensors.torch
     from torchvision.models import vgg16
 
-    file = Path(path)
-    _check_there(file)
-    data = file.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 and not found.startswith(sha256):
-        raise UserError(
-            f"training.lpips_weights: {path} has sha256 {found}, training.lpips_sha256 says {sha256}"
-        )
-    if file.suffix == ".safetensors":
-        weights = safetensors.torch.load(data)
-    else:
-        weights = torch.load(io.BytesIO(data), weights_only=True)
+    weights = _read_vgg(path, sha256)
     network = vgg16(weights=None)
     network.load_state_dict(weights)
     return VGGPerceptual(network.features)
 
 
-def find_lpips_weights(settings: Training) -> None:
-    """Raises UserError if the config's loss needs weights that do not exist."""
+def check_lpips_weights(settings: Training) -> None:
+    """Raises UserError if the config's loss needs weights that do not exist or are not VGG-16's."""
     if settings.loss == "lpips":
-        _check_there(Path(str(settings.lpips_weights)))
+        _read_vgg(str(settings.lpips_weights), settings.lpips_sha256)
 
 
-def _check_there(file: Path) -> None:
+def _read_vgg(path: str, sha256: str | None) -> dict[str, Tensor]:
+    """VGG-16's weights by name.
+
+    Raises UserError if the file is missing or holds others, or its sha256 does not begin with `sha256`.
+    """
+    from torchvision.models import vgg16
+
+    file, key = Path(path), "training.lpips_weights"
     if not file.is_file():
         raise UserError(
-            f"training.lpips_weights: {file} is missing; put torchvision's VGG-16 weights (vgg16-397923af.pth) there, "
-            "or take training.loss=l1"
+            f"training.lpips_weights: {file} is missing ({not_there(file)}); put torchvision's VGG-16 weights "
+            "(vgg16-397923af.pth) there, or take training.loss=l1"
         )
+    if sha256:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if not found.startswith(sha256):
+            raise UserError(f"{key}: {path} has sha256 {found}, training.lpips_sha256 says {sha256}")
+    weights = parse_weights(file, f"{key}: {path}")
+    with torch.device("meta"):
+        wanted = vgg16(weights=None).state_dict()
+    check_fit(weights, wanted, f"{key}: {path} does not hold VGG-16's weights")
+    return weights
 
 
 def make_distance(name: str, lpips_weights: str | None = None, lpips_sha256: str | None = None) -> Distance:
