@@ -145,4 +145,7 @@ class TeacherTraining(Strict):
     warmup: Annotated[int, Field(ge=0)] = Field(100, description="optimiser steps of linear warm-up")
     ema_decay: BelowOne = Field(0.999, description="decay of the moving average that becomes the teacher")
     label_dropout: Fraction = Field(0.1, description="share of labels that are replaced by the null class")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="as training.precision; bfloat16: the layers in autocast"
+    )
     checkpoint_every: PositiveInt = Field(1000, description="steps between states from which to resume")

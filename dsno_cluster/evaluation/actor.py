@@ -96,7 +96,7 @@ class EvaluationActor(PoolActor):
         self.extractors: dict[str, Extractor] = {
             name: load_extractor(weights[name], dict.fromkeys(wanted)) for name, wanted in layers.items()
         }
-        self.images = lru_cache(4)(lambda address: open_images(address, endpoint))
+        self.images = lru_cache(4)(lambda address: open_images(address, endpoint, config.data))
 
     def run(self, block: Block) -> MeasuredBlock | TrajectoryError | Cost | Pictured:
         """The result of a block's work."""
