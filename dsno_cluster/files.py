@@ -36,7 +36,7 @@ def not_there(path: str | Path, what: str = "file or folder") -> str:
 
 def nearest_existing(path: str | Path, *, folders_only: bool = False) -> str | None:
     """The existing path that is nearest to one that does not exist, as shown to people; None if none is near."""
-    at = Path(path).expanduser().absolute()
+    at = Path(os.path.expanduser(path)).absolute()
     missing = next((part for part in [*reversed(at.parents), at] if not os.path.exists(part)), None)
     if missing is None:
         return None

@@ -228,7 +228,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
         ("none", "neither sample shards"),
         ("absent", "no such file or folder"),
         ("absent.npz", "missing"),
-        ("text.npz", "not an .npz"),
+        ("text.npz", "is text that begins with 'no zip'"),
     ]:
         with pytest.raises(UserError, match=says):
             open_images(str(tmp_path / name))

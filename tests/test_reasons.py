@@ -110,7 +110,7 @@ def new_run(root: Path, kind: str) -> Run:
 
 
 def slurm_says(run: Run, state: str, reason: str = "None") -> None:
-    (run.folder.parents[1] / "squeue").write_text(f"17|{state}|{reason}||2026-01-01T00:00:00\n")
+    (run.folder.parents[1] / "squeue").write_text(f"17|{state}|{reason}||2026-01-01T00:00:00|node1\n")
 
 
 def row(run: Run) -> dict[str, str]:
@@ -136,6 +136,8 @@ def row(run: Run) -> dict[str, str]:
         (LOST, "ranks", LOST_RANK),
         ("", "ranks", LOST_RANK),
     ],
+    ids=["killed", "munge elsewhere", "munge elsewhere, ray", "munge here", "reboot", "reboot, ray", "power", "power, noticed",
+         "memory", "memory, ray", "memory polled", "crash", "driver killed", "another rank", "nothing"],
 )  # fmt: skip
 def test_the_reason_is_what_slurm_reported(log: str, kind: str, reason: str, run: Run) -> None:
     """Memory is named only if Slurm names it."""

@@ -19,10 +19,11 @@ import pytest
 from tiny import TINY, dsno, small_disk
 
 from dsno_cluster.cli import main
+from dsno_cluster.cluster.attempt import main as begin_or_end
 from dsno_cluster.cluster.launchers import states_of
 from dsno_cluster.cluster.reasons import lost_nodes, why
 from dsno_cluster.cluster.records import AttemptProgress, Begin, Failure, Outcome, Result, Stopped, WhyStopped
-from dsno_cluster.cluster.runs import Run, all_runs, create_run, find_run, fruitless
+from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, find_run, fruitless
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.status import run_to_cancel
 from dsno_cluster.config import Config, load_config, load_profile
@@ -309,3 +310,16 @@ def test_how_an_attempt_ends_is_noted_on_a_full_disk(tmp_path: Path) -> None:
         assert attempt.failure() == failure
         assert attempt.read(Stopped) and attempt.read(Outcome) and not attempt.read(Result)
         assert not list(attempt.folder.glob(".*"))
+
+
+def test_attempts_that_slurm_takes_before_they_can_note_it_are_not_counted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by ten requeues in a row: Slurm kills the batch script with its tasks, and leaves a line in its log."""
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    taken = "slurmstepd-node1: error: *** JOB 2 ON node1 CANCELLED AT 2026-11-29T03:12:17 DUE TO JOB REQUEUE ***\n"
+    for number in range(11):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        assert begin_or_end(["begin", str(run.folder)]) == 0
+        with (run.folder / BATCH_LOG).open("a") as log:
+            log.write(taken)

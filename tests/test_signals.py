@@ -47,6 +47,14 @@ def runs_on(*_: Any) -> StageResult:
     return StageResult("never")
 
 
+def both_at_once(*_: Any) -> StageResult:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGTERM])
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2, signal.SIGTERM])
+    return runs_on()
+
+
 def swallows_it(*_: Any) -> StageResult:
     """As some packages do that try an import."""
     try:
@@ -67,6 +75,14 @@ def is_signalled_in_a_destructor(*_: Any) -> StageResult:
     return runs_on()
 
 
+def turns_it_into_an_error(*_: Any) -> StageResult:
+    try:
+        signal_me()
+        return runs_on()
+    except BaseException as error:
+        raise ImportError("a package is missing") from error
+
+
 def cleans_up(*_: Any) -> StageResult:
     try:
         signal_me()
@@ -80,8 +96,10 @@ def cleans_up(*_: Any) -> StageResult:
     ("stage", "moment", "printed"),
     [
         (runs_on, "early", ""),
+        (both_at_once, "later", ""),
         (swallows_it, "later", "swallowed"),
         (is_signalled_in_a_destructor, "later", "swallowed"),
+        (turns_it_into_an_error, "later", ""),
         (cleans_up, "later", "cleaned up"),
     ],
 )
@@ -105,6 +123,7 @@ def test_a_signal_while_a_task_starts_ends_it(
         env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and printed in done.stdout, done.stderr
+    assert "race condition" not in done.stderr
 
 
 def test_a_training_whose_signal_was_swallowed_ends_after_its_first_step() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsno_cluster import console
-from dsno_cluster.cluster.reasons import KILLED, oom_kills, why
+from dsno_cluster.cluster.reasons import KILLED, TAKEN_BY_SLURM, oom_kills, why
 from dsno_cluster.cluster.records import Begin, Outcome, Result, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, NO_REQUEUE, Attempt, Run, fruitless
 from dsno_cluster.cluster.slurm_commands import OUTAGE_SECONDS, patiently, requeue_job, who_ends
@@ -47,9 +47,18 @@ def begin(run: Run) -> int:
     if run.cancelled:
         attempt.note(Outcome(state="cancelled", reason="cancelled before it began"))
         return 1
+    if former:
+        _note_preemption(former[-1])
     if (streak := fruitless(former)) > run.profile().retries:
         return _give_up(attempt, streak, why(former[-1], None))
     return 0
+
+
+def _note_preemption(earlier: Attempt) -> None:
+    """Note that Slurm took the nodes of an attempt which had no time to note it itself."""
+    silent = earlier.read(Outcome) is None and earlier.read(Stopped) is None
+    if silent and why(earlier, None) in TAKEN_BY_SLURM:
+        earlier.note(Stopped(why="preempted"))
 
 
 def _open(attempt: Attempt, begun: Begin) -> None:

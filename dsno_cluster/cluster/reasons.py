@@ -22,6 +22,7 @@ NOTICES = {
     "PREEMPTION": "another job needed its nodes, and it had no time to save",
     "JOB REQUEUE": "it was requeued",
 }
+TAKEN_BY_SLURM = (NOTICES["PREEMPTION"], NOTICES["JOB REQUEUE"])
 
 
 def why(attempt: Attempt, status: int | None) -> str:

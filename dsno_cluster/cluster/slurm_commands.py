@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.config import Profile, slurm_minutes
 from dsno_cluster.errors import UserError, WorkError
 
@@ -190,6 +190,7 @@ def patiently(ask: Callable[[], Answer], outage: float = OUTAGE_SECONDS) -> Answ
             waited += min(time.monotonic() - asked, COMMAND_SECONDS) + PAUSE_SECONDS
             if waited > (outage if may_heal(str(error)) else REFUSED_SECONDS):
                 raise
+            liveness.moved()
             time.sleep(PAUSE_SECONDS)
 
 

@@ -148,7 +148,7 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
 
     They are also added to `received`: while Ray waits in C, it turns what a handler raises into a plain
     KeyboardInterrupt. What is raised may be swallowed, by an import that ignores all errors or in a destructor;
-    it is then raised again every second.
+    it is then raised again every second. An error into which others turn it on its way is Preempted again.
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
@@ -172,6 +172,10 @@ def _signals_unwind(received: list[int]) -> Iterator[None]:
             unwind(noted, None)
     try:
         yield
+    except Exception as error:
+        if received:
+            raise Preempted from error
+        raise
     finally:
         _ignore_signals()  # done or failed: the rest takes only a moment, and says why
 
@@ -194,8 +198,8 @@ def _guarded(run: Run, attempt: Attempt, rank: int) -> contextlib.AbstractContex
 
 def _ignore_signals() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.0)
-    for number in REQUEUE_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for number in REQUEUE_SIGNALS:  # of one that has arrived already, SIG_IGN would make Python complain
+        signal.signal(number, lambda number, frame: None)
 
 
 def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:

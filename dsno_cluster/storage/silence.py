@@ -91,7 +91,9 @@ def _watch() -> None:
                 _changed.wait()
             lines = [line for server in _servers.values() if (line := _news(server))]
         for line in lines:
-            console.say(line)
+            # if the log is full or closed, the call itself continues
+            with contextlib.suppress(OSError, ValueError):
+                console.say(line)
         time.sleep(1.0)
 
 
