@@ -28,10 +28,11 @@ import torch
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.data import load_digits
+from dsno_cluster.data import load_data
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import time_points
-from dsno_cluster.evaluation.features import DIGITS, find_weights, load_extractor
+from dsno_cluster.evaluation.classifiers import DigitsFeatures
+from dsno_cluster.evaluation.features import find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
@@ -228,8 +229,10 @@ def measure(student: DSNO, config: Config) -> dict[str, Any]:
     """The columns of the table."""
     student.eval()
     seed, settings = config.evaluation.seed, config.evaluation
-    extractor = load_extractor(find_weights(DIGITS, settings.weights_path, None), ["64", "logits"])
-    real = moments_of(extractor(to_uint8(load_digits()[0].images))["64"].numpy())
+    extractor = load_extractor(
+        find_weights(DigitsFeatures.NAME, settings.weights_path, None), ["64", "logits"]
+    )
+    real = moments_of(extractor(to_uint8(load_data("digits")[0].images))["64"].numpy())
     features, agreeing = [], 0
     for start in range(0, settings.num_samples, settings.batch_size):
         indices = range(start, start + settings.batch_size)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dsno_cluster import console, load_student, load_teacher, solve
-from dsno_cluster.data import load_digits
+from dsno_cluster.data import load_data
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.evaluation.features import DIGITS, find_weights, load_extractor
+from dsno_cluster.evaluation.classifiers import DigitsFeatures
+from dsno_cluster.evaluation.features import find_weights, load_extractor
 from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
@@ -51,8 +52,10 @@ def main(argv: list[str]) -> None:
         ]
     rows += [(f"teacher only, ddim in {n} steps", n, alone("ddim", n)) for n in (1, 2, 3, 5)]
     rows += [(f"teacher only, dpmpp-2m in {n} steps", n, alone("dpmpp-2m", n)) for n in (3, 5)]
-    extractor = load_extractor(find_weights(DIGITS, "package:digits-features", None), ["64", "logits"])
-    real = moments_of(extractor(to_uint8(load_digits()[0].images))["64"].numpy())
+    extractor = load_extractor(
+        find_weights(DigitsFeatures.NAME, "package:digits-features", None), ["64", "logits"]
+    )
+    real = moments_of(extractor(to_uint8(load_data("digits")[0].images))["64"].numpy())
     table = []
     with console.progress("sampling", len(rows), "rows") as advance:
         for name, evaluations, sampler in rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,11 +14,28 @@ def compute_device() -> torch.device:
     """The first GPU that this process sees, or the CPU; disables TensorFloat-32.
 
     Convolutions on a GPU would otherwise round their inputs to TensorFloat-32, whose 10 bits of mantissa are
-    accurate to 5e-4: as large as the errors by which solvers are chosen, and no spec would record it.
+    accurate to 5e-4: as large as the errors by which solvers are chosen. `allowing_tf32` is for a precision that
+    says so.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
+    allow_tf32(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round inputs to TensorFloat-32, in the whole process from now on."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
+@contextlib.contextmanager
+def allowing_tf32() -> Iterator[None]:
+    """In this context GPUs may round inputs to TensorFloat-32, in the whole process."""
+    before = torch.backends.cudnn.allow_tf32
+    allow_tf32(True)
+    try:
+        yield
+    finally:
+        allow_tf32(before)
 
 
 def device_name() -> str:

@@ -135,7 +135,7 @@ def _find_evaluated(config: Config, options: EvaluationOptions) -> tuple[str, Co
     if options.samples is not None:
         from dsno_cluster.evaluation.image_sets import open_images
 
-        images = open_images(options.samples, config.storage.endpoint_url)
+        images = open_images(options.samples, config.storage.endpoint_url, config.data)
         note = f" ({images.note})" if images.note else ""
         return f"{images.count} images of {images.address}{note}", None
     from dsno_cluster.evaluation.look_up import find_student

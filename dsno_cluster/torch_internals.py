@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from dsno_cluster.errors import UserError
 
 # The kernels that scaled_dot_product_attention dispatches to.
 ATTENTION_KERNELS = (
@@ -20,6 +22,19 @@ ATTENTION_KERNELS = (
 def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Interpolate every tensor towards its end by `weight`, in place, in few kernels."""
     torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def compile_network(network: nn.Module) -> None:
+    """Compile a module in place at its first calls, for each shape of its input, without graph breaks.
+
+    No kernel is chosen by timing, so that the same input gives the same bits in every process. Raises UserError if this
+    torch cannot promise that.
+    """
+    from torch._inductor import config
+
+    if not hasattr(config, "deterministic"):
+        raise UserError(f"compiling a teacher needs torch 2.9 or newer, this is {torch.__version__}")
+    network.compile(dynamic=False, options={"deterministic": True})
 
 
 def check_rank_0_answers() -> None:

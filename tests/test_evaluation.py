@@ -21,10 +21,11 @@ from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster import __version__
 from dsno_cluster.config import load_config
-from dsno_cluster.data import load_digits
+from dsno_cluster.data import load_data
 from dsno_cluster.device import device_name
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.features import DIGITS, Extractor, find_weights, load_extractor
+from dsno_cluster.evaluation.classifiers import DigitsFeatures
+from dsno_cluster.evaluation.features import Extractor, find_weights, load_extractor
 from dsno_cluster.evaluation.statistics import frechet_distance, merge, moments_of
 from dsno_cluster.images import to_uint8
 
@@ -32,13 +33,15 @@ EXPECTED = safetensors.torch.load_file(DATA / "digits-features-expected.safetens
 
 
 def yardstick() -> Extractor:
-    return load_extractor(find_weights(DIGITS, "package:digits-features", None), ["64", "logits"])
+    return load_extractor(
+        find_weights(DigitsFeatures.NAME, "package:digits-features", None), ["64", "logits"]
+    )
 
 
 def test_yardstick_features_and_logits() -> None:
     extractor = yardstick()
     digest = "981af2fbed32a3c2cffad69420d35480a2c87f812018898b857ea6e7af2a5879"
-    assert find_weights(DIGITS, "package:digits-features", None).sha256 == digest
+    assert find_weights(DigitsFeatures.NAME, "package:digits-features", None).sha256 == digest
     features, logits = extractor.network.of_float(EXPECTED["images"])
     assert torch.allclose(features, EXPECTED["features"], atol=1e-5)
     assert torch.allclose(logits, EXPECTED["logits"], atol=1e-4)
@@ -47,7 +50,7 @@ def test_yardstick_features_and_logits() -> None:
 def test_yardstick_statistics_and_split() -> None:
     """The known distance of the 297 held-out digits, from float images and from 8-bit ones."""
     extractor = yardstick()
-    train, held_out = load_digits()
+    train, held_out = load_data("digits")
     whole = moments_of(extractor.network.of_float(train.images)[0].numpy())
     assert np.allclose(whole.mean, EXPECTED["train_mu"].numpy(), atol=1e-4)
     assert np.allclose(whole.covariance, EXPECTED["train_sigma"].numpy(), atol=1e-4)
@@ -73,9 +76,9 @@ def test_weights_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not one of"):
         find_weights("inception", None, None)
     with pytest.raises(UserError, match="missing"):
-        find_weights(DIGITS, str(tmp_path / "none.safetensors"), None)
+        find_weights(DigitsFeatures.NAME, str(tmp_path / "none.safetensors"), None)
     with pytest.raises(WorkError, match="sha256"):
-        find_weights(DIGITS, "package:digits-features", "00")
+        find_weights(DigitsFeatures.NAME, "package:digits-features", "00")
     (tmp_path / "inception.pth").write_bytes(b"\x80\x02pickle")
     with pytest.raises(UserError, match="weights_sha256"):
         find_weights("inception-v3-compat", str(tmp_path / "inception.pth"), None)

@@ -18,7 +18,7 @@ from test_weight_files import PAGE, POINTER
 from tiny import answer
 
 from dsno_cluster.config import load_config
-from dsno_cluster.data import load_digits
+from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.image_sets import DataIdentity, open_images
 from dsno_cluster.evaluation.metrics import Reference, fid
@@ -225,7 +225,7 @@ def test_a_picture_that_is_not_certain_is_refused_by_name(kind: str, tmp_path: P
 
 def clutter(folder: Path) -> None:
     """Four pictures of digits, one of them in a linked class folder, and what else such folders hold."""
-    digits = to_uint8(load_digits()[1].images)[:, 0].numpy()
+    digits = to_uint8(load_data("digits")[1].images)[:, 0].numpy()
     elsewhere = folder.parent / "elsewhere"
     for place in (folder / "cats", folder / "dogs", elsewhere, folder / ".thumbnails"):
         place.mkdir(parents=True)

@@ -25,7 +25,7 @@ from tiny import TINY, answer, dsno
 from training_runs import train
 
 from dsno_cluster.config import load_config
-from dsno_cluster.data import load_digits
+from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import features
 from dsno_cluster.evaluation.image_sets import open_images
@@ -85,7 +85,7 @@ def check_equal(ours: dict[str, float], theirs: dict[str, float]) -> None:
 
 def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
     """Whoever computes: one actor or two, in blocks of any size, from shards, pictures or arrays."""
-    train, held_out = load_digits()
+    train, held_out = load_data("digits")
     real, samples = to_uint8(train.images), to_uint8(held_out.images)
     options = {"feature_extractor": features.DIGITS, "feature_extractor_weights_path": str(DIGITS_WEIGHTS)}
     wanted = torch_fidelitys(samples, real, fid=True, kid=True, isc=True, prc=True, **options, **KNOBS)
@@ -131,7 +131,7 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_images_may_be_compared_with_themselves(tmp_path: Path) -> None:
-    _, held_out = load_digits()
+    _, held_out = load_data("digits")
     np.savez(tmp_path / "same.npz", images=to_uint8(held_out.images).numpy())
     words = ["eval", "evaluation.metrics=[fid]", "evaluation.reference=same.npz", "--samples", "./same.npz"]
     done = dsno(*words, "--launcher", "local", "--json", cwd=tmp_path)

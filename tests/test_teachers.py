@@ -238,6 +238,21 @@ def test_float32_is_float32_on_this_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
+def test_tf32_holds_only_while_the_teacher_is_evaluated() -> None:
+    teacher, exact = (load_teacher("package:digits-teacher", precision=p) for p in ("tf32", "float32"))
+    assert teacher.network is not None
+    seen: list[object] = []
+    teacher.network.register_forward_hook(
+        lambda *_: seen.extend([torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()])
+    )
+    compute_device()
+    x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+    found = teacher(x, 0.5, labels)
+    assert seen == [True, "high"]
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(found, exact(x, 0.5, labels))  # a CPU has no TensorFloat-32
+
+
 def test_the_version_of_diffusers_is_on_record(unet: Any) -> None:
     import diffusers
 

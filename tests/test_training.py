@@ -161,7 +161,8 @@ def test_bfloat16_and_gradient_clipping_train(tiny_data: Path, tmp_path: Path) -
     train(tiny_data, tmp_path / "half", *more, RANK="0", WORLD_SIZE="1")
     train(tiny_data, tmp_path / "full", "training.zero_stage=2")
     half, full = (np.array([line["loss"] for line in metrics(tmp_path / name)]) for name in ("half", "full"))
-    assert half == pytest.approx(full, rel=0.1) and not np.array_equal(half, full)
+    # weights, gradients and their sums stay float32, so that only the layers' rounding is left
+    assert half == pytest.approx(full, rel=0.01) and not np.array_equal(half, full)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
 
 

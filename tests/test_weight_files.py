@@ -26,7 +26,8 @@ from tiny import TINY, answer, dsno
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.features import DIGITS, INCEPTION, file_sha256, find_weights
+from dsno_cluster.evaluation.classifiers import DigitsFeatures
+from dsno_cluster.evaluation.features import INCEPTION, file_sha256, find_weights
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.teachers.importing import import_weights
@@ -183,7 +184,10 @@ def test_weights_of_an_extractor(kind: str, tmp_path: Path, monkeypatch: pytest.
     """Also if their sha256 is given, which a message had asked for: nothing in them runs."""
     monkeypatch.chdir(tmp_path)
     for name, data in (
-        (DIGITS, (Path(package_path("package:digits-features")) / "weights.safetensors").read_bytes()),
+        (
+            DigitsFeatures.NAME,
+            (Path(package_path("package:digits-features")) / "weights.safetensors").read_bytes(),
+        ),
         (INCEPTION, state_dict("zip")),
         (INCEPTION, state_dict("legacy")),
     ):

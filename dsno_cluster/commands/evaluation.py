@@ -53,7 +53,7 @@ def _samples(arguments: Arguments, config: Config) -> str | None:
         return None
     from dsno_cluster.evaluation.image_sets import open_images
 
-    return open_images(arguments.options.samples, config.storage.endpoint_url).address
+    return open_images(arguments.options.samples, config.storage.endpoint_url, config.data).address
 
 
 def written_metrics(config: Config) -> Metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+# tf32: float32, but a GPU may round the inputs of matrix products and convolutions to TensorFloat-32
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 StrictNumber = int | float  # kept as written: 1 and 1.0 are different bytes in JSON
 
 

@@ -38,7 +38,8 @@ class Evaluation(Named):
         "`trajectory_error`: against the teacher, on held-out noise; the others are torch-fidelity's",
     )
     feature_extractor: str = Field(
-        "inception-v3-compat", description="one of torch-fidelity's extractors, or digits-features"
+        "inception-v3-compat",
+        description="one of torch-fidelity's extractors, or digits-features or mnist-features",
     )
     weights_path: LocalPath | None = Field(
         None,

@@ -11,12 +11,15 @@ from pydantic import AfterValidator, Field, model_validator
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
 from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
+from dsno_cluster.config.paths import LocalPath
 from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
 from dsno_cluster.files import too_long
 
 # folders beside those of the experiments in evaluation/
+# feature extractors that name a class of each image
+CLASSIFIERS = ("digits-features", "mnist-features")
 TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
 
 
@@ -33,10 +36,22 @@ def _run_name(name: str) -> str:
 
 
 class DataConfig(Strict):
-    name: Literal["digits"] | None = Field(
+    name: Literal["digits", "mnist"] | None = Field(
         None,
-        description="the real images, for `train-teacher` and as the reference of the evaluation; null: none",
+        description="the real images, for `train-teacher` and as the reference of the evaluation: scikit-learn's digits of 8x8, "
+        "MNIST at 32x32; null: none",
     )
+    path: LocalPath | None = Field(
+        None,
+        description="for mnist: the folder with torchvision's files (MNIST/raw/ below it), or Keras's mnist.npz; null: they are "
+        "downloaded once, to ~/.cache/dsno-cluster/data",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataConfig:
+        if self.path is not None and self.name != "mnist":
+            raise ValueError("path is for name=mnist; the other images are not made of files")
+        return self
 
 
 class Config(Strict):
@@ -97,9 +112,9 @@ class Config(Strict):
             raise ValueError(
                 f"evaluation.seed {self.seed} equals seed: the student would be judged on its training noise"
             )
-        if "agreement" in self.evaluation.metrics and self.evaluation.feature_extractor != "digits-features":
+        if "agreement" in self.evaluation.metrics and self.evaluation.feature_extractor not in CLASSIFIERS:
             raise ValueError(
-                "evaluation.metrics: agreement needs evaluation.feature_extractor digits-features"
+                f"evaluation.metrics: agreement needs evaluation.feature_extractor {' or '.join(CLASSIFIERS)}"
             )
         if self.name in TAKEN_NAMES:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Strict
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Strict
 from dsno_cluster.config.paths import TeacherPath, is_file_path, resolved
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
@@ -94,8 +94,15 @@ class TeacherConfig(Strict):
         "package.module:function, "
         "closed-form:gaussian or closed-form:mixture",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the network's weights and layers; states stay float32"
+    precision: Precision = Field(
+        "float32",
+        description="precision of the network's weights and layers; states stay float32. tf32: float32 whose matrix products "
+        "and convolutions a GPU computes from inputs of 10 bits",
+    )
+    compile: bool = Field(
+        False,
+        description="whether the network is compiled with torch.compile; the trajectories are then another data set. On a GPU "
+        "it is worth the minutes for which each actor compiles first",
     )
     options: TeacherOptions = Field(
         default_factory=dict,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Sha256Start, Strict
+from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Precision, Sha256Start, Strict
 from dsno_cluster.config.paths import LocalPath
 
 
@@ -53,9 +53,11 @@ class Training(Strict):
         description="DeepSpeed ZeRO: what is divided among the ranks; 0: nothing, 1: optimiser states, 2: gradients too, "
         "3: weights too",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
+    precision: Precision = Field(
         "float32",
-        description="precision of weights and layers; master weights stay float32; with float16 the loss is scaled",
+        description="bfloat16: the layers in autocast, weights, gradients and their sums in float32; tf32: float32 whose "
+        "matrix products and convolutions a GPU computes from inputs of 10 bits; float16: weights and layers, with float32 "
+        "master weights, and the loss is scaled",
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the optimiser")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the optimiser")
@@ -143,4 +145,7 @@ class TeacherTraining(Strict):
     warmup: Annotated[int, Field(ge=0)] = Field(100, description="optimiser steps of linear warm-up")
     ema_decay: BelowOne = Field(0.999, description="decay of the moving average that becomes the teacher")
     label_dropout: Fraction = Field(0.1, description="share of labels that are replaced by the null class")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="as training.precision; bfloat16: the layers in autocast"
+    )
     checkpoint_every: PositiveInt = Field(1000, description="steps between states from which to resume")

@@ -104,6 +104,8 @@ def solve_with(
         )
     method = method.on(own_steps)
     points = grid_points(times, method.solver, method.steps, method.grid)
+    if labels is not None:
+        labels = labels.to(noise.device)  # once, not at every evaluation
     denoise = guided(teacher, labels, method.guidance_scale)
     if method.clip_denoised:
         unclipped = denoise

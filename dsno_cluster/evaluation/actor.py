@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -87,7 +87,8 @@ class EvaluationActor(PoolActor):
             )
             self.student, self.spec = loaded.to(self.device), student.spec
             found = find_teacher(config)
-            self.teacher = found.load().to(self.device)
+            # tf32 would hold for the whole process, and so for the features that another thread extracts
+            self.teacher = replace(found.load().to(self.device), tf32=False)
             check_teacher(student.spec, self.teacher, found.path)
         layers: dict[str, list[str]] = {}
         for reading in (reading for of_source in readings.values() for reading in of_source.values()):
@@ -95,7 +96,7 @@ class EvaluationActor(PoolActor):
         self.extractors: dict[str, Extractor] = {
             name: load_extractor(weights[name], dict.fromkeys(wanted)) for name, wanted in layers.items()
         }
-        self.images = lru_cache(4)(lambda address: open_images(address, endpoint))
+        self.images = lru_cache(4)(lambda address: open_images(address, endpoint, config.data))
 
     def run(self, block: Block) -> MeasuredBlock | TrajectoryError | Cost | Pictured:
         """The result of a block's work."""
@@ -129,7 +130,7 @@ class EvaluationActor(PoolActor):
         else:
             sampling = source.sampling
             states = solve_with(sampling.method, self.teacher, noise, sampling.times, labels)[:, -1]
-        return to_uint8(states).cpu(), None if labels is None else labels.cpu()
+        return to_uint8(states).cpu(), labels
 
     def _measure(self, block: Block, images: Tensor, labels: Tensor | None) -> MeasuredBlock:
         readings = self.readings[block.source]
@@ -156,12 +157,14 @@ class EvaluationActor(PoolActor):
     def _inputs(self, indices: range) -> tuple[Tensor, Tensor | None]:
         seed, classes = self.config.evaluation.seed, self.student.network.num_classes
         noise = sample_noise(seed, indices, self.teacher.shape).to(self.device)
-        return noise, sample_labels(seed, indices, classes).to(self.device) if classes else None
+        # labels stay on the CPU, where the student checks them without waiting for a GPU
+        return noise, sample_labels(seed, indices, classes) if classes else None
 
     def _trajectory_error(self, block: Block) -> TrajectoryError:
         indices = range(block.start, block.stop)
         target, _ = solve_samples(self.spec, self.teacher, self.config.evaluation.seed, indices)
         noise, labels = self._inputs(indices)
+        target = target.to(self.device)  # a teacher without a network computes on the CPU
         difference = self.student.trajectory(noise, labels, self.spec.times) - target
         sums = [x.double().square().sum(dim=(0, 2, 3, 4)).cpu().numpy() for x in (difference, target)]
         return TrajectoryError(sums[0], sums[1])

@@ -56,7 +56,9 @@ def evaluate_images(
     Writes `<storage.root>/evaluation/<name>/samples-<hash of the images>.json`; returns its content. Raises UserError
     without images, weights or reference.
     """
-    comparison = look_up_images(config, open_images(address, config.storage.endpoint_url), address)
+    comparison = look_up_images(
+        config, open_images(address, config.storage.endpoint_url, config.data), address
+    )
     real, weights = comparison.real, comparison.weights
     console.say(
         f"{comparison.images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "

@@ -1,8 +1,4 @@
-"""Feature extractors of torch-fidelity's registry: the layers that metrics read, checked weights, features.
-
-`digits-features` is a small CNN for 8x8 digits, by which `configs/digits.yaml` is evaluated; the package has
-its weights.
-"""
+"""Feature extractors of torch-fidelity's registry: the layers that metrics read, checked weights, features."""
 
 from __future__ import annotations
 
@@ -17,80 +13,28 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError, said_by
+from dsno_cluster.evaluation.classifiers import CLASSIFIERS
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.files import in_home, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
-DIGITS, VGG = "digits-features", "vgg16"
-DIGITS_SHAPE = (1, 8, 8)
-STATE_DICTS = (
-    DIGITS,
-    VGG,
-    INCEPTION,
-)  # extractors whose weights are tensors by name; others' may hold programs
+VGG = "vgg16"
+# extractors whose weights are tensors by name; others' may hold programs
+STATE_DICTS = (*CLASSIFIERS, VGG, INCEPTION)
 OTHER_KEY = "evaluation.precision_recall_weights"  # of the keys of another extractor
 # torch-fidelity's names of the metrics that read features
 METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
 BATCH = 64  # images at a time, torch-fidelity's default
 WEIGHT_FILE = "weights.safetensors"
-
-
-class DigitsFeatures(FeatureExtractorBase):
-    """64 features and 10 class logits of digits; test accuracy of the logits 0.9966."""
-
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object
-    ) -> None:
-        super().__init__(name, features_list)
-        self.f = nn.Sequential(
-            *[nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(32)],
-            *[nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(64), nn.MaxPool2d(2)],
-            *[nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(64), nn.MaxPool2d(2)],
-            *[nn.Flatten(), nn.Linear(256, 64), nn.ReLU()],
-        )
-        self.o = nn.Linear(64, 10)
-        weights = parse_weights(Path(feature_extractor_weights_path), feature_extractor_weights_path)
-        self.load_state_dict(weights)
-        self.eval()
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "64", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits"}.get(metric, "64")
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 images (N, 1, 8, 8) -> the requested features, float32."""
-        return self.of_float(images.float() / 127.5 - 1.0)
-
-    def of_float(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The same features from float images in [-1, 1]."""
-        features = self.f(images.clamp(-1.0, 1.0))
-        every = {"64": features, "logits": self.o(features)}
-        return tuple(every[name] for name in self.features_list)
-
-
-if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:  # torch-fidelity refuses a second registration
-    register_feature_extractor(DIGITS, DigitsFeatures)
 
 
 @dataclass(frozen=True)
@@ -164,10 +108,9 @@ def check_shape(extractors: Iterable[str], shape: Sequence[int], what: str) -> N
     """Raises UserError if one of the extractors does not read images (C, H, W) of that shape."""
     form = "x".join(map(str, shape))
     for name in extractors:
-        if name == DIGITS and tuple(shape) != DIGITS_SHAPE:
-            raise UserError(
-                f"evaluation.feature_extractor: {DIGITS} reads images of 1x8x8, {what} are {form}"
-            )
+        if name in CLASSIFIERS and tuple(shape) != CLASSIFIERS[name].SHAPE:
+            its = "x".join(map(str, CLASSIFIERS[name].SHAPE))
+            raise UserError(f"evaluation.feature_extractor: {name} reads images of {its}, {what} are {form}")
         if shape[0] not in (1, 3):
             raise UserError(
                 f"evaluation.feature_extractor: {name} reads images of 1 or 3 channels, {what} are {form}"
@@ -206,8 +149,8 @@ def find_weights(
     another sha256 or a failed download.
     """
     _check_known(name)
-    if path is None and name == DIGITS:
-        path = f"package:{DIGITS}"
+    if path is None and name in CLASSIFIERS:
+        path = f"package:{name}"
     if path is None:
         return _downloaded(name, key)
     file = Path(package_path(path))
@@ -224,7 +167,7 @@ def find_weights(
     with file.open("rb") as opened:
         if problem := disguise(opened.read(HEAD)):
             raise UserError(f"{key}_path: {file} {problem}")
-    if name != DIGITS and not sha256:
+    if name not in CLASSIFIERS and not sha256:
         raise UserError(
             f"{key}_sha256: needed for {file.name}, whose loading can run code; its sha256 is {found}"
         )
@@ -294,7 +237,7 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
         raise UserError(
             f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
         ) from error
-    return Extractor(network, 1 if weights.extractor == DIGITS else 3, layers)
+    return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
 
 
 def file_sha256(file: Path) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster import console
+from dsno_cluster.config import DataConfig
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.errors import UserError
@@ -78,10 +79,14 @@ class ImageSet:
         return self.identify()
 
 
-def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
-    """The image set at an address. Raises UserError, naming the address, if there is none."""
+def open_images(
+    address: str,
+    endpoint_url: str | None = None,
+    data: DataConfig = DataConfig(),  # noqa: B008 (frozen)
+) -> ImageSet:
+    """The image set at an address, or that of `data` by its name. Raises UserError, naming the address, if there is none."""
     if address in NAMED_IMAGES:
-        return _named(address)
+        return _named(address, data)
     address = absolute_address(address)  # valid in any process
     if address.endswith(".npz"):
         return _npz(npz_file(address))
@@ -96,11 +101,13 @@ def open_images(address: str, endpoint_url: str | None = None) -> ImageSet:
     return _pictures(Path(address))
 
 
-def _named(name: str) -> ImageSet:
-    from dsno_cluster.data import load_digits
+def _named(name: str, data: DataConfig) -> ImageSet:
+    from dsno_cluster.data import load_data
     from dsno_cluster.images import to_uint8
 
-    split = load_digits()[NAMED_IMAGES.index(name)]
+    if data.name is None:
+        raise UserError(f"{name}: the config names no real images (data.name)")
+    split = load_data(data.name, data.path)[NAMED_IMAGES.index(name)]
     images = to_uint8(split.images)
 
     def identify() -> DataIdentity:

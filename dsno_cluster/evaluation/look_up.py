@@ -123,7 +123,10 @@ class Comparison:
         if self.readings or self.keep is not None:
             found.append(ImagesOf(STUDENT, count, self.readings))
         if self.config.data.name is not None and self.readings:
-            there, needed = open_images(HELD_OUT.address).count, fewest(self.config.evaluation)
+            there, needed = (
+                open_images(HELD_OUT.address, None, self.config.data).count,
+                fewest(self.config.evaluation),
+            )
             possible = {m: reading for m, reading in self.readings.items() if needed.get(m, 0) <= there}
             found.append(ImagesOf(HELD_OUT, there, possible))
         return found

@@ -62,8 +62,6 @@ def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher:
     classes, columns = plain.rows, plain.columns
     noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
     labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
-    if labels is not None:
-        labels = labels.to(device)
     theirs = solve_with(spec.method, teacher, noise, spec.times, labels)
     ours = student.trajectory(noise, labels, spec.times)
     return Pictured(noise.cpu(), theirs.cpu(), ours.cpu(), spec.method.evaluations(spec.times))

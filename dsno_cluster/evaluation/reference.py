@@ -164,19 +164,18 @@ def check_reference_is_there(config: Config) -> None:
     settings = config.evaluation
     if not set(OF_REFERENCE) & set(settings.metrics) or "evaluation.reference" not in files_not_there(config):
         return
-    reference_images(settings, imported(settings), {}, config.storage.endpoint_url)
+    reference_images(config, imported(settings), {})
 
 
-def reference_images(
-    settings: Evaluation, statistics: Reference | None, readings: Readings, endpoint_url: str | None
-) -> ImageSet | None:
+def reference_images(config: Config, statistics: Reference | None, readings: Readings) -> ImageSet | None:
     """The images whose features `readings` need; None if imported `statistics` are enough.
 
     Raises UserError if a metric needs images and the reference has none.
     """
+    settings = config.evaluation
     if statistics is None:
         try:
-            return open_images(settings.reference, endpoint_url)
+            return open_images(settings.reference, config.storage.endpoint_url, config.data)
         except UserError as error:
             raise UserError(f"evaluation.reference: {error}") from None
     by_row = [metric for metric in readings if metric in BY_ROW]
@@ -279,7 +278,7 @@ def compared_data(
     statistics = imported(settings)
     if statistics is not None and statistics.mean is not None and "fid" in compared:
         check_width(statistics.mean, compared["fid"])
-    images = reference_images(settings, statistics, compared, config.storage.endpoint_url)
+    images = reference_images(config, statistics, compared)
     if images is not None:
         what = f"evaluation.reference {settings.reference}"
         of_images = [metric for metric in compared if statistics is None or metric in BY_ROW]

@@ -92,7 +92,7 @@ def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor,
     labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
     if opened.label is not None:
         labels = torch.full((len(indices),), opened.label)
-    images = opened.draw(noise, None if labels is None else labels.to(opened.device))
+    images = opened.draw(noise, labels)
     return images.cpu(), labels
 
 

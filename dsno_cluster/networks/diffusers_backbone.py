@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.networks.normalization import keep_layouts, repeat
 from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
 from dsno_cluster.records import Values
 
@@ -33,7 +34,9 @@ def unet2d_model(config: Values, where: str) -> Any:
         from diffusers import UNet2DModel
     except ImportError:
         raise UserError(f"{where}: reading it needs diffusers: pip install diffusers") from None
-    return UNet2DModel.from_config(config)
+    unet = UNet2DModel.from_config(config)
+    keep_layouts(unet)
+    return unet
 
 
 class DiffusersBackbone(nn.Module):
@@ -66,7 +69,7 @@ class DiffusersBackbone(nn.Module):
         """As `UNet.forward`. Levels outside the scheduler's range are replaced by its nearest."""
         count, points = x_NCHW.shape[0], logsnr.shape[1]
         timestep_B = timesteps_at(self.levels, logsnr).expand(count, points).reshape(-1).float()
-        x_BCHW = x_NCHW.contiguous(memory_format=torch.channels_last).repeat_interleave(points, dim=0)
+        x_BCHW = repeat(x_NCHW.contiguous(memory_format=torch.channels_last), count * points)
         labels_B = None if labels_N is None else labels_N.repeat_interleave(points)
         last = [m for m in self.unet.up_blocks.modules() if isinstance(m, _BlockTemporal)][-1:]
         for module in self.unet.modules():

@@ -25,14 +25,15 @@ class FourierBasis(NamedTuple):
     `analysis` (F, M) maps values at M points to real coefficients, `synthesis` (P, F) maps those to values at
     the points `wanted` (P positions among the M). The first `real` coefficients belong to modes with a real
     coefficient (the mean and the Nyquist mode); the others are the real and imaginary parts of one mode after
-    the other. `modes` are the numbers of the modes in this order.
+    the other. `modes` are the numbers of the modes in this order. Both are index tensors, on the device already: a
+    list would be copied there, and waited for, at each use.
     """
 
     analysis: Tensor
     synthesis: Tensor
-    wanted: tuple[int, ...]
+    wanted: Tensor
     real: int
-    modes: tuple[int, ...]
+    modes: Tensor
 
 
 @functools.lru_cache(maxsize=256)
@@ -68,7 +69,8 @@ def fourier_basis(
     analysis_FM = torch.linalg.pinv(synthesis_MF, rtol=1e-3)
     wanted = tuple(range(len(phases))) if wanted is None else wanted
     analysis, synthesis = (x.to(device, dtype) for x in (analysis_FM, synthesis_MF[list(wanted)]))
-    return FourierBasis(analysis, synthesis, wanted, len(real), (*real, *other))
+    at_P, modes_K = (torch.tensor(x, device=device) for x in (wanted, (*real, *other)))
+    return FourierBasis(analysis, synthesis, at_P, len(real), modes_K)
 
 
 class TemporalConv(nn.Module):
@@ -93,7 +95,7 @@ class TemporalConv(nn.Module):
         points = basis.analysis.shape[1]
         u_NMX = u_BCHW.permute(0, 2, 3, 1).reshape(batch // points, points, -1)
         spectrum_NFLC = (basis.analysis @ u_NMX).reshape(len(u_NMX), -1, height * width, channels)
-        re_KIO, im_KIO = self.weight.to(u_BCHW.dtype)[:, :, list(basis.modes)].permute(3, 2, 0, 1)
+        re_KIO, im_KIO = self.weight.to(u_BCHW.dtype).index_select(2, basis.modes).permute(3, 2, 0, 1)
         mixed = [spectrum_NFLC[:, : basis.real] @ re_KIO[: basis.real]]
         for k in range(basis.real, len(basis.modes)):
             # (a + ib)(Re + i Im) as one real product of [a, b] with [[Re, Im], [-Im, Re]]
@@ -104,7 +106,7 @@ class TemporalConv(nn.Module):
             mixed.append(product.unflatten(-1, (2, channels)).transpose(1, 2))
         v_NPX = basis.synthesis @ torch.cat(mixed, dim=1).reshape(len(u_NMX), -1, u_NMX.shape[2])
         if len(basis.wanted) < points:
-            u_NMX = u_NMX[:, list(basis.wanted)]
+            u_NMX = u_NMX.index_select(1, basis.wanted)
         sum_NPX = u_NMX + F.leaky_relu(v_NPX, 0.01)
         return sum_NPX.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
 

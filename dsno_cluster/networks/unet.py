@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.normalization import normalized, repeat
 from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
 
 if TYPE_CHECKING:
@@ -83,24 +84,14 @@ class ResidualBlock(nn.Module):
 
         With M embeddings for each of N images, adjacent, x may be (N, C_in, H, W): the result is (N*M, ...).
         """
-        h = F.silu(self.norm_in(x_BCHW))
+        h = normalized(self.norm_in, x_BCHW)
         if self.resample == "down":
             h, x_BCHW = F.avg_pool2d(h, 2), F.avg_pool2d(x_BCHW, 2)
         elif self.resample == "up":
             h, x_BCHW = (F.interpolate(y, scale_factor=2, mode="nearest") for y in (h, x_BCHW))
-        h, skip = (repeat(y, len(embedding_BE)) for y in (self.norm_out(self.conv_in(h)), self.skip(x_BCHW)))
-        scale, shift = self.film(embedding_BE)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(h * (scale + 1.0) + shift)
+        h = normalized(self.norm_out, self.conv_in(h), self.film(embedding_BE))
         change: Tensor = self.conv_out(self.dropout(h))
-        return skip + change
-
-
-def repeat(x_NCHW: Tensor, batch: int) -> Tensor:
-    """Each image repeated so that there are `batch` of them, its copies adjacent, channels-last."""
-    if len(x_NCHW) == batch:
-        return x_NCHW
-    copies_NMHWC = x_NCHW.permute(0, 2, 3, 1)[:, None].expand(-1, batch // len(x_NCHW), -1, -1, -1)
-    return copies_NMHWC.flatten(0, 1).permute(0, 3, 1, 2)
+        return repeat(self.skip(x_BCHW), len(embedding_BE)) + change
 
 
 class Attention(nn.Module):
@@ -116,7 +107,9 @@ class Attention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         batch, channels, height, width = x_BCHW.shape
         qkv_BLhD = (
-            self.qkv(self.norm(x_BCHW)).permute(0, 2, 3, 1).reshape(batch, height * width, self.heads, -1)
+            self.qkv(normalized(self.norm, x_BCHW, activate=False))
+            .permute(0, 2, 3, 1)
+            .reshape(batch, height * width, self.heads, -1)
         )
         h_BhLd = F.scaled_dot_product_attention(*qkv_BLhD.transpose(1, 2).chunk(3, dim=-1))
         h_BHWC = h_BhLd.transpose(1, 2).reshape(batch, height, width, channels)
@@ -270,5 +263,5 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, repeat(skips.pop(), len(e))], dim=1), e, wanted)
             if level.resample is not None:
                 h = level.resample(h, e)
-        output: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        output: Tensor = self.conv_out(normalized(self.norm_out, h))
         return output.reshape(count, -1, *output.shape[1:])

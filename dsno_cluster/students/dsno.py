@@ -206,7 +206,7 @@ class DSNO(nn.Module):
             raise ValueError(
                 f"noise must be (N, {', '.join(map(str, self.network.image_shape))}), found {tuple(noise.shape)}"
             )
-        labels = self._checked(labels, len(noise))
+        labels = self._checked(labels, len(noise), device)
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 if the whole network is
         half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None
         output: Tensor
@@ -285,25 +285,24 @@ class DSNO(nn.Module):
         strangers = [t for t in asked if t not in self.times]
         raise ValueError(f"times {strangers} are not among those of this model: {list(self.times)}{between}")
 
-    def _checked(self, labels_N: Tensor | None, count: int) -> Tensor | None:
+    def _checked(self, labels_N: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+        """The labels on `device`. They are checked where they are: on the CPU, nothing waits for a GPU."""
         classes = self.network.num_classes
         if (labels_N is None) != (classes == 0):
             raise ValueError(
                 f"this model has {classes} classes: {'labels are needed' if classes else 'it takes no labels'}"
             )
-        if labels_N is not None and labels_N.shape != (count,):
+        if labels_N is None:
+            return None
+        if labels_N.shape != (count,):
             raise ValueError(
                 f"labels must be {count}, one for each noise, found shape {tuple(labels_N.shape)}"
             )
-        if (
-            labels_N is not None
-            and len(labels_N)
-            and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < classes
-        ):
+        if count and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < classes:
             raise ValueError(
                 f"labels must lie in 0..{classes - 1}, found {int(labels_N.min())}..{int(labels_N.max())}"
             )
-        return labels_N
+        return labels_N.to(device, non_blocking=True)
 
 
 def _nearest(time: float, times: Sequence[float]) -> float:

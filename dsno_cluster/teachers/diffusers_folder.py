@@ -119,7 +119,10 @@ class DiffusersFolder:
         def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
             level_N = logsnr(t_N).clamp(levels[-1], levels[0])
             timestep_N = timesteps_at(levels, level_N).float()
-            output = unet(x.to(dtype), timestep_N, labels, return_dict=False)[0].to(x.dtype)
+            images = x.to(dtype)
+            if x.is_cuda:  # not on a CPU: the bits of data sets that exist
+                images = images.contiguous(memory_format=torch.channels_last)
+            output = unet(images, timestep_N, labels, return_dict=False)[0].to(x.dtype)
             alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
             scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
             return clean_images(prediction, output, x, *scales)

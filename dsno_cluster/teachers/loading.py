@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import BeforeValidator, JsonValue, SerializeAsAny
@@ -36,16 +37,42 @@ def open_teacher(path: str, endpoint_url: str | None = None, options: Options | 
 
 
 def load_teacher(
-    path: str, endpoint_url: str | None = None, *, precision: str = "float32", options: Options | None = None
+    path: str,
+    endpoint_url: str | None = None,
+    *,
+    precision: str = "float32",
+    options: Options | None = None,
+    compile: bool = False,
 ) -> Teacher:
     """The teacher at `path`, on CPU. The package's docstring lists the possible `path` and `options`.
 
-    `precision` (float32, bfloat16, float16) is that of a network's weights and layers; states, noise levels and x0 stay
-    float32. Raises UserError if there is none, and for options that its family does not take.
+    `precision` (float32, tf32, bfloat16, float16) is that of a network's weights and layers; states, noise levels and x0
+    stay float32. With `compile` the network is compiled at its first calls, once for each shape of x.
+    Raises UserError if there is none, and for options that its family does not take.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is not one of: {', '.join(PRECISIONS)}")
-    return open_teacher(path, endpoint_url, options).load(precision)
+    return load_in(precision, open_teacher(path, endpoint_url, options), compile=compile)
+
+
+def load_in(precision: str, family: TeacherFamily, *, compile: bool) -> Teacher:
+    """The teacher of an opened family in a precision.
+
+    Raises UserError as `TeacherFamily.load`, and for a teacher without a network that is to be compiled.
+    """
+    loaded = family.load("float32" if precision == "tf32" else precision)
+    if precision == "tf32":
+        loaded = replace(loaded, tf32=True)
+    if not compile:
+        return loaded
+    if loaded.network is None:
+        raise UserError(
+            f"teacher.compile: a {family.kind} teacher has no network to compile; set it to false"
+        )
+    from dsno_cluster.torch_internals import compile_network
+
+    compile_network(loaded.network)
+    return loaded
 
 
 def teacher_info(path: str, endpoint_url: str | None = None, options: Options | None = None) -> TeacherInfo:

@@ -9,7 +9,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.solvers import Method, grid_points
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
-from dsno_cluster.teachers.loading import open_teacher
+from dsno_cluster.teachers.loading import load_in, open_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits
 from dsno_cluster.weight_files import NotWeights
 
@@ -57,7 +57,9 @@ class ConfiguredTeacher:
 
         Raises UserError if it does not fit the config, and WorkError if its files have changed since it was found.
         """
-        loaded = self._unchanged().load(self.config.teacher.precision)
+        loaded = load_in(
+            self.config.teacher.precision, self._unchanged(), compile=self.config.teacher.compile
+        )
         # a factory's images, classes and steps are known only now
         check_fits(self.config.network, loaded.info, self.path)
         native = loaded.native_grid(self.method.steps) if self.config.trajectories.grid == "auto" else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
 from dsno_cluster import liveness
 from dsno_cluster.config import Network
+from dsno_cluster.config.base import Precision
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
@@ -22,7 +24,7 @@ Options = Mapping[str, Any]
 Shape = tuple[int, int, int]
 NativeGrid = Callable[[int], tuple[float, ...]]
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 # A model whose meta names at most this many steps was distilled to them, and knows no other levels.
 MOST_DISTILLED_STEPS = 128
 
@@ -67,12 +69,13 @@ class TeacherInfo:
 class Teacher:
     """A denoiser: `denoise(x, t_N, labels)` gives x0.
 
-    `network` is the module that `to` moves, if there is one.
+    `network` is the module that `to` moves, if there is one. `tf32`: it is evaluated with TensorFloat-32 on a GPU.
     """
 
     info: TeacherInfo
     denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     network: nn.Module | None = None
+    tf32: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -113,30 +116,42 @@ class Teacher:
         return next((p.device for p in self.network.parameters()), cpu) if self.network else cpu
 
     def to(self, device: torch.device) -> Teacher:
-        """This teacher with its network moved to `device`."""
+        """This teacher with its network moved to `device`; on a GPU its weights are channels-last."""
+        import torch
+
         if self.network is not None:
             self.network.to(device)
+            if device.type == "cuda":
+                self.network.to(memory_format=torch.channels_last)
         return self
 
     def __call__(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Noisy images (N, C, H, W) at time t (a float, a 0-d tensor or (N,)) -> clean images x0, unclipped.
 
         `t` is the cosine time: 0 is data, 1 pure noise. `labels` are int64 (N,) in 0..num_classes-1, or
-        `null_class`. Without labels a teacher with a null class is unconditional. Raises ValueError
+        `null_class`. Without labels a teacher with a null class is unconditional. The result is on the device
+        of x, wherever the teacher is: one without a network computes on the CPU. Raises ValueError
         if labels are missing or not wanted.
         """
         import torch
 
+        from dsno_cluster.device import allowing_tf32
+
+        device, count = self.device, len(x)
         liveness.moved()
         if labels is None and self.null_class is not None:
-            labels = torch.full((len(x),), self.null_class, device=x.device)
+            labels = torch.full((count,), self.null_class, device=device)
         if (labels is None) != (self.num_classes == 0):
             raise ValueError(
                 f"this teacher has {self.num_classes} classes; labels given: {labels is not None}"
             )
-        t_N = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
-        with torch.no_grad():
-            return self.denoise(x, t_N, labels)
+        if isinstance(t, torch.Tensor):
+            t_N = t.to(device, torch.float64).expand(count)
+        else:  # filled on the device: a copy from the host would be waited for
+            t_N = torch.full((count,), t, dtype=torch.float64, device=device)
+        with torch.no_grad(), allowing_tf32() if self.tf32 else contextlib.nullcontext():
+            x0 = self.denoise(x.to(device), t_N, None if labels is None else labels.to(device))
+        return x0.to(x.device)
 
 
 class Source:

@@ -29,9 +29,9 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
     """
     settings = config.training
     deepspeed = import_deepspeed()
-    # One rank has nothing to partition, and stage 0 is faster. Half precision needs the flat float32 master
-    # weights, which only the other stages keep.
-    only_one = ranks.world_size == 1 and settings.precision == "float32"
+    # One rank has nothing to partition, and stage 0 is faster. Float16 needs the flat float32 master weights,
+    # which only the other stages keep.
+    only_one = ranks.world_size == 1 and settings.precision != "float16"
     if settings.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(
             f"training.precision float16: this {ranks.device.type} has none; take bfloat16 or float32"
@@ -55,7 +55,6 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
                 "stage3_max_reuse_distance": 2 * BUCKET,
             },
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": settings.precision == "bfloat16"},
             "fp16": {"enabled": settings.precision == "float16"},  # loss scaling is dynamic
             "steps_per_print": 10**9,
         },
@@ -67,7 +66,7 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
 class EMA:
     """Float32 moving averages of the master weights by decay; each rank averages what it owns.
 
-    In half-precision training the masters are averaged, not the rounded weights.
+    In float16 training the masters are averaged, not the rounded weights.
     """
 
     def __init__(self, fragments: dict[str, Fragment], decays: Sequence[float]) -> None:

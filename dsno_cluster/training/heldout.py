@@ -41,9 +41,7 @@ class HeldOut:
         shape = network.image_shape
         seed, indices = config.evaluation.seed, range(count)
         self.noise = sample_noise(seed, indices, shape).to(device)
-        self.labels = (
-            sample_labels(seed, indices, network.num_classes).to(device) if network.num_classes else None
-        )
+        self.labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
         self.target = None
         if config.training.heldout_every is not None:
             self.target = heldout_states(config, teacher, manifest, device)
@@ -84,4 +82,4 @@ def heldout_states(
         parts.append(solve_samples(spec, network, seed, indices)[0].float())
     states = torch.cat(parts)
     folder.write(name, safetensors.torch.save({"states": states.cpu().contiguous()}))
-    return states
+    return states.to(device)

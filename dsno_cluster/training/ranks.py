@@ -15,7 +15,7 @@ from torch import nn
 from dsno_cluster import liveness
 from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config
-from dsno_cluster.device import compute_device
+from dsno_cluster.device import allow_tf32, compute_device
 from dsno_cluster.errors import LOST_RANK, Preempted, UserError, WorkError
 from dsno_cluster.training.deepspeed_internals import import_deepspeed
 
@@ -59,7 +59,8 @@ def join_ranks(config: Config) -> Ranks:
         verbose=False,
         **({"timeout": GUARDED_TIMEOUT} if liveness.guarded else {}),
     )
-    compute_device()  # no TensorFloat-32, as when trajectories are made and in eval
+    compute_device()
+    allow_tf32(config.training.precision == "tf32")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, local_rank, world, device)
 

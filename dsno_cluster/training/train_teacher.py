@@ -12,7 +12,8 @@ from torch import Tensor
 from dsno_cluster import console
 from dsno_cluster.config import Config, Network, TeacherTraining, dump_config, validate
 from dsno_cluster.config.base import Strict
-from dsno_cluster.data import Split, load_digits
+from dsno_cluster.data import DATA_SETS, Split, load_data
+from dsno_cluster.device import allow_tf32, compute_device
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
@@ -20,6 +21,7 @@ from dsno_cluster.networks.unet import UNet
 from dsno_cluster.records import Values, canonical_hash
 from dsno_cluster.storage import FolderStorage, MissingObject, open_storage
 from dsno_cluster.teachers.identity import UNetDescription
+from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.training.ownership import only_run, teacher_claim
 from dsno_cluster.weight_files import NotWeights, parse_torch
@@ -60,8 +62,11 @@ def _train(config: Config, data: Split, command: str) -> str:
     claim.hold()
     # beside the model's folder, which appears complete
     resume, resume_key = FolderStorage(config.run_dir), f"teachers/{config.name}-resume.pt"
+    device = compute_device()
+    allow_tf32(settings.precision == "tf32")
+    data = Split(data.images.to(device), data.labels.to(device))
     torch.manual_seed(config.seed)
-    unet = UNet(network)
+    unet = UNet(network).to(device)
     ema = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     optimizer = torch.optim.Adam(unet.parameters())
     start, seconds = 0, 0.0
@@ -84,9 +89,7 @@ def _train(config: Config, data: Split, command: str) -> str:
             loss.backward()
             optimizer.step()
             decay = ema_decay_at(step, settings.ema_decay, ramp=True)
-            with torch.no_grad():
-                for name, tensor in unet.state_dict().items():
-                    ema[name].lerp_(tensor, 1.0 - decay)
+            lerp_all(list(ema.values()), list(unet.state_dict().values()), 1.0 - decay)
             advance(1, loss=float(loss.detach()))
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
                 state = _resume_state(config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
@@ -109,40 +112,42 @@ def _train(config: Config, data: Split, command: str) -> str:
 def _checked_data(config: Config) -> Split:
     """The images to train on. Raises UserError if they are not those of the config's network."""
     if config.data.name is None:
-        raise UserError("data.name: train-teacher needs real images; the data here is: digits")
-    train, _ = load_digits()
-    network = config.network
-    if tuple(train.images.shape[1:]) != network.image_shape:
+        raise UserError(f"data.name: train-teacher needs real images, of: {', '.join(DATA_SETS)}")
+    name, of_data, network = config.data.name, DATA_SETS[config.data.name], config.network
+    if of_data.shape != network.image_shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (of_data.shape, network.image_shape))
+        raise UserError(f"network: images of {name} are {theirs}, the network's {ours}")
+    if network.num_classes not in (0, of_data.num_classes):
         raise UserError(
-            f"network: digits are 1x8x8, the network is {network.channels}x{network.image_size}x{network.image_size}"
+            f"network.num_classes: {name} has {of_data.num_classes} classes, the network {network.num_classes}"
         )
-    if network.num_classes not in (0, 10):
-        raise UserError(f"network.num_classes: digits have 10 classes, the network {network.num_classes}")
     if config.teacher_training.label_dropout and not network.null_class:
         raise UserError("teacher_training.label_dropout: needs network.null_class true, or set it to 0")
+    train, _ = load_data(name, config.data.path)
     return train
 
 
 def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
     """Mean squared error of v = alpha eps - sigma x0 at uniform times.
 
-    Random draws depend only on (seed, step).
+    Random draws depend only on (seed, step), and are made on the CPU: they are the same on every device.
     """
-    settings = config.teacher_training
+    settings, device = config.teacher_training, data.images.device
     draw = torch.Generator().manual_seed((config.seed << 32) + step)
     pick = torch.randint(len(data.images), (settings.batch_size,), generator=draw)
-    x0, labels = data.images[pick], data.labels[pick]
     dropped = torch.rand(len(pick), generator=draw) < settings.label_dropout
-    labels = torch.where(dropped, config.network.num_classes, labels)
     t_N = torch.rand(len(pick), generator=draw, dtype=torch.float64)
-    noise = torch.randn(x0.shape, generator=draw)
+    noise = torch.randn((len(pick), *data.images.shape[1:]), generator=draw)
+    pick, dropped, t_N, noise = (x.to(device) for x in (pick, dropped, t_N, noise))
+    x0, labels = data.images[pick], torch.where(dropped, config.network.num_classes, data.labels[pick])
     alpha, sigma = (s.float()[:, None, None, None] for s in alpha_sigma(t_N))
-    predicted: Tensor = unet(
-        alpha * x0 + sigma * noise,
-        logsnr(t_N).float()[:, None],
-        labels if config.network.num_classes else None,
-    )
-    return (predicted[:, 0] - (alpha * noise - sigma * x0)).square().mean()
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        predicted: Tensor = unet(
+            alpha * x0 + sigma * noise,
+            logsnr(t_N).float()[:, None],
+            labels if config.network.num_classes else None,
+        )
+    return (predicted[:, 0].float() - (alpha * noise - sigma * x0)).square().mean()
 
 
 def _run(config: Config) -> TeacherRun:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -80,6 +81,10 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
     console.say(describe_plan(config, plan, actors))  # now that the storage has answered
     if plan.note:
         console.say(f"note: {plan.note}")
+    if config.teacher.compile:
+        console.say(
+            f"each actor first compiles the teacher's network, or finds its kernels in {kernels_folder(config)}"
+        )
     done = {key: shard for key, shard in named.items() if _is_there(shard, found)}
     if len(named) >= plan.size.num_shards and len(done) == len(named):
         console.say(f"all {plan.size.num_shards} shards exist already: {shown_path(address)}")
@@ -96,6 +101,11 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
         storage.tidy(plan.folder)
     console.say(f"done: {shown_path(address)}")
     return address
+
+
+def kernels_folder(config: Config) -> str:
+    """The folder of compiled kernels, which later runs and other nodes find."""
+    return str(config.run_dir.absolute() / "kernels")
 
 
 def _complete(
@@ -253,7 +263,7 @@ def _solving(
     """The shards `todo` with their etags, made by actors on the cluster; see `_make_shards`."""
     remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
     return run_pool(
-        lambda: remote.remote(plan.spec, config.teacher, config.storage, plan.folder),
+        lambda: remote.remote(plan.spec, config.teacher, config.storage, plan.folder, kernels_folder(config)),
         lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
         todo,
         cluster.capacity,
@@ -346,12 +356,15 @@ def collect_shards(
 class SolveActor(PoolActor):
     """A Ray actor that holds a teacher and makes shards of `spec` below `folder` of a storage.
 
+    The kernels of a compiled teacher are kept in the folder `kernels`.
+
     Raises UserError if the teacher that it loads is not the spec's.
     """
 
     def __init__(
-        self, spec: TrajectorySpec, teacher: TeacherConfig, storage: StorageConfig, folder: str
+        self, spec: TrajectorySpec, teacher: TeacherConfig, storage: StorageConfig, folder: str, kernels: str
     ) -> None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)  # before torch reads it
         import torch
 
         from dsno_cluster.device import compute_device
@@ -362,7 +375,11 @@ class SolveActor(PoolActor):
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
         self.spec, self.folder = spec, folder
         loaded = load_teacher(
-            str(teacher.path), storage.endpoint_url, precision=teacher.precision, options=teacher.options
+            str(teacher.path),
+            storage.endpoint_url,
+            precision=teacher.precision,
+            options=teacher.options,
+            compile=teacher.compile,
         )
         check_teacher(spec, loaded, str(teacher.path))
         self.teacher = loaded.to(compute_device())

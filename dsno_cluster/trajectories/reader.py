@@ -54,6 +54,11 @@ class Batch:
     states: Tensor
     labels: Tensor | None
 
+    def pinned(self) -> Batch:
+        """This batch in memory from which a GPU copies by itself."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return Batch(self.indices, self.noise.pin_memory(), self.states.pin_memory(), labels)
+
 
 def open_trajectories(storage: Storage, folder: str, num_samples: int) -> Manifest:
     """The manifest of a finished data set with at least `num_samples`, cut to those.
@@ -128,7 +133,8 @@ def read_batches(
         for epoch in np.unique(epochs):
             flat[epochs == epoch] = order(int(epoch))[within[epochs == epoch]]
         indices = flat.reshape(accumulation, world_size, micro)[:, rank]
-        return [shards.batch(part) for part in indices]
+        batches = [shards.batch(part) for part in indices]
+        return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
     with ThreadPoolExecutor(1) as ahead:
         pending: deque[Future[list[Batch]]] = deque()

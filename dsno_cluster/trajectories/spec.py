@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, ValidationError
 
 from dsno_cluster.config import Config
-from dsno_cluster.config.base import Named, PositiveInt, Seed
+from dsno_cluster.config.base import Named, PositiveInt, Precision, Seed, later
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError, WorkError
@@ -48,8 +48,8 @@ class TrajectorySpec(Named):
 
     `times` (M,) descend to 0. `grid` is a name of `GRIDS`, or the times of the teacher's own steps, on which
     the state at t=0 is the last prediction of x0. `shape` is (C, H, W), `dtype` that of the stored states,
-    `inference_precision` that of the teacher. `threads` are the CPU threads of an actor, on which bits
-    depend.
+    `inference_precision` that of the teacher, whose network may be `compiled`. `threads` are the CPU threads of
+    an actor, on which bits depend.
     """
 
     format_version: int
@@ -65,7 +65,8 @@ class TrajectorySpec(Named):
     seed: Seed
     shape: tuple[int, int, int]
     dtype: Literal["float16", "float32"]
-    inference_precision: Literal["float32", "bfloat16", "float16"]
+    inference_precision: Precision
+    compiled: bool = later(False)
     samples_per_shard: PositiveInt
     batch_size: PositiveInt
     threads: PositiveInt
@@ -109,6 +110,7 @@ def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
         shape=shape,
         dtype=settings.dtype,
         inference_precision=config.teacher.precision,
+        compiled=config.teacher.compile,
         samples_per_shard=settings.samples_per_shard,
         batch_size=settings.batch_size,
         threads=settings.threads,

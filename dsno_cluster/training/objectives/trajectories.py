@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -43,19 +44,29 @@ class TrajectoryObjective:
 
     def distances(self, student: Student, batch: Batch, points: Sequence[int]) -> Tensor:
         """The distance at each of `points`, (len(points),), the mean over samples and pixels."""
-        labels = None if batch.labels is None else batch.labels.to(self.device)
-        predicted = student(batch.noise.to(self.device), labels, points)
-        return self.distance(predicted.float(), batch.states[:, points].to(self.device))
+        wanted = batch.states
+        if len(points) < self.num_figures:
+            wanted = wanted[:, points]
+            wanted = wanted.pin_memory() if batch.noise.is_pinned() else wanted
+        noise, target = (x.to(self.device, non_blocking=True) for x in (batch.noise, wanted))
+        predicted = student(noise, batch.labels, points)  # it checks the labels where they are, on the CPU
+        return self.distance(predicted.float(), target)
 
     def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """The mean over the step's points of weight times distance, and the distances, (M,)."""
         points = self.points(step)
         distances = self.distances(student, batch, points)
-        distances_M = torch.zeros(self.num_figures, device=self.device)
-        distances_M[points] = distances.detach()
-        return weighted(distances, self.weights_on_device_M[points]), distances_M
+        at = _positions(tuple(points), self.device)
+        distances_M = torch.zeros(self.num_figures, device=self.device).index_copy(0, at, distances.detach())
+        return weighted(distances, self.weights_on_device_M.index_select(0, at)), distances_M
 
     def summary(self, figures: Sequence[float], step: int) -> StepFigures:
         points = self.points(step)
         seen = tuple(figures[i] if i in points else None for i in range(self.num_figures))
         return StepFigures(float(weighted(torch.tensor(figures)[points], self.weights_M[points])), seen)
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(points: tuple[int, ...], device: torch.device) -> Tensor:
+    """`points` as an index on the device, copied there only once: a list would be copied, and waited for, each time."""
+    return torch.tensor(points, device=device)

@@ -1,0 +1,61 @@
+"""Teachers whose network is compiled: the same answers, the same bytes, no more compilations than shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from teacher_models import one_thread as one_thread  # fixtures
+from teacher_models import relative
+from tiny import TINY, dsno
+
+from dsno_cluster import load_teacher, solve
+from dsno_cluster.config import load_config
+from dsno_cluster.teachers import find_teacher
+from dsno_cluster.trajectories.spec import spec_of
+
+pytestmark = pytest.mark.slow
+
+
+def test_compiled_without_graph_breaks_once_for_each_shape() -> None:
+    from torch._dynamo.utils import counters
+
+    plain, compiled = (load_teacher("package:digits-teacher", compile=c) for c in (False, True))
+    torch.manual_seed(0)
+    counters.clear()
+    for count in (8, 3, 8, 3):  # whole batches and a last one
+        noise, labels = torch.randn(count, 1, 8, 8), torch.arange(count)
+        found, expected = (
+            solve(teacher, noise, [0.25, 0.0], "heun", 4, labels, guidance_scale=2.0)
+            for teacher in (compiled, plain)
+        )
+        assert relative(found, expected) < 1e-4
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
+
+
+def test_two_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    words = [*TINY, "teacher.compile=true", "--actors", "1", "--launcher", "local"]
+    made = []
+    for name in ("one", "other"):
+        done = dsno("gen-trajectories", *words, f"storage.root={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        assert "first compiles" in done.stderr
+        made.append({p.name: p.read_bytes() for p in (tmp_path / name).glob("trajectories/*/shard-*")})
+    assert made[0] and made[0] == made[1]
+    # the kernels are kept, and are each run's own here: neither took them from the other
+    assert all(any((tmp_path / name / "kernels").iterdir()) for name in ("one", "other"))
+
+
+def test_a_compiled_teacher_makes_another_data_set() -> None:
+    folders = set()
+    for value in ("true", "false"):
+        config = load_config("configs/digits.yaml", [f"teacher.compile={value}"])
+        folders.add(spec_of(config, find_teacher(config)).folder)
+    assert "trajectories/f68cf7a0ef8d6663/" in folders and len(folders) == 2
+
+
+def test_a_teacher_without_a_network_is_not_compiled(tmp_path: Path) -> None:
+    words = ["teacher.path=closed-form:gaussian", "teacher.compile=true", f"storage.root={tmp_path}"]
+    told = dsno("gen-trajectories", *TINY, *words, "--actors", "1", "--launcher", "local")
+    assert told.returncode == 2 and "no network to compile" in told.stderr, told.stderr

@@ -1,0 +1,188 @@
+"""What the hot loops do on a GPU, followed on pretended tensors: layouts hold, and the host waits for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu_tensors import CUDA, Seen, channels_first, moved, pretended_gpu
+from torch import Tensor, nn
+
+from dsno_cluster import load_teacher, solve
+from dsno_cluster.config import Network, load_config
+from dsno_cluster.diffusion.solvers import SOLVERS
+from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.networks.normalization import in_any_layout
+from dsno_cluster.networks.unet import UNet
+from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.teachers import Teacher
+from dsno_cluster.teachers.identity import UNetDescription
+from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
+from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+from dsno_cluster.trajectories.reader import Batch
+
+TIMES = (0.5, 0.25, 0.1, 0.0)
+FORMS = {
+    "convolution": Form(3),
+    "drawn": Form(3, points="drawn"),
+    "series": Form(4, "series", "data"),
+}
+
+
+def network(classes: int = 0) -> Network:
+    return Network(
+        image_size=16,
+        channels=3,
+        width=32,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        embedding_dim=64,
+        attention_resolutions=(8,),
+        heads=2,
+        num_classes=classes,
+        null_class=bool(classes),
+    )
+
+
+DIFFUSERS = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+    "num_class_embeds": 11,
+}
+SCHEDULER = {
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels of a GPU return; on pretended tensors torch takes the slow way, which copies."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+
+
+def seen_by(call: Callable[[], object]) -> Seen:
+    """What a call does that is not its first: what it keeps on the device it has copied there before."""
+    for _ in range(2):
+        with Seen() as seen:
+            call()
+    return seen
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_student(form: str, classes: int) -> None:
+    student = DSNO(network(classes), FORMS[form], TIMES)
+    labels = torch.tensor([0, 1, 2, 3]) if classes else None
+    with pretended_gpu():
+        moved(student)
+        noise = torch.empty(4, 3, 16, 16, device=CUDA)
+        wrong = channels_first(student)
+        seen = seen_by(lambda: student(noise, labels, [0, 2, 3]))
+        drawn = seen_by(lambda: student.sample(noise, labels))
+    assert not wrong
+    assert not seen.waits and not drawn.waits
+    # the noise on its way in, the copies for each point in the first block and of its skips, the states on their way out
+    assert sum(seen.copies.values()) <= 5, seen.copies
+
+
+def test_a_student_with_the_network_of_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    model = DiffusersModel(config=DIFFUSERS, scheduler=SCHEDULER)
+    student = DSNO(network(11), Form(2), TIMES, diffusers=model).eval()
+    labels = torch.tensor([0, 1, 2, 3])
+    with pretended_gpu():
+        moved(student)
+        noise = torch.empty(4, 3, 16, 16, device=CUDA)
+        wrong = channels_first(student)
+        seen = seen_by(lambda: student.sample(noise, labels))
+    assert not wrong and not seen.waits
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_teacher(solver: str) -> None:
+    description = UNetDescription(network=network(10), prediction="both")
+    weights = UNet(description.network, out_channels=6).state_dict()
+    teacher = unet_teacher(unet_info("here", description, "0" * 64, None), description, weights, "float32")
+    wrong, seen = solved(teacher, solver)
+    assert not wrong and not seen.waits
+
+
+def test_a_teacher_of_diffusers(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    UNet2DModel(**DIFFUSERS).save_pretrained(tmp_path)
+    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path)
+    wrong, seen = solved(load_teacher(str(tmp_path), options={"null_class": 10}), "heun")
+    assert not wrong and not seen.waits
+
+
+def solved(teacher: Teacher, solver: str) -> tuple[list[str], Seen]:
+    """What solving with guidance does: modules that are channels-first, and waits and copies."""
+    labels = torch.tensor([0, 1, 2, 3])
+    assert teacher.network is not None
+    teacher.network.to(memory_format=torch.channels_last)  # as `Teacher.to` does
+    with pretended_gpu():
+        moved(teacher.network)
+        noise, there = torch.empty(4, 3, 16, 16, device=CUDA), labels.to(CUDA)
+        wrong = channels_first(teacher.network)
+        return wrong, seen_by(lambda: solve(teacher, noise, [0.5, 0.0], solver, 3, there, guidance_scale=2.0))
+
+
+def test_the_loss_of_a_step() -> None:
+    """On points that are drawn: the student, its labels, the distances and the step's figures."""
+    config = load_config(
+        "configs/digits.yaml",
+        ["student={operator: convolution, modes: 3, points: drawn}", "training.most_points=3"],
+    )
+    times, shape = config.trajectories.time_points, config.network.image_shape
+    student = DSNO(config.network, Form(3, points="drawn"), times)
+    states, labels = torch.zeros(4, len(times), *shape), torch.tensor([0, 1, 2, 3])
+    objective = TrajectoryObjective(config, torch.device("cpu"))
+    objective.device = CUDA
+    with pretended_gpu():
+        objective.weights_on_device_M = objective.weights_M.to(CUDA)
+        moved(student)
+        batch = Batch(np.arange(4), torch.zeros(4, *shape), states, labels)
+        seen = seen_by(lambda: objective.loss(student, batch, 7))
+    assert not seen.waits
+
+
+@pytest.mark.parametrize("with_film", [False, True])
+def test_group_norm_in_any_layout_is_that_of_torch(with_film: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 16, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x_NCHW = (torch.randn(3, 16, 5, 7) + 2.0).contiguous(memory_format=torch.channels_last)
+    film_BD = torch.randn(6, 32) if with_film else None
+    expected = norm(x_NCHW)
+    if film_BD is not None:
+        scale, shift = film_BD[:, :, None, None].chunk(2, dim=1)
+        expected = expected.repeat_interleave(2, dim=0) * (scale + 1.0) + shift
+    found = in_any_layout(norm, x_NCHW, film_BD)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    sequence_NCL = torch.randn(2, 16, 9)
+    torch.testing.assert_close(
+        in_any_layout(norm, sequence_NCL, None), norm(sequence_NCL), atol=1e-5, rtol=1e-5
+    )
