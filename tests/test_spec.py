@@ -285,7 +285,7 @@ def test_a_teacher_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     read = FolderStorage.read
 
     def counted(self: FolderStorage, key: str, start: int = 0, end: int | None = None) -> bytes:
-        reads[key] += 1
+        reads[key] += end is None  # not what looks at a header
         return read(self, key, start, end)
 
     monkeypatch.setattr(FolderStorage, "read", counted)

@@ -239,7 +239,7 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
     begin = f"{config.name}-{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = jobs / f"{begin}{suffix}"
-        if (index() / folder.name).is_symlink():  # the id of a run elsewhere
+        if os.path.islink(index() / folder.name):  # the id of a run elsewhere
             continue
         try:
             # only for the user: the script contains the environment that the profile sets
