@@ -376,7 +376,9 @@ def test_an_endpoint_that_never_answered_is_not_waited_for(
 ) -> None:
     closed = socket.create_server(("127.0.0.1", 0))  # listens, and speaks no TLS
     monkeypatch.setenv("AWS_CA_BUNDLE", "/nonexistent/ca.pem")
-    monkeypatch.setattr("dsno_cluster.storage.s3._expected", False)  # a test that ran a task in this process set it
+    monkeypatch.setattr(
+        "dsno_cluster.storage.s3._expected", False
+    )  # a test that ran a task in this process set it
     for endpoint in (
         "http://127.0.0.1:1",
         "http://no-such-host.invalid",
