@@ -289,6 +289,7 @@ def test_students_refuse_what_they_cannot_answer(demo: tuple[Path, str, str]) ->
         load_student("package:digits-teacher")
 
 
+@pytest.mark.slow
 def test_teacher_training_can_be_interrupted(tmp_path: Path) -> None:
     """The same teacher, whether or not the run was cut in two."""
     few = ["teacher_training.steps=6", "teacher_training.checkpoint_every=2", "teacher_training.batch_size=8"]

@@ -118,7 +118,7 @@ def test_an_actor_that_dies_while_the_cost_is_measured_is_replaced(root: Path, t
     assert (root / "evaluation/digits/samples.png").is_file()
 
 
-@pytest.mark.parametrize("fails", ["the cost", "the pictures"])
+@pytest.mark.parametrize("fails", ["the cost", pytest.param("the pictures", marks=pytest.mark.slow)])
 def test_figures_are_kept_if_cost_or_pictures_fail_for_good(fails: str, root: Path, tmp_path: Path) -> None:
     """The other one is still made; a picture of an earlier evaluation does not stay beside these figures."""
     call = f"if len(x) == {50 if fails == 'the cost' else 30}: raise ValueError('no such number')"
@@ -173,7 +173,8 @@ def saved_diffusers_teacher(folder: Path) -> list[str]:
     return [f"teacher.path={folder}", "teacher.options={null_class: 10}"]
 
 
-@pytest.mark.parametrize("family", ["diffusers", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["diffusers", "own"])
 def test_the_driver_reads_each_file_of_the_teacher_once(family: str, root: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     if family == "own":

@@ -133,7 +133,8 @@ def test_a_shard_that_another_run_made_with_other_bits_is_left_alone(faulty: Pat
     assert answer("verify", str(theirs.parent)).returncode == 0
 
 
-@pytest.mark.parametrize("how", ["once", pytest.param("always", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["once", "always"])
 def test_shards_that_vanish_before_the_manifest_is_written_are_made_again(faulty: Path, how: str) -> None:
     """While one of the shards 1 and 4 is made, the other is deleted."""
     root = faulty / "root"

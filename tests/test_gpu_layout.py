@@ -121,7 +121,9 @@ def test_a_student_with_the_network_of_diffusers() -> None:
 def test_a_teacher(solver: str) -> None:
     description = UNetDescription(network=network(10), prediction="both")
     weights = UNet(description.network, out_channels=6).state_dict()
-    teacher = unet_teacher(unet_info("here", description, "0" * 64, None), description, weights, "float32")
+    teacher = unet_teacher(
+        unet_info("here", description, "0" * 64, None), description, weights, "float32", "here"
+    )
     wrong, seen = solved(teacher, solver)
     assert not wrong and not seen.waits
 

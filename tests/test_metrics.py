@@ -28,6 +28,7 @@ from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import features
+from dsno_cluster.evaluation.classifiers import DigitsFeatures
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
@@ -87,10 +88,13 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
     """Whoever computes: one actor or two, in blocks of any size, from shards, pictures or arrays."""
     train, held_out = load_data("digits")
     real, samples = to_uint8(train.images), to_uint8(held_out.images)
-    options = {"feature_extractor": features.DIGITS, "feature_extractor_weights_path": str(DIGITS_WEIGHTS)}
+    options = {
+        "feature_extractor": DigitsFeatures.NAME,
+        "feature_extractor_weights_path": str(DIGITS_WEIGHTS),
+    }
     wanted = torch_fidelitys(samples, real, fid=True, kid=True, isc=True, prc=True, **options, **KNOBS)
     yardstick = features.load_extractor(
-        features.find_weights(features.DIGITS, "package:digits-features", None), ["logits"]
+        features.find_weights(DigitsFeatures.NAME, "package:digits-features", None), ["logits"]
     )
     labels = held_out.labels.clone()
     labels[::3] = (labels[::3] + 1) % 10  # a third of them wrong

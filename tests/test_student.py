@@ -290,8 +290,8 @@ def test_the_path_of_a_diffusers_student(tmp_path: Path) -> None:
 # ---- speed options that change nothing ------------------------------------------------------------------------
 
 
-# compiling takes most of a minute; the series is what ships
-@pytest.mark.parametrize("name", [pytest.param("drawn", marks=pytest.mark.slow), "series"])
+@pytest.mark.slow  # compiling takes most of a minute
+@pytest.mark.parametrize("name", ["drawn", "series"])
 def test_compiled_students_answer_the_same(name: str) -> None:
     form = FORMS[name]
     noise, labels = question(4)

@@ -362,9 +362,15 @@ class SolveActor(PoolActor):
     """
 
     def __init__(
-        self, spec: TrajectorySpec, teacher: TeacherConfig, storage: StorageConfig, folder: str, kernels: str
+        self,
+        spec: TrajectorySpec,
+        teacher: TeacherConfig,
+        storage: StorageConfig,
+        folder: str,
+        kernels: str | None = None,
     ) -> None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)  # before torch reads it
+        if kernels is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)  # before torch reads it
         import torch
 
         from dsno_cluster.device import compute_device

@@ -1,4 +1,4 @@
-"""The one cluster test of `make test`: two real Slurm nodes make the shards that this machine makes alone."""
+"""Two real Slurm nodes make the shards that this machine makes alone, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cluster_users import User, ray_processes, started
 from tiny import TINY
 
 
+@pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_two_nodes_make_the_same_shards(tiny_data: Path) -> None:
     with started(2) as cluster:
