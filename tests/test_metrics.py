@@ -171,7 +171,7 @@ def test_inception_is_torch_fidelitys_own(tmp_path: Path) -> None:
     check_equal(found["figures"], wanted)
     warnings = " ".join(found["warnings"])
     assert "not by the published Inception weights" in warnings
-    assert "of 72 samples" in warnings and "of 80 images" in warnings
+    assert "of 72 samples" in warnings and "of only 80 images" in warnings
 
 
 def test_blocks_merge_alike_in_any_order() -> None:
