@@ -69,6 +69,7 @@ def test_a_node_lost_while_shards_are_made(disk_user: User, cluster: Cluster) ->
     all_shards_made_once(disk_user)
 
 
+@pytest.mark.drill
 def test_the_first_node_lost_while_shards_are_made(disk_user: User, cluster: Cluster) -> None:
     run = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "2")
     wait_for(lambda: disk_user.shards_made() >= 6)
@@ -84,7 +85,7 @@ def test_the_first_node_lost_while_shards_are_made(disk_user: User, cluster: Clu
     all_shards_made_once(disk_user)
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["first", "other"])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.drill)], ids=["first", "other"])
 def test_a_node_lost_while_training(
     index: int, disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_node_lost_while_training(
     assert disk_user.row(run)["attempts"] == 2
 
 
+@pytest.mark.drill
 def test_a_node_lost_while_a_student_is_evaluated(
     disk_user: User, cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +138,7 @@ def test_scancel_saves_and_does_not_requeue(
     finished(disk_user, again, undisturbed)
 
 
+@pytest.mark.drill
 def test_the_time_limit_is_reached(
     disk_user: User, tiny_data: Path, undisturbed_lines: list[dict[str, float]]
 ) -> None:
@@ -154,6 +157,7 @@ def test_the_time_limit_is_reached(
     assert why_stopped(run.attempt(0)) == "time limit"
 
 
+@pytest.mark.drill
 def test_the_time_limit_is_reached_while_shards_are_made(disk_user: User, cluster: Cluster) -> None:
     """An administrator cuts the limit when there are shards, so that there is something to keep on any machine."""
     twelve = ["trajectories.num_samples=192", "trajectories.steps=240"]
@@ -205,6 +209,7 @@ def test_requeued_by_an_administrator(
     assert disk_user.row(run)["attempts"] == 2
 
 
+@pytest.mark.drill
 def test_a_node_is_drained_and_the_controller_restarts(disk_user: User, cluster: Cluster) -> None:
     """What runs goes on; what asks for the drained node waits, and says so; the others can be asked for."""
     run = disk_user.submit("gen-trajectories", *SLOW, "--nodes", "2")
@@ -247,6 +252,7 @@ def test_the_s3_server_restarts(user: User, cluster: Cluster) -> None:
     user.verify()
 
 
+@pytest.mark.drill
 def test_a_node_whose_disk_is_full_is_done_without(disk_user: User, cluster: Cluster) -> None:
     cluster.run("dd", "if=/dev/zero", "of=/mnt/full", "bs=1M", host="node2", check=False)
     try:
@@ -258,6 +264,7 @@ def test_a_node_whose_disk_is_full_is_done_without(disk_user: User, cluster: Clu
         cluster.run("rm", "/mnt/full", host="node2")
 
 
+@pytest.mark.drill
 def test_a_job_that_can_never_succeed_is_given_up(disk_user: User) -> None:
     """Its teacher fails on every node; started again as often as the profile allows, then the reason is in `status`."""
     disk_user.profile(retries=1)
@@ -273,6 +280,7 @@ def test_a_job_that_can_never_succeed_is_given_up(disk_user: User) -> None:
     assert "the GPU fell off" in row["last_error"]
 
 
+@pytest.mark.drill
 def test_ranks_and_drivers_killed(
     disk_user: User, cluster: Cluster, tiny_data: Path, undisturbed: list[float]
 ) -> None:

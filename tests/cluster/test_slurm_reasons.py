@@ -28,6 +28,7 @@ def said_while_it_waits(user: User, run: object) -> str:
     return str(wait_for(waiting, 240))
 
 
+@pytest.mark.drill
 def test_munge_ends_on_a_node_while_a_step_starts(disk_user: User, cluster: Cluster) -> None:
     begun, go = disk_user.home / "begun", disk_user.home / "go"
     wait = [f"touch {begun}", f"while [ ! -e {go} ]; do sleep 0.2; done"]
@@ -85,6 +86,7 @@ def test_a_job_that_slurm_cannot_launch_is_held(disk_user: User, cluster: Cluste
     disk_user.ends(run)
 
 
+@pytest.mark.drill
 def test_a_signal_that_an_import_swallows_ends_the_attempt(disk_user: User, cluster: Cluster) -> None:
     """As when the time limit is near: the task ends in time, and the job is started again."""
     importing = disk_user.home / "importing"
