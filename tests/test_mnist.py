@@ -99,7 +99,7 @@ def test_the_whole_path(tmp_path: Path) -> None:
     ]
     made = dsno("train-teacher", *words)
     assert made.returncode == 0, made.stderr
-    done = dsno("run", *words, "--launcher", "local", "--actors", "1")
+    done = dsno("run", *words, "--launcher", "local")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "evaluation/mnist32/metrics.json").read_text())
     assert metrics["real_held_out"]["fid"] > 0 and metrics["student"]["fid"] > 0

@@ -62,12 +62,8 @@ class ConfiguredTeacher:
         )
         # a factory's images, classes and steps are known only now
         check_fits(self.config.network, loaded.info, self.path)
-        native = loaded.native_grid(self.method.steps) if self.config.trajectories.grid == "auto" else None
-        if (native is None) != (self.own_steps is None):
-            raise UserError(
-                f"trajectories.grid: auto, but the teacher at {self.path} has a native_grid, which no plan can know before "
-                "it is made; set trajectories.grid to uniform or fine-end"
-            )
+        if self.config.trajectories.grid == "auto":
+            check_planned_grid(loaded, self.method.steps, self.own_steps is not None, self.path)
         return loaded
 
     def warm_start(self) -> dict[str, Tensor]:
@@ -98,6 +94,15 @@ class ConfiguredTeacher:
                 f"student.backbone diffusers: the teacher at {self.path} is of kind {self.opened.kind}; take backbone=unet"
             )
         return self.info.backbone
+
+
+def check_planned_grid(teacher: Teacher, steps: int, planned: bool, path: str) -> None:
+    """Raises UserError if a loaded teacher has steps of its own for grid `auto`, and none were `planned`, or the reverse."""
+    if (teacher.native_grid(steps) is not None) != planned:
+        raise UserError(
+            f"trajectories.grid: auto, but the teacher at {path} has a native_grid, which no plan can know before "
+            "it is made; set trajectories.grid to uniform or fine-end"
+        )
 
 
 def find_teacher(config: Config) -> ConfiguredTeacher:

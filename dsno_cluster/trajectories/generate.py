@@ -33,6 +33,7 @@ from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
 from dsno_cluster.teachers import Teacher, load_teacher
+from dsno_cluster.teachers.of_config import check_planned_grid
 from dsno_cluster.trajectories.plan import Plan
 from dsno_cluster.trajectories.shards import (
     MADE_SHARDS,
@@ -263,7 +264,14 @@ def _solving(
     """The shards `todo` with their etags, made by actors on the cluster; see `_make_shards`."""
     remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
     return run_pool(
-        lambda: remote.remote(plan.spec, config.teacher, config.storage, plan.folder, kernels_folder(config)),
+        lambda: remote.remote(
+            plan.spec,
+            config.teacher,
+            config.storage,
+            plan.folder,
+            kernels_folder(config),
+            auto_grid=config.trajectories.grid == "auto",
+        ),
         lambda actor, index: actor.make_shard.remote(index, bad.get(index)),
         todo,
         cluster.capacity,
@@ -356,7 +364,8 @@ def collect_shards(
 class SolveActor(PoolActor):
     """A Ray actor that holds a teacher and makes shards of `spec` below `folder` of a storage.
 
-    The kernels of a compiled teacher are kept in the folder `kernels`.
+    The kernels of a compiled teacher are kept in the folder `kernels`. `auto_grid`: the config leaves the grid to the
+    teacher.
 
     Raises UserError if the teacher that it loads is not the spec's.
     """
@@ -368,6 +377,7 @@ class SolveActor(PoolActor):
         storage: StorageConfig,
         folder: str,
         kernels: str | None = None,
+        auto_grid: bool = False,
     ) -> None:
         if kernels is not None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)  # before torch reads it
@@ -388,6 +398,8 @@ class SolveActor(PoolActor):
             compile=teacher.compile,
         )
         check_teacher(spec, loaded, str(teacher.path))
+        if auto_grid:  # a factory's steps are known only now
+            check_planned_grid(loaded, spec.steps, not isinstance(spec.grid, str), str(teacher.path))
         self.teacher = loaded.to(compute_device())
         self.storage = open_storage(storage.root, storage.endpoint_url)
 
