@@ -28,6 +28,7 @@ class Preempted(KeyboardInterrupt):
 
 
 LOST_RANK = "another rank was lost"  # how a rank reports that it is not the cause
+LONE_SIGNAL = "a signal ended this rank and no other"  # as it seems to that rank; Slurm may know better
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

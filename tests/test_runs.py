@@ -27,7 +27,7 @@ from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, find
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.status import run_to_cancel
 from dsno_cluster.config import Config, load_config, load_profile
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.errors import LONE_SIGNAL, LOST_RANK, UserError, WorkError
 from dsno_cluster.stages import TRAIN
 
 # what scripts read of `status --json`
@@ -323,5 +323,7 @@ def test_attempts_that_slurm_takes_before_they_can_note_it_are_not_counted(
         assert begin_or_end(["begin", str(run.folder)]) == 0
         with (run.folder / BATCH_LOG).open("a") as log:
             log.write(taken)
-        if number % 2:  # the batch script had time
+        if number % 4 == 1:  # the batch script had time
             run.attempt(number).write(Outcome(state="again", reason="it was requeued"))
+        if number % 2 == 0:  # a rank had, which did not see the others end
+            run.attempt(number).write(Failure(kind="work", reason=LONE_SIGNAL, rank=1))

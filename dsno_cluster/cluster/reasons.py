@@ -13,7 +13,7 @@ from dsno_cluster.cluster.runs import BATCH_LOG, Attempt
 from dsno_cluster.cluster.slurm_commands import host_names
 from dsno_cluster.cluster.srun_lines import Line, lines_about_the_end, task_end, trouble
 from dsno_cluster.cluster.task import STOPS
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.errors import LONE_SIGNAL, LOST_RANK, UserError, WorkError
 
 KILLED = 128  # a shell's exit status is this much above the number of the signal
 NOTICES = {
@@ -31,7 +31,7 @@ def why(attempt: Attempt, status: int | None) -> str:
     `status` is that of srun, known to the batch script; None for everybody else.
     """
     failure, stopped = attempt.failure(), attempt.read(Stopped)
-    if failure is not None and not failure.reason.startswith(LOST_RANK):
+    if failure is not None and not failure.reason.startswith((LOST_RANK, LONE_SIGNAL)):
         return failure.reason
     if stopped is not None:
         # Slurm ends a job that loses a node as it ends one that another job preempts

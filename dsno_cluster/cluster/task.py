@@ -27,7 +27,7 @@ from dsno_cluster.cluster.records import AttemptProgress, Failure, Meeting, Resu
 from dsno_cluster.cluster.runs import Attempt, Run
 from dsno_cluster.cluster.stage import Stage, StageOptions
 from dsno_cluster.config import Profile
-from dsno_cluster.errors import Preempted, UserError, WorkError
+from dsno_cluster.errors import LONE_SIGNAL, Preempted, UserError, WorkError
 from dsno_cluster.files import NO_ROOM
 from dsno_cluster.storage import expect_answers
 
@@ -78,7 +78,7 @@ class StageTask:
             if rank == 0:
                 _leave_for_later(run, attempt, requeue)
             elif self.stage.kind == "ranks" and _on_slurm() and not _rank_0_leaves(attempt):
-                attempt.note(_failure("work", "a signal ended this rank and no other", rank))
+                attempt.note(_failure("work", LONE_SIGNAL, rank))
                 sys.exit(1)  # which ends the others: they would wait for this one
             sys.exit(0)  # rank 0 reports for all; an error status here would make Slurm end it too early
         except Exception as error:
