@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsno_cluster.errors import UserError, said_by
-from dsno_cluster.files import in_home
+from dsno_cluster.files import cache_folder
 
 DIGITS_FOR_TRAINING = 1500
 # the arrays of an .npz with MNIST, as Keras names them, and shorter
@@ -70,7 +69,7 @@ def _mnist(path: str | None) -> tuple[Split, Split]:
 def _mnist_of_torchvision(path: str | None) -> tuple[Split, Split]:
     from torchvision.datasets import MNIST
 
-    root = Path(path) if path is not None else _cache()
+    root = Path(path) if path is not None else cache_folder("data")
     try:
         parts = [MNIST(str(root), train=train, download=path is None) for train in (True, False)]
     except (
@@ -112,11 +111,6 @@ def _mnist_of_npz(file: Path) -> tuple[Split, Split]:
 
 def _padded(images_NHW: Tensor, labels_N: Tensor) -> Split:
     return Split(F.pad(images_NHW[:, None], (2, 2, 2, 2)).float() / 127.5 - 1.0, labels_N.long())
-
-
-def _cache() -> Path:
-    """The folder of downloaded images. Raises UserError if the home folder is not known."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or in_home("~/.cache")) / "dsno-cluster" / "data"
 
 
 DATA_SETS = {

@@ -75,6 +75,14 @@ def too_long(path: str) -> str | None:
     return None
 
 
+def cache_folder(name: str) -> Path:
+    """The user's folder for downloaded `name`: $XDG_CACHE_HOME/dsno-cluster/<name>, or below ~/.cache.
+
+    Raises UserError if the home folder is not known.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or in_home("~/.cache")) / "dsno-cluster" / name
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically. Raises OSError."""
     with written_aside(path) as aside:

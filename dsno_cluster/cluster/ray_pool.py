@@ -40,7 +40,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), 
 MEMORY = "actors mostly die for lack of memory: use fewer of them (--actors), or more memory (mem_gb)"
 CONCURRENCY = 3  # calls that an actor answers at a time: two tasks, and whether it waits for the storage
 POLL_SECONDS = 1.0
-SLOW = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
+STRAGGLER = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
 ASK_SECONDS = 10.0  # how often the actor that has worked longest is asked whether it waits for the storage
 SAY_SECONDS = 60.0
@@ -471,7 +471,7 @@ def _hand_out(
     idle = [worker for worker in workers if not worker.load]
     if waiting or not idle or not durations:
         return
-    long_ago = time.monotonic() - SLOW * statistics.median(durations)
+    long_ago = time.monotonic() - STRAGGLER * statistics.median(durations)
     copies = Counter(attempt.task for attempt in running.values())
     slow = sorted(
         (a for a in running.values() if a.began < long_ago and copies[a.task] == 1 and a.task in open_tasks),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import urllib.request
@@ -23,7 +22,7 @@ from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.evaluation.classifiers import CLASSIFIERS
 from dsno_cluster.evaluation.table import INCEPTION
-from dsno_cluster.files import in_home, not_there, written_aside
+from dsno_cluster.files import cache_folder, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
@@ -210,11 +209,6 @@ def is_published(weights: WeightsFile) -> bool:
     return url is not None and weights.sha256.startswith(_digits_in(url))
 
 
-def weights_cache() -> Path:
-    """The folder of downloaded weights. Raises UserError if the home folder is not known."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or in_home("~/.cache")) / "dsno-cluster" / "weights"
-
-
 def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
     """The extractor, giving `layers`, on this process's device.
 
@@ -264,7 +258,7 @@ def _downloaded(name: str, key: str) -> WeightsFile:
     if url is None:
         raise UserError(f"{key}_path: the weights of {name} are needed; name their file")
     try:
-        file, digits = weights_cache() / url.rsplit("/", 1)[1], _digits_in(url)
+        file, digits = cache_folder("weights") / url.rsplit("/", 1)[1], _digits_in(url)
     except UserError:
         raise UserError(
             f"{key}_path: there is no home folder (HOME is not set) to keep the weights of {name} in: name their file, or set "
