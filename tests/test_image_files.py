@@ -130,7 +130,7 @@ def test_a_picture_of_every_mode_is_seen_as_it_is(kind: str, tmp_path: Path) -> 
 
 
 def test_colour_differences_become_rgb(tmp_path: Path) -> None:
-    """But for its rounding."""
+    """Up to rounding, since YCbCr is rounded to 8 bit too."""
     image_of(COLOUR).convert("YCbCr").save(tmp_path / "x.tif")
     found = open_images(str(tmp_path)).read(0, 1)[0].permute(1, 2, 0).numpy()
     assert np.abs(found.astype(int) - COLOUR).max() <= 3
@@ -418,9 +418,9 @@ def test_features_that_are_not_finite_are_said() -> None:
     right = moments_of(NOISE)
     wrong = moments_of(np.where(NOISE > 3, np.nan, NOISE))
     identity = DataIdentity(kind="x")
-    for samples, real, says in ((wrong, right, "of the samples"), (right, wrong, "of the reference")):
-        with pytest.raises(UserError, match=f"features {says} are not finite"):
-            fid(samples, Reference(identity, real.mean, real.covariance, 64, 8))
+    for samples, reference, whose in ((wrong, right, "samples"), (right, wrong, "reference")):
+        with pytest.raises(UserError, match=f"features of the {whose} are not finite"):
+            fid(samples, Reference(identity, reference.mean, reference.covariance, 64, 8))
 
 
 @pytest.mark.parametrize("whose", ["samples", "reference"])

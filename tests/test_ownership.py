@@ -1,4 +1,4 @@
-"""Two of one name at once: one goes on and the other says who, and nothing that is published mixes theirs."""
+"""Two trainings of one name: one continues, the other names it and ends, and their published files never mix."""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 AGAIN_SECONDS = 1.0
-LONE_SECONDS, LOOK_SECONDS = 10.0, 0.5  # how long a rank that is told to end waits to see that rank 0 is, too
+LONE_SECONDS = (
+    10.0  # how long a rank that got a signal to end waits for rank 0 to note that it got one as well
+)
+LOOK_SECONDS = 0.5
 STOPS = {
     "time limit": "its time limit was near",
     "preempted": "another job or an administrator needed its nodes",
