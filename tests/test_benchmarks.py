@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from dsno_cluster import console
@@ -104,3 +106,43 @@ def test_make_bench_gives_the_peers_an_environment_of_their_own() -> None:
     )
     assert "benchmarks/reader.py) python=.venv-bench/bin/python" in asked.stdout
     assert ".venv-bench/bin/python -m pip install --quiet --editable '.[bench]'" in asked.stdout
+
+
+def gpu(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *words]
+    return subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+
+
+def test_the_small_form_of_gpu(tmp_path: Path) -> None:
+    done = gpu("--small", "--no-compile", "--parts", "samples", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "figures.json").read_text())
+    found = {figure["name"]: figure for figure in record["figures"]}
+    assert {"sample, published form, float32", "sample, series"} <= found.keys() and not record["missing"]
+    assert all(figure["value"] > 0 for figure in found.values())
+    # bfloat16 is another answer, and not far off
+    assert 0.0 == found["sample, series, float32"]["error"] < found["sample, series"]["error"] < 0.03
+
+
+@pytest.mark.slow
+def test_all_of_the_small_form_of_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)  # as of a script
+    done = gpu("--small", "--no-compile", "--minutes", "20", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "figures.json").read_text())
+    names = runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="gpu")["MARKS"]
+    assert set(names) <= {figure["name"] for figure in record["figures"]} and not record["missing"]
+
+
+@pytest.mark.slow
+def test_gpu_makes_one_shard_twice_with_a_compiled_teacher(tmp_path: Path) -> None:
+    done = gpu("--small", "--minutes", "20", "--parts", "bytes", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    (figure,) = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert figure["name"] == "one shard, twice: different digests" and figure["value"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_that_there_is_none() -> None:
+    done = gpu()
+    assert done.returncode == 2 and "no GPU is visible here; --small" in done.stderr
