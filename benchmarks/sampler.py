@@ -130,7 +130,7 @@ def published_network(config: Config, folder: Path) -> nn.Module:
         "resblock_type": "biggan", "resamp_with_conv": False, "conditional": True, "logsnr_type": "inv_cos",
         "fourier_feature": False, "init_scale": 0.0, "nonlinearity": "swish", "normalization": "GroupNorm",
     }  # fmt: skip
-    data = {"image_size": network.image_size, "num_channels": network.channels}
+    data = {"image_size": network.state_size, "num_channels": network.state_channels}
     torch.manual_seed(0)
     built: nn.Module = TDDPMm(SimpleNamespace(model=SimpleNamespace(**model), data=SimpleNamespace(**data)))
     randomise(built)
@@ -150,7 +150,7 @@ def call_of(model: nn.Module, case: str, work: str, config: Config, batch: int) 
     """What is timed: a sample from noise, or a whole training step with Adam."""
     network, device = config.network, compute_device()
     generator = torch.Generator().manual_seed(2)
-    shape = network.image_shape
+    shape = network.state_shape
     noise = torch.randn(batch, *shape, generator=generator).to(device)
     labels = (torch.arange(batch) % network.num_classes).to(device) if network.num_classes else None
     levels = logsnr(torch.tensor(time_points("quadratic", 4))).float().to(device)

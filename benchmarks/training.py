@@ -215,7 +215,7 @@ def published_step(config: Config, network: nn.Module) -> Step:
 def data(config: Config, world: int) -> Batch:
     """One rank's batch, made up."""
     network, count = config.network, config.training.batch_size // world
-    shape = network.image_shape
+    shape = network.state_shape
     draw = torch.Generator().manual_seed(3)
     labels = torch.arange(count) % network.num_classes if network.num_classes else None
     noise = torch.randn(count, *shape, generator=draw)

@@ -156,7 +156,7 @@ def test_the_loss_of_a_step() -> None:
         "configs/digits.yaml",
         ["student={operator: convolution, modes: 3, points: drawn}", "training.most_points=3"],
     )
-    times, shape = config.trajectories.time_points, config.network.image_shape
+    times, shape = config.trajectories.time_points, config.network.state_shape
     student = DSNO(config.network, Form(3, points="drawn"), times)
     states, labels = torch.zeros(4, len(times), *shape), torch.tensor([0, 1, 2, 3])
     objective = TrajectoryObjective(config, torch.device("cpu"))

@@ -214,7 +214,7 @@ def random_unet(network: Network, out_channels: int) -> UNet:
 
 
 def published_yaml(network: Network, **model: Any) -> dict[str, Any]:
-    data = {"image_size": network.image_size, "num_channels": network.channels}
+    data = {"image_size": network.state_size, "num_channels": network.state_channels}
     theirs = {
         "nf": network.width,
         "ch_mult": list(network.multipliers),
@@ -234,7 +234,7 @@ def published_yaml(network: Network, **model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("inferred", [False, True])
 def test_published_teachers_of_other_sizes(size: str, both: bool, inferred: bool, tmp_path: Path) -> None:
     network = Network(**SIZES[size][0], **SIZES[size][1])
-    unet = random_unet(network, network.channels * (2 if both else 1))
+    unet = random_unet(network, network.state_channels * (2 if both else 1))
     tree = flax_tree(unet)
     moments = {"0": tree, "1": {"w": torch.zeros(3, dtype=torch.int32)}}  # optimiser state: not read
     content = {"step": 5, "optimizer": packed(moments), "ema_params": packed(tree)}
@@ -243,11 +243,11 @@ def test_published_teachers_of_other_sizes(size: str, both: bool, inferred: bool
     (tmp_path / "some_teacher").write_bytes(msgpack.packb(content))
     settings = published_yaml(network)
     if inferred:  # the YAML says just what tensors cannot tell
-        settings = {"data": {"image_size": network.image_size}, "model": {"mean_type": "x"}}
+        settings = {"data": {"image_size": network.state_size}, "model": {"mean_type": "x"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
 
     teacher = load_teacher(str(tmp_path))
-    x = torch.randn(2, network.channels, network.image_size, network.image_size)
+    x = torch.randn(2, *network.state_shape)
     labels = torch.tensor([0, 1]) if network.num_classes else None
     with torch.no_grad():
         output = unet(x, logsnr(0.4).float().reshape(1, 1), labels)[:, 0]
@@ -256,7 +256,7 @@ def test_published_teachers_of_other_sizes(size: str, both: bool, inferred: bool
         direct, eps = output.chunk(2, dim=1)
         output = sigma**2 * direct + alpha**2 * (x - sigma * eps) / alpha
     assert relative(teacher(x, 0.4, labels), output) < 1e-5
-    assert teacher.shape == (network.channels, network.image_size, network.image_size)
+    assert teacher.shape == network.state_shape
     assert teacher.native_grid(10) == ((1.0, 0.75, 0.5, 0.25, 0.0) if both else None)
     info = teacher_info(str(tmp_path))
     assert info.identity == teacher.identity and info.native_grid(10) == teacher.native_grid(10)

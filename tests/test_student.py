@@ -111,7 +111,7 @@ def test_a_finer_grid_keeps_the_curve_of_a_published_student(tmp_path: Path) -> 
     folder = PUBLISHED / "cifar_like"
     import_weights(str(folder / "solver-model_1000.pt"), str(folder / "config.yaml"), str(tmp_path / "s"))
     student = load_student(str(tmp_path / "s"))
-    noise = torch.randn(2, 3, student.network.image_size, student.network.image_size)
+    noise = torch.randn(2, *student.network.state_shape)
     own = student.trajectory(noise)
     # together with the others
     assert torch.equal(student.trajectory(noise, times=[0.25, 0.0]), own[:, [1, 3]])

@@ -196,7 +196,7 @@ def test_config_reaches_the_teacher() -> None:
     config = load_config("configs/digits.yaml", overrides)
     teacher = load_teacher(str(config.teacher.path), options=config.teacher.options)
     assert teacher.shape == (1, 2, 2)
-    with pytest.raises(UserError, match=r"network.image_size: the config says 8, .* has 2"):
+    with pytest.raises(UserError, match=r"network.state_size: the config says 8, .* has 2"):
         check_fits(config.network, teacher, "here")
     with pytest.raises(UserError, match="precision"):
         load_config("configs/digits.yaml", ["teacher.precision=int8"])

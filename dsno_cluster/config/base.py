@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -43,6 +44,21 @@ def later(default: Any, **field: Any) -> Any:
     return Field(default, json_schema_extra={"later": True}, **field)
 
 
+def renamed(name: str, older: str, **field: Any) -> Any:
+    """The field `name` of a `Named` model, which was called `older` at first: read by either name, dumped by the older."""
+    return Field(validation_alias=AliasChoices(name, older), json_schema_extra={"dumped_as": older}, **field)
+
+
+def older_names(model: type[BaseModel]) -> dict[str, str]:
+    """The names of a model's `renamed` fields by their older ones."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {
+        str(extra["dumped_as"]): name
+        for name, extra in extras.items()
+        if isinstance(extra, dict) and "dumped_as" in extra
+    }
+
+
 class Named(Strict):
     """A model whose canonical hash identifies what users made, such as a data set.
 
@@ -55,6 +71,10 @@ class Named(Strict):
         content: dict[str, Any] = dump(self)
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("later") and getattr(self, name) == field.default:
-                content.pop(name, None)
+            if not isinstance(extra, dict) or name not in content:
+                continue
+            if extra.get("later") and getattr(self, name) == field.default:
+                content.pop(name)
+            if dumped_as := extra.get("dumped_as"):
+                content[str(dumped_as)] = content.pop(name)
         return content

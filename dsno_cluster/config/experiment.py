@@ -133,7 +133,9 @@ class Config(Strict):
             raise ValueError(
                 f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"
             )
-        if self.training.loss == "lpips" and (self.network.channels != 3 or self.network.image_size < 16):
+        if self.training.loss == "lpips" and (
+            self.network.state_channels != 3 or min(self.network.sides) < 16
+        ):
             raise ValueError("training.loss lpips needs colour images of 16x16 or more")
         if self.evaluation.reference == "data" and self.data.name is None:
             raise ValueError("evaluation.reference data needs data.name")

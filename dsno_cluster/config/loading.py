@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+from dsno_cluster.config.base import older_names
 from dsno_cluster.config.experiment import Config
+from dsno_cluster.config.networks import Network
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.config.places import RunConfig
 from dsno_cluster.config.profile import Profile
@@ -27,8 +29,16 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
     """
     file = find_file(path, "configs")
     data = _read_yaml(file)
+    older = older_names(Network)
+    if isinstance(section := data.get("network"), dict):
+        data["network"] = {
+            older[key] if key in older and older[key] not in section else key: value
+            for key, value in section.items()
+        }
     for override in overrides:
         key, _, text = override.partition("=")
+        group, _, last = key.rpartition(".")
+        key = f"network.{older[last]}" if group == "network" and last in older else key
         _set(data, key, parse_written(text, override), override)
     data.setdefault("name", "-".join(Path(path).stem.split()))
     config = validate(Config, data, str(path), folder)

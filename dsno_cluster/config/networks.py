@@ -6,17 +6,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Strict
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Strict, renamed
 from dsno_cluster.config.paths import TeacherPath, is_file_path, resolved
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
 
 
 class Network(Named):
-    """The images, and our U-Net: the student's, and that of a teacher that is trained here or imported."""
+    """The states, and our U-Net: the student's, and that of a teacher that is trained here or imported."""
 
-    image_size: PositiveInt = Field(description="height and width of the images in pixels")
-    channels: PositiveInt = Field(description="colour channels of the images")
+    state_size: PositiveInt | tuple[PositiveInt, PositiveInt] = renamed(
+        "state_size",
+        "image_size",
+        description="height and width of a state: of an image in pixels, or of a latent; [height, width] if they differ. "
+        "`image_size` is an older name",
+    )
+    state_channels: PositiveInt = renamed(
+        "state_channels",
+        "channels",
+        description="channels of a state: colours of an image, or channels of a latent. `channels` is an older name",
+    )
     num_classes: Annotated[int, Field(ge=0)] = Field(
         0, description="number of classes to condition on; 0: none"
     )
@@ -28,14 +37,14 @@ class Network(Named):
     )
     multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = Field(
         None,
-        description="width of each level, as a multiple of `width`; each further level halves the image; needed with "
+        description="width of each level, as a multiple of `width`; each further level halves the state; needed with "
         "student.backbone=unet",
     )
     blocks_per_level: PositiveInt | None = Field(
         None, description="residual blocks of each level; needed with student.backbone=unet"
     )
     attention_resolutions: tuple[PositiveInt, ...] = Field(
-        (), description="image sizes of the levels with attention; the middle always has attention"
+        (), description="heights of the levels with attention; the middle always has attention"
     )
     heads: PositiveInt = Field(1, description="attention heads; ignored if head_dim is set")
     head_dim: PositiveInt | None = Field(None, description="channels of an attention head")
@@ -46,9 +55,18 @@ class Network(Named):
     dropout: BelowOne = Field(0.0, description="share of activations left out in training")
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def state_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.channels, self.image_size, self.image_size
+        return self.state_channels, *self.sides
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.state_size if isinstance(self.state_size, tuple) else (self.state_size, self.state_size)
+
+    def level_heights(self, levels: int) -> list[int]:
+        """The heights of the states at each level of a U-Net, by which `attention_resolutions` names levels."""
+        return [self.sides[0] // 2**i for i in range(levels)]
 
     @property
     def class_slots(self) -> int:
@@ -59,17 +77,21 @@ class Network(Named):
         """The sizes that our U-Net needs and that are not set."""
         return [name for name in UNET_SIZES if getattr(self, name) is None]
 
+    @field_validator("state_size")
+    @classmethod
+    def _one_side_of_a_square(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+        return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
     @model_validator(mode="after")
     def _fits_together(self) -> Network:
         width, multipliers = self.width, self.multipliers
         if width is not None and width % 32:
             raise ValueError(f"width {width} is not a multiple of 32, the groups of the group norms")
         if multipliers is not None:
-            if self.image_size % 2 ** (len(multipliers) - 1):
-                raise ValueError(
-                    f"image_size {self.image_size} cannot be halved {len(multipliers) - 1} times"
-                )
-            sizes = [self.image_size // 2**i for i in range(len(multipliers))]
+            if any(side % 2 ** (len(multipliers) - 1) for side in self.sides):
+                shown = "x".join(map(str, dict.fromkeys(self.sides)))
+                raise ValueError(f"state_size {shown} cannot be halved {len(multipliers) - 1} times")
+            sizes = self.level_heights(len(multipliers))
             for multiplier, size in zip(multipliers, sizes, strict=True):
                 attends = size in self.attention_resolutions or size == sizes[-1]  # the middle always does
                 if width is not None and attends and (width * multiplier) % (self.head_dim or self.heads):

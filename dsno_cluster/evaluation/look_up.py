@@ -292,7 +292,7 @@ def _find_weights(config: Config) -> dict[str, WeightsFile]:
 
 def _check_sampled(config: Config, weights: dict[str, WeightsFile]) -> None:
     """Raises UserError if the metrics cannot be measured on this network's samples."""
-    check_shape(weights, config.network.image_shape, "the samples")
+    check_shape(weights, config.network.state_shape, "the samples")
     if "agreement" in config.evaluation.metrics and not config.network.num_classes:
         raise UserError("evaluation.metrics: agreement is of classes, and network.num_classes is 0")
 

@@ -32,13 +32,15 @@ def layout(config: Config) -> Layout:
     """The layout of a config's plain pictures."""
     network = config.network
     classes = min(network.num_classes, 10)
-    rows, gap = classes or 4, max(1, network.image_size // 16)
+    height, width = network.sides
+    rows, gap = classes or 4, max(1, height // 16)
     count = min(STRIPS, rows)
     return Layout(
         rows=rows,
         columns=config.evaluation.picture_columns,
         classes=classes,
-        tile=network.image_size,
+        tile=width,
+        tile_height=None if height == width else height,
         gap=gap,
         pair_gap=3 * gap,
         strips=tuple(sorted({round(i * (rows - 1) / max(1, count - 1)) for i in range(count)})),
@@ -115,9 +117,9 @@ def _samples_picture(
     """A pair of rows per class, teacher over student, (R, K, C, H, W) each, with the table beside them."""
     row_count, columns = theirs.shape[:2]
     scale = pixel_scale(theirs)
-    tile = theirs.shape[-1] * scale
+    height, tile = (side * scale for side in theirs.shape[-2:])
     font, small, bold = _font(15), _font(13), _font(19)
-    left, top, pair = 96, 84, 2 * tile + 3 * GAP + 8
+    left, top, pair = 96, 84, 2 * height + 3 * GAP + 8
     grid_width = columns * (tile + GAP)
     header, table = table_rows(metrics)
     lines = error_lines(metrics)
@@ -153,12 +155,12 @@ def _samples_picture(
     draw.text((16, 58), "student: one", fill=_STUDENT, font=small)
     for r in range(row_count):
         y = top + r * pair
-        draw.text((16, y + tile - 8), names[r], fill=_INK, font=bold)
+        draw.text((16, y + height - 8), names[r], fill=_INK, font=bold)
         for images, dy, colour, word in (
             (theirs, 0, _TEACHER, "teacher"),
-            (ours, tile + GAP, _STUDENT, "student"),
+            (ours, height + GAP, _STUDENT, "student"),
         ):
-            draw.text((34, y + dy + tile // 2 - 8), word, fill=colour, font=small)
+            draw.text((34, y + dy + height // 2 - 8), word, fill=colour, font=small)
             for k in range(columns):
                 sheet.paste(tile_of(images[r, k], scale), (left + k * (tile + GAP), y + dy))
 
@@ -181,17 +183,18 @@ def _samples_picture(
 def _trajectory_picture(noise: Tensor, theirs: Tensor, ours: Tensor, times: tuple[float, ...]) -> bytes:
     """One sample through time, from noise at t=1 to the image: teacher over student."""
     scale = 2 * pixel_scale(noise[None])
-    tile, small = noise.shape[-1] * scale, _font(14)
+    height, tile = (side * scale for side in noise.shape[-2:])
+    small = _font(14)
     left, top = 84, 34
     sheet = Image.new(
-        "RGB", (left + (len(times) + 1) * (tile + GAP) + 12, top + 2 * (tile + GAP) + 10), PAPER
+        "RGB", (left + (len(times) + 1) * (tile + GAP) + 12, top + 2 * (height + GAP) + 10), PAPER
     )
     draw = ImageDraw.Draw(sheet)
     for k, t in enumerate((1.0, *times)):
         draw.text((left + k * (tile + GAP), 10), f"t = {t:.4g}", fill=_MUTED, font=small)
     for r, (states, colour, word) in enumerate(((theirs, _TEACHER, "teacher"), (ours, _STUDENT, "student"))):
-        y = top + r * (tile + GAP)
-        draw.text((16, y + tile // 2 - 8), word, fill=colour, font=small)
+        y = top + r * (height + GAP)
+        draw.text((16, y + height // 2 - 8), word, fill=colour, font=small)
         for k, image in enumerate((noise / 2, *states)):  # noise at half contrast, to lie within the range
             sheet.paste(tile_of(image, scale), (left + k * (tile + GAP), y))
     return png_bytes(sheet)

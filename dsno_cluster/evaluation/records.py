@@ -112,20 +112,26 @@ class Checkpoint(Record):
 class Layout(Record):
     """The layout of teacher.png, student.png and strips.png; sizes are in pixels of these files.
 
-    The first two are `rows` of `columns` tiles of size `tile` with `gap` between and around them, a row per
-    class if there are classes. strips.png has a pair of rows, teacher over student, with `pair_gap` to the
-    next pair, for each of `strips` (rows of the grids, of which it shows the first sample), and a column for
-    each of `times`, the first of which is the noise.
+    The first two are `rows` of `columns` tiles, `tile` wide and as high (or `tile_height`), with `gap` between
+    and around them, a row per class if there are classes. strips.png has a pair of rows, teacher over student,
+    with `pair_gap` to the next pair, for each of `strips` (rows of the grids, of which it shows the first
+    sample), and a column for each of `times`, the first of which is the noise.
     """
 
     rows: int
     columns: int
     classes: int
     tile: int
+    tile_height: int | None = None
     gap: int
     pair_gap: int
     strips: tuple[int, ...]
     times: tuple[float, ...]
+
+    @property
+    def height(self) -> int:
+        """Of a tile."""
+        return self.tile_height or self.tile
 
 
 class Measurement(Record):

@@ -88,7 +88,7 @@ def open_drawing(drawing: Drawing) -> OpenDrawing:
 def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) of the given samples of `seed`, and their labels (N,) or None, on CPU."""
     network = opened.student.network
-    noise = sample_noise(seed, indices, network.image_shape).to(opened.device)
+    noise = sample_noise(seed, indices, network.state_shape).to(opened.device)
     labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
     if opened.label is not None:
         labels = torch.full((len(indices),), opened.label)

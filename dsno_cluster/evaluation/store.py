@@ -61,9 +61,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     if comparison.keep is not None:
         _commit_samples(storage, comparison.keep, found.student.shards, made_by)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
-    beside = _beside(
-        comparison, found.surroundings.reference, config.network.image_size, settings.num_samples
-    )
+    beside = _beside(comparison, found.surroundings.reference, config.network.sides[0], settings.num_samples)
     beside["warnings"] += found.student.warnings
     metrics = Metrics(
         **beside,

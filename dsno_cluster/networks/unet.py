@@ -180,7 +180,7 @@ class UNet(nn.Module):
         self.embed_level_in, self.embed_level_out = _linear(width, dim), _linear(dim, dim)
         # A class embedding is a linear map of the one-hot class; the null class, if there is one, is last.
         self.embed_class = nn.Linear(network.class_slots, dim) if network.num_classes else None
-        self.conv_in = _conv(network.channels, width, 3)
+        self.conv_in = _conv(network.state_channels, width, 3)
 
         def stage(c_in: int, c_out: int, attend: bool) -> Stage:
             return Stage(c_in, c_out, dim, network, attend=attend, modes=modes, init=init)
@@ -188,7 +188,7 @@ class UNet(nn.Module):
         def resample(channels: int, direction: str) -> ResidualBlock:
             return ResidualBlock(channels, channels, dim, network.dropout, direction)
 
-        sizes = [network.image_size // 2**i for i in range(len(multipliers))]
+        sizes = network.level_heights(len(multipliers))
         skips, c = [width], width
         self.down = nn.ModuleList()
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
@@ -212,7 +212,7 @@ class UNet(nn.Module):
                 c = width * multiplier
             self.up.append(Level(stages, None if i == 0 else resample(c, "up")))
         self.norm_out = nn.GroupNorm(32, c, eps=NORM_EPS)
-        self.conv_out = _conv(c, out_channels or network.channels, 3, scale=0.0)
+        self.conv_out = _conv(c, out_channels or network.state_channels, 3, scale=0.0)
 
     def forward(
         self,

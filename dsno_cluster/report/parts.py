@@ -88,8 +88,9 @@ def chart_figure(chart: charts.Chart) -> Markup:
 def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup:
     """Two grids of the same noise under one slider; side by side without scripts, and on paper."""
     width = layout.columns * (layout.tile + layout.gap) + layout.gap
-    height = layout.rows * (layout.tile + layout.gap) + layout.gap
-    middles = [(layout.gap + layout.tile / 2 + r * (layout.tile + layout.gap)) for r in range(layout.rows)]
+    step = layout.height + layout.gap
+    height = layout.rows * step + layout.gap
+    middles = [layout.gap + layout.height / 2 + r * step for r in range(layout.rows)]
     names = [tag("span", str(r), class_="row", style=f"top:{y / height:.2%}") for r, y in enumerate(middles)]
     classes = f"one row for each of {layout.rows} classes" if layout.classes else f"{layout.rows} rows"
     evaluations = size.evaluations_per_sample
@@ -133,12 +134,12 @@ def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup
 def strips(layout: Layout, picture: str) -> Markup:
     """Samples through time, teacher over student, with the times above and the names beside them."""
     tile, gap, times = layout.tile, layout.gap, layout.times
-    step, pairs = tile + gap, len(layout.strips)
+    step, step_down, pairs = tile + gap, layout.height + gap, len(layout.strips)
     width = len(times) * step + gap
-    height = 2 * pairs * step + (pairs - 1) * layout.pair_gap + gap
+    height = 2 * pairs * step_down + (pairs - 1) * layout.pair_gap + gap
     labels = []
     for row in range(2 * pairs):
-        y = gap + tile / 2 + row * step + row // 2 * layout.pair_gap
+        y = gap + layout.height / 2 + row * step_down + row // 2 * layout.pair_gap
         who, class_ = (("teacher", "theirs"), ("student", "ours"))[row % 2]
         labels.append(tag("span", who, class_=f"row {class_}", style=f"top:{y / height:.2%}"))
     every = -(-len(times) // 6)  # so that they do not overlap

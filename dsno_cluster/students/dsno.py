@@ -106,7 +106,9 @@ class DSNO(nn.Module):
         if problem := too_many_modes(form.operator, form.modes, len(self.times)):
             raise ValueError(problem)
         self.precision = "float32"
-        modes, out_channels = (0, form.modes * network.channels) if series else (form.modes, network.channels)
+        modes, out_channels = (
+            (0, form.modes * network.state_channels) if series else (form.modes, network.state_channels)
+        )
         if diffusers is None:
             self.backbone: nn.Module = UNet(network, modes, out_channels, init)
         else:
@@ -202,9 +204,9 @@ class DSNO(nn.Module):
         Only the last, (N, 1, C, H, W), if `last_only`.
         """
         device, dtype = noise.device, noise.dtype
-        if tuple(noise.shape[1:]) != self.network.image_shape:
+        if tuple(noise.shape[1:]) != self.network.state_shape:
             raise ValueError(
-                f"noise must be (N, {', '.join(map(str, self.network.image_shape))}), found {tuple(noise.shape)}"
+                f"noise must be (N, {', '.join(map(str, self.network.state_shape))}), found {tuple(noise.shape)}"
             )
         labels = self._checked(labels, len(noise), device)
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 if the whole network is

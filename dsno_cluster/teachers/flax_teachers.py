@@ -58,7 +58,7 @@ def read_published_teacher(data: bytes, where: str, config: bytes, config_path: 
     import torch
 
     with torch.device("meta"):
-        unet = UNet(network, out_channels=out_channels(prediction, network.channels))
+        unet = UNet(network, out_channels=out_channels(prediction, network.state_channels))
     weights = _from_flax(params, unet, where)
     steps = steps or settings["data"].get("num_steps")
     if steps is not None and (type(steps) is not int or steps < 1):
@@ -157,10 +157,10 @@ def _prediction(
     if "conv_out/bias" not in params:
         raise UserError(f"{where}: has no tensor conv_out/bias")
     last, said = int(params["conv_out/bias"].numel()), settings["model"].get("mean_type")
-    if last == 2 * network.channels:
+    if last == 2 * network.state_channels:
         return "both"
-    if last != network.channels:
-        raise UserError(f"{where}: conv_out has {last} channels for images of {network.channels}")
+    if last != network.state_channels:
+        raise UserError(f"{where}: conv_out has {last} channels for images of {network.state_channels}")
     if said not in PREDICTIONS[:3]:
         raise UserError(
             f"{path}: model.mean_type {said!r} does not fit {last} output channels: x, eps or v do"

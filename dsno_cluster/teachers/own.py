@@ -47,7 +47,7 @@ class OwnFolder:
     def warm_start(self) -> dict[str, Tensor]:
         description = self._description
         return with_last_layer_of_x0(
-            self._weights, "conv_out.", description.prediction, description.network.channels
+            self._weights, "conv_out.", description.prediction, description.network.state_channels
         )
 
     def forget(self) -> None:

@@ -47,7 +47,7 @@ class PublishedFile:
     def warm_start(self) -> dict[str, Tensor]:
         description, weights, _ = self._read
         return with_last_layer_of_x0(
-            weights, "conv_out.", description.prediction, description.network.channels
+            weights, "conv_out.", description.prediction, description.network.state_channels
         )
 
     def forget(self) -> None:

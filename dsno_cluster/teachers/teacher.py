@@ -237,23 +237,20 @@ def is_distilled(num_steps: int | None) -> bool:
 
 
 def check_fits(network: Network, teacher: TeacherInfo, path: str) -> None:
-    """Raises UserError unless the teacher's images and classes, if they are known, are the network's."""
+    """Raises UserError unless the teacher's states and classes, if they are known, are the network's."""
     if teacher.shape is None:
         return
     channels, height, width = teacher.shape
-    if height != width:
-        raise UserError(f"{path}: its images are {height}x{width}; only square ones are supported here")
     theirs = {
-        "image_size": height,
-        "channels": channels,
+        "state_size": height if height == width else (height, width),
+        "state_channels": channels,
         "num_classes": teacher.num_classes,
         "null_class": teacher.null_class is not None,
     }
     for key, value in theirs.items():
-        if getattr(network, key) != value:
-            raise UserError(
-                f"network.{key}: the config says {getattr(network, key)}, the teacher at {path} has {value}"
-            )
+        if (ours := getattr(network, key)) != value:
+            shown, has = (list(x) if isinstance(x, tuple) else x for x in (ours, value))
+            raise UserError(f"network.{key}: the config says {shown}, the teacher at {path} has {has}")
 
 
 def check_options(options: Options, allowed: Sequence[str], path: str) -> None:

@@ -30,7 +30,7 @@ def unet_info(path: str, description: UNetDescription, sha256: str, schedule: An
     own_steps = None if schedule == "continuous" or steps is None else uniform_grid(steps)
     return TeacherInfo(
         identity,
-        network.image_shape,
+        network.state_shape,
         network.num_classes,
         network.num_classes if network.null_class else None,
         native=None if own_steps is None else lambda _: own_steps,
@@ -57,7 +57,7 @@ def unet_teacher(
     from dsno_cluster.networks.unet import UNet
 
     network, prediction, dtype = description.network, description.prediction, getattr(torch, precision)
-    unet = UNet(network, out_channels=out_channels(prediction, network.channels))
+    unet = UNet(network, out_channels=out_channels(prediction, network.state_channels))
     check_fit(weights, unet.state_dict(), f"{path}: its weights do not fit its description")
     unet.load_state_dict(weights)
     unet.to(memory_format=torch.channels_last)

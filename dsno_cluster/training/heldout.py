@@ -38,7 +38,7 @@ class HeldOut:
     ) -> None:
         self.student = student.eval().requires_grad_(False).to(device)
         count, network = config.training.heldout_samples, config.network
-        shape = network.image_shape
+        shape = network.state_shape
         seed, indices = config.evaluation.seed, range(count)
         self.noise = sample_noise(seed, indices, shape).to(device)
         self.labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None

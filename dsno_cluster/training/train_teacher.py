@@ -114,8 +114,8 @@ def _checked_data(config: Config) -> Split:
     if config.data.name is None:
         raise UserError(f"data.name: train-teacher needs real images, of: {', '.join(DATA_SETS)}")
     name, of_data, network = config.data.name, DATA_SETS[config.data.name], config.network
-    if of_data.shape != network.image_shape:
-        theirs, ours = ("x".join(map(str, shape)) for shape in (of_data.shape, network.image_shape))
+    if of_data.shape != network.state_shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (of_data.shape, network.state_shape))
         raise UserError(f"network: images of {name} are {theirs}, the network's {ours}")
     if network.num_classes not in (0, of_data.num_classes):
         raise UserError(

@@ -6,6 +6,7 @@ The arithmetic needs neither the teacher nor torch.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ class Found:
 def size_of(config: Config, method: Method | None = None) -> Size:
     """The size of a config's data set; `method` is how its teacher is solved, once that is known."""
     settings, network = config.trajectories, config.network
-    numbers = settings.num_points * network.channels * network.image_size**2
+    numbers = settings.num_points * math.prod(network.state_shape)
     size = {"float16": 2, "float32": 4}[settings.dtype]
     return Size(
         num_samples=settings.num_samples,

@@ -95,7 +95,7 @@ class TrajectorySpec(Named):
 def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
     """The spec of a config's data set."""
     settings, network, method = config.trajectories, config.network, teacher.method
-    shape = network.image_shape
+    shape = network.state_shape
     return TrajectorySpec(
         format_version=FORMAT_VERSION,
         teacher=teacher.info.identity,
