@@ -60,6 +60,12 @@ def too_many_ranks(ranks: int, gpus: int) -> UserError:
     )
 
 
+def wait_for_gpu() -> None:
+    """Wait until all work that was given to the GPU is done, if this process uses one, so that a clock counts it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def gpu_identity(device: torch.device) -> str:
     """What tells a GPU of this machine from its others, whatever number this process knows it by."""
     return str(torch.cuda.get_device_properties(device).uuid)

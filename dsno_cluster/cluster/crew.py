@@ -37,6 +37,14 @@ def actors_on_gpus(gpus: int, each: float) -> int:
     return gpus * int(1 / each + ROUNDING) if each < 1 else gpus // int(each)
 
 
+def shared(actors: int) -> float | None:
+    """What each of so many actors takes of the GPUs of this machine if they are fewer; None: a whole one."""
+    from dsno_cluster.device import visible_gpus
+
+    each = -(-actors // (visible_gpus() or actors))
+    return None if each == 1 else 1 / each
+
+
 def default_actors(threads: int, gpus: int, each: float) -> int:
     """As many actors as the GPUs of this machine have room for, or else as its cores hold at `threads` each."""
     return actors_on_gpus(gpus, each) if gpus else max(1, len(os.sched_getaffinity(0)) // threads)

@@ -26,7 +26,6 @@ from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.training.ownership import only_run, teacher_claim
 from dsno_cluster.weight_files import NotWeights, parse_torch
 
-
 SHOWN_EVERY = 10  # steps: to show the loss, a GPU must be waited for
 
 
