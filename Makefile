@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cluster test-drills cluster-up cluster-shell cluster-status cluster-down eval docs lint bench
+.PHONY: help setup demo test test-gpu test-slow test-cluster test-drills cluster-up cluster-shell cluster-status cluster-down eval docs lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(READY)  ## the tests, in under seven minutes on two idle cores
 	$(PYTEST) -m "not slow and not cluster" $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a GPU, which all others hide; some minutes
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-slow: $(READY)  ## the tests that `make test` leaves out, in half an hour: more faults, stages and precisions
 	$(PYTEST) -m slow $(ARGS)

@@ -110,6 +110,7 @@ def inception(count: int, rounds: int) -> None:
 
 def actors_seconds(config: Config, file: Path, count: int) -> float:
     """Seconds from the first block handed out to the last result merged; actors are ready before."""
+    from dsno_cluster.cluster.crew import Crew, shared
     from dsno_cluster.cluster.ray_pool import import_ray, local_ray, run_pool
     from dsno_cluster.evaluation.actor import EvaluationActor
     from dsno_cluster.evaluation.metrics import Collected
@@ -119,7 +120,7 @@ def actors_seconds(config: Config, file: Path, count: int) -> float:
     read = {source: find_readings(config.evaluation)}
     weights = find_all_weights(config.evaluation)
     blocks = [Block("features", source, start, min(start + size, count)) for start in range(0, count, size)]
-    with local_ray(2, 1) as cluster:
+    with local_ray(Crew(2, shared(2)), 1) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(EvaluationActor)
         actors = [remote.remote(config, weights, read) for _ in range(2)]
         import_ray().get([actor.__ray_ready__.remote() for actor in actors])
@@ -140,12 +141,13 @@ def torch_fidelity_seconds(file: str, weights: str, threads: int) -> float:
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
     torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
     network = create_feature_extractor(
-        INCEPTION, ["2048"], cuda=False, feature_extractor_weights_path=weights, verbose=False
+        INCEPTION, ["2048"], cuda=cuda, feature_extractor_weights_path=weights, verbose=False
     )
     pixels = torch.from_numpy(np.load(file)["images"])
     began = time.perf_counter()
-    found = get_featuresdict_from_dataset(Images(pixels), network, 64, False, False, False)
+    found = get_featuresdict_from_dataset(Images(pixels), network, 64, cuda, False, False)
     fid_featuresdict_to_statistics(found, "2048")
     return time.perf_counter() - began
 

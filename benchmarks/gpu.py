@@ -70,7 +70,7 @@ MARKS = {
 # the largest relative error of a fast case against float32; random weights amplify rounding more than trained ones do
 LARGEST_ERROR = 0.02
 SMALL = {
-    "network": "network={image_size: 16, channels: 3, width: 32, multipliers: [1, 1], blocks_per_level: 1, "
+    "network": "network={state_size: 16, state_channels: 3, width: 32, multipliers: [1, 1], blocks_per_level: 1, "
     "attention_resolutions: [8], heads: 1, embedding_dim: 64}",
 }
 FORMS = {
@@ -266,7 +266,7 @@ def samples(bench: Bench) -> Iterator[Figure]:
         yield Figure("sample, the published network", value, "images/s", memory)
     for name, form in FORMS.items():
         config = bench.config("cifar10", form)
-        noise = sample_noise(0, range(batch), config.network.image_shape).to(bench.device)
+        noise = sample_noise(0, range(batch), config.network.state_shape).to(bench.device)
         exact: Tensor | None = None
         for case, precision, compiled in CASES:
             student = student_of(config).to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,8 @@
 """Which form of the student learns what, at equal training time: temporal convolution or series, points, weights.
 
 Every variant starts from the digits teacher and trains for the same CPU seconds on one thread (so that nothing beside it
-counts), with the digits config's batch, rate and average, on the same trajectories; several seeds, two runs at a time.
+counts; a GPU is hidden), with the digits config's batch, rate and average, on the same trajectories; several seeds, two runs
+at a time.
 Columns: images seen; cost of a one-step sample in teacher evaluations; Frechet distance of 5000 one-step samples; share of
 samples of the class asked for; relative error against the teacher's trajectory on held-out noise at four times.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -112,6 +114,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--log", type=Path, help="a file that runs are added to")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # a run of ours
     options, overrides = parser.parse_known_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.one:
         print(json.dumps(run(options.one[0], int(options.one[1]), options.seconds, overrides)))
         return

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dsno_cluster import console, load_student, load_teacher, solve
 from dsno_cluster.data import load_data
+from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.evaluation.classifiers import DigitsFeatures
 from dsno_cluster.evaluation.features import find_weights, load_extractor
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("student", nargs="?", default="runs/students/digits")
     parser.add_argument("--samples", type=int, default=5000)
     options = parser.parse_args(argv)
-    student, teacher = load_student(options.student), load_teacher("package:digits-teacher")
+    device = compute_device()
+    student = load_student(options.student).to(device)
+    teacher = load_teacher("package:digits-teacher").to(device)
     starts = [t for t in (0.5625, 0.25, 0.0625) if student.form.operator == "series" or t in student.times]
 
     def finished(t: float, steps: int) -> Sampler:
@@ -63,8 +66,9 @@ def main(argv: list[str]) -> None:
             for start in range(0, options.samples, BATCH):
                 indices = range(start, min(start + BATCH, options.samples))
                 labels = sample_labels(SEED, indices, 10)
+                noise = sample_noise(SEED, indices, (1, 8, 8)).to(device)
                 with torch.no_grad():
-                    found = extractor(to_uint8(sampler(sample_noise(SEED, indices, (1, 8, 8)), labels)))
+                    found = extractor(to_uint8(sampler(noise, labels)).cpu())
                 features.append(found["64"].numpy())
                 agreeing += int((found["logits"].argmax(1) == labels).sum())
             ours = moments_of(np.concatenate(features))

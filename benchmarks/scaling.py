@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import s3_server
 
-from dsno_cluster.cluster.ray_pool import import_ray, open_ray, run_pool
+from dsno_cluster.cluster.crew import Crew
+from dsno_cluster.cluster.ray_pool import import_ray, local_ray, run_pool
 from dsno_cluster.config import load_config
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.generate import generate
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="default: 10000 for actors, 32000 for pool")
     parser.add_argument("--seconds", type=float, help="that a task takes; default: 1 for actors, 20 for pool")
     options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # there is no work for GPUs, and more actors than any machine has of them
+    )
     if options.what in ("shards", None):
         tiny_shards(options.shards, options.actors or 2)
     if options.what in ("actors", None):
@@ -85,10 +89,10 @@ def tiny_shards(count: int, actors: int) -> None:
             )  # fmt: skip
             before = requests(metrics)
             with head_seconds() as head:
-                seconds, cpu = timed(lambda: generate(config, plan=make_plan(config), actors=actors))
+                seconds, cpu = timed(lambda: generate(config, plan=make_plan(config), crew=Crew(actors)))
             made = {kind: n - before.get(kind, 0) for kind, n in requests(metrics).items()}
             manifest = open_storage(config.storage.root, url).stat(make_plan(config).folder + "manifest.json")
-            again, _ = timed(lambda: generate(config, plan=make_plan(config), actors=actors))
+            again, _ = timed(lambda: generate(config, plan=make_plan(config), crew=Crew(actors)))
         finally:
             server.kill()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -108,7 +112,7 @@ def tiny_shards(count: int, actors: int) -> None:
 
 
 def busy_actors(actors: int, tasks: int, pause: float) -> None:
-    with open_ray(None, actors, 1) as cluster:
+    with local_ray(Crew(actors), 1) as cluster:
         ray = import_ray()
 
         class Idle:
@@ -142,7 +146,7 @@ def busy_actors(actors: int, tasks: int, pause: float) -> None:
 
 
 def many_workers(count: int, tasks: int, pause: float) -> None:
-    with open_ray(None, 8, 1) as cluster:
+    with local_ray(Crew(8), 1) as cluster:
         ray = import_ray()
 
         class StandIn:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dsno_cluster import console, count_evaluations, load_teacher, solve
+from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.accuracy import relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import angle, logsnr, refine
@@ -43,9 +44,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", default="docs/solvers.png")
     options = parser.parse_args()
-    teacher, samples = load_teacher("package:digits-teacher"), range(options.samples)
-    noise = sample_noise(options.seed, samples, teacher.shape)
-    labels = sample_labels(options.seed, samples, teacher.num_classes)
+    device, samples = compute_device(), range(options.samples)
+    teacher = load_teacher("package:digits-teacher").to(device)
+    noise = sample_noise(options.seed, samples, teacher.shape).to(device)
+    labels = sample_labels(options.seed, samples, teacher.num_classes).to(device)
     exact = runge_kutta(teacher, noise, labels, 512)
     half = relative_errors(runge_kutta(teacher, noise, labels, 256), exact)
     print(f"the reference: 256 of its steps in place of 512 differ by {words(half)}")
@@ -78,7 +80,7 @@ def runge_kutta(teacher: Teacher, noise: Tensor, labels: Tensor, steps: int) -> 
 
     @torch.no_grad()
     def slope(x: Tensor, t: float) -> Tensor:
-        level = logsnr(torch.full((len(x), 1), t, dtype=torch.float64))
+        level = logsnr(torch.full((len(x), 1), t, dtype=torch.float64, device=x.device))
         v: Tensor = network(x, level, labels)[:, 0]  # what the shipped teacher predicts
         return v
 

@@ -3,6 +3,7 @@
     python benchmarks/training.py overhead [key=value ...]     one process: steps through DeepSpeed and in a plain loop, in turn
     python benchmarks/training.py recipe --published DIR       two processes: ours, and the published network in torch's DDP
     python benchmarks/training.py memory                       the CIFAR-10 network on four processes, stages 0 to 3
+                                                               (on a machine with GPUs, on one process a GPU, at most as many)
     python benchmarks/training.py wait                         the share of a training in which it waited for data
 
 Steps of the two sides are taken in turn in the same processes, so that a ratio is of neighbours in time. The plain loop has
@@ -29,12 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from sampler import published_network, status
-from torch import nn
+from torch import Tensor, nn
 
 from dsno_cluster import console
 from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.device import device_name
+from dsno_cluster.device import compute_device, device_name, visible_gpus, wait_for_gpu
 from dsno_cluster.diffusion.schedule import logsnr, loss_weights, time_points
 from dsno_cluster.students.dsno import DSNO, Form
 from dsno_cluster.torch_internals import lerp_all
@@ -79,7 +80,7 @@ def recipe(options: argparse.Namespace) -> None:
     if options.published is None:
         print("recipe needs --published DIR, a checkout of the published implementation; left out")
         return
-    spawn(_recipe_rank, 2, options)
+    spawn(_recipe_rank, processes(2), options)
 
 
 def _recipe_rank(rank: int, world: int, port: int, options: argparse.Namespace) -> None:
@@ -94,7 +95,7 @@ def _recipe_rank(rank: int, world: int, port: int, options: argparse.Namespace) 
     ratios = in_turn(theirs, ours, options)
     if rank == 0:
         print(
-            f"{settings.operator}: images/s are {quartiles(ratios)} of the published recipe's, {world} processes of one thread"
+            f"{settings.operator}: images/s are {quartiles(ratios)} of the published recipe's, {world} process(es) of one thread"
         )
 
 
@@ -105,13 +106,13 @@ def memory(options: argparse.Namespace) -> None:
     )
     for stage in range(4):
         gathered = Path(f"/tmp/dsno-memory-{os.getpid()}-{stage}")
-        spawn(_memory_rank, 4, options, stage, gathered)
+        spawn(_memory_rank, processes(4), options, stage, gathered)
         held, peak = json.loads(gathered.read_text())
         gathered.unlink()
         rows.append([str(stage), f"{held / 2**20:.0f} MiB", f"{peak / 2**20:.0f} MiB"])
         console.say(f"stage {stage}: {rows[-1][1:]}")
     header = ["ZeRO stage", "held between steps", "at the peak of a step"]
-    console.table("memory of a rank, over the libraries' (the largest of four)", header, rows)
+    console.table(f"memory of a rank, over the libraries' (the largest of {processes(4)})", header, rows)
 
 
 def _memory_rank(
@@ -126,18 +127,35 @@ def _memory_rank(
     config = load_config(
         options.config, [*changes, "training.threads=1", "student.operator=series", "student.modes=1"]
     )
-    join_ranks(config)
-    before = status("VmRSS")
+    ranks = join_ranks(config)
+    before = held_bytes()
     torch.manual_seed(0)
     form = Form(1, "series", "data")
     step = our_step(config, DSNO(config.network, form, config.trajectories.time_points))
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    peak_starts_anew()
     step()
-    figures = torch.tensor([status("VmRSS") - before, status("VmHWM") - before], dtype=torch.float64)
+    measured = [held_bytes() - before, peak_bytes() - before]
+    figures = torch.tensor(measured, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(figures, dist.ReduceOp.MAX)
     if rank == 0:
         out.write_text(json.dumps(figures.tolist()))
+
+
+def held_bytes() -> int:
+    """What this process holds: of tensors on its GPU, or of memory."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else status("VmRSS")
+
+
+def peak_bytes() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
+
+
+def peak_starts_anew() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def wait(options: argparse.Namespace) -> None:
@@ -180,9 +198,10 @@ def our_step(config: Config, student: DSNO) -> Step:
 
 def plain_step(config: Config, student: DSNO) -> Step:
     """The same without an engine: a dozen lines of torch."""
+    student.to(compute_device())
     optimizer = torch.optim.Adam(student.train().parameters(), lr=config.training.lr)
     average = copy.deepcopy(student)
-    batch, objective = data(config, 1), make_objective(config, torch.device("cpu"))
+    batch, objective = data(config, 1), make_objective(config, compute_device())
 
     def step() -> None:
         loss, _ = objective.loss(student, batch, 0)
@@ -196,15 +215,20 @@ def plain_step(config: Config, student: DSNO) -> Step:
 
 
 def published_step(config: Config, network: nn.Module) -> Step:
-    model = nn.parallel.DistributedDataParallel(network.train())
+    device = compute_device()
+    model = nn.parallel.DistributedDataParallel(network.train().to(device))
     optimizer = torch.optim.Adam(model.parameters(), lr=config.training.lr)
     batch = data(config, dist.get_world_size())
     times = time_points("quadratic", 4)
-    levels = logsnr(torch.tensor(times)).float()
-    weights_M = loss_weights("snr", times).float()
+    levels = logsnr(torch.tensor(times)).float().to(device)
+    weights_M = loss_weights("snr", times).float().to(device)
+
+    def there(x: Tensor) -> Tensor:  # from the reader's memory, as ours
+        return x.to(device, non_blocking=True)
 
     def step() -> None:
-        loss = weighted(l1(model(batch.noise, levels, batch.labels), batch.states), weights_M)
+        labels = None if batch.labels is None else there(batch.labels)
+        loss = weighted(l1(model(there(batch.noise), levels, labels), there(batch.states)), weights_M)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -220,16 +244,19 @@ def data(config: Config, world: int) -> Batch:
     labels = torch.arange(count) % network.num_classes if network.num_classes else None
     noise = torch.randn(count, *shape, generator=draw)
     states = torch.randn(count, config.trajectories.num_points, *shape, generator=draw)
-    return Batch(np.arange(count), noise, states, labels)
+    batch = Batch(np.arange(count), noise, states, labels)
+    return batch.pinned() if torch.cuda.is_available() else batch
 
 
 def in_turn(first: Step, second: Step, options: argparse.Namespace) -> list[float]:
     """Seconds of `first` over seconds of `second`, round by round; one round before does not count."""
 
     def seconds(step: Step) -> float:
+        wait_for_gpu()
         began = time.perf_counter()
         for _ in range(options.steps):
             step()
+        wait_for_gpu()
         return time.perf_counter() - began
 
     return [seconds(first) / seconds(second) for _ in range(options.rounds + 1)][1:]
@@ -238,6 +265,11 @@ def in_turn(first: Step, second: Step, options: argparse.Namespace) -> list[floa
 def quartiles(ratios: list[float]) -> str:
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def processes(wanted: int) -> int:
+    """So many, or on a machine with GPUs at most one for each."""
+    return min(wanted, visible_gpus() or wanted)
 
 
 def spawn(work: Callable[..., None], world: int, *arguments: Any) -> None:

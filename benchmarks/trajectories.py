@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from dsno_cluster import console, load_teacher, solve
-from dsno_cluster.cluster.ray_pool import import_ray, open_ray, run_pool
+from dsno_cluster.cluster.crew import Crew, shared
+from dsno_cluster.cluster.ray_pool import import_ray, local_ray, run_pool
 from dsno_cluster.config import Config, load_config
+from dsno_cluster.device import compute_device, wait_for_gpu
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import make_plan
@@ -50,7 +52,8 @@ def machinery(config: Config, actors: int) -> None:
     """Question 1."""
     samples = SHARDS_A_ROUND * config.trajectories.samples_per_shard
     rates: dict[str, list[float]] = {"bare loop": [], "actors, shards, storage": []}
-    with bare_workers(config, actors) as bare, open_ray(None, actors, config.trajectories.threads) as cluster:
+    crew = Crew(actors, shared(actors))
+    with bare_workers(config, actors) as bare, local_ray(crew, config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=2, **cluster.actor_options())(SolveActor)
         plan = make_plan(config)
         handles = [
@@ -123,7 +126,7 @@ class bare_workers:
 def _solve_on_demand(config: Config, pipe: Any) -> None:
     torch.set_num_threads(config.trajectories.threads)
     found = find_teacher(config)
-    spec, teacher = spec_of(config, found), found.load()
+    spec, teacher = spec_of(config, found), found.load().to(compute_device())
     pipe.send("ready")
     while True:
         for index in range(pipe.recv()):
@@ -150,7 +153,8 @@ def against_diffusers(evaluations: int | None) -> None:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
     scheduler: Any = diffusers.DDIMScheduler(clip_sample=False)
-    noise = torch.randn(16, 3, 32, 32)
+    device = compute_device()
+    noise = torch.randn(16, 3, 32, 32).to(device)
     times = (0.5625, 0.25, 0.0625, 0.0)
     steps = 32
 
@@ -166,7 +170,8 @@ def against_diffusers(evaluations: int | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         network.save_pretrained(f"{folder}/unet")
         scheduler.save_pretrained(f"{folder}/scheduler")
-        teacher = load_teacher(folder)
+        teacher = load_teacher(folder).to(device)
+    network.to(device)
 
     def ours() -> None:
         solve(teacher, noise, times, "abm3", steps)
@@ -174,8 +179,10 @@ def against_diffusers(evaluations: int | None) -> None:
     seconds: dict[str, list[float]] = {"diffusers DDIM": [], "ours": []}
     for _ in range(ROUNDS):
         for name, run in zip(seconds, (theirs, ours), strict=True):
+            wait_for_gpu()
             began = time.perf_counter()
             run()
+            wait_for_gpu()
             seconds[name].append(time.perf_counter() - began)
     each = {name: statistics.median(values) / steps for name, values in seconds.items()}
     overhead = each["diffusers DDIM"] / each["ours"]

@@ -1,13 +1,23 @@
-"""The device that this process computes on."""
+"""The devices that this process computes on."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import platform
+import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from dsno_cluster.errors import UserError
+
+# of torch 2.9 and later. The names that it prefers do not exist in earlier versions, and must not be mixed with the others
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+
+CONTEXT_BYTES = 1 << 30  # of a GPU's memory, for what a process holds beside torch's tensors, such as kernels
 
 
 def compute_device() -> torch.device:
@@ -19,6 +29,64 @@ def compute_device() -> torch.device:
     """
     allow_tf32(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def visible_gpus() -> int:
+    """How many GPUs this process may use: those of CUDA_VISIBLE_DEVICES, or all; 0 if torch is one for CPUs."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def rank_device(local_rank: int, local_ranks: int | None) -> torch.device:
+    """The device of a rank, `local_rank` of `local_ranks` (None: not known) on this machine; the CPU without GPUs.
+
+    A rank that sees one GPU takes it: it may be one that no other rank sees, as a scheduler gives each task its own.
+    Of several GPUs, rank k takes the k-th that it sees. Raises UserError if they are fewer than the ranks.
+    """
+    gpus = visible_gpus()
+    if gpus == 0:
+        return torch.device("cpu")
+    if gpus == 1:
+        return torch.device("cuda", 0)
+    if (ranks := max(local_rank + 1, local_ranks or 0)) > gpus:
+        raise too_many_ranks(ranks, gpus)
+    return torch.device("cuda", local_rank)
+
+
+def too_many_ranks(ranks: int, gpus: int) -> UserError:
+    """What is wrong if `ranks` processes on this machine see `gpus` GPUs together."""
+    return UserError(
+        f"{ranks} training processes on {socket.gethostname()}, where they see {gpus} GPU(s): training runs one process per GPU, "
+        f"so start {gpus} (--tasks-per-node, or CUDA_VISIBLE_DEVICES with more GPUs; empty, it trains on CPUs)"
+    )
+
+
+def wait_for_gpu() -> None:
+    """Wait until all work that was given to the GPU is done, if this process uses one, so that a clock counts it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def gpu_identity(device: torch.device) -> str:
+    """What tells a GPU of this machine from its others, whatever number this process knows it by."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def limit_memory(share: float) -> None:
+    """Let this process's tensors take at most `share` of its GPU's memory, less what every process takes besides.
+
+    A process then fails for lack of memory itself, in place of a neighbour on the same GPU. Without a GPU nothing is limited.
+    """
+    if not torch.cuda.is_available() or share >= 1.0:
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, share / 2))
+
+
+def give_back_memory() -> None:
+    """Return the memory of tensors that nothing refers to any more to the GPU, for other processes."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.stage import Checked, Stage, StageOptions, StageResult
+from dsno_cluster.cluster.stage import Checked, RayOptions, Stage, StageOptions, StageResult
 from dsno_cluster.files import shown_path
 
 if TYPE_CHECKING:
@@ -21,20 +21,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GenerationOptions(StageOptions):
-    """Options of gen-trajectories. `actors`: number of Ray actors; None: as many as there is room for."""
+class EvaluationOptions(RayOptions):
+    """Options of eval: the student at `student`, the images at `samples`, or (`watch`) each checkpoint as it appears."""
 
-    actors: int | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationOptions(StageOptions):
-    """Options of eval: what is evaluated, and by how many `actors`.
-
-    It is the student at `student`, the images at `samples`, or (`watch`) each checkpoint as it appears.
-    """
-
-    actors: int | None = None
     student: str | None = None
     samples: str | None = None
     watch: bool = False
@@ -44,13 +33,13 @@ class EvaluationOptions(StageOptions):
         return "each checkpoint" if self.watch else self.samples or self.student or ""
 
 
-def _check_generation(config: Config, options: GenerationOptions, processes: int) -> Checked:
+def _check_generation(config: Config, options: RayOptions, processes: int) -> Checked:
     from dsno_cluster.trajectories.generate import describe_plan
     from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
     plan = make_plan(config)
     check_reachable(config, plan.folder)
-    return Checked(f"would make {describe_plan(config, plan, options.actors)}", plan.teacher)
+    return Checked(f"would make {describe_plan(config, plan, options.crew(None))}", plan.teacher)
 
 
 def _check_generation_ahead(config: Config, ranks: int) -> None:
@@ -58,14 +47,14 @@ def _check_generation_ahead(config: Config, ranks: int) -> None:
 
 
 def _generate(
-    config: Config, options: GenerationOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
+    config: Config, options: RayOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
 ) -> StageResult:
     from dsno_cluster.trajectories.generate import generate
     from dsno_cluster.trajectories.plan import make_plan
 
     plan = make_plan(config, teacher)
     plan.teacher.forget()  # the actors load it
-    return StageResult(generate(config, plan, options.actors, ray_address), teacher=plan.teacher)
+    return StageResult(generate(config, plan, options.crew(ray_address)), teacher=plan.teacher)
 
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
@@ -118,13 +107,13 @@ def _train(
 
 
 def _check_evaluation(config: Config, options: EvaluationOptions, processes: int) -> Checked:
-    from dsno_cluster.cluster.ray_pool import actor_count
+    from dsno_cluster.cluster.crew import actor_count
 
     settings = config.evaluation
     evaluated, teacher = _find_evaluated(config, options)
     return Checked(
         f"would evaluate {evaluated}, metrics {', '.join(settings.metrics)}, "
-        f"{actor_count(options.actors, settings.threads)}",
+        f"{actor_count(options.crew(None), settings.threads)}",
         teacher,
     )
 
@@ -162,12 +151,13 @@ def _evaluate(
     from dsno_cluster.teachers import find_teacher
 
     found: Record
+    crew = options.crew(ray_address)
     if options.watch:
-        found = watch(config, teacher or find_teacher(config), options.actors, ray_address)
+        found = watch(config, teacher or find_teacher(config), crew)
     elif options.samples is not None:
-        found = evaluate_images(config, options.samples, options.actors, ray_address)
+        found = evaluate_images(config, options.samples, crew)
     else:
-        found = evaluate(find_subject(config, options.student, teacher), options.actors, ray_address)
+        found = evaluate(find_subject(config, options.student, teacher), crew)
     return StageResult(f"{config.storage.root.rstrip('/')}/evaluation/{config.name}", found, teacher)
 
 
@@ -176,10 +166,10 @@ GEN_TRAJECTORIES = Stage(
     purpose="the teacher solves its ODE, many evaluations an image",
     kind="ray",
     section="trajectories",
-    options=GenerationOptions,
+    options=RayOptions,
     check=_check_generation,
     check_ahead=_check_generation_ahead,
-    run=_generate,
+    work=_generate,
 )
 TRAIN = Stage(
     name="train",
@@ -189,7 +179,7 @@ TRAIN = Stage(
     options=StageOptions,
     check=_check_training,
     check_ahead=_check_training_ahead,
-    run=_train,
+    work=_train,
 )
 EVAL = Stage(
     name="eval",
@@ -199,7 +189,7 @@ EVAL = Stage(
     options=EvaluationOptions,
     check=_check_evaluation,
     check_ahead=_check_evaluation_ahead,
-    run=_evaluate,
+    work=_evaluate,
 )
 STAGES: tuple[Stage[Any], ...] = (GEN_TRAJECTORIES, TRAIN, EVAL)
 

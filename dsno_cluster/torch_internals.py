@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -40,3 +41,16 @@ def compile_network(network: nn.Module) -> None:
 def check_rank_0_answers() -> None:
     """Raises DistError if rank 0, which keeps the store of the process group, is gone."""
     dist.distributed_c10d._get_default_store().check(["alive"])
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Set the time-out of every process group that exists."""
+    groups = dist.distributed_c10d._world.pg_map
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(groups):
+        set_timeout(timeout, group)
+
+
+def abort_groups() -> None:
+    """Destroy the process groups without waiting for other ranks, some of which may be lost."""
+    dist.distributed_c10d._abort_process_group()

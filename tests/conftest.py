@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -20,6 +21,17 @@ _state = tempfile.TemporaryDirectory(prefix="dsno-state-")  # removed when the t
 os.environ["XDG_STATE_HOME"] = _state.name
 
 
+def _gpus_are_wanted(config: pytest.Config) -> bool:
+    """Whether `-m` asks for the tests that need a GPU."""
+    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # before a test imports torch, and for every process that a test starts: the others are to pass alike on any machine
+    if not _gpus_are_wanted(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", metavar="I/N", help="every N-th of the tests, from the (I modulo N)-th on")
 
@@ -32,6 +44,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = items[index % count :: count]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not _gpus_are_wanted(item.config):
+        pytest.skip("needs a GPU, and tests hide GPUs: `make test-gpu` runs it")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and torch sees none on this machine")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import Network, load_config
+from dsno_cluster.data import Split
 from dsno_cluster.diffusion.solvers import SOLVERS
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import in_any_layout
@@ -23,6 +24,7 @@ from dsno_cluster.teachers import Teacher
 from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+from dsno_cluster.training.train_teacher import velocity_loss
 from dsno_cluster.trajectories.reader import Batch
 
 TIMES = (0.5, 0.25, 0.1, 0.0)
@@ -167,6 +169,24 @@ def test_the_loss_of_a_step() -> None:
         batch = Batch(np.arange(4), torch.zeros(4, *shape), states, labels)
         seen = seen_by(lambda: objective.loss(student, batch, 7))
     assert not seen.waits
+
+
+def test_the_loss_of_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images are on the GPU; what is drawn for a step on the CPU is copied there from pinned memory."""
+    pinned: list[Tensor] = []
+
+    def pin(x: Tensor) -> Tensor:
+        pinned.append(x)
+        return x
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    config = load_config("configs/digits.yaml", ["teacher_training.label_dropout=0.1"])
+    unet = UNet(config.network)
+    with pretended_gpu():
+        moved(unet)
+        data = Split(torch.empty(50, 1, 8, 8, device=CUDA), torch.zeros(50, dtype=torch.int64, device=CUDA))
+        seen = seen_by(lambda: velocity_loss(unet, data, config, 7))
+    assert not seen.waits and len(pinned) == 2 * 4
 
 
 @pytest.mark.parametrize("with_film", [False, True])

@@ -20,7 +20,7 @@ from tiny import DATA, TINY, answer, dsno
 from dsno_cluster.cluster.launchers import SLURM
 from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
 from dsno_cluster.cluster.stage import Submission
-from dsno_cluster.cluster.submitit_internals import CONTROLLER, controller_variables, start_on_this_machine
+from dsno_cluster.cluster.submitit_internals import controller_variables, start_on_this_machine
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import (
     Config,
@@ -232,18 +232,40 @@ def test_a_site_without_requeue_has_its_way(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "cpus", "refused"),
-    [(0, 1, "cpus_per_task 1 of a node: it has one actor at least, of trajectories.threads=2 CPUs"), (0, 2, None),
-     (8, 8, "its 8 GPUs have an actor each, of trajectories.threads=2 CPUs; raise cpus_per_task to 16"), (8, 16, None)],
+    ("gpus", "share", "cpus", "refused"),
+    [(0, 1, 1, "cpus_per_task 1 of a node: it has one actor at least, of trajectories.threads=2 CPUs"), (0, 1, 2, None),
+     (8, 1, 8, "its 8 GPUs have an actor each, of trajectories.threads=2 CPUs; raise cpus_per_task to 16"), (8, 1, 16, None),
+     (8, 0.25, 16, "its 8 GPUs have 32 actors (gpus_per_actor 0.25), of trajectories.threads=2 CPUs; raise cpus_per_task to 64"),
+     (8, 0.25, 64, None), (8, 2, 8, None)],
 )  # fmt: skip
-def test_a_node_has_the_cpus_of_its_actors(gpus: int, cpus: int, refused: str | None) -> None:
+def test_a_node_has_the_cpus_of_its_actors(gpus: int, share: float, cpus: int, refused: str | None) -> None:
     config = load_config("configs/digits.yaml", ["trajectories.threads=2"])
     profile = load_profile("gen-trajectories", {"gpus_per_node": gpus, "cpus_per_task": cpus})
+    profile = profile.model_copy(update={"gpus_per_actor": share})
     if refused is None:
         check_room(GEN_TRAJECTORIES, config, profile)
         return
     with pytest.raises(UserError, match=re.escape(refused)):
         check_room(GEN_TRAJECTORIES, config, profile)
+
+
+@pytest.mark.parametrize(("option", "share"), [([], 0.5), (["--gpus-per-actor", "0.25"], 0.25)])
+def test_a_job_s_actors_take_the_share_of_the_profile_or_the_option(
+    option: list[str], share: float, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/eval.yaml").write_text("mem_gb: 1\ntime_minutes: 10\ngpus_per_actor: 0.5\n")
+    submitted: list[Submission] = []
+
+    def describe(self: object, submission: Submission) -> str:
+        submitted.append(submission)
+        return "its script"
+
+    monkeypatch.setattr(type(SLURM), "describe", describe)
+    told = answer("eval", *TINY, "--dry-run", *option, cwd=tmp_path, PATH=f"{slurm}:/usr/bin:/bin")
+    assert "its script" in told.stdout  # and that there is no student yet
+    (found,) = submitted
+    assert found.options.crew(None).gpus_per_actor == found.profile.gpus_per_actor == share
 
 
 def test_the_ray_stages_take_one_task_a_node() -> None:
@@ -256,14 +278,21 @@ def test_a_task_is_its_stage_by_name_and_the_folder_that_it_reads() -> None:
     pickled = cloudpickle.dumps(StageTask(EVAL, EvaluationOptions(student="there"), "/runs/1"))
     assert b"dsno_cluster.stages" in pickled and len(pickled) < 1500
     task = pickle.loads(pickled)  # noqa: S301 - our own
-    assert (task.stage.run, task.options.subject, task.run_folder) == (EVAL.run, "there", "/runs/1")
+    assert (task.stage, task.options.subject, task.run_folder) == (EVAL, "there", "/runs/1")
 
 
 def test_what_is_used_of_submitit_is_as_it_was() -> None:
     """If this fails after an upgrade: compare cluster/submitit_internals.py with submitit/local/local.py and slurm/slurm.py."""
     start = inspect.getsource(submitit.local.local.start_controller)
     assert set(re.findall(r"SUBMITIT_[A-Z_]+", start)) == set(controller_variables("", 1))
-    assert CONTROLLER in start and "env=env)" in start
+    assert "submitit.local._local" in start and "env=env)" in start
+    assert (
+        "Controller(Path(sys.argv[1]))"
+        in (Path(submitit.local.local.__file__).parent / "_local.py").read_text()
+    )
+    controller = submitit.local.local.Controller
+    assert "self.tasks.append(" in inspect.getsource(controller.start_tasks)
+    assert "self.start_tasks()" in inspect.getsource(controller.run)
     assert list(inspect.signature(submitit.LocalExecutor._submit_command).parameters) == ["self", "command"]
     assert "start_controller(" in inspect.getsource(submitit.LocalExecutor._submit_command)
     assert isinstance(submitit.SlurmExecutor._submitit_command_str, property)

@@ -71,12 +71,22 @@ def test_the_loss_scaler_has_the_fields_that_are_saved() -> None:
     assert not missing, f"see training/deepspeed_internals.py: no {missing}"
 
 
-def test_the_kernel_that_would_be_compiled_is_known_by_its_name() -> None:
-    from dsno_cluster.training.deepspeed_internals import import_deepspeed
+def test_process_groups_are_where_torch_keeps_them() -> None:
+    from datetime import timedelta
 
-    deepspeed = import_deepspeed()
-    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
-    assert "deepspeed_shm_comm" in deepspeed.ops.op_builder.all_ops.ALL_OPS
+    import torch
+    import torch.distributed as dist
+
+    from dsno_cluster.torch_internals import abort_groups, set_timeouts
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    another = dist.new_group([0])
+    set_timeouts(timedelta(seconds=77))
+    device = torch.device("cpu")
+    for group in (dist.group.WORLD, another):
+        assert group._get_backend(device).options._timeout == timedelta(seconds=77)
+    abort_groups()
+    assert not dist.is_initialized()
 
 
 def test_torch_moves_many_tensors_at_once() -> None:

@@ -74,6 +74,7 @@ class Node:
     index: int
     interface: str | None
     cpus: int
+    gpus: int
     memory_gb: int
     job: str
 
@@ -213,6 +214,7 @@ def _common(node: Node, address: str, agents: list[int]) -> list[str]:
             "--include-log-monitor=false",
             f"--node-ip-address={address}",
             f"--num-cpus={node.cpus}",
+            f"--num-gpus={node.gpus}",  # Ray would count those of the machine
         ),
         *("--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={object_store}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),

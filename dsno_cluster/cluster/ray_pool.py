@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from dsno_cluster import console, liveness
 from dsno_cluster.cluster.actor_watch import ASIDE, HangWatch, SlowWatch, Worker
+from dsno_cluster.cluster.crew import Crew, actors_that_fit, default_actors, keep_to_share
 from dsno_cluster.cluster.noted_signals import NotedSignals
 from dsno_cluster.cluster.ray_folder import claimed, place_for
 from dsno_cluster.errors import StorageError, UserError, WorkError
@@ -51,6 +52,7 @@ class PoolActor:
 
     def __init__(self) -> None:
         expect_answers()
+        keep_to_share()
 
     def environment(self) -> Environment:
         return environment()
@@ -62,10 +64,10 @@ class PoolActor:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """The Ray cluster in use. `num_gpus` is what an actor asks for: 1 if the cluster has any GPU."""
+    """The Ray cluster in use. `num_gpus` is what an actor asks for, 0 if the cluster has no GPU."""
 
     threads: int
-    num_gpus: int
+    num_gpus: float
     fixed: int | None  # number of actors, if it was given
 
     def actor_options(self) -> dict[str, Any]:
@@ -82,27 +84,6 @@ class RayCluster:
             return self.fixed
         nodes = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
         return sum(actors_that_fit(node, self.threads, self.num_gpus) for node in nodes)
-
-
-def actors_that_fit(node: Mapping[str, float], threads: int, num_gpus: int) -> int:
-    """How many actors of `threads` CPUs and `num_gpus` GPUs fit on a node with these `CPU` and `GPU`."""
-    fit = int(node.get("CPU", 0)) // threads
-    return min(fit, int(node.get("GPU", 0))) if num_gpus else fit
-
-
-def default_actors(threads: int) -> int:
-    """One actor per GPU of this machine, or else as many as its cores hold at `threads` each."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // threads)
-
-
-def actor_count(actors: int | None, threads: int) -> str:
-    """How many actors there will be, in words, for the line that announces the work."""
-    many = f"{actors} actor(s)" if actors else "as many actors"
-    return f"{many} of {threads} thread(s){'' if actors else ' as fit'}"
 
 
 def import_ray(own: bool = False) -> Any:
@@ -131,36 +112,45 @@ def given_address(option: str | None) -> str | None:
     return None if address == "local" else address
 
 
-def open_ray(
-    address: str | None, actors: int | None, threads: int
-) -> contextlib.AbstractContextManager[RayCluster]:
-    """The Ray cluster at `address`, or our own Ray on this machine; released at the end.
-
-    `actors` None: as many as there is room for, on an existing cluster also on nodes that join later.
-    """
+def open_ray(crew: Crew, threads: int) -> contextlib.AbstractContextManager[RayCluster]:
+    """The crew's Ray cluster, or our own Ray on this machine; released at the end."""
+    address = given_address(crew.ray_address)
     if address is None:
-        return local_ray(actors or default_actors(threads), threads)
-    return _given_ray(address, actors, threads)
+        return local_ray(crew, threads)
+    return _given_ray(address, crew, threads)
 
 
 @contextlib.contextmanager
-def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
-    """Our own Ray on this machine, with room for `actors` of `threads` CPU threads; it ends with the context.
+def local_ray(crew: Crew, threads: int) -> Iterator[RayCluster]:
+    """Our own Ray on this machine, with room for the crew's actors of `threads` CPU threads; it ends with the context.
 
-    It has no dashboard. Raises UserError for more actors than GPUs, WorkError if Ray does not start.
+    It has no dashboard. Raises UserError for more actors than its GPUs have room for, WorkError if Ray does not start.
     """
-    import torch
+    from dsno_cluster.device import visible_gpus
 
     ray = import_ray(own=True)
-    num_gpus = 1 if torch.cuda.is_available() else 0
-    if num_gpus and actors > (devices := torch.cuda.device_count()):
-        raise UserError(f"--actors {actors}: this machine has {devices} GPU(s), and an actor takes one")
+    gpus = visible_gpus()
+    each = (crew.gpus_per_actor or 1) if gpus else 0
+    room = default_actors(threads, gpus, each)
+    actors = crew.actors or room
+    if gpus and actors > room:
+        share = "takes one" if each == 1 else f"takes {each:g}"
+        raise UserError(
+            f"--actors {actors}: this machine has {gpus} GPU(s), and an actor {share} (--gpus-per-actor); take at most {room}"
+        )
+    if actors == 0:
+        raise UserError(f"--gpus-per-actor {each:g}: this machine has {gpus} GPU(s)")
+    if crew.gpus_per_actor and not gpus:
+        console.say(
+            "note: this process sees no GPU, so actors compute on the CPU, whatever --gpus-per-actor is"
+        )
     with claimed(place_for(f"here-{os.getpid()}")) as folder:
         try:
             with _sigterm_as_before():
                 ray.init(
                     address="local",
                     num_cpus=actors * threads,
+                    num_gpus=gpus,  # Ray would count those of the machine
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -170,7 +160,7 @@ def local_ray(actors: int, threads: int) -> Iterator[RayCluster]:
         except Exception as error:  # Ray raises plain Exceptions, for example if a node is slow to start
             raise WorkError(f"Ray did not start on this machine: {_last_line(error)}") from error
         try:
-            yield RayCluster(threads, num_gpus, actors)
+            yield RayCluster(threads, each, actors)
         finally:
             ray.shutdown()
 
@@ -197,7 +187,7 @@ def _sigterm_as_before() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCluster]:
+def _given_ray(address: str, crew: Crew, threads: int) -> Iterator[RayCluster]:
     _check_listening(address)
     ray = import_ray()
     try:
@@ -209,16 +199,17 @@ def _given_ray(address: str, actors: int | None, threads: int) -> Iterator[RayCl
         raise WorkError(f"Ray cluster {address}: cannot be joined: {_last_line(error)}") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        num_gpus = 1 if any(node.get("GPU") for node in nodes) else 0
+        num_gpus = (crew.gpus_per_actor or 1) if any(node.get("GPU") for node in nodes) else 0
+        more = f" and {num_gpus:g} GPUs" if num_gpus > 1 else ""
         # whatever number of actors is asked for, none would start
         if not any(actors_that_fit(node, threads, num_gpus) for node in nodes):
             raise UserError(
-                f"Ray cluster {address}: no node has the {threads} CPUs that one actor takes (threads of the config); start "
-                "its nodes with more, in a job by cpus_per_task of its profile"
+                f"Ray cluster {address}: no node has the {threads} CPUs{more} that one actor takes (threads of the config); "
+                "start its nodes with more, in a job by cpus_per_task of its profile"
             )
         room = sum(actors_that_fit(node, threads, num_gpus) for node in nodes)
         console.say(f"Ray cluster {address}: room for {room} actor(s) on {len(nodes)} node(s) now")
-        yield RayCluster(threads, num_gpus, actors)
+        yield RayCluster(threads, num_gpus, crew.actors)
     finally:
         ray.shutdown()
 

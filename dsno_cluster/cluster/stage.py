@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from dsno_cluster.cluster.crew import Crew
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Config, Profile
@@ -22,6 +26,17 @@ class StageOptions:
     def subject(self) -> str:
         """What the stage works on: two jobs of the same stage and subject do the same work."""
         return ""
+
+
+@dataclass(frozen=True)
+class RayOptions(StageOptions):
+    """The options of a Ray stage: its number of `actors`, and what each takes of the GPUs (see `Crew`)."""
+
+    actors: int | None = None
+    gpus_per_actor: float | None = None
+
+    def crew(self, ray_address: str | None) -> Crew:
+        return Crew(self.actors, self.gpus_per_actor, ray_address)
 
 
 Options = TypeVar("Options", bound=StageOptions)
@@ -50,9 +65,10 @@ class Stage(Generic[Options]):
 
     `check(config, options, processes)` raises UserError if the stage lacks something, and says in a sentence
     what it would do in that many processes on this machine. `check_ahead(config, ranks)` raises for problems
-    that can be known before the earlier stages are done, and may download weights. `run(config, options,
-    ray_address, found)` does the work; `found` comes from a check in the same process, or is None. `section`
-    is the group of config keys that has the CPU `threads` of an actor, `options` the class of its options.
+    that can be known before the earlier stages are done, and may download weights. `work(config, options,
+    ray_address, found)` does the work, and `run` calls it; `found` comes from a check in the same process, or is
+    None. `section` is the group of config keys that has the CPU `threads` of an actor, `options` the class of its
+    options.
     """
 
     name: str
@@ -62,7 +78,27 @@ class Stage(Generic[Options]):
     options: type[Options]
     check: Callable[[Config, Options, int], Checked]
     check_ahead: Callable[[Config, int], None]
-    run: Callable[[Config, Options, str | None, Any], StageResult]
+    work: Callable[[Config, Options, str | None, Any], StageResult]
+
+    def run(self, config: Config, options: Options, ray_address: str | None, found: Any) -> StageResult:
+        """Do the work. Afterwards its memory on a GPU is there for the next stage, also if it failed."""
+        try:
+            return self.work(config, options, ray_address, found)
+        except BaseException as error:
+            _drop_variables(error)
+            raise
+        finally:
+            if "torch" in sys.modules:
+                from dsno_cluster.device import give_back_memory
+
+                give_back_memory()
+
+
+def _drop_variables(error: BaseException | None) -> None:
+    """Clear the variables of the functions that an error and its causes have left, which its traceback would keep."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)

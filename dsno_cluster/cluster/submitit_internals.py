@@ -1,25 +1,31 @@
 """All uses of submitit beyond its public interface.
 
-`pyproject.toml` bounds submitit's version, and a test compares what is used here with the library. Two things
-have no public interface: the text of a batch script before it is submitted, and a local job in its own
-session.
+`pyproject.toml` bounds submitit's version, and a test compares what is used here with the library. Three things
+have no public interface: the text of a batch script before it is submitted, a local job in its own session, and
+the end of a local job of which one rank has failed. Run as a module, this is the controller of a local job: the
+process that starts the ranks and ends with them.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.local.local import LocalJob
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, Controller, LocalJob
 
 MOST_REQUEUES = 1000
 MINUTES = 30 * 24 * 60  # submitit requires a time limit, even for a local job
-CONTROLLER = "submitit.local._local"  # the module that starts the ranks of a local job and ends with them
+# how long the other ranks may take to end by themselves, and to say why, if one has failed
+ALONE_SECONDS, LOOK_SECONDS = 30.0, 0.2
 
 
 def script_text(executor: submitit.SlurmExecutor) -> str:
@@ -51,7 +57,7 @@ class _OwnSession(submitit.LocalExecutor):
         tasks = self.parameters["tasks_per_node"]
         with self.errors.open("a") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", CONTROLLER, str(self.folder)],
+                [sys.executable, "-m", __name__, str(self.folder)],
                 env=os.environ | self.variables | controller_variables(command, tasks),
                 stderr=errors,
                 start_new_session=True,
@@ -74,3 +80,42 @@ def controller_variables(command: str, tasks: int) -> dict[str, str]:
         "SUBMITIT_LOCAL_WITH_SHELL": "",
         "SUBMITIT_STDERR_TO_STDOUT": "",
     }
+
+
+class _EndsTogether(Controller):
+    """submitit's controller, which also ends all ranks if one of them has failed: with NCCL the others wait for it."""
+
+    def start_tasks(self) -> None:
+        super().start_tasks()
+        threading.Thread(target=self._watch, args=(list(self.tasks),), daemon=True).start()
+
+    def _watch(self, ranks: list[subprocess.Popen[str]]) -> None:
+        alone, noted = 0.0, set[int]()
+        while True:
+            live = [rank for rank in ranks if rank.poll() is None]
+            for number, rank in enumerate(ranks):
+                if rank.returncode not in (None, 0, LOCAL_REQUEUE_RETURN_CODE) and number not in noted:
+                    noted.add(number)
+                    self._note(number, rank.returncode)
+            if not live:
+                return
+            if noted and (alone := alone + LOOK_SECONDS) > ALONE_SECONDS:
+                for rank in live:
+                    rank.kill()
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _note(self, number: int, status: int) -> None:
+        """Note how a rank ended that could not note it itself; SIGINT is how people end a job."""
+        from dsno_cluster.cluster.records import Failure
+        from dsno_cluster.cluster.runs import Run
+
+        if status < 0 and -status != signal.SIGINT and self.tasks:
+            host, name = socket.gethostname(), signal.Signals(-status).name
+            reason = f"rank {number} on {host} was ended by {name}; the same command resumes"
+            run = Run(self.folder.parent)
+            run.attempt(0).note(Failure(kind="work", reason=reason, rank=number, host=host))
+
+
+if __name__ == "__main__":
+    _EndsTogether(Path(sys.argv[1])).run()

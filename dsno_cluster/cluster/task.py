@@ -290,6 +290,10 @@ def _ray_node(profile: Profile) -> Node:
     from dsno_cluster.cluster.ray_on_slurm import Node
 
     here = JobEnvironment()
-    return Node(
-        list(here.hostnames), here.node, profile.interface, profile.cpus_per_task, profile.mem_gb, here.job_id
-    )
+    gpus = 0
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":  # without GPUs, torch need not be imported
+        from dsno_cluster.device import visible_gpus
+
+        gpus = visible_gpus()
+    hosts = list(here.hostnames)
+    return Node(hosts, here.node, profile.interface, profile.cpus_per_task, gpus, profile.mem_gb, here.job_id)

@@ -23,7 +23,13 @@ def evaluate_student(arguments: Arguments) -> None:
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: one at a time")
     config = _config(arguments)
-    chosen = EVAL.options(options.actors, options.student, _samples(arguments, config), options.watch)
+    chosen = EVAL.options(
+        actors=options.actors,
+        gpus_per_actor=options.gpus_per_actor,
+        student=options.student,
+        samples=_samples(arguments, config),
+        watch=options.watch,
+    )
     result = run_stage(arguments, EVAL, config, chosen)
     if result is None:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.commands.arguments import Arguments, Unwatched
@@ -78,9 +79,14 @@ def make_submission(
 
     Raises UserError for a profile that does not suit the stage.
     """
-    from dsno_cluster.cluster.stage import Submission
+    from dsno_cluster.cluster.stage import RayOptions, Submission
 
     profile = launcher.profile(stage, arguments.options.nodes, _tasks_asked(arguments))
+    if isinstance(options, RayOptions):
+        if options.gpus_per_actor is None:
+            options = replace(options, gpus_per_actor=profile.gpus_per_actor)
+        else:
+            profile = profile.model_copy(update={"gpus_per_actor": options.gpus_per_actor})
     return Submission(stage, config, profile, arguments.command_line, options)
 
 

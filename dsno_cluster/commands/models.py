@@ -18,8 +18,10 @@ def sample_student(arguments: Arguments) -> None:
     options.out = options.out or "samples.png"
     if options.shards is None and not options.out.endswith((".png", ".npz")):
         raise UserError(f"--out {options.out}: must end in .png (a grid) or .npz (arrays)")
-    if options.shards is None and (options.actors or options.ray_address):
-        raise UserError("--actors and --ray-address need --shards URL: a file is drawn by this process")
+    if options.shards is None and (options.actors or options.gpus_per_actor or options.ray_address):
+        raise UserError(
+            "--actors, --gpus-per-actor and --ray-address need --shards URL: a file is drawn by this process"
+        )
     if options.refine is None and (options.refine_from is not None or options.teacher):
         raise UserError("--refine-from and --teacher need --refine K")
     if options.refine_from is not None and not 0.0 < options.refine_from < 1.0:
@@ -38,6 +40,7 @@ def sample_student(arguments: Arguments) -> None:
     if options.shards is None:
         sample_to_file(drawing, options.out, options.num, options.seed, options.batch_size)
         return
+    from dsno_cluster.cluster.crew import Crew
     from dsno_cluster.evaluation.sample_shards import sample_to_shards
 
     sample_to_shards(
@@ -46,8 +49,7 @@ def sample_student(arguments: Arguments) -> None:
         options.num,
         options.seed,
         options.batch_size,
-        options.actors,
-        options.ray_address,
+        Crew(options.actors, options.gpus_per_actor, options.ray_address),
     )
 
 

@@ -34,6 +34,12 @@ def actors(parser: argparse.ArgumentParser) -> None:
         help="Ray actors (default: one a GPU, or cores / threads)",
     )
     parser.add_argument(
+        "--gpus-per-actor",
+        type=_share,
+        metavar="F",
+        help="what an actor takes of the GPUs: 0.25 lets four share one, for small networks (default: 1, on Slurm the profile's)",
+    )
+    parser.add_argument(
         "--ray-address",
         metavar="ADDRESS",
         help="a Ray cluster to use, such as 10.0.0.1:6379 or auto (default: RAY_ADDRESS, or a Ray of our own here)",
@@ -196,6 +202,20 @@ def _natural(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _share(text: str) -> float:
+    from dsno_cluster.config.profile import is_share
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not is_share(value):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a part of a GPU, such as 0.25, nor a whole number of them"
+        )
+    return value
 
 
 def _tolerance(text: str) -> float:

@@ -20,7 +20,8 @@ _DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.
 def gen_trajectories(arguments: Arguments) -> None:
     from dsno_cluster.stages import GEN_TRAJECTORIES
 
-    options = GEN_TRAJECTORIES.options(arguments.options.actors)
+    asked = arguments.options
+    options = GEN_TRAJECTORIES.options(actors=asked.actors, gpus_per_actor=asked.gpus_per_actor)
     run_stage(arguments, GEN_TRAJECTORIES, arguments.config(), options)
 
 
@@ -39,7 +40,7 @@ def plan_trajectories(arguments: Arguments) -> None:
     probes = options.probes or PROBES
     found, planned = plan.Found(), None
     if measuring:
-        from dsno_cluster.cluster.ray_pool import actors_that_fit
+        from dsno_cluster.cluster.crew import actors_that_fit
         from dsno_cluster.device import compute_device
         from dsno_cluster.stages import GEN_TRAJECTORIES
 

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dsno_cluster.config.base import PositiveInt, Strict
 
@@ -55,6 +55,17 @@ def _minutes(value: Any) -> Any:
     return math.ceil(minutes)
 
 
+def is_share(value: float) -> bool:
+    """Whether an actor can take so much of the GPUs: a part of one, or a whole number of them."""
+    return 0.0 < value < 1.0 or (value >= 1.0 and math.isfinite(value) and value == int(value))
+
+
+def _share(value: float) -> float:
+    if not is_share(value):
+        raise ValueError(f"{value:g} is neither a part of a GPU, such as 0.25, nor a whole number of them")
+    return value
+
+
 class Profile(Strict):
     """Where a stage runs: a file of `jobs/`. Options of the command line take precedence over it."""
 
@@ -64,6 +75,13 @@ class Profile(Strict):
     )
     gpus_per_node: Annotated[int, Field(ge=0)] = Field(
         0, description="GPUs of each node; 0: the work is done by CPUs"
+    )
+    gpus_per_actor: Annotated[float, AfterValidator(_share)] = Field(
+        1.0,
+        description=(
+            "what each actor of a Ray stage takes of the GPUs: 1, or a part such as 0.25, so that four actors share a GPU, which "
+            "small networks do not fill; --gpus-per-actor takes precedence"
+        ),
     )
     cpus_per_task: PositiveInt = Field(
         1, description="CPUs of each training process, or of a Ray stage on each node"

@@ -10,7 +10,7 @@ import contextlib
 import time
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_count
+from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.look_up import (
@@ -30,27 +30,23 @@ from dsno_cluster.evaluation.teacher_rows import keep_row
 
 def evaluate(
     subject: Subject,
-    actors: int | None = None,
-    ray_address: str | None = None,
+    crew: Crew = ANY_CREW,
     folder: str | None = None,
 ) -> Metrics:
     """Evaluate a student (see `find_subject`) and its teacher against the real data; returns the metrics.
 
-    The work is done by `actors` Ray actors (None: as many as there is room for), on this machine or on the
-    Ray at `ray_address`. Writes metrics.json and the pictures below `folder` of the storage (default:
-    `evaluation/<name>/`). Raises UserError without weights or reference, and as `measure` does.
+    The work is done by the Ray actors of `crew`. Writes metrics.json and the pictures below `folder` of the storage
+    (default: `evaluation/<name>/`). Raises UserError without weights or reference, and as `measure` does.
     """
     began = time.monotonic()
     comparison = look_up(subject, folder)
-    say_what(comparison, actors)
+    say_what(comparison, crew)
     before = say_replaced(comparison)
-    found = _measure(comparison, actors, ray_address)
+    found = _measure(comparison, crew)
     return store(comparison, found, began, before)
 
 
-def evaluate_images(
-    config: Config, address: str, actors: int | None = None, ray_address: str | None = None
-) -> ImagesMetrics:
+def evaluate_images(config: Config, address: str, crew: Crew = ANY_CREW) -> ImagesMetrics:
     """Measure the images at `address` (see `image_sets`) by the config's metrics, without sampling.
 
     Writes `<storage.root>/evaluation/<name>/samples-<hash of the images>.json`; returns its content. Raises UserError
@@ -62,16 +58,16 @@ def evaluate_images(
     real, weights = comparison.real, comparison.weights
     console.say(
         f"{comparison.images.count} images of {address} against {real.count or 'the'} real images by {', '.join(weights)}, "
-        f"{actor_count(actors, config.evaluation.threads)}"
+        f"{actor_count(crew, config.evaluation.threads)}"
     )
     for images in (comparison.images, real.images):
         if images is not None:
             images.say_note()
-    figures, surroundings = _measure_images(comparison, actors, ray_address)
+    figures, surroundings = _measure_images(comparison, crew)
     return store_images(comparison, figures, surroundings)
 
 
-def _measure(comparison: Comparison, actors: int | None, ray_address: str | None) -> Findings:
+def _measure(comparison: Comparison, crew: Crew) -> Findings:
     """Measure what is missing.
 
     The teacher's rows are stored at once, so that a restarted evaluation has them.
@@ -87,8 +83,7 @@ def _measure(comparison: Comparison, actors: int | None, ray_address: str | None
         comparison.sets(),
         comparison.real,
         student=comparison.at_work,
-        actors=actors,
-        ray_address=ray_address,
+        crew=crew,
         title=f"evaluating {comparison.subject.student.title}",
         reached=len(comparison.known) * config.evaluation.num_samples,
     )
@@ -113,9 +108,7 @@ def _measure(comparison: Comparison, actors: int | None, ray_address: str | None
     return Findings(rows, student, of_student, held_out, surroundings)
 
 
-def _measure_images(
-    comparison: ImagesComparison, actors: int | None, ray_address: str | None
-) -> tuple[Figures, Surroundings]:
+def _measure_images(comparison: ImagesComparison, crew: Crew) -> tuple[Figures, Surroundings]:
     figures: Figures | None = None
     surroundings: Surroundings | None = None
     images = [comparison.set]
@@ -124,8 +117,7 @@ def _measure_images(
         comparison.weights,
         images,
         comparison.real,
-        actors=actors,
-        ray_address=ray_address,
+        crew=crew,
     )
     with contextlib.closing(measuring):
         for part in measuring:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsno_cluster import console
-from dsno_cluster.cluster.ray_pool import actor_count
+from dsno_cluster.cluster.crew import Crew, actor_count
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
@@ -260,7 +260,7 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
     return ImagesComparison(config, storage, address, images, readings, weights, real)
 
 
-def say_what(comparison: Comparison, actors: int | None) -> None:
+def say_what(comparison: Comparison, crew: Crew) -> None:
     """Say in a line what will be compared, by how many actors, and what need not be measured again."""
     settings, weights = comparison.config.evaluation, comparison.weights
     path = comparison.subject.student.address
@@ -276,7 +276,7 @@ def say_what(comparison: Comparison, actors: int | None) -> None:
         came = f", {shipped} of them ship with the teacher" if shipped else ""
         rows = f"{len(comparison.known)} of the teacher's {len(comparison.samplings)} rows"
         known = f"; {rows} were measured before{came}"
-    console.say(f"{what}, {actor_count(actors, settings.threads)}{known}")
+    console.say(f"{what}, {actor_count(crew, settings.threads)}{known}")
     if comparison.real.images is not None:
         comparison.real.images.say_note()
 

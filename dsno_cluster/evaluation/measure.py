@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from dsno_cluster import console
+from dsno_cluster.cluster.crew import ANY_CREW, Crew
 from dsno_cluster.cluster.ray_pool import (
     CONCURRENCY,
     RayCluster,
-    given_address,
     import_ray,
     open_ray,
     run_pool,
@@ -93,8 +93,7 @@ def measure(
     real: RealData,
     *,
     student: StudentAtWork | None = None,
-    actors: int | None = None,
-    ray_address: str | None = None,
+    crew: Crew = ANY_CREW,
     title: str = "evaluating",
     reached: int = 0,
 ) -> Generator[Measured]:
@@ -118,7 +117,7 @@ def measure(
     blocks.sort(key=lambda block: (block.source != real.source, -block.source.evaluations))
     collecting = _Collecting(settings, storage, real, sets)
     errors: dict[int, TrajectoryError] = {}
-    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
+    with open_ray(crew, settings.threads) as cluster:
         readings = {images.source: images.readings for images in sets}
         pool = _Pool(cluster, (config, weights, readings, student))
         with console.progress(

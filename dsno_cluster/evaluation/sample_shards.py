@@ -17,11 +17,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from dsno_cluster import console
+from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
 from dsno_cluster.cluster.ray_pool import (
     CONCURRENCY,
     PoolActor,
-    actor_count,
-    given_address,
     import_ray,
     open_ray,
     run_pool,
@@ -94,8 +93,7 @@ def sample_to_shards(
     num: int,
     seed: int,
     batch_size: int,
-    actors: int | None = None,
-    ray_address: str | None = None,
+    crew: Crew = ANY_CREW,
 ) -> None:
     """Write `num` images as shards of `batch_size` below `url`, a folder or an S3 address, and their manifest.
 
@@ -135,7 +133,7 @@ def sample_to_shards(
     todo = [index for index in range(shards) if shard_key(index) not in lines]
     console.say(
         f"{num} images of {drawing.checkpoint} in {shards} shards below {storage.url}, "
-        f"{actor_count(actors, THREADS)}; {shards - len(todo)} shards exist already"
+        f"{actor_count(crew, THREADS)}; {shards - len(todo)} shards exist already"
     )
     began = time.monotonic()
     for number in range(ROUNDS + 1):
@@ -143,7 +141,7 @@ def sample_to_shards(
             break
         if number == ROUNDS:
             raise keep_vanishing(f"{storage.url}/{shard_key(todo[0])}", ROUNDS)
-        made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, actors, ray_address)
+        made_by = _draw(storage, drawing, url, spec, todo, lines, made_by, crew)
         # some may be gone by now: what the manifest names must be there
         sizes = {stat.key: stat.size for stat in storage.list("shard-")}
         todo = [i for i in range(shards) if sizes.get(shard_key(i)) != lines[shard_key(i)][0].size]
@@ -163,8 +161,7 @@ def _draw(
     todo: list[int],
     lines: dict[str, tuple[Shard, str]],
     made_by: Environment | None,
-    actors: int | None,
-    ray_address: str | None,
+    crew: Crew,
 ) -> Environment:
     """Draw the shards `todo` and add them to `lines`, noted now and then; returns what made them.
 
@@ -187,7 +184,7 @@ def _draw(
             write_made_shards(storage, "", made)
 
     size, here = spec.samples_per_shard, os.getcwd()
-    with open_ray(given_address(ray_address), actors, THREADS) as cluster:
+    with open_ray(crew, THREADS) as cluster:
         remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SampleActor)
         with console.progress("sampling", len(todo) * size, "images") as advance:
             pool = run_pool(

@@ -13,7 +13,6 @@ from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.features import Readings, WeightsFile
 from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
-from dsno_cluster.evaluation.metrics import Reference
 from dsno_cluster.evaluation.records import (
     Checkpoint,
     ExtractorName,
@@ -29,7 +28,7 @@ from dsno_cluster.evaluation.records import (
     read_file,
 )
 from dsno_cluster.evaluation.reference import warnings_of
-from dsno_cluster.provenance import Code, Environment, code_version, software_versions
+from dsno_cluster.provenance import Code, Environment, code_version
 from dsno_cluster.records import Values, canonical_hash, record_bytes
 from dsno_cluster.storage import Stat, Storage, only_writer
 from dsno_cluster.teachers import Sampling
@@ -61,7 +60,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     if comparison.keep is not None:
         _commit_samples(storage, comparison.keep, found.student.shards, made_by)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
-    beside = _beside(comparison, found.surroundings.reference, config.network.sides[0], settings.num_samples)
+    beside = _beside(comparison, found.surroundings, config.network.sides[0], settings.num_samples)
     beside["warnings"] += found.student.warnings
     metrics = Metrics(
         **beside,
@@ -112,7 +111,7 @@ def store_images(comparison: ImagesComparison, figures: Figures, surroundings: S
     images, settings, storage = comparison.images, comparison.config.evaluation, comparison.storage
     identity: Values = images.identity.model_dump(mode="json")
     metrics = ImagesMetrics(
-        **_beside(comparison, surroundings.reference, images.shape[1], images.count),
+        **_beside(comparison, surroundings, images.shape[1], images.count),
         samples=MeasuredImages.model_validate({"address": comparison.address, **identity}),
         seeds=Seeds(metrics=settings.metric_seed),
         figures=figures,
@@ -193,9 +192,10 @@ class _Beside(TypedDict):
 
 
 def _beside(
-    comparison: Comparison | ImagesComparison, reference: Reference | None, resolution: int, count: int
+    comparison: Comparison | ImagesComparison, surroundings: Surroundings, resolution: int, count: int
 ) -> _Beside:
     """What is recorded beside every figure: the reference, the extractors, versions, and warnings."""
+    reference = surroundings.reference
     readings: Readings = comparison.readings
     weights: dict[str, WeightsFile] = comparison.weights
     return _Beside(
@@ -210,7 +210,7 @@ def _beside(
         feature_extractor=_extractor(comparison),
         other_extractors=_other_extractors(comparison),
         warnings=tuple(warnings_of(readings, weights, reference, count, resolution)) if reference else (),
-        versions=software_versions(),
+        versions=surroundings.environment.versions,  # those of the actors, which may have GPUs
         code=code_version(),
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsno_cluster import console, liveness
+from dsno_cluster.cluster.crew import ANY_CREW, Crew
 from dsno_cluster.config import Config
 from dsno_cluster.config.loading import EVALUATION_FILES
 from dsno_cluster.evaluation.evaluate import evaluate
@@ -44,8 +45,7 @@ KnownStudents = dict[tuple[str, str], list[WatchedStudent]]  # by step folder an
 def watch(
     config: Config,
     teacher: ConfiguredTeacher,
-    actors: int | None = None,
-    ray_address: str | None = None,
+    crew: Crew = ANY_CREW,
 ) -> History:
     """Evaluate every checkpoint of the config's student up to its last step; returns the history.
 
@@ -67,7 +67,7 @@ def watch(
         done = {row.sha256 for row in history.rows if row.evaluation in settings_hashes(config)}
         todo = [student for student in there if student.sha256 not in done]
         for student in todo:
-            row = _evaluated(config, teacher, student, actors, ray_address)
+            row = _evaluated(config, teacher, student, crew)
             history = note_row(storage, config, there, row)
         last = max((student.step for student in there), default=-1)
         if last >= config.training.steps:
@@ -114,15 +114,14 @@ def _evaluated(
     config: Config,
     teacher: ConfiguredTeacher,
     student: WatchedStudent,
-    actors: int | None,
-    ray_address: str | None,
+    crew: Crew,
 ) -> HistoryRow:
     """Evaluate a student; returns its row of the history."""
     settings = config.evaluation.model_copy(update={"ema_decay": student.ema_decay})
     average = "" if student.ema_decay is None else f"-ema-{student.ema_decay:g}"
     folder = f"evaluation/{config.name}/{step_name(student.step)}{average}/"
     chosen = config.model_copy(update={"evaluation": settings})
-    metrics = evaluate(find_subject(chosen, student.address, teacher), actors, ray_address, folder)
+    metrics = evaluate(find_subject(chosen, student.address, teacher), crew, folder)
     known = {
         "step": student.step,
         "ema_decay": student.ema_decay,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
@@ -112,8 +113,8 @@ class Teacher:
     def device(self) -> torch.device:
         import torch
 
-        cpu = torch.device("cpu")
-        return next((p.device for p in self.network.parameters()), cpu) if self.network else cpu
+        found = itertools.chain(self.network.parameters(), self.network.buffers()) if self.network else ()
+        return next((tensor.device for tensor in found), torch.device("cpu"))
 
     def to(self, device: torch.device) -> Teacher:
         """This teacher with its network moved to `device`; on a GPU its weights are channels-last."""

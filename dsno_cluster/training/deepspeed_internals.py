@@ -5,6 +5,7 @@ They follow the sources of versions 0.17 to 0.19; `pyproject.toml` has the upper
 
 from __future__ import annotations
 
+import collections
 import logging
 import warnings
 from typing import Any
@@ -17,19 +18,32 @@ from dsno_cluster.training.fragments import MASTER, MOMENTS, Fragment
 
 
 def import_deepspeed() -> Any:
-    """The deepspeed module, quiet, and without its shared-memory kernel for inference on CPU.
+    """The deepspeed module, quiet, and without its compiled operators.
 
-    Training never calls that kernel, but DeepSpeed would compile it on first use, which takes half a minute
-    and a C++ compiler that a laptop may not have.
+    Training uses none of them. DeepSpeed would find out which of them it could compile, with a C++ compiler and nvcc, and on
+    a CPU compile one for inference, which takes half a minute and a compiler that a laptop may not have.
     """
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # it uses names that torch has deprecated
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # of its barriers with a single rank, whose device is set but not bound to the group
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # older versions have found out while they were imported
+    deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     return deepspeed
+
+
+def forget_groups() -> None:
+    """Drop DeepSpeed's references to process groups that were destroyed, so that it makes new ones if it is used again."""
+    from deepspeed.utils import groups
+
+    if hasattr(groups, "_release_process_group_references"):
+        groups._release_process_group_references()
+    else:  # before 0.19.8
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:

@@ -15,7 +15,7 @@ from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.deepspeed_internals import begin_moments, import_deepspeed, whole_shape
 from dsno_cluster.training.fragments import MASTER, Fragment, SavedFragments
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
-from dsno_cluster.training.ranks import Ranks
+from dsno_cluster.training.ranks import Ranks, keep_waiting
 
 # Elements sent at once. DeepSpeed's default of 500 million suits networks a hundred times larger: it would
 # buffer all of ours, which partitioning is meant to avoid.
@@ -60,6 +60,7 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
         },
     )
     begin_moments(engine)
+    keep_waiting()
     return engine
 
 

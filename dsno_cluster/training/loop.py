@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsno_cluster import console, liveness
 from dsno_cluster.config import Config, Training
-from dsno_cluster.errors import LOST_RANK, UserError, WorkError
+from dsno_cluster.errors import WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import step_name
 from dsno_cluster.storage import open_storage
@@ -27,6 +27,7 @@ from dsno_cluster.training.beginning import Beginning, find_beginning, make_stud
 from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_state, whole_shape
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
 from dsno_cluster.training.engine import EMA, make_engine
+from dsno_cluster.training.failures import failures_in_a_line
 from dsno_cluster.training.heldout import HeldOut
 from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog
 from dsno_cluster.training.objectives import Objective, StepFigures, make_objective
@@ -36,7 +37,14 @@ from dsno_cluster.training.ownership import only_run
 from dsno_cluster.training.pace import Pace, memory_gb
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher
-from dsno_cluster.training.ranks import Ranks, broadcast_weights, from_rank_0, join_ranks, on_rank_0
+from dsno_cluster.training.ranks import (
+    Ranks,
+    barrier,
+    broadcast_weights,
+    from_rank_0,
+    joined_ranks,
+    on_rank_0,
+)
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 
 
@@ -51,9 +59,9 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
     settings = config.training
     address = config.student_address
     with contextlib.ExitStack() as resources:
-        resources.enter_context(_failures_in_a_line(config))
+        resources.enter_context(failures_in_a_line(config))
         stop = resources.enter_context(StopSignals())
-        ranks = join_ranks(config)
+        ranks = resources.enter_context(joined_ranks(config))
         on_rank_0(ranks, lambda: resources.enter_context(only_run(checkpoint.resume_dir(config))))
         # only rank 0 ever reads it
         known = on_rank_0(ranks, lambda: teacher or find_teacher(config))
@@ -120,25 +128,6 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
     return address
 
 
-@contextlib.contextmanager
-def _failures_in_a_line(config: Config) -> Iterator[None]:
-    """Turn torch's error if another rank is lost into WorkError, and lack of device memory into UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{' '.join(str(error).split())[:200]}; less of it is used with training.accumulation, training.recompute, more "
-            "ranks at training.zero_stage 2 or 3, or a smaller training.batch_size"
-        ) from error
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        newest = checkpoint.newest_step(config)
-        begin = f"the checkpoint of step {newest}" if newest else "the beginning"
-        raise WorkError(f"{LOST_RANK} ({reason}); the same command resumes from {begin}") from error
-
-
 def _finish_again(config: Config, beginning: Beginning, address: str) -> None:
     """Do what is left for a run that is at its last step: upload students that were not uploaded yet."""
     Publisher(config, beginning.folder).finish()
@@ -179,7 +168,7 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
     shards: ShardReader
     if settings.online:
         producer = Producer(config, start) if ranks.rank == 0 else None
-        dist.barrier()  # rank 0 has removed the note of what stopped an earlier run
+        barrier(ranks)  # rank 0 has removed the note of what stopped an earlier run
         shards = StagedShards(config, beginning.folder, beginning.manifest, producer)
     else:
         storage = open_storage(config.storage.root, config.storage.endpoint_url)

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from dsno_cluster import console, liveness
-from dsno_cluster.cluster.ray_pool import CONCURRENCY, given_address, import_ray, open_ray, run_pool
+from dsno_cluster.cluster.crew import Crew
+from dsno_cluster.cluster.ray_pool import CONCURRENCY, import_ray, open_ray, run_pool
 from dsno_cluster.config import Config, dump_config, validate
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
@@ -164,7 +165,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
     # keeps the endpoint, for a teacher on S3
     there = config.storage.model_copy(update={"root": str(staging_root(config))})
     actors_config = config.model_copy(update={"storage": there})
-    with open_ray(given_address(None), settings.online_actors, config.trajectories.threads) as cluster:
+    with open_ray(Crew(settings.online_actors), config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
         # like SIGUSR2, but only now, because Ray sets a handler when it starts
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

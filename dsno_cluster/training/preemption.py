@@ -13,11 +13,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 from dsno_cluster import console
 from dsno_cluster.errors import Preempted
-from dsno_cluster.training.ranks import Ranks
+from dsno_cluster.training.ranks import Ranks, barrier
 
 PREEMPT_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
@@ -64,5 +62,5 @@ def leave(ranks: Ranks, step: int, *, preempted: bool) -> NoReturn:
     """End this rank, after all have saved `step`, by raising Preempted or KeyboardInterrupt."""
     if ranks.rank == 0:
         console.say(f"stopped by a signal: saved at step {step}")
-    dist.barrier()  # no rank leaves before all know
+    barrier(ranks)  # no rank leaves before all know
     raise Preempted if preempted else KeyboardInterrupt

@@ -26,6 +26,8 @@ from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.training.ownership import only_run, teacher_claim
 from dsno_cluster.weight_files import NotWeights, parse_torch
 
+SHOWN_EVERY = 10  # steps: to show the loss, a GPU must be waited for
+
 
 class TeacherRun(Strict):
     """The values that identify a run: if one differs, the resume state must not be continued."""
@@ -77,7 +79,7 @@ def _train(config: Config, data: Split, command: str) -> str:
     console.say(
         f"teacher: {parameters / 1e6:.2f} M parameters, steps {start} to {settings.steps}, batch {settings.batch_size}"
     )
-    began = time.perf_counter() - seconds
+    began, shown = time.perf_counter() - seconds, start
     with console.progress("training the teacher", settings.steps, "steps", done=start) as advance:
         for step in range(start, settings.steps):
             rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, "cosine")
@@ -90,7 +92,9 @@ def _train(config: Config, data: Split, command: str) -> str:
             optimizer.step()
             decay = ema_decay_at(step, settings.ema_decay, ramp=True)
             lerp_all(list(ema.values()), list(unet.state_dict().values()), 1.0 - decay)
-            advance(1, loss=float(loss.detach()))
+            if (step + 1) % SHOWN_EVERY == 0 or step + 1 == settings.steps:
+                advance(step + 1 - shown, loss=float(loss.detach()))
+                shown = step + 1
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
                 state = _resume_state(config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
                 resume.write(resume_key, state)
@@ -138,7 +142,7 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
     dropped = torch.rand(len(pick), generator=draw) < settings.label_dropout
     t_N = torch.rand(len(pick), generator=draw, dtype=torch.float64)
     noise = torch.randn((len(pick), *data.images.shape[1:]), generator=draw)
-    pick, dropped, t_N, noise = (x.to(device) for x in (pick, dropped, t_N, noise))
+    pick, dropped, t_N, noise = (_copied(x, device) for x in (pick, dropped, t_N, noise))
     x0, labels = data.images[pick], torch.where(dropped, config.network.num_classes, data.labels[pick])
     alpha, sigma = (s.float()[:, None, None, None] for s in alpha_sigma(t_N))
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
@@ -148,6 +152,11 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
             labels if config.network.num_classes else None,
         )
     return (predicted[:, 0].float() - (alpha * noise - sigma * x0)).square().mean()
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, whose earlier work is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _run(config: Config) -> TeacherRun:

@@ -12,15 +12,15 @@ import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from dsno_cluster import console
+from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
 from dsno_cluster.cluster.ray_pool import (
     CONCURRENCY,
     PoolActor,
     RayCluster,
-    actor_count,
-    given_address,
     import_ray,
     open_ray,
     run_pool,
@@ -56,30 +56,29 @@ ROUNDS = 3  # in which shards are made again that vanish before the manifest nam
 NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
 
 
-def describe_plan(config: Config, plan: Plan, actors: int | None) -> str:
+def describe_plan(config: Config, plan: Plan, crew: Crew) -> str:
     """The work that a plan means, in one line."""
     settings, size = config.trajectories, plan.size
     return (
         f"{size.num_samples} trajectories of {settings.num_points} time points in {size.num_shards} shards "
         f"({size.bytes / 1e6:.1f} MB) below {shown_path(config.storage.root)}/{plan.folder}: "
         f"{settings.solver}, {size.evaluations_per_sample} network evaluations each, "
-        f"{actor_count(actors, settings.threads)}"
+        f"{actor_count(crew, settings.threads)}"
     )
 
 
-def generate(config: Config, plan: Plan, actors: int | None = None, ray_address: str | None = None) -> str:
+def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
     """Make the missing shards of a `plan`, then commit the manifest; returns the data set's address.
 
-    The work is done by `actors` Ray actors (None: as many as there is room for), on this machine or on the
-    Ray at `ray_address`. Raises UserError for a teacher that does not fit the config and for devices or
-    library versions that must not be mixed, WorkError if shards cannot be made.
+    The work is done by the Ray actors of `crew`. Raises UserError for a teacher that does not fit the config and for
+    devices or library versions that must not be mixed, WorkError if shards cannot be made.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{config.storage.root.rstrip('/')}/{plan.folder.rstrip('/')}"
     current = read_manifest(storage, plan.folder)
     named = {shard.key: shard for shard in current[0].shards} if current else {}
     found = _shards_there(storage, plan)
-    console.say(describe_plan(config, plan, actors))  # now that the storage has answered
+    console.say(describe_plan(config, plan, crew))  # now that the storage has answered
     if plan.note:
         console.say(f"note: {plan.note}")
     if config.teacher.compile:
@@ -93,9 +92,9 @@ def generate(config: Config, plan: Plan, actors: int | None = None, ray_address:
     made_by = [current[0].environment] if current else []
     made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
     if made.shards and made.environment is None:
-        made = _proven(config, plan, storage, made, made_by, actors, ray_address)
+        made = _proven(config, plan, storage, made, made_by, crew)
     made_by += [made.environment] if made.environment and made.shards else []
-    shards, here = _complete(config, plan, storage, named, found, made, made_by, actors, ray_address)
+    shards, here = _complete(config, plan, storage, named, found, made, made_by, crew)
     commit_manifest(storage, plan.folder, make_manifest(plan.spec, shards, here))
     storage.delete(plan.folder + MADE_SHARDS)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
@@ -117,8 +116,7 @@ def _complete(
     found: Mapping[str, Stat],
     made: MadeShards,
     made_by: list[Environment],
-    actors: int | None,
-    ray_address: str | None,
+    crew: Crew,
 ) -> tuple[tuple[Shard, ...], Environment]:
     """All shards of the data set, and the environment that made the last of them.
 
@@ -140,7 +138,7 @@ def _complete(
             console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
         bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
         try:
-            made = _make_shards(config, plan, storage, todo, bad, made, made_by, actors, ray_address)
+            made = _make_shards(config, plan, storage, todo, bad, made, made_by, crew)
         except KeyboardInterrupt:
             console.say("interrupted: finished shards are kept, the same command makes the others")
             raise
@@ -227,8 +225,7 @@ def _proven(
     storage: Storage,
     found: MadeShards,
     made_by: Sequence[Environment],
-    actors: int | None,
-    ray_address: str | None,
+    crew: Crew,
 ) -> MadeShards:
     """Whole shards of unknown origin, with the environment of the actors here, which make one again with the same bytes.
 
@@ -245,7 +242,7 @@ def _proven(
         present.append(environment)
 
     index = found.by_key[first][0].start // plan.spec.samples_per_shard
-    with open_ray(given_address(ray_address), 1, config.trajectories.threads) as cluster:
+    with open_ray(replace(crew, actors=1), config.trajectories.threads) as cluster:
         for _ in _solving(config, plan, cluster, [index], {}, welcome):
             pass
     proven = found.model_copy(update={"environment": present[0]})
@@ -289,8 +286,7 @@ def _make_shards(
     bad: dict[int, str],
     before: MadeShards,
     made_by: Sequence[Environment],
-    actors: int | None,
-    ray_address: str | None,
+    crew: Crew,
 ) -> MadeShards:
     """Make the shards `todo`; `bad` has the etags of those that exist but are wrong, which are replaced.
 
@@ -321,7 +317,7 @@ def _make_shards(
         if present:
             write_made_shards(storage, plan.folder, made())
 
-    with open_ray(given_address(ray_address), actors, settings.threads) as cluster:
+    with open_ray(crew, settings.threads) as cluster:
         began, finished = time.monotonic(), 0
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard

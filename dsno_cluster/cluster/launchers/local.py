@@ -51,7 +51,13 @@ class LocalLauncher:
         return None
 
     def check(self, submission: Submission) -> None:
-        return None
+        """Raises UserError for more ranks than GPUs, if this machine has any."""
+        from dsno_cluster.device import too_many_ranks, visible_gpus
+
+        if self.takes(submission):
+            ranks = submission.profile.tasks_per_node
+            if 0 < (gpus := visible_gpus()) < ranks:  # all of them see the same ones
+                raise too_many_ranks(ranks, gpus)
 
     def submit(self, submissions: Sequence[Submission]) -> list[Run]:
         """Start one stage; the command itself runs several one after the other."""
@@ -59,6 +65,7 @@ class LocalLauncher:
         from dsno_cluster.cluster.task import StageTask
 
         (submission,) = submissions
+        self.check(submission)
         run, tasks = create_run(submission, snapshot=False), submission.profile.tasks_per_node
         task = StageTask(submission.stage, submission.options, str(run.folder))
         variables = {"MASTER_PORT": str(free_ports(1)[0])}  # the port at which the ranks find each other

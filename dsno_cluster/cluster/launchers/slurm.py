@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
+from dsno_cluster.cluster.crew import actors_on_gpus
 from dsno_cluster.cluster.launchers.following import wait_for
 from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
 from dsno_cluster.cluster.reasons import how_it_ended
@@ -209,13 +210,15 @@ def check_tasks(stage: Stage[Any], profile: Profile) -> None:
 
 
 def check_room(stage: Stage[Any], config: Config, profile: Profile) -> None:
-    """Raises UserError if a node has too few CPUs for an actor of a Ray stage, or for one actor per GPU."""
+    """Raises UserError if a node has too few CPUs for an actor of a Ray stage, or for the actors of its GPUs."""
     if stage.kind != "ray":
         return
     threads: int = getattr(config, stage.section).threads
-    wanted = max(1, profile.gpus_per_node)
+    wanted = max(1, actors_on_gpus(profile.gpus_per_node, profile.gpus_per_actor))
     if profile.cpus_per_task < threads * wanted:
-        what = f"its {wanted} GPUs have an actor each" if wanted > 1 else "it has one actor at least"
+        each = profile.gpus_per_actor
+        taken = "an actor each" if each == 1 else f"{wanted} actors (gpus_per_actor {each:g})"
+        what = f"its {profile.gpus_per_node} GPUs have {taken}" if wanted > 1 else "it has one actor at least"
         raise UserError(
             f"{_profile_file(stage)}: cpus_per_task {profile.cpus_per_task} of a node: {what}, of "
             f"{stage.section}.threads={threads} CPUs; raise cpus_per_task to {threads * wanted}"
