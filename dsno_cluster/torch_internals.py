@@ -33,7 +33,10 @@ def compile_network(network: nn.Module) -> None:
     from torch._inductor import config
 
     if not hasattr(config, "deterministic"):
-        raise UserError(f"compiling a teacher needs torch 2.9 or newer, this is {torch.__version__}")
+        raise UserError(
+            f"teacher.compile: compiling a teacher needs torch 2.9 or newer, this is {torch.__version__}; update it, or set "
+            "teacher.compile=false"
+        )
     network.compile(dynamic=False, options={"deterministic": True})
 
 

@@ -64,7 +64,14 @@ class Trajectories(Strict):
     @property
     def method(self) -> Method:
         """How the ODE is solved; a grid of `auto` is decided by the teacher."""
-        return Method(self.solver, self.steps, self.grid, self.guidance_scale, self.clip_denoised)
+        return Method(
+            self.solver,
+            self.steps,
+            self.grid,
+            self.guidance_scale,
+            self.clip_denoised,
+            joint_guidance=self.guidance_scale != 1.0,
+        )
 
     @property
     def num_points(self) -> int:

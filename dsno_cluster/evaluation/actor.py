@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import find_teacher
-from dsno_cluster.trajectories.generate import check_teacher
+from dsno_cluster.trajectories.generate import check_teacher, kernels_folder
 from dsno_cluster.trajectories.shards import Shard, write_shard
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples
 
@@ -65,6 +66,9 @@ class EvaluationActor(PoolActor):
         student: StudentAtWork | None = None,
     ) -> None:
         super().__init__()
+        os.environ.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR", kernels_folder(config)
+        )  # read when a network is compiled
         self.config, self.readings, self.work = config, readings, student
         settings, endpoint = config.evaluation, config.storage.endpoint_url
         threads = settings.threads

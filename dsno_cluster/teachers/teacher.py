@@ -37,8 +37,8 @@ class TeacherInfo:
     label that means "no class", if there is one. `native` gives the times of the teacher's own steps;
     `num_steps` is set if it always has that number of them, whatever number is asked for. `clips`: its usual
     sampler bounds the clean image, which only `trajectories.clip_denoised` does here. `backbone`: the
-    diffusers model that a student can be built on. `former_identities` are those that earlier versions
-    recorded, by which their data sets are found.
+    diffusers model that a student can be built on. `has_network`: its network is read from a file, and can be
+    compiled. `former_identities` are those that earlier versions recorded, by which their data sets are found.
     """
 
     identity: TeacherIdentity
@@ -49,6 +49,7 @@ class TeacherInfo:
     num_steps: int | None = None
     clips: bool = False
     backbone: DiffusersModel | None = None
+    has_network: bool = False
     former_identities: tuple[TeacherIdentity, ...] = ()
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
