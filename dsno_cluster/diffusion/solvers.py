@@ -181,7 +181,7 @@ def count_evaluations(
     return per_solve * (1 if guidance_scale == 1.0 else 2)
 
 
-def guided(teacher: TeacherLike, labels: Tensor | None, scale: float, joint: bool) -> Denoiser:
+def guided(teacher: TeacherLike, labels: Tensor | None, scale: float, joint: bool = False) -> Denoiser:
     """The teacher as a denoiser of (x, t), with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
     x0 = x0(null) + scale (x0(label) - x0(null)); scale 1 is the conditional teacher itself. `joint`: both are

@@ -29,6 +29,7 @@ from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, same_time, time
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import META, ModelDescription, ModelMeta, read_model
+from dsno_cluster.networks.activations import largest_tensor, samples_at_a_time, shape_of
 from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.recompute import recompute_in_backward
@@ -130,22 +131,22 @@ class DSNO(nn.Module):
         those it has, and for labels that are missing or out of range.
         """
         if times is None:
-            return self._states(noise, labels, self.times)
+            return self._in_parts(noise, labels, self.times)
         asked = tuple(_nearest(float(t), self.times) for t in times)
         if not asked or not all(0.0 <= t <= 1.0 for t in asked):
             raise ValueError(f"times {list(asked)} must be one or more, each within [0, 1]")
         if self.form.operator == "series":
-            return self._states(noise, labels, asked)
+            return self._in_parts(noise, labels, asked)
         together = self._together(asked)
-        states = self._states(noise, labels, together)
+        states = self._in_parts(noise, labels, together)
         return states if together == asked else states[:, [together.index(t) for t in asked]]
 
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images from noise in one evaluation, (N, C, H, W): the last state, in [-1, 1] up to overshoot."""
         if self.form.operator == "series" or self._points_apart():
-            return self._states(noise, labels, self.times[-1:])[:, 0]
-        return self._states(noise, labels, self.times, last_only=True)[:, 0]
+            return self._in_parts(noise, labels, self.times[-1:])[:, 0]
+        return self._in_parts(noise, labels, self.times, last_only=True)[:, 0]
 
     @torch.no_grad()
     def warm_start(self, teacher: dict[str, Tensor]) -> None:
@@ -193,6 +194,31 @@ class DSNO(nn.Module):
         model = StudentModel.model_validate(known)
         left_out = {"diffusers"} if self.diffusers is None else set()
         return ModelDescription.model_validate(model.model_dump(mode="json", exclude=left_out))
+
+    def _in_parts(
+        self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
+    ) -> Tensor:
+        """`_states` of so few samples at a time that no tensor inside the network has 2^31 elements."""
+        points = 1 if self.form.operator == "series" else len(times)
+        most = samples_at_a_time(self._largest * points, len(noise))
+        if len(noise) <= most:
+            return self._states(noise, labels, times, last_only)
+        if labels is not None and len(labels) != len(noise):
+            labels = self._checked(labels, len(noise), noise.device)  # raises
+        parts = [
+            self._states(
+                noise[i : i + most], None if labels is None else labels[i : i + most], times, last_only
+            )
+            for i in range(0, len(noise), most)
+        ]
+        return torch.cat(parts)
+
+    @functools.cached_property
+    def _largest(self) -> int:
+        """Elements of the largest tensor that a sample makes in the network at each point; 1 if that is not known."""
+        terms = self.form.modes if self.form.operator == "series" else 1
+        shape = shape_of(self.network if self.diffusers is None else self.diffusers, self.network.image_size)
+        return 1 if shape is None else largest_tensor(shape, terms * self.network.channels)
 
     def _states(
         self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
