@@ -74,9 +74,16 @@ def evaluate_images(
 def _measure(comparison: Comparison, actors: int | None, ray_address: str | None) -> Findings:
     """Measure what is missing.
 
-    The teacher's rows are stored at once, so that a restarted evaluation has them.
+    The teacher's rows are stored at once, and the images of those that are unfinished are kept, so that a restarted
+    evaluation has them.
     """
-    config = comparison.config
+    config, kept_rows = comparison.config, comparison.kept_rows
+    kept_rows.drop(comparison.known)  # of a run that was stopped just before it did so itself
+    kept = kept_rows.count(comparison.missing)
+    if kept:
+        console.say(
+            f"up to {kept:,} of the teacher's samples are kept from an evaluation that did not finish their rows"
+        )
     rows, of_student = dict(comparison.known), Figures()
     student: MeasuredStudent | None = None
     held_out: HeldOut | None = None
@@ -90,7 +97,7 @@ def _measure(comparison: Comparison, actors: int | None, ray_address: str | None
         actors=actors,
         ray_address=ray_address,
         title=f"evaluating {comparison.subject.student.title}",
-        reached=len(comparison.known) * config.evaluation.num_samples,
+        reached=len(comparison.known) * config.evaluation.num_samples + kept,
     )
     with contextlib.closing(measuring):
         for part in measuring:
@@ -109,6 +116,8 @@ def _measure(comparison: Comparison, actors: int | None, ray_address: str | None
                     row = {"source": images.source.title, "evaluations": sampling.evaluations}
                     rows[sampling] = TeacherRow.model_validate({**row, **figures.values()})
                     keep_row(comparison.storage, comparison.spec, sampling, rows[sampling])
+                    kept_rows.drop([sampling])
+    kept_rows.drop(comparison.samplings)  # what an actor kept of a block that another one had finished
     assert student is not None and surroundings is not None
     return Findings(rows, student, of_student, held_out, surroundings)
 

@@ -70,12 +70,12 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor) -> dict[str, Tensor]:
-        """uint8 (N, C, H, W) -> features (N, D) by layer, float32 on CPU; BATCH images at a time."""
+        """uint8 (N, C, H, W) -> features (N, D) by layer, float32 on the extractor's device; BATCH images at a time."""
         device = next(self.network.parameters()).device
         parts: list[tuple[Tensor, ...]] = []
         for batch in images_NCHW.split(BATCH):
             batch = batch.expand(-1, self.channels, -1, -1) if batch.shape[1] == 1 else batch
-            parts.append(tuple(x.cpu() for x in self.network(batch.to(device))))
+            parts.append(tuple(self.network(batch.to(device))))
         return {layer: torch.cat([part[i] for part in parts]) for i, layer in enumerate(self.layers)}
 
 
