@@ -22,6 +22,17 @@ from dsno_cluster.training.ranks import Ranks
 BUCKET = 10_000_000
 
 
+def engine_stage(config: Config, ranks: int) -> int:
+    """The ZeRO stage at which so many ranks train: one has nothing to partition, and stage 0 is faster.
+
+    The loss is scaled, as float16 needs it, by the other stages.
+    """
+    stage = config.training.zero_stage
+    if config.training.precision == "float16":
+        return max(1, stage)
+    return 0 if ranks == 1 else stage
+
+
 def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
     """The DeepSpeed engine of a model. The training loop sets the learning rate itself, step by step.
 
@@ -43,8 +54,8 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
         config={
             "train_batch_size": settings.batch_size,
             "train_micro_batch_size_per_gpu": settings.batch_size
-            // (ranks.world_size * settings.accumulation),
-            "gradient_accumulation_steps": settings.accumulation,
+            // (ranks.world_size * settings.micro_batches),
+            "gradient_accumulation_steps": settings.micro_batches,
             "gradient_clipping": settings.gradient_clip,
             "zero_optimization": {
                 "stage": 0 if only_one else settings.zero_stage,

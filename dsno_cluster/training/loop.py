@@ -191,7 +191,7 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
         batch_size=settings.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        accumulation=settings.accumulation,
+        accumulation=settings.micro_batches,
     )
 
     def reported() -> Iterator[list[Batch]]:
@@ -249,7 +249,7 @@ def _take_step(
         loss, seen = objective.loss(engine, batch, step)
         engine.backward(loss)
         engine.step()
-        figures += seen / settings.accumulation
+        figures += seen / settings.micro_batches
     return figures
 
 
