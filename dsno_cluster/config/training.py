@@ -59,9 +59,8 @@ class Training(Strict):
     )
     precision: Precision = Field(
         "float32",
-        description="bfloat16: the layers in autocast, weights, gradients and their sums in float32; tf32: float32 whose "
-        "matrix products and convolutions a GPU computes from inputs of 10 bits; float16: weights and layers, with float32 "
-        "master weights, and the loss is scaled",
+        description="bfloat16, float16: the layers in autocast, weights, gradients and their sums in float32; with float16 the "
+        "loss is scaled; tf32: float32 whose matrix products and convolutions a GPU computes from inputs of 10 bits",
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the optimiser")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the optimiser")

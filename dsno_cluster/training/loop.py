@@ -68,8 +68,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
         if known is not None:
             known.forget()  # nothing below needs its weights
-        half = settings.precision == "bfloat16"
-        student.accelerate(precision="bfloat16" if half else "float32", compile=settings.compile)
+        student.accelerate(precision=settings.precision, compile=settings.compile)
         engine = make_engine(student.recompute(settings.recompute), config, ranks)
         ema = EMA(fragments_of(engine), settings.ema_decays)
         if beginning.state is not None:
