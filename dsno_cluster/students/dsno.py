@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -39,6 +39,8 @@ from dsno_cluster.weight_files import check_fit
 
 KIND: Literal["dsno"] = "dsno"
 FINEST = 16  # a published-form student is evaluated on grids of at most this many times its own points
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the precisions that are autocast
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class DSNO(nn.Module):
     """The solution operator of the probability-flow ODE (Zheng et al. 2023), on a backbone of `network`'s shape.
 
     The backbone is our U-Net or, if `diffusers` gives its config and scheduler, a diffusers UNet2DModel.
-    `init` is that of the temporal convolutions. With `precision` bfloat16 it runs in autocast; states remain
-    float32.
+    `init` is that of the temporal convolutions. With `precision` bfloat16 or float16 it runs in autocast; states
+    remain float32.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class DSNO(nn.Module):
         self.backbone.load_state_dict(own)
 
     def accelerate(self, *, precision: str = "float32", compile: bool = False) -> DSNO:
-        """This student with its network run in `precision` (float32 or bfloat16 autocast) and, if asked, compiled."""
+        """This student with its network run in `precision` (float32, or autocast in a half one) and, if asked, compiled."""
         self.precision = precision
         if compile:
             # static shapes: with a symbolic number of time points, tracing does not terminate
@@ -234,9 +236,9 @@ class DSNO(nn.Module):
             )
         labels = self._checked(labels, len(noise), device)
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 if the whole network is
-        half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None
+        half = HALVES.get(self.precision)
         output: Tensor
-        with half or contextlib.nullcontext():
+        with torch.autocast(device.type, half) if half else contextlib.nullcontext():
             if self.form.operator == "series":
                 output = self.backbone(x, _levels((1.0,), device), labels)
             else:
@@ -358,6 +360,22 @@ def _scales(times: tuple[float, ...], device: torch.device, dtype: torch.dtype) 
 @torch.inference_mode(False)
 def _series(times: tuple[float, ...], modes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return cosine_series(times, modes).to(device, dtype)
+
+
+@contextlib.contextmanager
+def forgetting_time_tensors() -> Iterator[None]:
+    """In this context the tensors above, and the Fourier bases, are made anew, and are forgotten at its end.
+
+    It is for passes on pretended tensors, whose values must not reach a real one.
+    """
+    kept = (_levels, _scales, _series, fourier_basis)
+    for made in kept:
+        made.cache_clear()
+    try:
+        yield
+    finally:
+        for made in kept:
+            made.cache_clear()
 
 
 def load_student(
