@@ -138,6 +138,22 @@ def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
     return found
 
 
+def weights_at_hand(settings: Evaluation) -> dict[str, WeightsFile] | None:
+    """As `find_all_weights`, but None if a file is missing that would be downloaded.
+
+    Raises as `find_weights` does.
+    """
+    given = {settings.feature_extractor: settings.weights_path}
+    if settings.precision_recall_extractor is not None:
+        given.setdefault(settings.precision_recall_extractor, settings.precision_recall_weights_path)
+    for name in {reading.extractor for reading in find_readings(settings).values()}:
+        if given[name] is None and name not in CLASSIFIERS:
+            url = published_url(name)
+            if url is None or not (cache_folder("weights") / url.rsplit("/", 1)[1]).is_file():
+                return None
+    return find_all_weights(settings)
+
+
 def find_weights(
     name: str, path: str | None, sha256: str | None, key: str = "evaluation.weights"
 ) -> WeightsFile:
