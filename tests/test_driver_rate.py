@@ -51,7 +51,7 @@ def test_fifty_thousand_merge_as_exactly_in_large_blocks_and_on_a_device() -> No
         (STUDENT, 50_000, (3, 64, 64), 250, 1000),
         (STUDENT, 50_000, (3, 256, 256), 250, 250),  # not small
         (STUDENT, 5_000, (1, 8, 8), 250, 250),  # or few actors would have work
-        (STUDENT, 20_000, (1, 8, 8), 250, 500),
+        (STUDENT, 10_000, (1, 8, 8), 250, 500),
         (STUDENT, 50_000, (3, 32, 32), 5000, 5000),
         (ImageSource("images", address="data"), 50_000, (3, 32, 32), 250, 1024),
         (ImageSource("images", address="data"), 1_000, (3, 32, 32), 250, 256),

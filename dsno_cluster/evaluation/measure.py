@@ -37,7 +37,7 @@ from dsno_cluster.trajectories.generate import check_alike
 from dsno_cluster.trajectories.shards import Shard
 
 MOST_IN_BLOCK = 1024
-FEWEST_BLOCKS = 32  # so that many actors have work
+FEWEST_BLOCKS = 16  # so that many actors have work
 LARGEST_OF_SMALL = 3 * 64 * 64  # numbers in an image
 
 
