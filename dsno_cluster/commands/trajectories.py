@@ -46,7 +46,7 @@ def plan_trajectories(arguments: Arguments) -> None:
         from dsno_cluster.stages import GEN_TRAJECTORIES
 
         planned = plan.make_plan(config)
-        teacher = planned.teacher.load().to(compute_device())
+        teacher = planned.teacher.load(compile=planned.spec.compiled).to(compute_device())
         profile = load_profile(GEN_TRAJECTORIES.name, {"nodes": options.nodes})
         devices = forecast.devices_of(profile, config.trajectories.threads)
         if profile.gpus_per_node and teacher.device.type == "cpu":

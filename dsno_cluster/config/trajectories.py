@@ -48,7 +48,7 @@ class Trajectories(Strict):
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         1.0,
         description="scale of classifier-free guidance; 1: none; other values need network.null_class and twice the "
-        "evaluations",
+        "evaluations, in batches of twice batch_size",
     )
     clip_denoised: bool = Field(
         False, description="whether the teacher's predictions of the image are clamped to [-1, 1]"

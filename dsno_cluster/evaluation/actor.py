@@ -76,9 +76,8 @@ class EvaluationActor(PoolActor):
         student: StudentAtWork | None = None,
     ) -> None:
         super().__init__()
-        os.environ.setdefault(
-            "TORCHINDUCTOR_CACHE_DIR", kernels_folder(config)
-        )  # read when a network is compiled
+        # torch reads it when a network is compiled
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels_folder(config))
         self.config, self.readings, self.work = config, readings, student
         settings, endpoint = config.evaluation, config.storage.endpoint_url
         threads = settings.threads

@@ -26,6 +26,7 @@ from dsno_cluster.evaluation.records import Figures, HeldOut, ImagesMetrics, Met
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT
 from dsno_cluster.evaluation.store import Findings, say_replaced, store, store_images
 from dsno_cluster.evaluation.teacher_rows import keep_row
+from dsno_cluster.trajectories.generate import say_compiling
 
 
 def evaluate(
@@ -88,6 +89,7 @@ def _measure(comparison: Comparison, actors: int | None, ray_address: str | None
     student: MeasuredStudent | None = None
     held_out: HeldOut | None = None
     surroundings: Surroundings | None = None
+    say_compiling(config, kept_rows.spec)
     measuring = measure(
         config,
         comparison.weights,

@@ -106,10 +106,10 @@ def kernels_folder(config: Config) -> str:
 
 
 def say_compiling(config: Config, spec: TrajectorySpec) -> None:
-    """Say what the first shard waits for, if the teacher's network is compiled."""
+    """Say what the first batch waits for, if the teacher's network is compiled."""
     if spec.compiled:
         console.say(
-            f"the first shard of each actor waits while it compiles the teacher's network ({spec.inference_precision}), or finds "
+            f"the first batch of each actor waits while it compiles the teacher's network ({spec.inference_precision}), or finds "
             f"its kernels in {kernels_folder(config)}"
         )
 
