@@ -156,22 +156,22 @@ def merge_time() -> None:
     """Seconds to make moments of blocks and to merge them, by the number of samples."""
     from dsno_cluster.evaluation.statistics import BlockMerger, moments_of
 
-    block = 250
-    rows = np.random.default_rng(0).standard_normal((block, WIDTH)).astype(np.float32)
-    moments = moments_of(rows)
-    table = []
-    for count in (2_500, 5_000, 10_000, 20_000, 40_000):
-        merger, began = BlockMerger(count // block), time.perf_counter()
-        for number in range(count // block):
-            merger.add(number, moments)
-        merger.result()
-        merging = time.perf_counter() - began
-        table.append([f"{count:,}", str(count // block), f"{merging:.2f}", f"{merging / count * 1e6:.0f}"])
-    console.table(
-        f"moments of {WIDTH} features in blocks of {block}",
-        ["samples", "blocks", "merge, s", "us a sample"],
-        table,
-    )
+    for block in (250, 1000):
+        rows = np.random.default_rng(0).standard_normal((block, WIDTH)).astype(np.float32)
+        moments = moments_of(rows)
+        table = []
+        for count in (5_000, 10_000, 20_000, 40_000):
+            merger, began = BlockMerger(count // block), time.perf_counter()
+            for number in range(count // block):
+                merger.add(number, moments)
+            merger.result()
+            merging = time.perf_counter() - began
+            table.append([f"{count:,}", str(count // block), f"{merging:.2f}", f"{count / merging:,.0f}"])
+        console.table(
+            f"moments of {WIDTH} features in blocks of {block}",
+            ["samples", "blocks", "merge, s", "samples/s"],
+            table,
+        )
 
 
 def memory() -> None:

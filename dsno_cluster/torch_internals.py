@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from dsno_cluster.errors import UserError
 
@@ -34,7 +39,10 @@ def compile_network(network: nn.Module) -> None:
     from torch._inductor import config
 
     if not hasattr(config, "deterministic"):
-        raise UserError(f"compiling a teacher needs torch 2.9 or newer, this is {torch.__version__}")
+        raise UserError(
+            f"teacher.compile: compiling a teacher needs torch 2.9 or newer, this is {torch.__version__}; update it, or set "
+            "teacher.compile=false"
+        )
     network.compile(dynamic=False, options={"deterministic": True})
 
 
@@ -54,3 +62,44 @@ def set_timeouts(timeout: timedelta) -> None:
 def abort_groups() -> None:
     """Destroy the process groups without waiting for other ranks, some of which may be lost."""
     dist.distributed_c10d._abort_process_group()
+
+
+def pretended_tensors() -> contextlib.AbstractContextManager[Any]:
+    """A context whose tensors have shapes, strides and dtypes, but no values and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the storages that operations in its context make, while they live: `now` and at the `peak`."""
+
+    now: int
+    peak: int
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # as the check of labels
+            return 0
+        given = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in given:
+                self._add(x.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen[key] = weakref.finalize(storage, self._drop, key, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self.seen[key]
+        self.now -= size

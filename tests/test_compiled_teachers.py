@@ -13,12 +13,13 @@ from tiny import TINY, dsno
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError
+from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import find_teacher
+from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.spec import spec_of
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_compiled_without_graph_breaks_once_for_each_shape() -> None:
     from torch._dynamo.utils import counters
 
@@ -35,16 +36,17 @@ def test_compiled_without_graph_breaks_once_for_each_shape() -> None:
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(
         "TORCHINDUCTOR_CACHE_DIR", raising=False
     )  # torch sets it when it compiles in this process
-    words = [*TINY, "teacher.compile=true", "--actors", "1", "--launcher", "local"]
+    words = [*TINY, "teacher.precision=bfloat16", "--actors", "1", "--launcher", "local"]
     made = []
     for name in ("one", "other"):
         done = dsno("gen-trajectories", *words, f"storage.root={tmp_path / name}")
         assert done.returncode == 0, done.stderr
-        assert "first compiles" in done.stderr
+        assert "compiles the teacher" in done.stderr
         made.append({p.name: p.read_bytes() for p in (tmp_path / name).glob("trajectories/*/shard-*")})
     assert made[0] and made[0] == made[1]
     # the kernels are kept, and are each run's own here: neither took them from the other
@@ -52,11 +54,42 @@ def test_two_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_compiled_teacher_makes_another_data_set() -> None:
-    folders = set()
-    for value in ("true", "false"):
-        config = load_config("configs/digits.yaml", [f"teacher.compile={value}"])
-        folders.add(spec_of(config, find_teacher(config)).folder)
-    assert "trajectories/f68cf7a0ef8d6663/" in folders and len(folders) == 2
+    """With auto the precision decides, and nothing that a machine has."""
+    names = {
+        (precision, compile): spec_of(config, find_teacher(config)).hash
+        for precision in ("float32", "tf32", "bfloat16", "float16")
+        for compile in ("auto", "true", "false")
+        for config in [
+            load_config(
+                "configs/digits.yaml", [f"teacher.precision={precision}", f"teacher.compile={compile}"]
+            )
+        ]
+    }
+    assert names["float32", "false"] == names["float32", "auto"] == "f68cf7a0ef8d6663"
+    assert names["tf32", "false"] == names["tf32", "auto"] != names["tf32", "true"]
+    # as earlier versions named them
+    assert names["bfloat16", "auto"] == names["bfloat16", "true"] == "c3aa8fb770c8e436"
+    assert names["bfloat16", "false"] == "b5246bebf392b8e6"
+    assert names["float16", "auto"] == names["float16", "true"] != names["float16", "false"]
+    assert len(set(names.values())) == 8
+
+
+def test_a_data_set_of_an_earlier_version_in_bfloat16_is_found(tmp_path: Path) -> None:
+    """It was not compiled unless that was asked for."""
+    there = ["teacher.precision=bfloat16", f"storage.root={tmp_path}"]
+    former = "trajectories/b5246bebf392b8e6/"
+    assert make_plan(load_config("configs/digits.yaml", there)).spec.compiled
+    FolderStorage(tmp_path).write(f"{former}progress.json", b"{}")
+    for compile, folder in (("auto", former), ("false", former), ("true", "trajectories/c3aa8fb770c8e436/")):
+        plan = make_plan(load_config("configs/digits.yaml", [*there, f"teacher.compile={compile}"]))
+        assert plan.folder == folder and plan.spec.compiled == (compile == "true")
+
+
+def test_auto_compiles_nothing_that_has_no_network(tmp_path: Path) -> None:
+    options = "{mean: 0, std: 0.5, shape: [1, 8, 8]}"
+    words = ["teacher.path=closed-form:gaussian", f"teacher.options={options}", "teacher.precision=bfloat16"]
+    config = load_config("configs/digits.yaml", [*words, "network.num_classes=0", "network.null_class=false"])
+    assert not find_teacher(config).compiled
 
 
 def test_a_teacher_without_a_network_is_not_compiled() -> None:

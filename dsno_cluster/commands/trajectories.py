@@ -28,9 +28,10 @@ def gen_trajectories(arguments: Arguments) -> None:
 def plan_trajectories(arguments: Arguments) -> None:
     from dsno_cluster import console
     from dsno_cluster.config import load_profile
+    from dsno_cluster.evaluation import forecast
     from dsno_cluster.evaluation.given_files import problems_of_files
     from dsno_cluster.teachers import NoTeacher
-    from dsno_cluster.trajectories import plan
+    from dsno_cluster.trajectories import plan, precision
 
     config, options = arguments.config(), arguments.options
     measuring = options.measure or options.tolerance
@@ -39,17 +40,16 @@ def plan_trajectories(arguments: Arguments) -> None:
         raise UserError(f"{' and '.join(unused)}: used only with --measure or --tolerance E")
     probes = options.probes or PROBES
     found, planned = plan.Found(), None
+    stages = forecast.Stages()
+    chosen = faster = None
     if measuring:
-        from dsno_cluster.cluster.crew import actors_that_fit
         from dsno_cluster.device import compute_device
         from dsno_cluster.stages import GEN_TRAJECTORIES
 
         planned = plan.make_plan(config)
-        teacher = planned.teacher.load().to(compute_device())
+        teacher = planned.teacher.load(compile=planned.spec.compiled).to(compute_device())
         profile = load_profile(GEN_TRAJECTORIES.name, {"nodes": options.nodes})
-        a_node = {"CPU": profile.cpus_per_task, "GPU": profile.gpus_per_node}
-        fit = actors_that_fit(a_node, config.trajectories.threads, min(1, profile.gpus_per_node))
-        devices = profile.nodes * max(1, fit)
+        devices = forecast.devices_of(profile, config.trajectories.threads)
         if profile.gpus_per_node and teacher.device.type == "cpu":
             console.say(
                 f"jobs/{GEN_TRAJECTORIES.name}.yaml asks for GPUs and this machine has none: the time is measured on its CPU"
@@ -62,6 +62,9 @@ def plan_trajectories(arguments: Arguments) -> None:
         if error is None and planned.teacher.own_steps is None:
             error = plan.measure_errors(planned, teacher, probes)
         found = plan.Found(cost, error)
+        chosen = precision.measure_precision(planned, teacher, probes)
+        faster = precision.measure_faster(planned, teacher, probes) if teacher.device.type == "cuda" else None
+        stages = forecast.measure_stages(config, planned, teacher, cost.seconds_per_evaluation)
     problems: list[UserError | WorkError] = []
     if not measuring:
         try:
@@ -71,12 +74,17 @@ def plan_trajectories(arguments: Arguments) -> None:
         found = plan.Found(problem=str(problems[0]) if problems else None)
     of_files = problems_of_files(config)
     found = replace(found, files=tuple(map(str, of_files)))
-    show = plan.as_json if options.json else plan.report
-    print(show(config, planned, found))
+    memory = forecast.estimate_memory(config, planned.teacher if planned else None)
+    if options.json:
+        more = precision.as_values(chosen, faster, found.error) | forecast.as_values(memory, stages)
+        print(plan.as_json(config, planned, found, **more))
+    else:
+        lines = precision.report_precision(chosen, faster, found) + forecast.report(config, memory, stages)
+        print("\n".join([plan.report(config, planned, found), *lines]))
     if options.tolerance and not options.json:
         settings = config.trajectories
-        chosen = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
-        print(f"use           {' '.join(f'trajectories.{key}={value}' for key, value in chosen.items())}")
+        use = {"solver": settings.solver, "steps": settings.steps, "grid": settings.grid}
+        print(f"use           {' '.join(f'trajectories.{key}={value}' for key, value in use.items())}")
     for problem in [*problems, *of_files]:  # after the arithmetic, which holds all the same
         raise problem
 

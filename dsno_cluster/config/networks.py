@@ -121,10 +121,11 @@ class TeacherConfig(Strict):
         description="precision of the network's weights and layers; states stay float32. tf32: float32 whose matrix products "
         "and convolutions a GPU computes from inputs of 10 bits",
     )
-    compile: bool = Field(
-        False,
-        description="whether the network is compiled with torch.compile; the trajectories are then another data set. On a GPU "
-        "it is worth the minutes for which each actor compiles first",
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="whether the network is compiled with torch.compile; the trajectories are then another data set. auto: in "
+        "bfloat16 and float16, whatever the device. The first shard waits for it, for a minute or more; the kernels are kept "
+        "in kernels/ below run.dir",
     )
     options: TeacherOptions = Field(
         default_factory=dict,

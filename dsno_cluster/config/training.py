@@ -13,7 +13,11 @@ from dsno_cluster.config.paths import LocalPath
 class Training(Strict):
     steps: PositiveInt = Field(description="optimiser steps")
     batch_size: PositiveInt = Field(description="global batch size: the sum over ranks and accumulation")
-    accumulation: PositiveInt = Field(1, description="micro-batches in a step; more of them save memory")
+    accumulation: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="micro-batches in a step; more of them save memory. auto: the fewest with which a step fits into the "
+        "memory that is free when the run begins",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(description="learning rate after the warm-up")
     warmup: Annotated[int, Field(ge=0)] = Field(
         0, description="optimiser steps of linear warm-up; at most the length of the run"
@@ -55,9 +59,8 @@ class Training(Strict):
     )
     precision: Precision = Field(
         "float32",
-        description="bfloat16: the layers in autocast, weights, gradients and their sums in float32; tf32: float32 whose "
-        "matrix products and convolutions a GPU computes from inputs of 10 bits; float16: weights and layers, with float32 "
-        "master weights, and the loss is scaled",
+        description="bfloat16, float16: the layers in autocast, weights, gradients and their sums in float32; with float16 the "
+        "loss is scaled; tf32: float32 whose matrix products and convolutions a GPU computes from inputs of 10 bits",
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the optimiser")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the optimiser")
@@ -117,11 +120,17 @@ class Training(Strict):
     def ema_decays(self) -> tuple[float, ...]:
         return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
+    @property
+    def micro_batches(self) -> int:
+        """`accumulation` of a run that has begun, which has chosen it."""
+        assert self.accumulation != "auto"
+        return self.accumulation
+
     @model_validator(mode="after")
     def _fits_together(self) -> Training:
         if len({f"{decay:g}" for decay in self.ema_decays}) < len(self.ema_decays):  # the names of the files
             raise ValueError(f"ema_decay {list(self.ema_decays)}: two are the same to six digits")
-        if self.batch_size % self.accumulation:
+        if self.accumulation != "auto" and self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
             )

@@ -48,7 +48,7 @@ class Trajectories(Strict):
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         1.0,
         description="scale of classifier-free guidance; 1: none; other values need network.null_class and twice the "
-        "evaluations",
+        "evaluations, in batches of twice batch_size",
     )
     clip_denoised: bool = Field(
         False, description="whether the teacher's predictions of the image are clamped to [-1, 1]"
@@ -64,7 +64,14 @@ class Trajectories(Strict):
     @property
     def method(self) -> Method:
         """How the ODE is solved; a grid of `auto` is decided by the teacher."""
-        return Method(self.solver, self.steps, self.grid, self.guidance_scale, self.clip_denoised)
+        return Method(
+            self.solver,
+            self.steps,
+            self.grid,
+            self.guidance_scale,
+            self.clip_denoised,
+            joint_guidance=self.guidance_scale != 1.0,
+        )
 
     @property
     def num_points(self) -> int:

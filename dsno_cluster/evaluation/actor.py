@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
@@ -20,16 +21,17 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.features import Extractor, Readings, WeightsFile, load_extractor
 from dsno_cluster.evaluation.image_sets import open_images
+from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
 from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
 from dsno_cluster.evaluation.records import Cost
 from dsno_cluster.evaluation.sources import Block, ImageSource, MeasuredBlock, TrajectoryError
-from dsno_cluster.evaluation.statistics import moments_of
+from dsno_cluster.evaluation.statistics import moments_on_device
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import find_teacher
-from dsno_cluster.trajectories.generate import check_teacher
+from dsno_cluster.trajectories.generate import check_teacher, kernels_folder
 from dsno_cluster.trajectories.shards import Shard, write_shard
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples
 
@@ -51,6 +53,15 @@ class StudentAtWork:
     keep: str | None = None
 
 
+@dataclass(frozen=True)
+class Images:
+    """Images from sample `start`, uint8 (N, C, H, W), and their classes (N,) if known, both on CPU."""
+
+    start: int
+    images: Tensor
+    labels: Tensor | None
+
+
 class EvaluationActor(PoolActor):
     """Holds the extractors and, if given, the `student` with its teacher.
 
@@ -65,6 +76,8 @@ class EvaluationActor(PoolActor):
         student: StudentAtWork | None = None,
     ) -> None:
         super().__init__()
+        # torch reads it when a network is compiled
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels_folder(config))
         self.config, self.readings, self.work = config, readings, student
         settings, endpoint = config.evaluation, config.storage.endpoint_url
         threads = settings.threads
@@ -74,6 +87,7 @@ class EvaluationActor(PoolActor):
         self.drawing, self.extracting = (
             ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) for _ in range(2)
         )
+        self.keeping, self.made_by = ThreadPoolExecutor(1), self.environment()
         self.device = compute_device()
         self.storage = open_storage(config.storage.root, endpoint)
         if student is not None:
@@ -86,6 +100,7 @@ class EvaluationActor(PoolActor):
                 compile=settings.compile,
             )
             self.student, self.spec = loaded.to(self.device), student.spec
+            self.kept_rows = KeptRows(self.storage, student.spec, settings)
             found = find_teacher(config)
             # tf32 would hold for the whole process, and so for the features that another thread extracts
             self.teacher = replace(found.load().to(self.device), tf32=False)
@@ -102,8 +117,11 @@ class EvaluationActor(PoolActor):
         """The result of a block's work."""
         match block.work:
             case "features":
-                images, labels = self.drawing.submit(self._images, block).result()
-                return self.extracting.submit(self._measure, block, images, labels).result()
+                batches, keeping = self.drawing.submit(self._batches, block).result()
+                measured = self.extracting.submit(self._measure, block, batches).result()
+                for kept in keeping:
+                    kept.result()
+                return measured
             case "trajectory":
                 return self.drawing.submit(self._trajectory_error, block).result()
             case "cost":
@@ -117,48 +135,71 @@ class EvaluationActor(PoolActor):
         """Call once both threads are idle, which may still work on a block that is no longer needed."""
         return self.extracting.submit(lambda: self.drawing.submit(call).result()).result()
 
-    def _images(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """The block's images, uint8 (N, C, H, W), and their classes (N,) if known, both on CPU."""
-        source = block.source
+    def _batches(self, block: Block) -> tuple[list[Images], list[Future[None]]]:
+        """The block's images, and what must be done before they count as kept."""
+        source, size = block.source, self.config.evaluation.batch_size
         if source.kind == "images":
             found = self.images(source.address)
             known = found.labels and found.labels(block.start, block.stop)
-            return found.read(block.start, block.stop), known
-        noise, labels = self._inputs(range(block.start, block.stop))
+            return [Images(block.start, found.read(block.start, block.stop), known)], []
+        batches, keeping = [], []
+        for start in range(block.start, block.stop, size):
+            samples = range(start, min(start + size, block.stop))
+            if source.sampling is None:
+                batches.append(self._drawn(source, samples))
+                continue
+            where = source.sampling, self.made_by, samples
+            if (before := self.kept_rows.read(*where)) is not None:
+                batches.append(Images(start, before, self._labels(samples)))
+                continue
+            batches.append(self._drawn(source, samples))
+            keeping.append(self.keeping.submit(self.kept_rows.keep, *where, batches[-1].images))
+        return batches, keeping
+
+    def _drawn(self, source: ImageSource, samples: range) -> Images:
+        noise, labels = self._inputs(samples)
         if source.sampling is None:
             states = self.student.sample(noise, labels)
         else:
             sampling = source.sampling
             states = solve_with(sampling.method, self.teacher, noise, sampling.times, labels)[:, -1]
-        return to_uint8(states).cpu(), labels
+        return Images(samples.start, to_uint8(states).cpu(), labels)
 
-    def _measure(self, block: Block, images: Tensor, labels: Tensor | None) -> MeasuredBlock:
+    def _measure(self, block: Block, batches: list[Images]) -> MeasuredBlock:
         readings = self.readings[block.source]
         found = {
-            f"{name}/{layer}": rows.numpy()
+            f"{name}/{layer}": torch.cat([features[layer] for features in by_batch])
             for name in dict.fromkeys(reading.extractor for reading in readings.values())
-            for layer, rows in self.extractors[name](images).items()
+            for by_batch in [[self.extractors[name](batch.images) for batch in batches]]
+            for layer in by_batch[0]
         }
         agreeing = 0
         if "agreement" in readings:
-            assert labels is not None
-            agreeing = int((found[readings["agreement"].key].argmax(1) == labels.numpy()).sum())
-        moments = moments_of(found[readings["fid"].key]) if "fid" in readings else None
-        features = {key: found[key] for key in layers_by_row(readings)}
-        return MeasuredBlock(BlockResult(moments, features, agreeing), self._kept(block, images, labels))
+            seen = found[readings["agreement"].key].argmax(1).cpu()
+            labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+            agreeing = int((seen == labels).sum())
+        moments = moments_on_device(found[readings["fid"].key]) if "fid" in readings else None
+        features = {key: found[key].cpu().numpy() for key in layers_by_row(readings)}
+        kept = [self._kept(batch) for batch in batches] if self._keeps(block) else []
+        return MeasuredBlock(BlockResult(moments, features, agreeing), tuple(kept))
 
-    def _kept(self, block: Block, images: Tensor, labels: Tensor | None) -> Shard | None:
-        if block.source.kind != "student" or self.work is None or self.work.keep is None:
-            return None
-        tensors = {"images": images} | ({} if labels is None else {"labels": labels})
-        index = block.start // self.config.evaluation.batch_size
-        return write_shard(self.storage, self.work.keep, index, block.start, tensors)
+    def _keeps(self, block: Block) -> bool:
+        return block.source.kind == "student" and self.work is not None and self.work.keep is not None
+
+    def _kept(self, batch: Images) -> Shard:
+        assert self.work is not None and self.work.keep is not None
+        tensors = {"images": batch.images} | ({} if batch.labels is None else {"labels": batch.labels})
+        index = batch.start // self.config.evaluation.batch_size
+        return write_shard(self.storage, self.work.keep, index, batch.start, tensors)
+
+    def _labels(self, indices: range) -> Tensor | None:
+        # they stay on the CPU, where the student checks them without waiting for a GPU
+        seed, classes = self.config.evaluation.seed, self.student.network.num_classes
+        return sample_labels(seed, indices, classes) if classes else None
 
     def _inputs(self, indices: range) -> tuple[Tensor, Tensor | None]:
-        seed, classes = self.config.evaluation.seed, self.student.network.num_classes
-        noise = sample_noise(seed, indices, self.teacher.shape).to(self.device)
-        # labels stay on the CPU, where the student checks them without waiting for a GPU
-        return noise, sample_labels(seed, indices, classes) if classes else None
+        noise = sample_noise(self.config.evaluation.seed, indices, self.teacher.shape).to(self.device)
+        return noise, self._labels(indices)
 
     def _trajectory_error(self, block: Block) -> TrajectoryError:
         indices = range(block.start, block.stop)

@@ -26,6 +26,7 @@ from dsno_cluster.evaluation.records import Figures, HeldOut, ImagesMetrics, Met
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT
 from dsno_cluster.evaluation.store import Findings, say_replaced, store, store_images
 from dsno_cluster.evaluation.teacher_rows import keep_row
+from dsno_cluster.trajectories.generate import say_compiling
 
 
 def evaluate(
@@ -70,13 +71,21 @@ def evaluate_images(config: Config, address: str, crew: Crew = ANY_CREW) -> Imag
 def _measure(comparison: Comparison, crew: Crew) -> Findings:
     """Measure what is missing.
 
-    The teacher's rows are stored at once, so that a restarted evaluation has them.
+    The teacher's rows are stored at once, and the images of those that are unfinished are kept, so that a restarted
+    evaluation has them.
     """
-    config = comparison.config
+    config, kept_rows = comparison.config, comparison.kept_rows
+    kept_rows.drop(comparison.known)  # of a run that was stopped just before it did so itself
+    kept = kept_rows.count(comparison.missing)
+    if kept:
+        console.say(
+            f"up to {kept:,} of the teacher's samples are kept from an evaluation that did not finish their rows"
+        )
     rows, of_student = dict(comparison.known), Figures()
     student: MeasuredStudent | None = None
     held_out: HeldOut | None = None
     surroundings: Surroundings | None = None
+    say_compiling(config, kept_rows.spec)
     measuring = measure(
         config,
         comparison.weights,
@@ -85,7 +94,7 @@ def _measure(comparison: Comparison, crew: Crew) -> Findings:
         student=comparison.at_work,
         crew=crew,
         title=f"evaluating {comparison.subject.student.title}",
-        reached=len(comparison.known) * config.evaluation.num_samples,
+        reached=len(comparison.known) * config.evaluation.num_samples + kept,
     )
     with contextlib.closing(measuring):
         for part in measuring:
@@ -104,6 +113,8 @@ def _measure(comparison: Comparison, crew: Crew) -> Findings:
                     row = {"source": images.source.title, "evaluations": sampling.evaluations}
                     rows[sampling] = TeacherRow.model_validate({**row, **figures.values()})
                     keep_row(comparison.storage, comparison.spec, sampling, rows[sampling])
+                    kept_rows.drop([sampling])
+    kept_rows.drop(comparison.samplings)  # what an actor kept of a block that another one had finished
     assert student is not None and surroundings is not None
     return Findings(rows, student, of_student, held_out, surroundings)
 

@@ -70,12 +70,12 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor) -> dict[str, Tensor]:
-        """uint8 (N, C, H, W) -> features (N, D) by layer, float32 on CPU; BATCH images at a time."""
+        """uint8 (N, C, H, W) -> features (N, D) by layer, float32 on the extractor's device; BATCH images at a time."""
         device = next(self.network.parameters()).device
         parts: list[tuple[Tensor, ...]] = []
         for batch in images_NCHW.split(BATCH):
             batch = batch.expand(-1, self.channels, -1, -1) if batch.shape[1] == 1 else batch
-            parts.append(tuple(x.cpu() for x in self.network(batch.to(device))))
+            parts.append(tuple(self.network(batch.to(device))))
         return {layer: torch.cat([part[i] for part in parts]) for i, layer in enumerate(self.layers)}
 
 
@@ -136,6 +136,22 @@ def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
                 OTHER_KEY,
             )
     return found
+
+
+def weights_at_hand(settings: Evaluation) -> dict[str, WeightsFile] | None:
+    """As `find_all_weights`, but None if a file is missing that would be downloaded.
+
+    Raises as `find_weights` does.
+    """
+    given = {settings.feature_extractor: settings.weights_path}
+    if settings.precision_recall_extractor is not None:
+        given.setdefault(settings.precision_recall_extractor, settings.precision_recall_weights_path)
+    for name in {reading.extractor for reading in find_readings(settings).values()}:
+        if given[name] is None and name not in CLASSIFIERS:
+            url = published_url(name)
+            if url is None or not (cache_folder("weights") / url.rsplit("/", 1)[1]).is_file():
+                return None
+    return find_all_weights(settings)
 
 
 def find_weights(

@@ -21,6 +21,7 @@ from dsno_cluster.evaluation.features import (
     find_readings,
 )
 from dsno_cluster.evaluation.image_sets import ImageSet, open_images
+from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.measure import ImagesOf
 from dsno_cluster.evaluation.metrics import OF_REFERENCE, check_count, fewest
 from dsno_cluster.evaluation.records import TeacherRow
@@ -106,6 +107,12 @@ class Comparison:
         return [sampling for sampling in self.samplings if sampling not in self.known]
 
     @property
+    def kept_rows(self) -> KeptRows:
+        """Where the images of rows are that an evaluation did not finish."""
+        spec = spec_of(self.config, self.subject.teacher)
+        return KeptRows(self.storage, spec, self.config.evaluation)
+
+    @property
     def at_work(self) -> StudentAtWork:
         """The student as actors receive it."""
         student, keep = self.subject.student, self.keep
@@ -116,19 +123,18 @@ class Comparison:
 
     def sets(self) -> list[ImagesOf]:
         """The images to measure."""
-        count = self.config.evaluation.num_samples
+        count, shape = self.config.evaluation.num_samples, self.config.network.state_shape
         found = [
-            ImagesOf(ImageSource("teacher", sampling), count, self.readings) for sampling in self.missing
+            ImagesOf(ImageSource("teacher", sampling), count, self.readings, shape)
+            for sampling in self.missing
         ]
         if self.readings or self.keep is not None:
-            found.append(ImagesOf(STUDENT, count, self.readings))
+            found.append(ImagesOf(STUDENT, count, self.readings, shape))
         if self.config.data.name is not None and self.readings:
-            there, needed = (
-                open_images(HELD_OUT.address, None, self.config.data).count,
-                fewest(self.config.evaluation),
-            )
-            possible = {m: reading for m, reading in self.readings.items() if needed.get(m, 0) <= there}
-            found.append(ImagesOf(HELD_OUT, there, possible))
+            there = open_images(HELD_OUT.address, None, self.config.data)
+            needed = fewest(self.config.evaluation)
+            possible = {m: reading for m, reading in self.readings.items() if needed.get(m, 0) <= there.count}
+            found.append(ImagesOf(HELD_OUT, there.count, possible, there.shape))
         return found
 
 
@@ -147,7 +153,8 @@ class ImagesComparison:
     @property
     def set(self) -> ImagesOf:
         """The images to measure."""
-        return ImagesOf(ImageSource("images", address=self.images.address), self.images.count, self.readings)
+        source = ImageSource("images", address=self.images.address)
+        return ImagesOf(source, self.images.count, self.readings, self.images.shape)
 
 
 def find_student(config: Config, student_path: str | None = None) -> Student:

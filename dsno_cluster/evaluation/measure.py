@@ -6,6 +6,7 @@ neither the number of actors, nor the loss of some, changes a figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,22 +36,31 @@ from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import check_alike
 from dsno_cluster.trajectories.shards import Shard
 
+MOST_IN_BLOCK = 1024
+FEWEST_BLOCKS = 16  # so that many actors have work
+LARGEST_OF_SMALL = 3 * 64 * 64  # numbers in an image
+
 
 @dataclass(frozen=True)
 class ImagesOf:
-    """`count` images of a source, and the layers that metrics read."""
+    """`count` images (C, H, W) of a source, and the layers that metrics read."""
 
     source: ImageSource
     count: int
     readings: Readings
+    shape: Sequence[int]
 
     def block_size(self, batch_size: int) -> int:
-        """Number of images in a block.
+        """Number of images in a block: a multiple of `batch_size`, in which an actor draws them.
 
-        Existing images are extracted in torch-fidelity's batches, so that features are the same to the last
-        bit however the images are split.
+        Each block's moments are sent and merged, which takes longer than their images do on a GPU: of many small images
+        1000 are a block. Existing images are extracted in torch-fidelity's batches, so that features are the same
+        to the last bit however the images are split.
         """
-        return -(-batch_size // BATCH) * BATCH if self.source.kind == "images" else batch_size
+        size = -(-batch_size // BATCH) * BATCH if self.source.kind == "images" else batch_size
+        if math.prod(self.shape) > LARGEST_OF_SMALL:
+            return size
+        return size * max(1, min(MOST_IN_BLOCK // size, self.count // (FEWEST_BLOCKS * size)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def measure(
     settings, storage = config.evaluation, open_storage(config.storage.root, config.storage.endpoint_url)
     if real.source is not None:
         assert real.images is not None
-        sets = [*sets, ImagesOf(real.source, real.images.count, real.readings)]
+        sets = [*sets, ImagesOf(real.source, real.images.count, real.readings, real.images.shape)]
     blocks = [block for images in sets for block in _blocks_of(images, settings.batch_size)]
     if student is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
@@ -223,7 +233,7 @@ class _Collecting:
         self.collected = {
             images.source: Collected(images.count, images.block_size(settings.batch_size)) for images in sets
         }
-        self.shards: dict[int, Shard] = {}
+        self.shards: dict[int, tuple[Shard, ...]] = {}
         self.whole: list[ImageSource] = []
         self.reference = finished_reference(storage, real, None) if real.source is None else None
 
@@ -231,8 +241,7 @@ class _Collecting:
         """Add a block, each block once; yields the sets that it completes."""
         source = block.source
         self.collected[source].add(block.start, measured.result)
-        if measured.kept is not None:
-            self.shards[block.start] = measured.kept
+        self.shards[block.start] = self.shards.get(block.start, ()) + measured.kept
         self.left[source] -= 1
         if self.left[source]:
             return
@@ -246,7 +255,7 @@ class _Collecting:
             yield MeasuredSet(images, figures(self.settings, images.readings, collected, self.reference))
 
     def kept_shards(self) -> tuple[Shard, ...]:
-        return tuple(self.shards[start] for start in sorted(self.shards))
+        return tuple(shard for start in sorted(self.shards) for shard in self.shards[start])
 
 
 def _in_words(blocks: list[Block], sets: Sequence[ImagesOf], reference: ImageSource | None) -> str:

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.config.base import Named
+from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import Reading, Readings
 from dsno_cluster.evaluation.image_sets import DataIdentity
+from dsno_cluster.evaluation.neighbours import precision_recall_on
 from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.evaluation.statistics import BlockMerger, Moments, frechet_distance
 
@@ -190,9 +193,18 @@ def inception_score(settings: Evaluation, logits: np.ndarray) -> dict[str, float
 
 
 def precision_recall(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Precision, recall and their F-score (Kynkaanniemi et al. 2019) with `neighborhood` neighbours."""
+    """Precision, recall and their F-score (Kynkaanniemi et al. 2019) with `neighborhood` neighbours.
+
+    On a GPU, if this process sees one: torch-fidelity's own function copies every distance to the CPU.
+    """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
+    if (device := compute_device()).type == "cuda":
+        try:
+            there = [torch.from_numpy(features).to(device) for features in (samples, real)]
+            return precision_recall_on(there[0], there[1], settings.neighborhood)
+        except torch.OutOfMemoryError:  # the actors hold it
+            console.say("note: the GPU has no room for precision and recall: they are computed on the CPU")
     whole = max(len(samples), len(real)) <= WHOLE_MATRIX
     found = prc_features_to_metric(
         torch.from_numpy(samples),

@@ -51,10 +51,10 @@ class Block:
 
 @dataclass(frozen=True)
 class MeasuredBlock:
-    """The result of a block's images, and the manifest's line of their shard, if they are kept."""
+    """The result of a block's images, and the manifest's lines of their shards, if they are kept."""
 
     result: BlockResult
-    kept: Shard | None
+    kept: tuple[Shard, ...] = ()
 
 
 @dataclass(frozen=True)

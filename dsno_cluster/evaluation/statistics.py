@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,21 @@ def moments_of(features: np.ndarray) -> Moments:
     return Moments(len(features), mean, centred.T @ centred)
 
 
+def moments_on_device(features_ND: Tensor) -> Moments:
+    """Moments of features (N, D) on a device, computed there: a GPU multiplies float64 matrices far faster than a CPU."""
+    if features_ND.is_cpu:
+        return moments_of(features_ND.numpy())
+    return _moments_by_torch(features_ND)
+
+
+def _moments_by_torch(features_ND: Tensor) -> Moments:
+    features = features_ND.double()
+    mean = features.mean(dim=0)
+    centred = features - mean
+    m2 = centred.T @ centred
+    return Moments(len(features), mean.cpu().numpy(), m2.cpu().numpy())
+
+
 def merge(parts: Iterable[Moments]) -> Moments:
     """Moments of all vectors together.
 
@@ -47,7 +66,10 @@ def merge(parts: Iterable[Moments]) -> Moments:
         count = total.count + part.count
         delta = part.mean - total.mean
         mean = total.mean + delta * (part.count / count)
-        m2 = total.m2 + part.m2 + np.outer(delta, delta) * (total.count * part.count / count)
+        m2 = total.m2 + part.m2
+        between = np.outer(delta, delta)
+        between *= total.count * part.count / count  # in place: each such array may have 32 MiB
+        m2 += between
         total = Moments(count, mean, m2)
     if total is None:
         raise ValueError("no moments to merge")

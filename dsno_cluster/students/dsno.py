@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -29,6 +29,7 @@ from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, same_time, time
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import META, ModelDescription, ModelMeta, read_model
+from dsno_cluster.networks.activations import largest_tensor, samples_at_a_time, shape_of
 from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.recompute import recompute_in_backward
@@ -38,6 +39,8 @@ from dsno_cluster.weight_files import check_fit
 
 KIND: Literal["dsno"] = "dsno"
 FINEST = 16  # a published-form student is evaluated on grids of at most this many times its own points
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the precisions that are autocast
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class DSNO(nn.Module):
     """The solution operator of the probability-flow ODE (Zheng et al. 2023), on a backbone of `network`'s shape.
 
     The backbone is our U-Net or, if `diffusers` gives its config and scheduler, a diffusers UNet2DModel.
-    `init` is that of the temporal convolutions. With `precision` bfloat16 it runs in autocast; states remain
-    float32.
+    `init` is that of the temporal convolutions. With `precision` bfloat16 or float16 it runs in autocast; states
+    remain float32.
     """
 
     def __init__(
@@ -132,22 +135,22 @@ class DSNO(nn.Module):
         those it has, and for labels that are missing or out of range.
         """
         if times is None:
-            return self._states(noise, labels, self.times)
+            return self._in_parts(noise, labels, self.times)
         asked = tuple(_nearest(float(t), self.times) for t in times)
         if not asked or not all(0.0 <= t <= 1.0 for t in asked):
             raise ValueError(f"times {list(asked)} must be one or more, each within [0, 1]")
         if self.form.operator == "series":
-            return self._states(noise, labels, asked)
+            return self._in_parts(noise, labels, asked)
         together = self._together(asked)
-        states = self._states(noise, labels, together)
+        states = self._in_parts(noise, labels, together)
         return states if together == asked else states[:, [together.index(t) for t in asked]]
 
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images from noise in one evaluation, (N, C, H, W): the last state, in [-1, 1] up to overshoot."""
         if self.form.operator == "series" or self._points_apart():
-            return self._states(noise, labels, self.times[-1:])[:, 0]
-        return self._states(noise, labels, self.times, last_only=True)[:, 0]
+            return self._in_parts(noise, labels, self.times[-1:])[:, 0]
+        return self._in_parts(noise, labels, self.times, last_only=True)[:, 0]
 
     @torch.no_grad()
     def warm_start(self, teacher: dict[str, Tensor]) -> None:
@@ -172,7 +175,7 @@ class DSNO(nn.Module):
         self.backbone.load_state_dict(own)
 
     def accelerate(self, *, precision: str = "float32", compile: bool = False) -> DSNO:
-        """This student with its network run in `precision` (float32 or bfloat16 autocast) and, if asked, compiled."""
+        """This student with its network run in `precision` (float32, or autocast in a half one) and, if asked, compiled."""
         self.precision = precision
         if compile:
             # static shapes: with a symbolic number of time points, tracing does not terminate
@@ -196,6 +199,31 @@ class DSNO(nn.Module):
         left_out = {"diffusers"} if self.diffusers is None else set()
         return ModelDescription.model_validate(model.model_dump(mode="json", exclude=left_out))
 
+    def _in_parts(
+        self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
+    ) -> Tensor:
+        """`_states` of so few samples at a time that no tensor inside the network has 2^31 elements."""
+        points = 1 if self.form.operator == "series" else len(times)
+        most = samples_at_a_time(self._largest * points, len(noise))
+        if len(noise) <= most:
+            return self._states(noise, labels, times, last_only)
+        if labels is not None and len(labels) != len(noise):
+            labels = self._checked(labels, len(noise), noise.device)  # raises
+        parts = [
+            self._states(
+                noise[i : i + most], None if labels is None else labels[i : i + most], times, last_only
+            )
+            for i in range(0, len(noise), most)
+        ]
+        return torch.cat(parts)
+
+    @functools.cached_property
+    def _largest(self) -> int:
+        """Elements of the largest tensor that a sample makes in the network at each point; 1 if that is not known."""
+        terms = self.form.modes if self.form.operator == "series" else 1
+        shape = shape_of(self.network if self.diffusers is None else self.diffusers, self.network.sides)
+        return 1 if shape is None else largest_tensor(shape, terms * self.network.state_channels)
+
     def _states(
         self, noise: Tensor, labels: Tensor | None, times: tuple[float, ...], last_only: bool = False
     ) -> Tensor:
@@ -210,9 +238,9 @@ class DSNO(nn.Module):
             )
         labels = self._checked(labels, len(noise), device)
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 if the whole network is
-        half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else None
+        half = HALVES.get(self.precision)
         output: Tensor
-        with half or contextlib.nullcontext():
+        with torch.autocast(device.type, half) if half else contextlib.nullcontext():
             if self.form.operator == "series":
                 output = self.backbone(x, _levels((1.0,), device), labels)
             else:
@@ -334,6 +362,22 @@ def _scales(times: tuple[float, ...], device: torch.device, dtype: torch.dtype) 
 @torch.inference_mode(False)
 def _series(times: tuple[float, ...], modes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return cosine_series(times, modes).to(device, dtype)
+
+
+@contextlib.contextmanager
+def forgetting_time_tensors() -> Iterator[None]:
+    """In this context the tensors above, and the Fourier bases, are made anew, and are forgotten at its end.
+
+    It is for passes on pretended tensors, whose values must not reach a real one.
+    """
+    kept = (_levels, _scales, _series, fourier_basis)
+    for made in kept:
+        made.cache_clear()
+    try:
+        yield
+    finally:
+        for made in kept:
+            made.cache_clear()
 
 
 def load_student(

@@ -187,6 +187,7 @@ def _read(source: Source, options: Options) -> Folder:
         native=_native(scheduler, levels) if schedule == "native" else None,
         clips=bool(saved and (saved.get("clip_sample") or saved.get("thresholding"))),
         backbone=DiffusersModel(config=config, scheduler=scheduler),
+        has_network=True,
     )
     return Folder(config, scheduler, files, info, levels)
 

@@ -45,6 +45,17 @@ class ConfiguredTeacher:
         """The times of the teacher's own steps if it is solved on those."""
         return None if isinstance(self.method.grid, str) else self.method.grid
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its network is compiled.
+
+        `auto` is decided without looking at a device: the bytes of a data set, and so its name, depend on it.
+        """
+        settings = self.config.teacher
+        if settings.compile == "auto":
+            return self.info.has_network and settings.precision in ("bfloat16", "float16")
+        return settings.compile
+
     def solved_as(self, config: Config) -> ConfiguredTeacher:
         """This teacher, solved as another config that names it says.
 
@@ -52,13 +63,15 @@ class ConfiguredTeacher:
         """
         return replace(self, config=config, method=_method(config, self.path, self.info))
 
-    def load(self) -> Teacher:
-        """The teacher, on CPU.
+    def load(self, *, compile: bool | None = None) -> Teacher:
+        """The teacher, on CPU; its network is compiled as the config says, unless `compile` says otherwise.
 
         Raises UserError if it does not fit the config, and WorkError if its files have changed since it was found.
         """
         loaded = load_in(
-            self.config.teacher.precision, self._unchanged(), compile=self.config.teacher.compile
+            self.config.teacher.precision,
+            self._unchanged(),
+            compile=self.compiled if compile is None else compile,
         )
         # a factory's images, classes and steps are known only now
         check_fits(self.config.network, loaded.info, self.path)

@@ -13,6 +13,7 @@ from dsno_cluster import liveness
 from dsno_cluster.config import Network
 from dsno_cluster.config.base import Precision
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.activations import UNetShape, largest_tensor, samples_at_a_time, shape_of
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
 from dsno_cluster.teachers.identity import TeacherIdentity
@@ -38,8 +39,8 @@ class TeacherInfo:
     label that means "no class", if there is one. `native` gives the times of the teacher's own steps;
     `num_steps` is set if it always has that number of them, whatever number is asked for. `clips`: its usual
     sampler bounds the clean image, which only `trajectories.clip_denoised` does here. `backbone`: the
-    diffusers model that a student can be built on. `former_identities` are those that earlier versions
-    recorded, by which their data sets are found.
+    diffusers model that a student can be built on. `has_network`: its network is read from a file, and can be
+    compiled. `former_identities` are those that earlier versions recorded, by which their data sets are found.
     """
 
     identity: TeacherIdentity
@@ -50,6 +51,7 @@ class TeacherInfo:
     num_steps: int | None = None
     clips: bool = False
     backbone: DiffusersModel | None = None
+    has_network: bool = False
     former_identities: tuple[TeacherIdentity, ...] = ()
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
@@ -64,6 +66,14 @@ class TeacherInfo:
     def distilled(self) -> bool:
         """Whether each step of the native grid is one DDIM step of the network, and no other solver's."""
         return is_distilled(self.num_steps)
+
+    @property
+    def unet(self) -> UNetShape | None:
+        """The sizes of its network, if it is a U-Net that was read from files."""
+        described = self.backbone or getattr(self.identity, "network", None)
+        if described is None or self.shape is None:
+            return None
+        return shape_of(described, self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,23 @@ class Teacher:
         else:  # filled on the device: a copy from the host would be waited for
             t_N = torch.full((count,), t, dtype=torch.float64, device=device)
         with torch.no_grad(), allowing_tf32() if self.tf32 else contextlib.nullcontext():
-            x0 = self.denoise(x.to(device), t_N, None if labels is None else labels.to(device))
-        return x0.to(x.device)
+            there = None if labels is None else labels.to(device)
+            most = samples_at_a_time(self._largest, count)
+            if count <= most:
+                return self.denoise(x.to(device), t_N, there).to(x.device)
+            parts = [
+                self.denoise(x[part].to(device), t_N[part], None if there is None else there[part]).to(
+                    x.device
+                )
+                for part in (slice(i, i + most) for i in range(0, count, most))
+            ]
+            return torch.cat(parts)
+
+    @functools.cached_property
+    def _largest(self) -> int:
+        """Elements of the largest tensor that a sample makes in the network; 1 if that is not known."""
+        shape = self.info.unet
+        return 1 if shape is None else largest_tensor(shape, 2 * self.shape[0])  # it may predict x0 and eps
 
 
 class Source:

@@ -35,6 +35,7 @@ def unet_info(path: str, description: UNetDescription, sha256: str, schedule: An
         network.num_classes if network.null_class else None,
         native=None if own_steps is None else lambda _: own_steps,
         num_steps=None if own_steps is None else steps,
+        has_network=True,
         former_identities=() if former == identity else (former,),
     )
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsno_cluster.errors import WorkError
 from dsno_cluster.training.fragments import MASTER, MOMENTS, Fragment
 
 
@@ -53,11 +54,10 @@ def fragments_of(engine: Any, *, replicas: bool = False) -> dict[str, Fragment]:
     rank holds. The engine must have its moments (`begin_moments`).
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    masters = _replicated_masters(optimizer) if stage == 0 else {}
 
     def find(parameter: Any) -> Fragment:
         if stage == 0:
-            return _of_stage_0(optimizer, masters[parameter], share=not replicas)
+            return _of_stage_0(optimizer, parameter, share=not replicas)
         return _of_stage_3(optimizer, parameter) if stage == 3 else _of_stage_1_and_2(optimizer, parameter)
 
     return {name: find(parameter) for name, parameter in engine.module.named_parameters()}
@@ -76,7 +76,7 @@ def begin_moments(engine: Any) -> None:
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
-        masters = list(_replicated_masters(optimizer).values())
+        masters = _weights(optimizer)
     elif stage == 3:
         masters = optimizer.fp32_partitioned_groups_flat
     else:
@@ -123,12 +123,9 @@ def _cut(optimizer: Any, flat: Tensor, offset: int, start: int, count: int) -> F
     return Fragment(start, count, {name: tensor.narrow(0, offset, count) for name, tensor in whole.items()})
 
 
-def _replicated_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """The float32 weights that stage 0 updates, by parameter: itself, or the copy of a half-precision one."""
-    if not hasattr(optimizer, "fp32_groups"):
-        return {p: p for group in optimizer.param_groups for p in group["params"]}
-    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return {low: high for group in groups for low, high in zip(*group, strict=True)}
+def _weights(optimizer: Any) -> list[nn.Parameter]:
+    """The weights, all of which stage 0 updates in place."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -163,12 +160,36 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
             setattr(scaler, name, value if name == "cur_scale" else int(value))
 
 
+def scale_losses(engine: Any) -> None:
+    """Make an engine of stage 1, 2 or 3 scale its loss dynamically, for layers whose gradients are float16.
+
+    DeepSpeed itself does so only if the weights are float16 too. All ranks skip a step if a gradient of any of them is
+    not finite. A step then raises WorkError if the scale cannot be made smaller.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    class Scaler(DynamicLossScaler):  # type: ignore[misc]
+        def update_scale(self, overflow: bool) -> None:
+            smallest = self.cur_scale <= self.min_scale and self.cur_hysteresis <= 1
+            if overflow and smallest:
+                raise WorkError(
+                    "training.precision float16: gradients are not finite even if the loss is not scaled; take bfloat16 or "
+                    "float32, or a smaller training.lr"
+                )
+            super().update_scale(overflow)
+
+    optimizer = engine.optimizer
+    optimizer.check_grad_overflow = True  # stages 1 and 2 would not look
+    # the values of DeepSpeed's own float16, whose checkpoints continue here
+    optimizer.loss_scaler = Scaler(
+        init_scale=2.0**16,
+        scale_window=1000,
+        min_scale=1.0,
+        delayed_shift=2,
+        consecutive_hysteresis=False,
+    )
+
+
 def _loss_scaler(engine: Any) -> Any:
-    if not engine.fp16_enabled():
-        return None
-    # the attribute of stages 1 to 3; stage 0 has a config with the same fields, or in older versions its own
-    # fields
-    for name in ("loss_scaler", "loss_scale_config"):
-        if getattr(engine.optimizer, name, None) is not None:
-            return getattr(engine.optimizer, name)
-    return engine.optimizer
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None

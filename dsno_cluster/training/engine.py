@@ -10,9 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsno_cluster.config import Config
-from dsno_cluster.errors import UserError
 from dsno_cluster.torch_internals import lerp_all
-from dsno_cluster.training.deepspeed_internals import begin_moments, import_deepspeed, whole_shape
+from dsno_cluster.training.deepspeed_internals import (
+    begin_moments,
+    import_deepspeed,
+    scale_losses,
+    whole_shape,
+)
 from dsno_cluster.training.fragments import MASTER, Fragment, SavedFragments
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
 from dsno_cluster.training.ranks import Ranks, keep_waiting
@@ -22,20 +26,24 @@ from dsno_cluster.training.ranks import Ranks, keep_waiting
 BUCKET = 10_000_000
 
 
-def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
-    """The DeepSpeed engine of a model. The training loop sets the learning rate itself, step by step.
+def engine_stage(config: Config, ranks: int) -> int:
+    """The ZeRO stage at which so many ranks train: one has nothing to partition, and stage 0 is faster.
 
-    Raises UserError for a precision that this device does not support.
+    The loss is scaled, as float16 needs it, by the other stages.
+    """
+    stage = config.training.zero_stage
+    if config.training.precision == "float16":
+        return max(1, stage)
+    return 0 if ranks == 1 else stage
+
+
+def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
+    """The DeepSpeed engine of a model, whose weights, gradients and their sums are float32 at every precision.
+
+    The training loop sets the learning rate itself, step by step.
     """
     settings = config.training
     deepspeed = import_deepspeed()
-    # One rank has nothing to partition, and stage 0 is faster. Float16 needs the flat float32 master weights,
-    # which only the other stages keep.
-    only_one = ranks.world_size == 1 and settings.precision != "float16"
-    if settings.precision == "float16" and not deepspeed.get_accelerator().is_fp16_supported():
-        raise UserError(
-            f"training.precision float16: this {ranks.device.type} has none; take bfloat16 or float32"
-        )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, settings),
@@ -43,11 +51,11 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
         config={
             "train_batch_size": settings.batch_size,
             "train_micro_batch_size_per_gpu": settings.batch_size
-            // (ranks.world_size * settings.accumulation),
-            "gradient_accumulation_steps": settings.accumulation,
+            // (ranks.world_size * settings.micro_batches),
+            "gradient_accumulation_steps": settings.micro_batches,
             "gradient_clipping": settings.gradient_clip,
             "zero_optimization": {
-                "stage": 0 if only_one else settings.zero_stage,
+                "stage": engine_stage(config, ranks.world_size),
                 "reduce_bucket_size": BUCKET,
                 "allgather_bucket_size": BUCKET,
                 "stage3_prefetch_bucket_size": BUCKET,
@@ -55,10 +63,11 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
                 "stage3_max_reuse_distance": 2 * BUCKET,
             },
             "zero_allow_untested_optimizer": True,
-            "fp16": {"enabled": settings.precision == "float16"},  # loss scaling is dynamic
             "steps_per_print": 10**9,
         },
     )
+    if settings.precision == "float16":
+        scale_losses(engine)
     begin_moments(engine)
     keep_waiting()
     return engine
@@ -67,7 +76,7 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
 class EMA:
     """Float32 moving averages of the master weights by decay; each rank averages what it owns.
 
-    In float16 training the masters are averaged, not the rounded weights.
+    Below float32 autocast rounds the weights for the layers: what is averaged is not rounded.
     """
 
     def __init__(self, fragments: dict[str, Fragment], decays: Sequence[float]) -> None:

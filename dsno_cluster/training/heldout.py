@@ -75,7 +75,8 @@ def heldout_states(
         except (NotWeights, KeyError) as error:
             console.say(f"note: {error}; it is made again")
     console.say(f"solving {count} held-out trajectories with the teacher")
-    network, spec = teacher.load().to(device), trajectory_spec(manifest, "the data set")
+    # too few samples for the minutes of compiling
+    network, spec = teacher.load(compile=False).to(device), trajectory_spec(manifest, "the data set")
     parts = []
     for start in range(0, count, config.trajectories.batch_size):
         indices = range(start, min(start + config.trajectories.batch_size, count))

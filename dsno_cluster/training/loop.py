@@ -76,8 +76,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
         if known is not None:
             known.forget()  # nothing below needs its weights
-        half = settings.precision == "bfloat16"
-        student.accelerate(precision="bfloat16" if half else "float32", compile=settings.compile)
+        student.accelerate(precision=settings.precision, compile=settings.compile)
         engine = make_engine(student.recompute(settings.recompute), config, ranks)
         ema = EMA(fragments_of(engine), settings.ema_decays)
         if beginning.state is not None:
@@ -180,7 +179,7 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
         batch_size=settings.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        accumulation=settings.accumulation,
+        accumulation=settings.micro_batches,
     )
 
     def reported() -> Iterator[list[Batch]]:
@@ -238,7 +237,7 @@ def _take_step(
         loss, seen = objective.loss(engine, batch, step)
         engine.backward(loss)
         engine.step()
-        figures += seen / settings.accumulation
+        figures += seen / settings.micro_batches
     return figures
 
 

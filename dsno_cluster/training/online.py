@@ -29,7 +29,7 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.torch_internals import check_rank_0_answers
-from dsno_cluster.trajectories.generate import SolveActor
+from dsno_cluster.trajectories.generate import SolveActor, kernels_folder, say_compiling
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard
 from dsno_cluster.trajectories.shards import (
@@ -165,6 +165,7 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
     # keeps the endpoint, for a teacher on S3
     there = config.storage.model_copy(update={"root": str(staging_root(config))})
     actors_config = config.model_copy(update={"storage": there})
+    say_compiling(config, plan.spec)
     with open_ray(Crew(settings.online_actors), config.trajectories.threads) as cluster:
         remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
         # like SIGUSR2, but only now, because Ray sets a handler when it starts
@@ -178,7 +179,9 @@ def make_ahead(config: Config, start: int, trained: list[int]) -> None:
                 lambda: (
                     idle.pop()
                     if idle
-                    else remote.remote(plan.spec, actors_config.teacher, there, plan.folder)
+                    else remote.remote(
+                        plan.spec, actors_config.teacher, there, plan.folder, kernels_folder(config)
+                    )
                 ),
                 lambda actor, position: actor.make_shard.remote(position % num_shards),
                 [p for p in part if staged.stat(key(p)) is None],

@@ -163,12 +163,14 @@ def launched_as_rank() -> bool:
 
 def check_divides(config: Config, world_size: int) -> None:
     """Raises UserError unless the global batch divides over ranks and accumulation."""
-    parts = world_size * config.training.accumulation
-    if config.training.batch_size % parts:
+    settings = config.training
+    accumulation = 1 if settings.accumulation == "auto" else settings.accumulation
+    parts = world_size * accumulation
+    if settings.batch_size % parts:
         raise UserError(
-            f"training.batch_size {config.training.batch_size} does not divide by {world_size} ranks x "
-            f"{config.training.accumulation} accumulation; the nearest that does is "
-            f"{max(1, round(config.training.batch_size / parts)) * parts}"
+            f"training.batch_size {settings.batch_size} does not divide by {world_size} ranks x "
+            f"{accumulation} accumulation; the nearest that does is "
+            f"{max(1, round(settings.batch_size / parts)) * parts}"
         )
 
 

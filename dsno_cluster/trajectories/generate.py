@@ -81,10 +81,6 @@ def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
     console.say(describe_plan(config, plan, crew))  # now that the storage has answered
     if plan.note:
         console.say(f"note: {plan.note}")
-    if config.teacher.compile:
-        console.say(
-            f"each actor first compiles the teacher's network, or finds its kernels in {kernels_folder(config)}"
-        )
     done = {key: shard for key, shard in named.items() if _is_there(shard, found)}
     if len(named) >= plan.size.num_shards and len(done) == len(named):
         console.say(f"all {plan.size.num_shards} shards exist already: {shown_path(address)}")
@@ -106,6 +102,15 @@ def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
 def kernels_folder(config: Config) -> str:
     """The folder of compiled kernels, which later runs and other nodes find."""
     return str(config.run_dir.absolute() / "kernels")
+
+
+def say_compiling(config: Config, spec: TrajectorySpec) -> None:
+    """Say what the first batch waits for, if the teacher's network is compiled."""
+    if spec.compiled:
+        console.say(
+            f"the first batch of each actor waits while it compiles the teacher's network ({spec.inference_precision}), or finds "
+            f"its kernels in {kernels_folder(config)}"
+        )
 
 
 def _complete(
@@ -305,6 +310,7 @@ def _make_shards(
             note()  # before the first shard, so that it is known what made each existing shard
         check_alike(environment, present[0])
 
+    say_compiling(config, plan.spec)
     spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
     started = time.monotonic()
 
@@ -389,9 +395,9 @@ class SolveActor(PoolActor):
         loaded = load_teacher(
             str(teacher.path),
             storage.endpoint_url,
-            precision=teacher.precision,
+            precision=spec.inference_precision,
             options=teacher.options,
-            compile=teacher.compile,
+            compile=spec.compiled,
         )
         check_teacher(spec, loaded, str(teacher.path))
         if auto_grid:  # a factory's steps are known only now

@@ -132,19 +132,26 @@ def check_reachable(config: Config, folder: str) -> None:
 
 
 def measure_cost(plan: Plan, teacher: Teacher, devices: int) -> Cost:
-    """Time the teacher on its device, at the config's batch size and threads, for about two seconds.
+    """Time the teacher on its device, and work out the hours of the plan.
 
     The work is to be shared by `devices` (GPUs, or actors of `trajectories.threads` CPU threads).
     """
+    from dsno_cluster.device import device_name
+
+    each = seconds_per_evaluation(plan, teacher)
+    hours = each * plan.size.evaluations / 3600
+    return Cost(device_name(), each, hours, devices, hours / devices)
+
+
+def seconds_per_evaluation(plan: Plan, teacher: Teacher) -> float:
+    """Seconds of an evaluation of one image, at the config's batch size and threads, timed for about two seconds."""
     import statistics
     import time
 
     import torch
 
-    from dsno_cluster.device import device_name
-
     spec, device = plan.spec, teacher.device
-    noise, labels = _probes(spec, teacher, spec.batch_size)
+    noise, labels = probe_samples(spec, teacher, spec.batch_size)
     seconds: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
@@ -155,13 +162,11 @@ def measure_cost(plan: Plan, teacher: Teacher, devices: int) -> Cost:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-            if len(seconds) > 3 and sum(seconds) > 2.0:
+            if len(seconds) > 3 and sum(seconds[1:]) > 2.0:  # the first may compile
                 break
     finally:
         torch.set_num_threads(threads)
-    each = statistics.median(seconds[1:]) / spec.batch_size
-    hours = each * plan.size.evaluations / 3600
-    return Cost(device_name(), each, hours, devices, hours / devices)
+    return statistics.median(seconds[1:]) / spec.batch_size
 
 
 def measure_errors(plan: Plan, teacher: Teacher, probes: int) -> dict[str, float]:
@@ -176,15 +181,15 @@ def measure_errors(plan: Plan, teacher: Teacher, probes: int) -> dict[str, float
     spec = plan.spec
     method, times = spec.method, spec.times
     finest = reference_method(method, times)
-    noise, labels = _probes(spec, teacher, probes)
+    noise, labels = probe_samples(spec, teacher, probes)
     calls = finest.evaluations(times) + method.evaluations(times)
     console.say(
         f"measuring the solver's error on {probes} samples (--probes): {calls:,} evaluations of them all, about "
-        f"{console.duration(calls * _call_seconds(teacher, noise, labels))}"
+        f"{console.duration(calls * call_seconds(teacher, noise, labels))}"
     )
     reference = solve_with(finest, teacher, noise, times, labels)
     states = solve_with(method, teacher, noise, times, labels)
-    return _by_time(spec, relative_errors(states, reference))
+    return errors_by_time(spec, relative_errors(states, reference))
 
 
 def choose_solver(
@@ -199,7 +204,7 @@ def choose_solver(
 
     _refuse_own_steps(plan)
     spec = plan.spec
-    noise, labels = _probes(spec, teacher, probes)
+    noise, labels = probe_samples(spec, teacher, probes)
 
     def tell(choice: Choice) -> None:
         console.say(f"{choice.method.solver}, {choice.method.steps} steps: off by {max(choice.errors):.2g}")
@@ -207,13 +212,13 @@ def choose_solver(
     calls = reference_method(spec.method, spec.times).evaluations(spec.times)
     console.say(
         f"looking for the cheapest solver within {tolerance:g}, on {probes} samples (--probes): first a very fine solution, "
-        f"{calls:,} evaluations of them all, about {console.duration(calls * _call_seconds(teacher, noise, labels))}"
+        f"{calls:,} evaluations of them all, about {console.duration(calls * call_seconds(teacher, noise, labels))}"
     )
     found = cheapest(spec.method, teacher, noise, spec.times, tolerance, labels, tried=tell)
     method = found.method
     chosen = {"solver": method.solver, "grid": method.grid, "steps": method.steps}
     settings = config.trajectories.model_copy(update=chosen)
-    return config.model_copy(update={"trajectories": settings}), _by_time(spec, found.errors)
+    return config.model_copy(update={"trajectories": settings}), errors_by_time(spec, found.errors)
 
 
 def _refuse_own_steps(plan: Plan) -> None:
@@ -225,7 +230,8 @@ def _refuse_own_steps(plan: Plan) -> None:
         )
 
 
-def _probes(spec: TrajectorySpec, teacher: Teacher, count: int) -> tuple[Tensor, Tensor | None]:
+def probe_samples(spec: TrajectorySpec, teacher: Teacher, count: int) -> tuple[Tensor, Tensor | None]:
+    """Noise (N, C, H, W) and labels (N,) of the data set's first samples, on the teacher's device."""
     from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 
     labels, classes = None, spec.labels.num_classes
@@ -234,7 +240,7 @@ def _probes(spec: TrajectorySpec, teacher: Teacher, count: int) -> tuple[Tensor,
     return sample_noise(spec.seed, range(count), spec.shape).to(teacher.device), labels
 
 
-def _call_seconds(teacher: Teacher, noise: Tensor, labels: Tensor | None) -> float:
+def call_seconds(teacher: Teacher, noise: Tensor, labels: Tensor | None) -> float:
     """Seconds that the teacher takes for these samples together."""
     import time
 
@@ -244,7 +250,8 @@ def _call_seconds(teacher: Teacher, noise: Tensor, labels: Tensor | None) -> flo
     return time.perf_counter() - began
 
 
-def _by_time(spec: TrajectorySpec, errors: tuple[float, ...]) -> dict[str, float]:
+def errors_by_time(spec: TrajectorySpec, errors: tuple[float, ...]) -> dict[str, float]:
+    """Errors (M,) by time point, as text."""
     return dict(zip(map(str, spec.times), errors, strict=True))
 
 
@@ -310,8 +317,8 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
     return "\n".join(lines)
 
 
-def as_json(config: Config, plan: Plan | None, found: Found) -> str:
-    """The plan as one JSON object: sizes in bytes, times in seconds and hours."""
+def as_json(config: Config, plan: Plan | None, found: Found, **more: object) -> str:
+    """The plan, and what else is known of its config, as one JSON object: sizes in bytes, times in seconds and hours."""
     settings, size = config.trajectories, plan.size if plan else size_of(config)
     content = {
         **asdict(size),
@@ -328,6 +335,7 @@ def as_json(config: Config, plan: Plan | None, found: Found) -> str:
         "note": plan.note if plan else None,
         "folder": f"{config.storage.root}/{plan.folder}" if plan else None,
         "files_not_there": files_not_there(config),
+        **more,
     }
     return json.dumps(content)
 

@@ -49,7 +49,7 @@ class TrajectorySpec(Named):
     `times` (M,) descend to 0. `grid` is a name of `GRIDS`, or the times of the teacher's own steps, on which
     the state at t=0 is the last prediction of x0. `shape` is (C, H, W), `dtype` that of the stored states,
     `inference_precision` that of the teacher, whose network may be `compiled`. `threads` are the CPU threads of
-    an actor, on which bits depend.
+    an actor, on which bits depend. `joint_guidance`: both evaluations of guidance are one batch of 2N.
     """
 
     format_version: int
@@ -67,6 +67,7 @@ class TrajectorySpec(Named):
     dtype: Literal["float16", "float32"]
     inference_precision: Precision
     compiled: bool = later(False)
+    joint_guidance: bool = later(False)
     samples_per_shard: PositiveInt
     batch_size: PositiveInt
     threads: PositiveInt
@@ -78,7 +79,13 @@ class TrajectorySpec(Named):
         own_steps = not isinstance(self.grid, str)
         grid = next((name for name, text in GRIDS.items() if text == self.grid), self.grid)
         return Method(
-            self.solver, self.steps, grid, self.guidance_scale, self.clip_denoised, clean_end=own_steps
+            self.solver,
+            self.steps,
+            grid,
+            self.guidance_scale,
+            self.clip_denoised,
+            clean_end=own_steps,
+            joint_guidance=self.joint_guidance,
         )
 
     @property
@@ -110,7 +117,8 @@ def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
         shape=shape,
         dtype=settings.dtype,
         inference_precision=config.teacher.precision,
-        compiled=config.teacher.compile,
+        compiled=teacher.compiled,
+        joint_guidance=method.joint_guidance,
         samples_per_shard=settings.samples_per_shard,
         batch_size=settings.batch_size,
         threads=settings.threads,
@@ -119,8 +127,18 @@ def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
 
 
 def former_specs(spec: TrajectorySpec, teacher: ConfiguredTeacher) -> tuple[TrajectorySpec, ...]:
-    """The specs by which earlier versions named the same data set."""
-    return tuple(spec.model_copy(update={"teacher": identity}) for identity in teacher.info.former_identities)
+    """The specs by which earlier versions named the same data set, the latest first.
+
+    They did not compile unless they were told to, and evaluated the two halves of guidance one after the other.
+    """
+    chosen = spec.compiled and teacher.config.teacher.compile == "auto"
+    found = [
+        spec.model_copy(update={"teacher": identity, "compiled": compiled, "joint_guidance": joint})
+        for identity in (spec.teacher, *teacher.info.former_identities)
+        for compiled in ((True, False) if chosen else (spec.compiled,))
+        for joint in ((True, False) if spec.joint_guidance else (False,))
+    ]
+    return tuple(one for one in found if one != spec)
 
 
 def read_spec(content: object, where: str) -> TrajectorySpec:

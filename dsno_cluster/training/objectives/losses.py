@@ -125,3 +125,13 @@ def make_distance(name: str, lpips_weights: str | None = None, lpips_sha256: str
     if name == "lpips":
         return vgg_perceptual(str(lpips_weights), lpips_sha256)
     return {"l1": l1, "l2": l2, "pseudo-huber": pseudo_huber}[name]
+
+
+def distance_of_shapes(name: str) -> Distance:
+    """The distance of `training.loss` with weights of no value, for passes that follow only shapes."""
+    from torchvision.models import vgg16
+
+    if name != "lpips":
+        return make_distance(name)
+    network = vgg16(weights=None, init_weights=False)
+    return VGGPerceptual(network.features)

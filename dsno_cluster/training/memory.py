@@ -1,0 +1,137 @@
+"""The memory that training takes on each rank, found without a device and without allocating anything.
+
+What lies still (weights, gradients, optimiser states, averages) is counted. Activations are followed on torch's fake
+tensors, which have shapes but no values: a forward and a backward pass of the network itself, at its precision and its
+`training.recompute`, and the storages that live at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dsno_cluster.config import Config
+from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.networks.normalization import as_on_gpu
+from dsno_cluster.students.dsno import forgetting_time_tensors
+from dsno_cluster.torch_internals import LiveMemory, pretended_tensors
+from dsno_cluster.training.beginning import make_student
+from dsno_cluster.training.engine import BUCKET, engine_stage
+from dsno_cluster.training.objectives.losses import distance_of_shapes
+
+FLOAT32 = 4  # bytes
+MEASURED = (2, 4)  # micro-batches from which the memory of others follows: it grows evenly
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on each rank: what is held between steps, and the activations of a micro-batch at their peak."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # master weights, where they are others than the weights, and moments
+    averages: int
+    buffers: int  # through which ranks exchange gradients and weights
+    fixed: int  # activations that do not grow with the micro-batch
+    per_image: int
+    micro_batch: int
+
+    @property
+    def held(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.weights + self.gradients + self.optimizer + self.averages + self.buffers
+
+    @property
+    def activations(self) -> int:
+        return self.fixed + self.per_image * self.micro_batch
+
+    @property
+    def total(self) -> int:
+        return self.held + self.activations
+
+
+def training_memory(
+    config: Config,
+    *,
+    ranks: int = 1,
+    micro_batch: int | None = None,
+    diffusers: DiffusersModel | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> TrainingMemory:
+    """The memory that a training of `config` takes on each of `ranks`, as if it were not compiled, in bytes.
+
+    `micro_batch` is the number of images that pass through the network together; by default that of
+    `training.accumulation`, of which `auto` counts as 1. `diffusers` is the backbone of a config that has one
+    (`ConfiguredTeacher.backbone()`). It takes some seconds for a large network.
+    """
+    settings = config.training
+    accumulation = 1 if settings.accumulation == "auto" else settings.accumulation
+    per_rank = micro_batch or max(1, settings.batch_size // (ranks * accumulation))
+    small, large = (activation_bytes(config, count, diffusers, device) for count in MEASURED)
+    per_image = max(0, large - small) // (MEASURED[1] - MEASURED[0])
+    held = held_bytes(config, ranks, parameter_count(config, diffusers))
+    return TrainingMemory(
+        **held, fixed=max(0, small - per_image * MEASURED[0]), per_image=per_image, micro_batch=per_rank
+    )
+
+
+def parameter_count(config: Config, diffusers: DiffusersModel | None = None) -> int:
+    """The number of elements of all of the student's parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make_student(config, diffusers).parameters())
+
+
+def held_bytes(config: Config, ranks: int, parameters: int) -> dict[str, int]:
+    """The parts of `TrainingMemory.held` of a student with so many parameters.
+
+    What a stage divides: Rajbhandari et al. 2020 (ZeRO), figure 1, with weights and gradients in float32.
+    """
+    settings = config.training
+    stage = engine_stage(config, ranks)
+    whole, share = FLOAT32 * parameters, FLOAT32 * -(-parameters // ranks)
+    exchanged = FLOAT32 * min(parameters, BUCKET)
+    return {
+        "weights": share if stage == 3 else whole,
+        "gradients": share if stage >= 2 else whole,
+        # stage 0 updates the weights themselves
+        "optimizer": 2 * whole if stage == 0 else 3 * share,
+        "averages": share * len(settings.ema_decays),
+        "buffers": (0, 1, 1, 3)[stage] * exchanged if ranks > 1 or stage else 0,
+    }
+
+
+def activation_bytes(
+    config: Config, images: int, diffusers: DiffusersModel | None = None, device: str = "cuda"
+) -> int:
+    """The most that activations of a forward and backward pass on so many images hold at the same time.
+
+    Weights and their gradients do not count. On a `device` cuda the layers are those that a GPU would run.
+    """
+    settings, shape, points = config.training, config.network.state_shape, most_points(config)
+    with (
+        forgetting_time_tensors(),
+        pretended_tensors(),
+        as_on_gpu() if device == "cuda" else contextlib.nullcontext(),
+    ):
+        student = make_student(config, diffusers).accelerate(precision=settings.precision)
+        student.recompute(settings.recompute)
+        distance = distance_of_shapes(settings.loss)
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        labels = torch.zeros(images, dtype=torch.int64) if config.network.num_classes else None
+        live = LiveMemory()
+        with live:
+            noise, target = torch.zeros(images, *shape), torch.zeros(images, len(points), *shape)
+            distance(student(noise, labels, points).float(), target).mean().backward()
+    return live.peak
+
+
+def most_points(config: Config) -> list[int]:
+    """As many time points as a step of the training ever sees together."""
+    count = len(config.trajectories.time_points)
+    if config.student.points == "drawn":
+        count = min(count, config.training.most_points)
+    return list(range(len(config.trajectories.time_points)))[-count:]
