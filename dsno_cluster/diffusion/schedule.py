@@ -45,6 +45,17 @@ def time_of_angle(theta: float) -> float:
     return min(max((theta - angle(0.0)) / (angle(1.0) - angle(0.0)), 0.0), 1.0)
 
 
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[float, ...]:
+    """`steps` ratios sigma / alpha that fall from `sigma_max` to `sigma_min`; a single one is `sigma_max`.
+
+    Karras et al. 2022, equation 5, without the 0 at its end.
+    """
+    if steps == 1:
+        return (sigma_max,)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return tuple((high + i / (steps - 1) * (low - high)) ** rho for i in range(steps))
+
+
 def flow_scales(t: Tensor | float) -> tuple[Tensor, Tensor]:
     """(u, scale) of a linear path x_u = u x0 + (1 - u) eps at cosine time `t`: x_u = scale * x_t; float64, shape of `t`.
 

@@ -1,0 +1,483 @@
+"""Teachers from state dicts of OpenAI's U-Nets, DiT and SiT, against outputs of the original code (tests/data/state_dicts)."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from teacher_models import one_thread as one_thread  # fixture
+from teacher_models import relative, saved_unet
+from tiny import DATA
+from torch import Tensor
+
+from dsno_cluster import load_teacher, solve
+from dsno_cluster.config import load_config
+from dsno_cluster.diffusion.discrete_levels import respaced_timesteps
+from dsno_cluster.diffusion.schedule import alpha_sigma, flow_scales, time_of_angle
+from dsno_cluster.diffusion.solvers import guided
+from dsno_cluster.errors import UserError
+from dsno_cluster.networks.adm_unet import ADMUNet
+from dsno_cluster.networks.descriptions import ADMDescription, TransformerDescription
+from dsno_cluster.networks.transformer import Transformer
+from dsno_cluster.teachers import Teacher, find_teacher, teacher_info
+from dsno_cluster.teachers.identity import DiTIdentity
+from dsno_cluster.teachers.openai_published import PUBLISHED
+from dsno_cluster.teachers.openai_shapes import original_names
+from dsno_cluster.teachers.transformers import original_name
+
+ADM = {
+    "family": "openai-adm",
+    "num_head_channels": 8,
+    "new_attention_order": False,
+    "beta_schedule": "linear",
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adm": ADM,
+    "dit": {"family": "dit", "num_heads": 4},
+    "sit": {"family": "sit", "num_heads": 4},
+}
+SMALL = ADMDescription(
+    channels=3,
+    out_channels=3,
+    features=32,
+    widths=(32, 64),
+    blocks_per_level=1,
+    attention_levels=(1,),
+    num_classes=0,
+    film=False,
+    resample="convolution",
+)
+
+
+def weights_of(name: str) -> Path:
+    return DATA / "state_dicts" / name / "weights.pt"
+
+
+def expected_of(name: str) -> dict[str, Tensor]:
+    return load_file(DATA / "state_dicts" / name / "expected.safetensors")
+
+
+def opened(name: str, **options: Any) -> Teacher:
+    return load_teacher(str(weights_of(name)), options=OPTIONS[name] | options)
+
+
+def states(name: str, expected: dict[str, Tensor]) -> list[tuple[float, Tensor]]:
+    """The cosine time and the variance-preserving state of each level of the fixture."""
+    if name == "sit":
+        times = expected["times"].double().tolist()
+        norms = [math.hypot(u, 1 - u) for u in times]
+        angles = [math.atan2(1 - u, u) for u in times]
+        return [
+            (time_of_angle(angle), (x.double() / norm).float())
+            for x, angle, norm in zip(expected["x_t"].unbind(1), angles, norms, strict=True)
+        ]
+    signals = expected["alphas_cumprod"][expected["timesteps"]].tolist()
+    angles = [math.acos(math.sqrt(signal)) for signal in signals]
+    return [(time_of_angle(a), x) for a, x in zip(angles, expected["x_t"].unbind(1), strict=True)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_clean_images_are_those_of_the_original(name: str) -> None:
+    expected, teacher = expected_of(name), opened(name)
+    clean = expected["x0_from_velocity" if name == "sit" else "pred_xstart"]
+    for i, (t, x) in enumerate(states(name, expected)):
+        assert relative(teacher(x, t, expected["labels"]), clean[:, i]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dit", "sit"])
+def test_guidance_is_that_of_the_original(name: str) -> None:
+    expected, teacher = expected_of(name), opened(name)
+    assert teacher.null_class == teacher.num_classes == 10
+    denoise = guided(teacher, expected["labels"], 1.5)
+    for i, (t, x) in enumerate(states(name, expected)):
+        if name == "sit":
+            rest = 1 - float(expected["times"][i])
+            clean = expected["x_t"][:, i] + rest * expected["guided_1.5"][:, i]
+        else:
+            alpha, sigma = (float(s) for s in alpha_sigma(t))
+            clean = (x - sigma * expected["guided_1.5"][:, i]) / alpha
+        assert relative(denoise(x, t), clean) < 1e-5
+
+
+def test_attention_packed_whole(tmp_path: Path) -> None:
+    """The fixture packs it head by head. Its rows in the other order are the same network."""
+    tensors = torch.load(weights_of("adm"), weights_only=True)
+    for name in tensors:
+        if ".qkv." in name:
+            by_head = tensors[name].reshape(4, 3, 8, *tensors[name].shape[1:])
+            tensors[name] = torch.cat([by_head[:, i].flatten(0, 1) for i in range(3)])
+    torch.save(tensors, tmp_path / "whole.pt")
+    expected = expected_of("adm")
+    wrong, right = (
+        load_teacher(str(tmp_path / "whole.pt"), options=ADM | {"new_attention_order": order})
+        for order in (False, True)
+    )
+    t, x = states("adm", expected)[1]
+    clean = expected["pred_xstart"][:, 1]
+    assert relative(right(x, t, expected["labels"]), clean) < 1e-5
+    assert relative(wrong(x, t, expected["labels"]), clean) > 1e-4
+
+
+def test_teachers_of_consistency_models(tmp_path: Path) -> None:
+    """Preconditioned as EDM, within sigma 0.002 to 80; a network whose blocks add the embedding and resample by convolutions."""
+    network = saved_unet(
+        tmp_path / "edm.pt", SMALL.model_copy(update={"head_channels": 16}), two_dimensional=True
+    )
+    options = {"family": "openai-edm", "num_head_channels": 16, "image_size": 16}
+    teacher = load_teacher(str(tmp_path / "edm.pt"), options=options)
+    assert teacher.shape == (3, 16, 16) and teacher.num_classes == 0 and teacher.null_class is None
+    torch.manual_seed(1)
+    y = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for sigma, used in ((0.0002, 0.002), (0.002, 0.002), (0.7, 0.7), (80.0, 80.0), (500.0, 80.0)):
+        root, data = math.sqrt(used**2 + 0.25), 0.5
+        with torch.no_grad():
+            output = network((y / root).float(), torch.full((2,), 250 * math.log(used)))
+        clean = data**2 / root**2 * y + used * data / root * output.double()
+        alpha = 1 / math.sqrt(1 + used**2)  # a state outside the range is one at its end
+        assert relative(teacher((alpha * y).float(), time_of_angle(math.atan(sigma))), clean.float()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "expected"),
+    [
+        ("ddim", 25, [960, 920, 880]),
+        ("ddim", 1000, [999, 998, 997]),
+        ("even", 250, [999, 995, 991]),
+        ("even", 3, [999, 500, 0]),
+        ("even", 1, [0]),
+    ],
+)
+def test_timesteps_as_openai_respaces_them(spacing: str, steps: int, expected: list[int]) -> None:
+    timesteps = respaced_timesteps(1000, steps, spacing)
+    assert timesteps[:3] == expected and len(timesteps) == steps and timesteps[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "timesteps"),
+    [
+        ("adm", "ddim", [800, 600, 400, 200, 0]),
+        ("adm", "even", [999, 749, 500, 250, 0]),
+        ("dit", "even", [999, 749, 500, 250, 0]),
+        ("dit", "ddim", [800, 600, 400, 200, 0]),
+    ],
+)
+def test_ddim_on_own_steps_is_that_of_the_original(name: str, spacing: str, timesteps: list[int]) -> None:
+    """Dhariwal & Nichol's sampler (Song et al. 2021, eq. 12, eta 0), as they write it: by alphas_cumprod of kept timesteps."""
+    expected, teacher = expected_of(name), opened(name, schedule="native", timestep_respacing=spacing)
+    labels, signal = expected["labels"], expected["alphas_cumprod"].tolist()
+    x = noise = torch.randn(4, *expected["x_t"].shape[2:], generator=torch.Generator().manual_seed(3))
+    assert teacher.network is not None
+    for i, timestep in enumerate(timesteps):
+        now, then = signal[timestep], signal[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
+        with torch.no_grad():
+            eps = teacher.network(x, torch.full((4,), float(timestep)), labels)[:, : x.shape[1]]
+        x0 = math.sqrt(1 / now) * x - math.sqrt(1 / now - 1) * eps
+        x = math.sqrt(then) * x0 + math.sqrt(1 - then) * eps
+    assert relative(solve(teacher, noise, [0.0], "ddim", 5, labels)[:, 0], x) < 1e-4
+
+
+def test_own_steps_of_sit_are_those_of_euler() -> None:
+    expected, teacher = expected_of("sit"), opened("sit", schedule="native")
+    labels, steps = expected["labels"], 10
+    x = noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert teacher.network is not None
+    middle = x
+    for i in range(steps):
+        with torch.no_grad():
+            x = x + teacher.network(x, torch.full((4,), i / steps), labels)[:, :4] / steps
+        middle = x if i + 1 == steps // 2 else middle
+    grid = teacher.native_grid(steps)
+    assert grid is not None
+    found = solve(teacher, noise, [grid[5], 0.0], "ddim", steps, labels)
+    scale = float(flow_scales(grid[5])[1])
+    assert relative(scale * found[:, 0], middle) < 2e-4 and relative(found[:, 1], x) < 2e-4
+
+
+def test_levels_outside_the_range_are_the_nearest() -> None:
+    expected, teacher = expected_of("adm"), opened("adm")
+    ends = [math.acos(math.sqrt(float(expected["alphas_cumprod"][n]))) for n in (0, 999)]
+    x, labels = expected["x_t"][:, 0], expected["labels"]
+    for end, beyond in zip(ends, (0.0, 1.0), strict=True):
+        torch.testing.assert_close(teacher(x, beyond, labels), teacher(x, time_of_angle(end), labels))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_low_precisions(name: str, precision: str) -> None:
+    expected = expected_of(name)
+    teacher = load_teacher(str(weights_of(name)), options=OPTIONS[name], precision=precision)
+    t, x = states(name, expected)[1]
+    clean = expected["x0_from_velocity" if name == "sit" else "pred_xstart"][:, 1]
+    found = teacher(x, t, expected["labels"])
+    assert found.dtype == torch.float32 and relative(found, clean) < 0.03
+
+
+# ---- what shapes say -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+@pytest.mark.parametrize("resample", ["block", "convolution"])
+@pytest.mark.parametrize("levels", [((32,), ()), ((32, 64, 96), (0, 2)), ((64, 64), ())])
+def test_sizes_are_read_from_shapes(
+    tmp_path: Path, levels: tuple[tuple[int, ...], tuple[int, ...]], resample: str, classes: int
+) -> None:
+    widths, attention = levels
+    sizes = {"widths": widths, "attention_levels": attention, "resample": resample, "num_classes": classes}
+    described = SMALL.model_copy(update=sizes | {"blocks_per_level": 2, "out_channels": 6, "heads": 2})
+    network = saved_unet(tmp_path / "model.pt", described)
+    options = {"num_heads": 2, "new_attention_order": True, "beta_schedule": "cosine", "image_size": 8}
+    teacher = load_teacher(str(tmp_path / "model.pt"), options=options)  # a learned variance: openai-adm
+    assert isinstance(teacher.network, ADMUNet) and teacher.num_classes == classes
+    labels = torch.tensor([0, 6]) if classes else None
+    x, time = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0])
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.network(x, time, labels), network(x, time, labels))
+
+
+def published_unet(path: Path, described: ADMDescription, family: str) -> int:
+    """A file with the names and shapes of a published network, all of whose numbers are one 0; the number of parameters."""
+    with torch.device("meta"):
+        network = ADMUNet(described.model_copy(update={"heads": 1}))
+    names, tensors = original_names(network), {}
+    for ours, tensor in network.state_dict().items():
+        flat = names[ours].endswith(("qkv.weight", "proj_out.weight")) and family == "openai-adm"
+        tensors[names[ours]] = torch.zeros(()).expand(tensor.shape[:3] if flat else tensor.shape)
+    torch.save(tensors, path)
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+# Millions of parameters as the authors count them, and how exactly: the hyperparameters in the appendix of Dhariwal &
+# Nichol 2021; the names of improved-diffusion's files; consistency_models' first network is guided-diffusion's first.
+MILLIONS = (
+    *((296, 1), (422, 1), (554, 1), (552, 1), (559, 1)),
+    *((50, 5), (100, 25), (270, 5), (100, 25)),
+    *((296, 1), (552, 30)),
+)
+
+
+@pytest.mark.parametrize("number", [pytest.param(i, marks=[pytest.mark.slow] * (i != 5)) for i in range(11)])
+def test_published_networks_need_no_options(tmp_path: Path, number: int) -> None:
+    described, settings = PUBLISHED[number]
+    millions = published_unet(tmp_path / "x.pt", described, settings["family"]) / 1e6
+    count, tolerance = MILLIONS[number]
+    assert abs(millions - count) < tolerance, millions
+    info = teacher_info(str(tmp_path / "x.pt"))
+    identity = info.identity.model_dump()
+    assert info.shape == (3, settings["image_size"], settings["image_size"])
+    assert identity["kind"] == settings["family"] and info.num_classes == described.num_classes
+    assert all(identity[key] == settings[key] for key in ("num_heads", "beta_schedule") if key in settings)
+    another = teacher_info(str(tmp_path / "x.pt"), options={"num_heads": 1}).identity.model_dump()
+    assert another["num_heads"] == 1 and another["num_head_channels"] is None
+
+
+def transformer_file(path: Path, described: TransformerDescription, **changes: Tensor) -> int:
+    with torch.device("meta"):
+        network = Transformer(described)
+    tensors = {original_name(n): torch.zeros(()).expand(x.shape) for n, x in network.state_dict().items()}
+    torch.save(tensors | changes, path)
+    return sum(tensor.numel() for name, tensor in tensors.items() if name != "pos_embed")
+
+
+def transformer_of(**sizes: int) -> TransformerDescription:
+    base = {"channels": 4, "out_channels": 8, "features": 256, "num_classes": 1000}
+    return TransformerDescription(**(base | sizes | {"mlp_width": 4 * sizes["width"]}))
+
+
+@pytest.mark.slow
+def test_xl_is_known_by_its_sizes(tmp_path: Path) -> None:
+    xl, path = transformer_of(size=32, patch_size=2, width=1152, depth=28, heads=16), tmp_path / "xl.pt"
+    assert round(transformer_file(path, xl) / 1e6) == 675  # Peebles & Xie 2023, table 1
+    info = teacher_info(str(path), options={"family": "dit"})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert info.shape == (4, 32, 32) and info.identity == DiTIdentity(sha256=digest, num_heads=16)
+
+
+def test_sizes_of_dit_and_sit(tmp_path: Path) -> None:
+    b4, path = transformer_of(size=64, patch_size=4, width=768, depth=12, heads=12), tmp_path / "b.pt"
+    assert round(transformer_file(path, b4) / 1e6) == 130  # Peebles & Xie 2023, table 1
+    # no variance was trained, so it is SiT's
+    info = teacher_info(str(path))
+    assert info.identity.kind == "sit" and info.identity.model_dump()["num_heads"] == 12
+    assert info.shape == (4, 64, 64) and (info.num_classes, info.null_class) == (1000, 1000)
+    variance = torch.zeros(128, 768)
+    variance[12] = 1.0
+    transformer_file(path, b4, **{"final_layer.linear.weight": variance})
+    with pytest.raises(UserError, match=r"does not say family; .*one of: dit, sit"):
+        teacher_info(str(path))
+
+
+def test_a_training_checkpoint_is_its_ema(tmp_path: Path) -> None:
+    """As the training code of DiT and SiT writes it."""
+    ema = torch.load(weights_of("dit"), weights_only=True)
+    whole = {
+        "model": {},
+        "ema": ema,
+        "opt": {"state": {}, "param_groups": []},
+        "args": argparse.Namespace(a=1),
+    }
+    torch.save(whole, tmp_path / "0050000.pt")
+    torch.save(ema, tmp_path / "older.pt", _use_new_zipfile_serialization=False)
+    torch.save({f"module.{name}": x for name, x in ema.items()}, tmp_path / "parallel.pt")
+    expected = expected_of("dit")
+    t, x = states("dit", expected)[2]
+    for name in ("0050000.pt", "older.pt", "parallel.pt"):
+        teacher = load_teacher(str(tmp_path / name), options=OPTIONS["dit"])
+        assert relative(teacher(x, t, expected["labels"]), expected["pred_xstart"][:, 2]) < 1e-5
+
+
+def test_the_size_of_images_is_needed_to_make_a_data_set() -> None:
+    words = [f"teacher.path={weights_of('adm')}", "network.image_size=16", "network.channels=3"]
+    words += ["network.num_classes=6", "network.null_class=false", "network.attention_resolutions=[8]"]
+    shown = ", ".join(f"{key}: {str(value).lower()}" for key, value in ADM.items())
+    assert find_teacher(
+        load_config("configs/digits.yaml", [*words, f"teacher.options={{{shown}, image_size: 16}}"])
+    )
+    with pytest.raises(UserError, match="does not say the size of its images"):
+        find_teacher(load_config("configs/digits.yaml", [*words, f"teacher.options={{{shown}}}"]))
+    with pytest.raises(UserError, match="option image_size"):
+        _ = opened("adm").shape
+
+
+# ---- what is wrong -------------------------------------------------------------------------------------------
+
+WRONG_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no heads": (
+        "adm",
+        {"num_head_channels": None},
+        "num_heads or num_head_channels.*one of: 1, 2, 4, 8, 16, 32",
+    ),
+    "both heads": ("adm", {"num_heads": 4}, "both are given"),
+    "odd heads": ("adm", {"num_head_channels": 5}, "num_head_channels 5 is not one of: 1, 2, 4"),
+    "text": ("adm", {"num_head_channels": "8"}, "num_head_channels 8 is not one of|num_head_channels '8'"),
+    "no order": ("adm", {"new_attention_order": None}, "new_attention_order; .* one of: true, false"),
+    "order": ("adm", {"new_attention_order": 1}, "new_attention_order 1 is not one of: true, false"),
+    "no betas": ("adm", {"beta_schedule": None}, "beta_schedule; .* one of: linear, cosine"),
+    "betas": ("adm", {"beta_schedule": "quadratic"}, "beta_schedule quadratic is not one of: linear, cosine"),
+    "family": ("adm", {"family": "adm"}, "family adm is not one of: openai-adm, openai-edm"),
+    "variance": ("adm", {"family": "openai-edm"}, "learned variance, so it is openai-adm"),
+    "steps": ("adm", {"diffusion_steps": 4000}, "rescale_timesteps; .* one of: true, false"),
+    "no steps": ("adm", {"diffusion_steps": 0}, "diffusion_steps 0 is not a whole number"),
+    "few steps": ("adm", {"diffusion_steps": 10}, "diffusion_steps 10.* 21 or more"),
+    "x0": ("adm", {"predict_xstart": "no"}, "predict_xstart no is not one of"),
+    "size": ("adm", {"image_size": 15}, "image_size 15 is not a multiple of 2"),
+    "respacing": (
+        "adm",
+        {"timestep_respacing": "ddim25"},
+        "timestep_respacing ddim25 is not one of: ddim, even",
+    ),
+    "schedule": ("adm", {"schedule": "ddim"}, "schedule 'ddim' is not one of: native, continuous"),
+    "unknown": (
+        "adm",
+        {"attention": "new"},
+        "unknown teacher option attention; this kind takes family, num_heads",
+    ),
+    "no family": ("dit", {"family": None}, "does not say family; .* one of: dit, sit"),
+    "other family": ("dit", {"family": "openai-adm"}, "family openai-adm is not one of: dit, sit"),
+    "no heads here": ("dit", {"num_heads": None}, "num_heads or num_head_channels.*: 1, 2, 3, 4, 6, 8"),
+    "odd heads here": ("dit", {"num_heads": 7}, "num_heads 7 is not one of: 1, 2, 3, 4, 6"),
+    "not for it": (
+        "dit",
+        {"beta_schedule": "linear"},
+        "unknown teacher option beta_schedule; this kind takes family",
+    ),
+    "nor for it": ("sit", {"timestep_respacing": "even"}, "unknown teacher option timestep_respacing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_wrong_options_are_one_line(case: str) -> None:
+    name, changes, said = WRONG_OPTIONS[case]
+    options = {k: v for k, v in (OPTIONS[name] | changes).items() if v is not None}
+    with pytest.raises(UserError, match=said) as raised:
+        teacher_info(str(weights_of(name)), options=options)
+    assert "\n" not in str(raised.value) and str(weights_of(name)) in str(raised.value)
+
+
+class _RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this must not run",)
+
+
+def _without(*names: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: {n: x for n, x in tensors.items() if not n.startswith(names)}
+
+
+def _with(**more: Any) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors | {name.replace("__", "."): value for name, value in more.items()}
+
+
+BAD: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
+    "list": ("dit", lambda tensors: list(tensors.values()), "holds list, not tensors by name"),
+    "tensor": ("dit", lambda tensors: tensors["pos_embed"], "holds Tensor, not tensors by name"),
+    "nothing": ("dit", lambda tensors: {}, "its state dict holds nothing"),
+    "numbers": ("dit", _with(step=3), "its state dict holds step, which are no tensors"),
+    "nested": ("adm", lambda tensors: {"state_dict": tensors}, "its state dict holds state_dict, which are no"),
+    "code": ("adm", _with(step=_RunsCode()), "could run code|more than tensors"),
+    "code in an ema": ("dit", lambda tensors: {"ema": _RunsCode()}, "could run code|more than tensors"),
+    "another network": ("adm", lambda _: {"fc.weight": torch.zeros(2, 2)}, "not known here .*fc.weight"),
+    "classifier": ("adm", _without("output_blocks"), "is a classifier"),
+    "upsampler": ("adm", _with(input_blocks__0__0__weight=torch.zeros(32, 6, 3, 3)), "is an upsampler"),
+    "channels": ("adm", _with(out__2__weight=torch.zeros(4, 32, 3, 3)), "3 channels in and 4 out"),
+    "missing": ("adm", _without("middle_block.0.in_layers.2.bias"), "middle_block.0.in_layers.2.bias is missing"),
+    "no output": ("adm", _without("out.2"), "out.2.weight is missing"),
+    "no time": ("adm", _without("time_embed.2"), "time_embed.2.weight is missing"),
+    "gap": ("adm", _without("input_blocks.2."), "input_blocks.2.0.in_layers.0.weight is missing"),
+    "fewer blocks": ("adm", _without("output_blocks.3."), "not arranged as in these U-Nets"),
+    "more": ("adm", _with(extra=torch.zeros(1)), "extra is not of this network"),
+    "misshapen": ("adm", _with(label_emb__weight=torch.zeros(6, 5)), r"label_emb.weight has shape \(6, 5\), expected"),
+    "flat": ("adm", _with(label_emb__weight=torch.zeros(6)), "label_emb.weight has shape .6,., where 2 axes"),
+    "none of it": ("adm", _with(label_emb__weight=torch.zeros(0, 128)), "label_emb.weight has shape .0, 128."),
+    "width": ("adm", _with(input_blocks__3__0__in_layers__2__weight=torch.zeros(40, 32, 3, 3)), "40 channels"),
+    "first": ("adm", _with(input_blocks__0__0__weight=torch.zeros(64, 3, 3, 3)), "its first convolution has 64"),
+    "not finite": ("adm", _with(out__2__bias=torch.full((6,), math.nan)), "out.2.bias holds numbers that are not"),
+    "huge number": ("adm", _with(output_blocks__99999999__x=torch.zeros(1)), "is not of this network"),
+    "tokens": ("dit", _with(pos_embed=torch.zeros(1, 15, 48)), "15 tokens of 2x2 do not make a square"),
+    "no table": ("dit", _without("pos_embed"), "pos_embed is missing"),
+    "one label": ("dit", _with(y_embedder__embedding_table__weight=torch.zeros(1, 48)), "has 1 row"),
+    "outputs": ("dit", _with(final_layer__linear__weight=torch.zeros(20, 48)), "each token gives 20 numbers"),
+    "a block less": ("dit", _without("blocks.0.attn"), "blocks.0.attn.qkv.weight is missing"),
+    "a block more": ("dit", _with(blocks__7__x=torch.zeros(1)), "blocks.2.*is missing"),
+    "norms of queries": ("sit", _with(blocks__0__attn__q_norm__weight=torch.ones(12)), "q_norm.weight is not of this"),
+    "not finite here": ("sit", _with(pos_embed=torch.full((1, 16, 48), math.inf)), "pos_embed holds numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_malformed_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    name, change, said = BAD[case]
+    torch.save(change(torch.load(weights_of(name), weights_only=True)), tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=said) as raised:
+        load_teacher(str(tmp_path / "bad.pt"), options=OPTIONS[name])
+    assert "\n" not in str(raised.value) and "bad.pt" in str(raised.value)
+    assert "this must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_files_that_were_cut_off(tmp_path: Path, old: bool) -> None:
+    torch.save(
+        torch.load(weights_of("dit"), weights_only=True),
+        tmp_path / "whole.pt",
+        _use_new_zipfile_serialization=not old,
+    )
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for part in (40, len(whole) // 2, len(whole) - 10):
+        (tmp_path / "cut.pt").write_bytes(whole[:part])
+        with pytest.raises(UserError, match=r"cut.pt: is (cut off|damaged)") as raised:
+            load_teacher(str(tmp_path / "cut.pt"), options=OPTIONS["dit"])
+        assert "\n" not in str(raised.value)
+
+
+def test_code_in_an_older_file_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    magic = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+    (tmp_path / "old.pt").write_bytes(b"\x80\x02\x8a\x0a" + magic + b"." + pickle.dumps(_RunsCode(), 2))
+    with pytest.raises(UserError, match=r"old\.pt: ") as raised:
+        load_teacher(str(tmp_path / "old.pt"))
+    assert "\n" not in str(raised.value) and "must not run" not in capsys.readouterr().out
