@@ -21,7 +21,7 @@ from torch import Tensor
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.discrete_levels import respaced_timesteps
-from dsno_cluster.diffusion.schedule import alpha_sigma, flow_scales, time_of_angle
+from dsno_cluster.diffusion.schedule import alpha_sigma, angle, flow_scales, time_of_angle
 from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.adm_unet import ADMUNet
@@ -143,6 +143,11 @@ def test_teachers_of_consistency_models(tmp_path: Path) -> None:
         clean = data**2 / root**2 * y + used * data / root * output.double()
         alpha = 1 / math.sqrt(1 + used**2)  # a state outside the range is one at its end
         assert relative(teacher((alpha * y).float(), time_of_angle(math.atan(sigma))), clean.float()) < 1e-4
+    native = load_teacher(str(tmp_path / "edm.pt"), options=options | {"schedule": "native"}).native_grid(18)
+    assert native is not None and len(native) == 19 and native[-1] == 0.0
+    sigmas = [math.tan(angle(t)) for t in native[:-1]]
+    roots = [80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7)) for i in range(18)]
+    assert sigmas == pytest.approx([root**7 for root in roots])  # Karras et al. 2022, eq. 5
 
 
 @pytest.mark.parametrize(
@@ -218,6 +223,91 @@ def test_low_precisions(name: str, precision: str) -> None:
     clean = expected["x0_from_velocity" if name == "sit" else "pred_xstart"][:, 1]
     found = teacher(x, t, expected["labels"])
     assert found.dtype == torch.float32 and relative(found, clean) < 0.03
+
+
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("resample", ["block", "convolution"])
+def test_the_unet_is_that_of_diffusers(film: bool, resample: str) -> None:
+    """Its U-Net can have the same parts; the original's files of improved-diffusion have convolutions between resolutions."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {
+        "widths": (32, 64, 96),
+        "attention_levels": (1,),
+        "film": film,
+        "resample": resample,
+        "head_channels": 16,
+    }
+    torch.manual_seed(0)
+    network = ADMUNet(SMALL.model_copy(update=sizes | {"num_classes": 5, "blocks_per_level": 2})).eval()
+    for name, parameter in network.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    plain_down, plain_up = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if resample == "block"
+        else ("DownBlock2D", "UpBlock2D")
+    )
+    theirs = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=2,
+        down_block_types=(plain_down, "AttnDownBlock2D", plain_down),
+        up_block_types=(plain_up, "AttnUpBlock2D", plain_up),
+        downsample_type="resnet" if resample == "block" else "conv",
+        upsample_type="resnet" if resample == "block" else "conv",
+        resnet_time_scale_shift="scale_shift" if film else "default",
+        attention_head_dim=16,
+        attn_norm_num_groups=32,
+        num_class_embeds=5,
+    ).eval()
+    theirs.load_state_dict(in_diffusers(network, blocks=2, levels=3))
+    x, time, labels = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 900.0]), torch.tensor([1, 4])
+    with torch.no_grad():
+        assert relative(network(x, time, labels), theirs(x, time, labels)[0]) < 1e-5
+
+
+def in_diffusers(network: ADMUNet, blocks: int, levels: int) -> dict[str, Tensor]:
+    """The weights under the names of diffusers."""
+    ends = {"embed_time_in": "time_embedding.linear_1", "embed_time_out": "time_embedding.linear_2"}
+    ends |= {
+        "embed_class": "class_embedding",
+        "norm_out": "conv_norm_out",
+        "middle_attention": "mid_block.attentions.0",
+    }
+    ends |= {"middle_in": "mid_block.resnets.0", "middle_out": "mid_block.resnets.1"}
+    parts = {
+        "norm_in": "norm1",
+        "conv_in": "conv1",
+        "embed": "time_emb_proj",
+        "norm_out": "norm2",
+        "conv_out": "conv2",
+    }
+    parts |= {"skip": "conv_shortcut", "norm": "group_norm", "out": "to_out.0", "conv": "conv"}
+    found: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        first, *others, kind = name.split(".")
+        if first in ("down", "up"):
+            number = int(others.pop(0))
+            level, place = divmod(number, blocks + 1)
+            what = others.pop(0)
+            inside = {
+                "residual": f"resnets.{place}",
+                "attention": f"attentions.{place}",
+                "resample": f"{first}samplers.0",
+            }
+            where = f"{first}_blocks.{level}.{inside[what]}"
+        else:
+            where = ends.get(first, first)
+        if others == ["qkv"]:
+            for part, rows in zip(
+                "qkv", tensor.flatten(1).chunk(3) if kind == "weight" else tensor.chunk(3), strict=True
+            ):
+                found[f"{where}.to_{part}.{kind}"] = rows
+        else:
+            linear = others == ["out"] and kind == "weight"
+            where = ".".join([where, *(parts[other] for other in others)])
+            found[f"{where}.{kind}"] = tensor.flatten(1) if linear else tensor
+    return found
 
 
 # ---- what shapes say -----------------------------------------------------------------------------------------
