@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import pickle
 from collections.abc import Callable
@@ -27,11 +26,12 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.networks.adm_unet import ADMUNet
 from dsno_cluster.networks.descriptions import ADMDescription, TransformerDescription
 from dsno_cluster.networks.transformer import Transformer
-from dsno_cluster.teachers import Teacher, find_teacher, teacher_info
-from dsno_cluster.teachers.identity import DiTIdentity
+from dsno_cluster.teachers import Teacher, find_teacher, teacher_info, transformers
 from dsno_cluster.teachers.openai_published import PUBLISHED
-from dsno_cluster.teachers.openai_shapes import original_names
-from dsno_cluster.teachers.transformers import original_name
+from dsno_cluster.teachers.openai_shapes import describe, original_names
+from dsno_cluster.teachers.openai_unets import settings_of
+from dsno_cluster.teachers.state_dict_file import StateDict
+from dsno_cluster.teachers.transformers import family_and_heads, original_name
 
 ADM = {
     "family": "openai-adm",
@@ -332,18 +332,6 @@ def test_sizes_are_read_from_shapes(
         torch.testing.assert_close(teacher.network(x, time, labels), network(x, time, labels))
 
 
-def published_unet(path: Path, described: ADMDescription, family: str) -> int:
-    """A file with the names and shapes of a published network, all of whose numbers are one 0; the number of parameters."""
-    with torch.device("meta"):
-        network = ADMUNet(described.model_copy(update={"heads": 1}))
-    names, tensors = original_names(network), {}
-    for ours, tensor in network.state_dict().items():
-        flat = names[ours].endswith(("qkv.weight", "proj_out.weight")) and family == "openai-adm"
-        tensors[names[ours]] = torch.zeros(()).expand(tensor.shape[:3] if flat else tensor.shape)
-    torch.save(tensors, path)
-    return sum(tensor.numel() for tensor in tensors.values())
-
-
 # Millions of parameters as the authors count them, and how exactly: the hyperparameters in the appendix of Dhariwal &
 # Nichol 2021; the names of improved-diffusion's files; consistency_models' first network is guided-diffusion's first.
 MILLIONS = (
@@ -353,55 +341,59 @@ MILLIONS = (
 )
 
 
-@pytest.mark.parametrize("number", [pytest.param(i, marks=[pytest.mark.slow] * (i != 5)) for i in range(11)])
-def test_published_networks_need_no_options(tmp_path: Path, number: int) -> None:
-    described, settings = PUBLISHED[number]
-    millions = published_unet(tmp_path / "x.pt", described, settings["family"]) / 1e6
+@pytest.mark.parametrize("number", range(len(PUBLISHED)))
+def test_published_unets_need_no_options(number: int) -> None:
+    """Tensors of their shapes, without numbers: the networks have up to 559 million."""
+    described, published = PUBLISHED[number]
+    with torch.device("meta"):
+        network = ADMUNet(described.model_copy(update={"heads": 1}))
+    names, flat = original_names(network), published["family"] == "openai-adm"
+    tensors = {
+        names[name]: tensor[..., 0]
+        if flat and names[name].endswith(("qkv.weight", "proj_out.weight"))
+        else tensor
+        for name, tensor in network.state_dict().items()
+    }
     count, tolerance = MILLIONS[number]
-    assert abs(millions - count) < tolerance, millions
-    info = teacher_info(str(tmp_path / "x.pt"))
-    identity = info.identity.model_dump()
-    assert info.shape == (3, settings["image_size"], settings["image_size"])
-    assert identity["kind"] == settings["family"] and info.num_classes == described.num_classes
-    assert all(identity[key] == settings[key] for key in ("num_heads", "beta_schedule") if key in settings)
-    another = teacher_info(str(tmp_path / "x.pt"), options={"num_heads": 1}).identity.model_dump()
-    assert another["num_heads"] == 1 and another["num_head_channels"] is None
+    assert abs(sum(tensor.numel() for tensor in tensors.values()) / 1e6 - count) < tolerance
+    state = StateDict("here", tensors, "0" * 64)
+    assert describe(state) == described
+    settings = settings_of(state, described, {})
+    assert all(getattr(settings, name) == value for name, value in published.items())
+    another = settings_of(state, described, {"num_heads": 1})  # an option counts more
+    assert (another.num_heads, another.num_head_channels) == (1, None)
 
 
-def transformer_file(path: Path, described: TransformerDescription, **changes: Tensor) -> int:
+@pytest.mark.parametrize(("width", "depth", "heads", "millions"), [(1152, 28, 16, 675), (768, 12, 12, 130)])
+def test_published_transformers(width: int, depth: int, heads: int, millions: int) -> None:
+    """XL/2 and B/2: Peebles & Xie 2023, table 1."""
+    described = TransformerDescription(
+        channels=4,
+        out_channels=8,
+        size=32,
+        patch_size=2,
+        width=width,
+        depth=depth,
+        heads=1,
+        mlp_width=4 * width,
+        features=256,
+        num_classes=1000,
+    )
     with torch.device("meta"):
         network = Transformer(described)
-    tensors = {original_name(n): torch.zeros(()).expand(x.shape) for n, x in network.state_dict().items()}
-    torch.save(tensors | changes, path)
-    return sum(tensor.numel() for name, tensor in tensors.items() if name != "pos_embed")
-
-
-def transformer_of(**sizes: int) -> TransformerDescription:
-    base = {"channels": 4, "out_channels": 8, "features": 256, "num_classes": 1000}
-    return TransformerDescription(**(base | sizes | {"mlp_width": 4 * sizes["width"]}))
-
-
-@pytest.mark.slow
-def test_xl_is_known_by_its_sizes(tmp_path: Path) -> None:
-    xl, path = transformer_of(size=32, patch_size=2, width=1152, depth=28, heads=16), tmp_path / "xl.pt"
-    assert round(transformer_file(path, xl) / 1e6) == 675  # Peebles & Xie 2023, table 1
-    info = teacher_info(str(path), options={"family": "dit"})
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert info.shape == (4, 32, 32) and info.identity == DiTIdentity(sha256=digest, num_heads=16)
-
-
-def test_sizes_of_dit_and_sit(tmp_path: Path) -> None:
-    b4, path = transformer_of(size=64, patch_size=4, width=768, depth=12, heads=12), tmp_path / "b.pt"
-    assert round(transformer_file(path, b4) / 1e6) == 130  # Peebles & Xie 2023, table 1
-    # no variance was trained, so it is SiT's
-    info = teacher_info(str(path))
-    assert info.identity.kind == "sit" and info.identity.model_dump()["num_heads"] == 12
-    assert info.shape == (4, 64, 64) and (info.num_classes, info.null_class) == (1000, 1000)
-    variance = torch.zeros(128, 768)
-    variance[12] = 1.0
-    transformer_file(path, b4, **{"final_layer.linear.weight": variance})
+    tensors = {original_name(name): tensor for name, tensor in network.state_dict().items()}
+    count = sum(tensor.numel() for name, tensor in tensors.items() if name != "pos_embed")
+    assert abs(count / 1e6 - millions) < 1
+    last = tensors["final_layer.linear.weight"] = torch.zeros(32, width)
+    last[:4] = 1.0
+    state = StateDict("here", tensors, "0" * 64)
+    assert transformers.describe(state) == described
+    # no variance was trained, so it is SiT's; else the file does not tell
+    assert family_and_heads(state, described, {}) == ("sit", heads)
+    last[12] = 1.0
     with pytest.raises(UserError, match=r"does not say family; .*one of: dit, sit"):
-        teacher_info(str(path))
+        family_and_heads(state, described, {})
+    assert family_and_heads(state, described, {"family": "dit"}) == ("dit", heads)
 
 
 def test_a_training_checkpoint_is_its_ema(tmp_path: Path) -> None:
@@ -519,7 +511,7 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
     "missing": ("adm", _without("middle_block.0.in_layers.2.bias"), "middle_block.0.in_layers.2.bias is missing"),
     "no output": ("adm", _without("out.2"), "out.2.weight is missing"),
     "no time": ("adm", _without("time_embed.2"), "time_embed.2.weight is missing"),
-    "gap": ("adm", _without("input_blocks.2."), "input_blocks.2.0.in_layers.0.weight is missing"),
+    "gap": ("adm", _without("input_blocks.2."), "input_blocks.2 is missing"),
     "fewer blocks": ("adm", _without("output_blocks.3."), "not arranged as in these U-Nets"),
     "more": ("adm", _with(extra=torch.zeros(1)), "extra is not of this network"),
     "misshapen": ("adm", _with(label_emb__weight=torch.zeros(6, 5)), r"label_emb.weight has shape \(6, 5\), expected"),
@@ -528,13 +520,14 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
     "width": ("adm", _with(input_blocks__3__0__in_layers__2__weight=torch.zeros(40, 32, 3, 3)), "40 channels"),
     "first": ("adm", _with(input_blocks__0__0__weight=torch.zeros(64, 3, 3, 3)), "its first convolution has 64"),
     "not finite": ("adm", _with(out__2__bias=torch.full((6,), math.nan)), "out.2.bias holds numbers that are not"),
-    "huge number": ("adm", _with(output_blocks__99999999__x=torch.zeros(1)), "is not of this network"),
+    "huge number": ("adm", _with(output_blocks__99999999__x=torch.zeros(1)), "output_blocks.4 is missing"),
     "tokens": ("dit", _with(pos_embed=torch.zeros(1, 15, 48)), "15 tokens of 2x2 do not make a square"),
     "no table": ("dit", _without("pos_embed"), "pos_embed is missing"),
     "one label": ("dit", _with(y_embedder__embedding_table__weight=torch.zeros(1, 48)), "has 1 row"),
     "outputs": ("dit", _with(final_layer__linear__weight=torch.zeros(20, 48)), "each token gives 20 numbers"),
     "a block less": ("dit", _without("blocks.0.attn"), "blocks.0.attn.qkv.weight is missing"),
-    "a block more": ("dit", _with(blocks__7__x=torch.zeros(1)), "blocks.2.*is missing"),
+    "a block more": ("dit", _with(blocks__7__x=torch.zeros(1)), "blocks.2 is missing"),
+    "repeated": ("dit", lambda tensors: {n: torch.zeros(()).expand(x.shape) for n, x in tensors.items()}, "claim .* bytes in a"),
     "norms of queries": ("sit", _with(blocks__0__attn__q_norm__weight=torch.ones(12)), "q_norm.weight is not of this"),
     "not finite here": ("sit", _with(pos_embed=torch.full((1, 16, 48), math.inf)), "pos_embed holds numbers"),
 }  # fmt: skip

@@ -74,7 +74,7 @@ def read(state: StateDict, options: Options) -> Reading:
     from dsno_cluster.networks.adm_unet import ADMUNet
 
     described = describe(state)
-    settings = _settings(state, described, options)
+    settings = settings_of(state, described, options)
     described = described.model_copy(
         update={"heads": settings.num_heads, "head_channels": settings.num_head_channels}
     )
@@ -98,7 +98,7 @@ def read(state: StateDict, options: Options) -> Reading:
     return Reading(_info(state, described, settings, options), build)
 
 
-def _settings(state: StateDict, described: ADMDescription, given: Options) -> Settings:
+def settings_of(state: StateDict, described: ADMDescription, given: Options) -> Settings:
     """The settings that the options and, for networks of published sizes, their authors' commands give."""
     path, learned_variance = state.path, described.out_channels != described.channels
     flat = state.tensors.get("middle_block.1.qkv.weight")
