@@ -558,6 +558,15 @@ def test_files_that_were_cut_off(tmp_path: Path, old: bool) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_a_damaged_end(tmp_path: Path) -> None:
+    """It says that the zip spans several disks, about which zipfile has an error of its own."""
+    data = bytearray(weights_of("dit").read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 16] = 2
+    (tmp_path / "bad.pt").write_bytes(data)
+    with pytest.raises(UserError, match=r"bad\.pt: is cut off"):
+        load_teacher(str(tmp_path / "bad.pt"), options=OPTIONS["dit"])
+
+
 def test_code_in_an_older_file_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     magic = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
     (tmp_path / "old.pt").write_bytes(b"\x80\x02\x8a\x0a" + magic + b"." + pickle.dumps(_RunsCode(), 2))
