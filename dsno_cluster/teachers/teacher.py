@@ -35,12 +35,13 @@ MOST_DISTILLED_STEPS = 128
 class TeacherInfo:
     """What is known about a teacher without its network.
 
-    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; `null_class` is the
-    label that means "no class", if there is one. `native` gives the times of the teacher's own steps;
-    `num_steps` is set if it always has that number of them, whatever number is asked for. `clips`: its usual
-    sampler bounds the clean image, which only `trajectories.clip_denoised` does here. `backbone`: the
-    diffusers model that a student can be built on. `has_network`: its network is read from a file, and can be
-    compiled. `former_identities` are those that earlier versions recorded, by which their data sets are found.
+    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; the shape is also None if
+    a file does not say it and no option does. `null_class` is the label that means "no class", if there is one.
+    `native` gives the times of the teacher's own steps; `num_steps` is set if it always has that number of them,
+    whatever number is asked for. `clips`: its usual sampler bounds the clean image, which only
+    `trajectories.clip_denoised` does here. `backbone`: the diffusers model that a student can be built on.
+    `has_network`: its network is read from a file, and can be compiled. `former_identities` are those that earlier
+    versions recorded, by which their data sets are found.
     """
 
     identity: TeacherIdentity
@@ -71,7 +72,7 @@ class TeacherInfo:
     def unet(self) -> UNetShape | None:
         """The sizes of its network, if it is a U-Net that was read from files."""
         described = self.backbone or getattr(self.identity, "network", None)
-        if described is None or self.shape is None:
+        if not isinstance(described, Network | DiffusersModel) or self.shape is None:
             return None
         return shape_of(described, self.shape[1:])
 
@@ -91,7 +92,8 @@ class Teacher:
     @property
     def shape(self) -> Shape:
         """(C, H, W)."""
-        assert self.info.shape is not None  # known once a teacher is loaded
+        if self.info.shape is None:  # a factory's is known once it is loaded
+            raise UserError("the size of the teacher's images is not known; give option image_size")
         return self.info.shape
 
     @property
@@ -198,6 +200,12 @@ class Source:
         parent, name = split_path(self.path)
         return name not in ("", ".", "..") and open_storage(parent, self.endpoint_url).stat(name) is not None
 
+    @functools.cached_property
+    def head(self) -> bytes:
+        """The first bytes of the file at the path."""
+        parent, name = split_path(self.path)
+        return open_storage(parent, self.endpoint_url).read(name, 0, 64)
+
     def has(self, key: str) -> bool:
         """Whether the folder has a file with that key."""
         return self._read.get(key) is not None or self.storage.stat(key) is not None
@@ -265,7 +273,11 @@ def is_distilled(num_steps: int | None) -> bool:
 def check_fits(network: Network, teacher: TeacherInfo, path: str) -> None:
     """Raises UserError unless the teacher's states and classes, if they are known, are the network's."""
     if teacher.shape is None:
-        return
+        if teacher.num_classes is None:  # a factory that is not called yet
+            return
+        raise UserError(
+            f"{path}: its file does not say the size of its images; give it: 'teacher.options={{image_size: ...}}'"
+        )
     channels, height, width = teacher.shape
     theirs = {
         "state_size": height if height == width else (height, width),
