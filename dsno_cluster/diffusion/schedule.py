@@ -40,6 +40,22 @@ def angle(t: float) -> float:
     return _SLOPE * t + _OFFSET
 
 
+def time_of_angle(theta: float) -> float:
+    """The cosine time in [0, 1] whose angle is nearest to theta; sigma / alpha is tan theta."""
+    return min(max((theta - angle(0.0)) / (angle(1.0) - angle(0.0)), 0.0), 1.0)
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> tuple[float, ...]:
+    """`steps` ratios sigma / alpha that fall from `sigma_max` to `sigma_min`; a single one is `sigma_max`.
+
+    Karras et al. 2022, equation 5, without the 0 at its end.
+    """
+    if steps == 1:
+        return (sigma_max,)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return tuple((high + i / (steps - 1) * (low - high)) ** rho for i in range(steps))
+
+
 def alpha_sigma(t: Tensor | float) -> tuple[Tensor, Tensor]:
     """Signal and noise scales at time `t`; float64, shape of `t`, alpha^2 + sigma^2 = 1."""
     import torch

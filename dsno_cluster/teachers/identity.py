@@ -58,6 +58,15 @@ class DiffusersIdentity(TeacherIdentity):
     null_class: int | None
 
 
+class EDMIdentity(TeacherIdentity):
+    """A snapshot of EDM or EDM2: its file's sha256, and the classes that it names."""
+
+    kind: Literal["edm"] = "edm"
+    sha256: str
+    preconditioning: str
+    network: str
+
+
 class FactoryIdentity(TeacherIdentity):
     """A Python function: its name, the sha256 of its module's source, and the options it is called with."""
 

@@ -172,6 +172,12 @@ class Source:
         parent, name = split_path(self.path)
         return name not in ("", ".", "..") and open_storage(parent, self.endpoint_url).stat(name) is not None
 
+    @functools.cached_property
+    def head(self) -> bytes:
+        """The first bytes of the file at the path."""
+        parent, name = split_path(self.path)
+        return open_storage(parent, self.endpoint_url).read(name, 0, 64)
+
     def has(self, key: str) -> bool:
         """Whether the folder has a file with that key."""
         return self._read.get(key) is not None or self.storage.stat(key) is not None
