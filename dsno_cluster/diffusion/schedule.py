@@ -56,6 +56,23 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     return tuple((high + i / (steps - 1) * (low - high)) ** rho for i in range(steps))
 
 
+def flow_scales(t: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(u, scale) of a linear path x_u = u x0 + (1 - u) eps at cosine time `t`: x_u = scale * x_t; float64, shape of `t`.
+
+    u = alpha / (alpha + sigma) has the same ratio of noise to data, so that scale = 1 / (alpha + sigma)
+    (Ma et al. 2024, *SiT*, section 2, with their time reversed). An Euler step of the velocity v = x0 - eps from u to w
+    leads to x_u + (w - u) v = w x0 + (1 - w) eps, with x0 = x_u + (1 - u) v and eps = x_u - u v: it is DDIM's step.
+    """
+    alpha, sigma = alpha_sigma(t)
+    return alpha / (alpha + sigma), 1.0 / (alpha + sigma)
+
+
+def flow_grid(steps: int) -> tuple[float, ...]:
+    """Cosine times of `steps` equal intervals in the time u of a linear path, descending to 0."""
+    inside = [time_of_angle(math.atan2(steps - i, i)) for i in range(steps)]
+    return (*inside, 0.0)
+
+
 def alpha_sigma(t: Tensor | float) -> tuple[Tensor, Tensor]:
     """Signal and noise scales at time `t`; float64, shape of `t`, alpha^2 + sigma^2 = 1."""
     import torch

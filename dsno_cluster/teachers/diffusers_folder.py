@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
+from dsno_cluster.diffusion.discrete_levels import level_at, noise_levels
 from dsno_cluster.diffusion.predictions import clean_images
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
@@ -108,8 +108,6 @@ class DiffusersFolder:
     def load(self, precision: str) -> Teacher:
         import torch
 
-        from dsno_cluster.diffusion.schedule import logsnr
-
         folder, dtype = self._folder, getattr(torch, precision)
         unet, prediction, levels = _network(folder, self.source.path), folder.prediction, folder.levels
         unet.eval().requires_grad_(False)
@@ -117,13 +115,11 @@ class DiffusersFolder:
             parameter.data = parameter.data.to(dtype)
 
         def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
-            level_N = logsnr(t_N).clamp(levels[-1], levels[0])
-            timestep_N = timesteps_at(levels, level_N).float()
+            timestep_N, alpha, sigma = level_at(levels, t_N)
             images = x.to(dtype)
             if x.is_cuda:  # not on a CPU: the bits of data sets that exist
                 images = images.contiguous(memory_format=torch.channels_last)
-            output = unet(images, timestep_N, labels, return_dict=False)[0].to(x.dtype)
-            alpha, sigma = torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
+            output = unet(images, timestep_N.float(), labels, return_dict=False)[0].to(x.dtype)
             scales = (s.to(x.dtype)[:, None, None, None] for s in (alpha, sigma))
             return clean_images(prediction, output, x, *scales)
 
@@ -296,13 +292,12 @@ def _native(scheduler: dict[str, Any], levels: tuple[float, ...]) -> NativeGrid:
     `trailing` spacing that does not divide N, puts the next timestep elsewhere; here each step ends where the
     next begins.)
     """
-    from dsno_cluster.diffusion.schedule import angle
+    from dsno_cluster.diffusion.schedule import time_of_angle
 
     count, offset = len(levels), scheduler["steps_offset"]
 
     def time(n: int) -> float:
-        theta = math.atan(math.exp(-levels[n] / 2))
-        return min(max((theta - angle(0.0)) / (angle(1.0) - angle(0.0)), 0.0), 1.0)
+        return time_of_angle(math.atan(math.exp(-levels[n] / 2)))
 
     def grid(steps: int) -> tuple[float, ...]:
         if not 1 <= steps <= count:

@@ -67,6 +67,46 @@ class EDMIdentity(TeacherIdentity):
     network: str
 
 
+class ADMIdentity(TeacherIdentity):
+    """A U-Net of guided- or improved-diffusion: its file's sha256, and what its shapes do not say."""
+
+    kind: Literal["openai-adm"] = "openai-adm"
+    sha256: str
+    num_heads: int | None
+    num_head_channels: int | None
+    new_attention_order: bool
+    beta_schedule: Literal["linear", "cosine"]
+    diffusion_steps: int
+    rescale_timesteps: bool
+    predict_xstart: bool
+
+
+class OpenAIEDMIdentity(TeacherIdentity):
+    """A teacher of OpenAI's consistency models: its file's sha256, and what its shapes do not say."""
+
+    kind: Literal["openai-edm"] = "openai-edm"
+    sha256: str
+    num_heads: int | None
+    num_head_channels: int | None
+    new_attention_order: bool
+
+
+class DiTIdentity(TeacherIdentity):
+    """A DiT: its file's sha256, and what its shapes do not say."""
+
+    kind: Literal["dit"] = "dit"
+    sha256: str
+    num_heads: int
+
+
+class SiTIdentity(TeacherIdentity):
+    """A SiT on the linear path: its file's sha256, and what its shapes do not say."""
+
+    kind: Literal["sit"] = "sit"
+    sha256: str
+    num_heads: int
+
+
 class FactoryIdentity(TeacherIdentity):
     """A Python function: its name, the sha256 of its module's source, and the options it is called with."""
 

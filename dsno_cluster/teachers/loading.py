@@ -15,6 +15,7 @@ from dsno_cluster.teachers.factories import Factory
 from dsno_cluster.teachers.identity import TeacherIdentity
 from dsno_cluster.teachers.own import OwnFolder
 from dsno_cluster.teachers.published import PublishedFile
+from dsno_cluster.teachers.state_dicts import StateDictFile
 from dsno_cluster.teachers.teacher import PRECISIONS, Options, Source, Teacher, TeacherFamily, TeacherInfo
 
 # The first family that recognises a source reads it; if none does, OwnFolder says what is missing.
@@ -24,6 +25,7 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (
     OwnFolder,
     DiffusersFolder,
     EDMPickle,
+    StateDictFile,
     PublishedFile,
 )
 

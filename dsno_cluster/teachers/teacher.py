@@ -33,12 +33,12 @@ MOST_DISTILLED_STEPS = 128
 class TeacherInfo:
     """What is known about a teacher without its network.
 
-    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; `null_class` is the
-    label that means "no class", if there is one. `native` gives the times of the teacher's own steps;
-    `num_steps` is set if it always has that number of them, whatever number is asked for. `clips`: its usual
-    sampler bounds the clean image, which only `trajectories.clip_denoised` does here. `backbone`: the
-    diffusers model that a student can be built on. `former_identities` are those that earlier versions
-    recorded, by which their data sets are found.
+    `shape` (C, H, W) and `num_classes` are None for a Python factory until it is called; the shape is also None if
+    a file does not say it and no option does. `null_class` is the label that means "no class", if there is one.
+    `native` gives the times of the teacher's own steps; `num_steps` is set if it always has that number of them,
+    whatever number is asked for. `clips`: its usual sampler bounds the clean image, which only
+    `trajectories.clip_denoised` does here. `backbone`: the diffusers model that a student can be built on.
+    `former_identities` are those that earlier versions recorded, by which their data sets are found.
     """
 
     identity: TeacherIdentity
@@ -80,7 +80,8 @@ class Teacher:
     @property
     def shape(self) -> Shape:
         """(C, H, W)."""
-        assert self.info.shape is not None  # known once a teacher is loaded
+        if self.info.shape is None:  # a factory's is known once it is loaded
+            raise UserError("the size of the teacher's images is not known; give option image_size")
         return self.info.shape
 
     @property
@@ -245,7 +246,11 @@ def is_distilled(num_steps: int | None) -> bool:
 def check_fits(network: Network, teacher: TeacherInfo, path: str) -> None:
     """Raises UserError unless the teacher's images and classes, if they are known, are the network's."""
     if teacher.shape is None:
-        return
+        if teacher.num_classes is None:  # a factory that is not called yet
+            return
+        raise UserError(
+            f"{path}: its file does not say the size of its images; give it: 'teacher.options={{image_size: ...}}'"
+        )
     channels, height, width = teacher.shape
     if height != width:
         raise UserError(f"{path}: its images are {height}x{width}; only square ones are supported here")
