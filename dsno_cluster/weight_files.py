@@ -76,6 +76,12 @@ def check_safetensors_data(data: bytes, where: str) -> None:
     _check_header(data, len(data), where)
 
 
+def check_torch_data(data: bytes, where: str) -> None:
+    """Raises NotWeights unless `torch.save` wrote the file and its end is not missing; its content is not read."""
+    with io.BytesIO(data) as opened:
+        _check_torch(opened, where)
+
+
 def parse_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises NotWeights."""
     import safetensors.torch

@@ -38,7 +38,8 @@ class TeacherInfo:
     `native` gives the times of the teacher's own steps; `num_steps` is set if it always has that number of them,
     whatever number is asked for. `clips`: its usual sampler bounds the clean image, which only
     `trajectories.clip_denoised` does here. `backbone`: the diffusers model that a student can be built on.
-    `former_identities` are those that earlier versions recorded, by which their data sets are found.
+    `former_identities` are those that earlier versions recorded, by which their data sets are found. `notes` are what
+    people should know of how it was read.
     """
 
     identity: TeacherIdentity
@@ -50,6 +51,7 @@ class TeacherInfo:
     clips: bool = False
     backbone: DiffusersModel | None = None
     former_identities: tuple[TeacherIdentity, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
         """The cosine times of the teacher's own solver steps, descending to 0; None: any grid will do.
