@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 # What older versions of diffusers called a DiT, among others.
 OLD_DIT = "Transformer2DModel"
+_MIDDLE_NORM = "mid_block.attentions.0.group_norm.weight"
+# Blocks of OpenAI's converted models before diffusers was released with them: they resample by residual blocks.
+_OLD_BLOCKS = {"AttnDownsampleBlock2D": "AttnDownBlock2D", "AttnUpsampleBlock2D": "AttnUpBlock2D"}
 # Keys that the moving average of a training script adds to its model's config.
 _OF_AVERAGES = (
     *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"),
 )
+# Keys of older transformers that play no part in a DiT.
+_OF_OLD_DITS = ("cross_attention_dim", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
 OPTIONS = ("null_class", "sample_size", "num_classes")
 
 # Names of attention layers in early versions of diffusers, and their names now.
@@ -57,7 +62,11 @@ def build(model: Model, tensors: Mapping[str, Tensor], path: str) -> Any:
     """The network with its weights. Raises UserError if these do not fit its config."""
     from dsno_cluster.networks.diffusers_backbone import dit_model, unet2d_model
 
-    network = (unet2d_model if model.kind == UNET else dit_model)(model.config, path)
+    config = model.config
+    if _MIDDLE_NORM in tensors and config.get("attn_norm_num_groups", 0) is None:
+        # a conversion of ADM left out that its middle attention is normalised as the others are
+        config = {**config, "attn_norm_num_groups": config.get("norm_num_groups", 32)}
+    network = (unet2d_model if model.kind == UNET else dit_model)(config, path)
     wanted = network.state_dict()
     weights = _present(tensors, wanted)
     check_fit(weights, wanted, f"{path}: does not fit its config.json")
@@ -95,6 +104,10 @@ def _unet(config: dict[str, Any], options: Options, schedule: Kind, path: str) -
     usable = {k: v for k, v in config.items() if k not in ("attention_legacy_order", *_OF_AVERAGES)}
     if time == "adm":
         usable["time_embedding_type"] = "positional"
+    for kind, resampling in (("down_block_types", "downsample_type"), ("up_block_types", "upsample_type")):
+        blocks = config.get(kind)
+        if isinstance(blocks, list) and any(block in _OLD_BLOCKS for block in blocks):
+            usable |= {kind: [_OLD_BLOCKS.get(block, block) for block in blocks], resampling: "resnet"}
     legacy = config.get("attention_legacy_order", False)
     if not isinstance(legacy, bool):
         raise UserError(f"{path}: attention_legacy_order {legacy!r} is not one of: true, false")
@@ -154,7 +167,8 @@ def _dit(config: dict[str, Any], options: Options, path: str) -> Model:
                 f"{path}: option {key} is {options[key]!r}, but config.json says {right!r}; leave it out"
             )
     channels = _channels({"in_channels": 4, **config}, path, default_out=True)
-    return Model(DIT, config, (channels, *_size(config.get("sample_size", 32), path)), classes, classes)
+    usable = {k: v for k, v in config.items() if k not in _OF_OLD_DITS}
+    return Model(DIT, usable, (channels, *_size(config.get("sample_size", 32), path)), classes, classes)
 
 
 def _channels(config: dict[str, Any], path: str, default_out: bool = False) -> int:
