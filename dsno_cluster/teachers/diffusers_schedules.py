@@ -302,16 +302,13 @@ def _ve(values: _Values, clips: bool) -> Schedule:
     """Scores of images in [0, 1]: noise of sigma there is twice as much on images in [-1, 1]."""
     low, high = values.range("sigma_min", "sigma_max")
     native: NativeGrid | str = "the steps of KarrasVeScheduler do not follow its sigmas"
-    if values.class_name == "ScoreSdeVeScheduler":
-        end = values.positive("sampling_eps", 1e-5)
+    if values.class_name != "KarrasVeScheduler":  # which speaks of images in [-1, 1]
+        low, high = 2 * low, 2 * high
+        last = low * (high / low) ** values.positive("sampling_eps", 1e-5)
 
         def native(steps: int) -> tuple[float, ...]:
-            last = low * (high / low) ** end
-            return native_grids.times_of_ratios(
-                [2 * s for s in native_grids.exponential_ratios(steps, last, high)]
-            )
+            return native_grids.times_of_ratios(native_grids.exponential_ratios(steps, last, high))
 
-        low, high = 2 * low, 2 * high
     return Schedule("ve", {"kind": "ve", "sigma_min": low, "sigma_max": high}, native, clips=clips)
 
 
