@@ -329,9 +329,21 @@ def test_own_steps(name: str, settings: dict[str, Any], steps: int, tmp_path: Pa
     assert found == pytest.approx(expected, rel=2e-4)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "PNDMScheduler", "UnCLIPScheduler"])
+def test_own_timesteps(name: str, tmp_path: Path) -> None:
+    """Of classes that know timesteps only; PNDM returns the state at its first level."""
+    scheduler = getattr(diffusers, name)()
+    path, _ = saved(tmp_path, UNET, scheduler)
+    scheduler.set_timesteps(20)
+    taken = scheduler._timesteps[::-1] if name == "PNDMScheduler" else scheduler.timesteps
+    signals = [float(scheduler.alphas_cumprod[int(n)]) for n in taken]
+    expected = [math.sqrt((1 - signal) / signal) for signal in signals]
+    assert ratios(teacher_info(path, options={"schedule": "native"}), 20) == pytest.approx(expected, rel=2e-4)
+
+
 def test_steps_that_are_not_known_here(tmp_path: Path) -> None:
     cases = [
-        (diffusers.DDIMInverseScheduler(), "DDIMInverseScheduler goes from images to noise"),
+        (diffusers.DDIMInverseScheduler(), "DDIMInverseScheduler does not only step from noise"),
         (diffusers.EulerDiscreteScheduler(use_beta_sigmas=True), "use_beta_sigmas in .* is not supported"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting in"),
         (

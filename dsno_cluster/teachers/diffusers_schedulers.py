@@ -78,7 +78,7 @@ SUPPORTED: dict[str, Class] = {
     "DDIMInverseScheduler": Class("betas"),
     "DDPMScheduler": Class("betas", steps=ROUNDED),
     "DDPMParallelScheduler": Class("betas", steps=ROUNDED),
-    "RePaintScheduler": Class("betas", steps=ROUNDED),
+    "RePaintScheduler": Class("betas"),
     "UnCLIPScheduler": Class("betas", {**_LINSPACE, "beta_schedule": "squaredcos_cap_v2"}, ROUNDED),
     "PNDMScheduler": Class("betas", {"set_alpha_to_one": False}, ROUNDED),
     "EulerDiscreteScheduler": Class("betas", _LINSPACE, INTERPOLATED),

@@ -368,7 +368,7 @@ def _steps_on_betas(
     does not divide N, puts the next timestep elsewhere; here each step ends where the next begins.)
     """
     if row.steps is None:
-        return f"{values.class_name} goes from images to noise"
+        return f"{values.class_name} does not only step from noise to images"
     multistep, rounded = row.steps == schedulers.MULTISTEP, row.steps == schedulers.ROUNDED
     keys = (*("use_beta_sigmas", "use_lu_lambdas"), *("use_karras_sigmas", "use_exponential_sigmas"))
     chosen = [] if rounded else [key for key in keys if values.said(key)]
