@@ -91,7 +91,7 @@ class ConfiguredTeacher:
             return None
         if self.info.backbone is None:
             raise UserError(
-                f"student.backbone diffusers: the teacher at {self.path} (kind {self.opened.kind}) is no UNet2DModel of diffusers "
+                f"student.backbone diffusers: the teacher at {self.path} ({self.opened.kind}) is no UNet2DModel of diffusers "
                 "on betas; take backbone=unet"
             )
         return self.info.backbone
