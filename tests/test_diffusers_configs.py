@@ -194,7 +194,7 @@ def test_adm_as_a_fork_of_diffusers_converts_it(legacy: bool, normalised: bool, 
     check_betas(teacher, unet, scheduler)
 
 
-def test_a_latent_model_is_refused(tmp_path: Path) -> None:
+def test_a_latent_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has three channels, and would pass for a teacher of images."""
     config = narrow(of_json(CONFIGS / LATENT / "unet/config.json"))
     path = write(
@@ -206,7 +206,8 @@ def test_a_latent_model_is_refused(tmp_path: Path) -> None:
     load_teacher(path)  # nothing says that it is latent
     (tmp_path / "ldm/vqvae").mkdir()
     (tmp_path / "ldm/vqvae/config.json").write_text('{"_class_name": "VQModel"}')
-    for place in (path, f"{path}/unet"):
+    monkeypatch.chdir(f"{path}/unet")
+    for place in (path, f"{path}/unet", "."):
         with pytest.raises(
             UserError, match=r"is a latent diffusion model: .* vqvae/ \(VQModel\), not images"
         ):
@@ -246,6 +247,8 @@ def test_a_dit_pipeline(name: str, tmp_path: Path) -> None:
     check_betas(teacher, network, scheduler)
     x, _ = images(teacher)
     assert torch.equal(teacher(x, 0.5), teacher(x, 0.5, torch.tensor([6, 6])))
+    (note,) = teacher.info.notes
+    assert "latents of vae/ (AutoencoderKL)" in note
     assert load_teacher(f"{tmp_path}/transformer").shape == (4, 8, 8)
     for key, value in {"sample_size": 16, "null_class": 5, "num_classes": 5}.items():
         with pytest.raises(UserError, match=f"option {key} is {value}, but config.json says"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.storage import split_path
+from dsno_cluster.storage import absolute_address, split_path
 from dsno_cluster.teachers.diffusers_schedules import Saved
 from dsno_cluster.teachers.teacher import Source
 from dsno_cluster.weight_files import (
@@ -91,7 +91,7 @@ class Weights:
 
 def find_parts(source: Source, ema: bool | None) -> Parts:
     """The parts of a folder. Raises UserError if there is no model, or its files are no JSON."""
-    parent, last = split_path(source.path)
+    parent, last = split_path(absolute_address(source.path))
     above = Source(parent, source.endpoint_url) if last in (*MODELS, EMA) else None
     index = read_json(source, MODEL_INDEX) or (read_json(above, MODEL_INDEX) if above else None) or {}
     listed = _listed(index, source.path)

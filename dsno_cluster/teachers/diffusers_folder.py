@@ -181,6 +181,11 @@ def _notes(weights: Weights, parts: Parts) -> tuple[str, ...]:
         notes.append(
             f"the teacher's weights are those of variant {weights.variant}; no float32 ones are there"
         )
+    if parts.autoencoder:
+        notes.append(
+            f"the teacher's states are latents of {parts.autoencoder.folder}/ ({parts.autoencoder.class_name}), which pictures "
+            "and metrics do not decode"
+        )
     if parts.prefix == f"{EMA}/":
         notes.append(f"the teacher's weights are the moving average in {EMA}/")
     return tuple(notes)
