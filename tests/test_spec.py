@@ -113,6 +113,30 @@ def test_hashes_are_those_of_the_first_version(family: str) -> None:
         assert read_spec(content, "here") == spec and read_spec(content, "here").hash == spec.hash
 
 
+OTHER_SCHEDULES = {
+    "EDM": ("5115c9ad3e987f0a", {"_class_name": "EDMEulerScheduler", "sigma_max": 40.0}),
+    "a flow": ("d774d5cfcc58fd6e", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
+    "a consistency model": ("0299b4b2c049e9aa", {"_class_name": "CMStochasticIterativeScheduler"}),
+    "zero terminal SNR": (
+        "668b273e4f5e2d5e",
+        {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SCHEDULES)
+def test_hashes_of_other_schedules_of_diffusers(kind: str, tmp_path: Path) -> None:
+    golden, scheduler = OTHER_SCHEDULES[kind]
+    folder = shutil.copytree(DATA / "golden_diffusers", tmp_path / "teacher")
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    steps = 1 if kind == "a consistency model" else 10
+    words = [*GOLDEN["diffusers"][1], f"teacher.path={folder}", f"trajectories.steps={steps}"]
+    (spec,) = spec_and_former(load_config("configs/digits.yaml", words))
+    assert spec.hash == golden
+    content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
+    assert read_spec(content, "here") == spec
+
+
 def test_dropout_is_no_part_of_what_names_a_data_set(tmp_path: Path) -> None:
     """It acts in training only. A data set that was named with it is still found, whole or unfinished."""
     yaml = (FLAX / "config.yaml").read_text()
