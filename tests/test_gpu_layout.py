@@ -128,12 +128,20 @@ def test_a_teacher(solver: str) -> None:
     assert not wrong and not seen.waits
 
 
-def test_a_teacher_of_diffusers(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    from diffusers import DDIMScheduler, UNet2DModel
-
-    UNet2DModel(**DIFFUSERS).save_pretrained(tmp_path)
-    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {}),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        ("EDMEulerScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+    ],
+    ids=["betas", "zero terminal SNR", "EDM", "flow"],
+)
+def test_a_teacher_of_diffusers(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.UNet2DModel(**DIFFUSERS).save_pretrained(tmp_path)
+    getattr(diffusers, name)(**settings).save_pretrained(tmp_path)
     wrong, seen = solved(load_teacher(str(tmp_path), options={"null_class": 10}), "heun")
     assert not wrong and not seen.waits
 
