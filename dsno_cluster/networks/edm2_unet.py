@@ -35,8 +35,8 @@ def silu(x: Tensor) -> Tensor:
 
 def blend(a: Tensor, b: Tensor, t: float) -> Tensor:
     """a and b added with weights 1 - t and t, then brought back to unit magnitude (equation 88)."""
-    root = math.hypot(1.0 - t, t)
-    return torch.add(((1.0 - t) / root) * a, b, alpha=t / root)
+    # not torch.add with an alpha: torch 2.14 compiles that wrongly if b is a matrix product
+    return torch.lerp(a, b, t) * (1.0 / math.hypot(1.0 - t, t))
 
 
 def join(a: Tensor, b: Tensor, t: float) -> Tensor:

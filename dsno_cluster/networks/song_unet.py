@@ -128,7 +128,8 @@ class SongUNet(nn.Module):
         """Images (N, C, H, W), noise levels (N,) and classes (N,), `label_dim` for none -> (N, C_out, H, W)."""
         e = self.embedding(noise_N, labels_N, x_NCHW.dtype)
         x = x_NCHW.contiguous(memory_format=torch.channels_last)
-        image, skips = x, list[Tensor]()
+        image = x
+        skips: list[Tensor] = []
         for name, module in self.enc.items():
             part = name.partition("_")[2]
             if part == "aux_down":
