@@ -105,7 +105,7 @@ def parse_torch(file: bytes | Path, where: str, allowed: Sequence[type] = ()) ->
 
     with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
         _check_torch(opened, where)
-        mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
+        mapped = isinstance(file, Path) and _is_zip(opened)
         try:
             with torch.serialization.safe_globals(list(allowed)):
                 source = str(file) if mapped else opened
@@ -171,11 +171,20 @@ def _check_torch(file: BinaryIO, where: str) -> None:
     if problem := disguise(head):
         raise NotWeights(f"{where}: {problem}")
     kind = container(head)
-    if kind == "zip" and not zipfile.is_zipfile(file):
+    if kind == "zip" and not _is_zip(file):
         raise NotWeights(f"{where}: is cut off: the end of the file is missing; {_AGAIN}")
-    file.seek(0)
     if kind in ("safetensors", "unknown"):
         raise NotWeights(f"{where}: is not a file of torch.save")
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    """Whether a file ends as a zip does; it is read from its beginning again afterwards."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # its end is damaged
+        return False
+    finally:
+        file.seek(0)
 
 
 def _header_end(head: bytes) -> int:

@@ -11,6 +11,10 @@ import torch
 from tiny import DATA
 from torch import Tensor
 
+from dsno_cluster.networks.adm_unet import ADMUNet
+from dsno_cluster.networks.descriptions import ADMDescription
+from dsno_cluster.teachers.openai_shapes import original_names
+
 PUBLISHED = DATA / "published"
 
 
@@ -52,3 +56,18 @@ def saved(unet: Any, folder: Path, **scheduler: Any) -> tuple[str, Any]:
     unet.save_pretrained(folder / "unet")
     ddim.save_pretrained(folder / "scheduler")
     return str(folder), ddim
+
+
+def saved_unet(path: Path, described: ADMDescription, *, two_dimensional: bool = False) -> ADMUNet:
+    """A random network in a file of the original's names; attention's layers over pixels are those of one axis, or of two."""
+    torch.manual_seed(0)
+    network = ADMUNet(described).eval()
+    tensors, names = network.state_dict(), original_names(network)
+    flat = {
+        names[name]: tensor[..., 0]
+        if names[name].endswith(("qkv.weight", "proj_out.weight")) and not two_dimensional
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    torch.save(flat, path)
+    return network

@@ -8,7 +8,7 @@ import pytest
 import torch
 from teacher_models import one_thread as one_thread  # fixtures
 from teacher_models import relative
-from tiny import TINY, dsno
+from tiny import DATA, TINY, dsno
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
@@ -29,6 +29,27 @@ def test_compiled_without_graph_breaks_once_for_each_shape() -> None:
         noise, labels = torch.randn(count, 1, 8, 8), torch.arange(count)
         found, expected = (
             solve(teacher, noise, [0.25, 0.0], "heun", 4, labels, guidance_scale=2.0)
+            for teacher in (compiled, plain)
+        )
+        assert relative(found, expected) < 1e-4
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
+
+
+@pytest.mark.parametrize("name", ["adm", "dit"])  # SiT has the network of DiT
+def test_state_dicts_compiled_without_graph_breaks(name: str) -> None:
+    from torch._dynamo.utils import counters
+
+    adm = {"num_head_channels": 8, "new_attention_order": False, "beta_schedule": "linear", "image_size": 16}
+    options = adm if name == "adm" else {"family": name, "num_heads": 4}
+    path = str(DATA / "state_dicts" / name / "weights.pt")
+    plain, compiled = (load_teacher(path, options=options, compile=c) for c in (False, True))
+    scale = 1.0 if name == "adm" else 2.0
+    torch.manual_seed(0)
+    counters.clear()
+    for count in (4, 3, 4, 3):
+        noise, labels = torch.randn(count, *plain.shape), torch.arange(count)
+        found, expected = (
+            solve(teacher, noise, [0.25, 0.0], "heun", 4, labels, guidance_scale=scale)
             for teacher in (compiled, plain)
         )
         assert relative(found, expected) < 1e-4

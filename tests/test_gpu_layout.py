@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gpu_tensors import CUDA, Seen, channels_first, moved, pretended_gpu
+from teacher_models import saved_unet
+from tiny import DATA
 from torch import Tensor, nn
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import Network, load_config
 from dsno_cluster.diffusion.solvers import SOLVERS
+from dsno_cluster.networks.descriptions import ADMDescription
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import in_any_layout
 from dsno_cluster.networks.unet import UNet
@@ -146,16 +149,52 @@ def test_a_teacher_of_diffusers(name: str, settings: dict[str, Any], tmp_path: P
     assert not wrong and not seen.waits
 
 
-def solved(teacher: Teacher, solver: str) -> tuple[list[str], Seen]:
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("family", ["openai-adm", "openai-edm"])
+def test_a_teacher_of_openai(tmp_path: Path, family: str, film: bool) -> None:
+    learned_variance = family == "openai-adm"
+    described = ADMDescription(
+        channels=3,
+        out_channels=6 if learned_variance else 3,
+        features=32,
+        widths=(32, 64),
+        blocks_per_level=1,
+        attention_levels=(1,),
+        num_classes=4,
+        film=film,
+        resample="block" if film else "convolution",
+        heads=2,
+    )
+    saved_unet(tmp_path / "model.pt", described)
+    options = {"family": family, "num_heads": 2, "new_attention_order": True, "image_size": 16}
+    options |= {"beta_schedule": "linear"} if learned_variance else {}
+    teacher = load_teacher(str(tmp_path / "model.pt"), options=options)
+    wrong, seen = solved(teacher, "heun", guidance_scale=1.0)
+    # the state on its way in, at each of five evaluations, and no activation
+    assert not wrong and not seen.waits and sum(seen.copies.values()) <= 5, seen
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_a_teacher_of_transformers(family: str) -> None:
+    path = str(DATA / "state_dicts" / family / "weights.pt")
+    teacher = load_teacher(path, options={"family": family, "num_heads": 4})
+    wrong, seen = solved(teacher, "heun", guidance_scale=2.0)
+    # the state on its way in and the tokens put together to a state, at each of ten evaluations, and no activation
+    assert not wrong and not seen.waits and sum(seen.copies.values()) <= 20, seen
+
+
+def solved(teacher: Teacher, solver: str, guidance_scale: float = 2.0) -> tuple[list[str], Seen]:
     """What solving with guidance does: modules that are channels-first, and waits and copies."""
     labels = torch.tensor([0, 1, 2, 3])
     assert teacher.network is not None
     teacher.network.to(memory_format=torch.channels_last)  # as `Teacher.to` does
     with pretended_gpu():
         moved(teacher.network)
-        noise, there = torch.empty(4, 3, 16, 16, device=CUDA), labels.to(CUDA)
+        noise, there = torch.empty(4, *teacher.shape, device=CUDA), labels.to(CUDA)
         wrong = channels_first(teacher.network)
-        return wrong, seen_by(lambda: solve(teacher, noise, [0.5, 0.0], solver, 3, there, guidance_scale=2.0))
+        return wrong, seen_by(
+            lambda: solve(teacher, noise, [0.5, 0.0], solver, 3, there, guidance_scale=guidance_scale)
+        )
 
 
 def test_the_loss_of_a_step() -> None:

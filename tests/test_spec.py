@@ -88,6 +88,36 @@ GOLDEN: dict[str, tuple[str, list[str]]] = {
             *UNCONDITIONAL,
         ],
     ),
+    "openai-adm": (
+        "e3fb89064fa7a7b5",
+        [
+            f"teacher.path={DATA}/state_dicts/adm/weights.pt",
+            "teacher.options={num_head_channels: 8, new_attention_order: false, beta_schedule: linear, image_size: 16}",
+            *(
+                "network.image_size=16",
+                "network.channels=3",
+                "network.num_classes=6",
+                "network.null_class=false",
+            ),
+            "network.attention_resolutions=[8]",
+        ],
+    ),
+    "dit": (
+        "96d0939fd3515d64",
+        [
+            f"teacher.path={DATA}/state_dicts/dit/weights.pt",
+            "teacher.options={family: dit, num_heads: 4, schedule: native}",
+            *("network.channels=4", "trajectories.steps=10", "trajectories.times=[0.0]", "student.modes=1"),
+        ],
+    ),
+    "sit": (
+        "baf89307a4d02206",
+        [
+            f"teacher.path={DATA}/state_dicts/sit/weights.pt",
+            "teacher.options={family: sit, num_heads: 4}",
+            "network.channels=4",
+        ],
+    ),
 }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HOW = (
     "point teacher.path at a dsno-cluster model folder (as `dsno-cluster train-teacher` and `import-weights` write it), "
-    "a diffusers folder, a published checkpoint, or package.module:function"
+    "a diffusers folder, a state dict of a network that is known here, a published checkpoint, or package.module:function"
 )
 
 

@@ -38,7 +38,7 @@ def describe(state: StateDict) -> ADMDescription:
         raise UserError(
             f"{path}: has {channels} channels in and {out_channels} out, not {channels} or twice that"
         )
-    outputs = _count(tensors, "output_blocks")
+    outputs = state.count("output_blocks")
     # an output block whose last part changes the resolution ends its level
     ups = {
         i: "convolution"
@@ -58,7 +58,7 @@ def describe(state: StateDict) -> ADMDescription:
     if (
         not regular
         or blocks < 1
-        or _count(tensors, "input_blocks") != levels * (blocks + 1)
+        or state.count("input_blocks") != levels * (blocks + 1)
         or len(set(ups.values())) > 1
     ):
         raise UserError(
@@ -87,12 +87,6 @@ def describe(state: StateDict) -> ADMDescription:
         film=state.shape("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * width,
         resample="convolution" if "convolution" in ups.values() else "block",
     )
-
-
-def _count(tensors: Mapping[str, Tensor], list_name: str) -> int:
-    """The number of blocks of a list; gaps are found when the weights are compared with the network."""
-    indices = [name.split(".")[1] for name in tensors if name.startswith(f"{list_name}.")]
-    return max((int(index) for index in indices if index.isdecimal() and len(index) < 5), default=-1) + 1
 
 
 _RESIDUAL = {

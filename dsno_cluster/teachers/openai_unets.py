@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsno_cluster.diffusion import preconditioning
 from dsno_cluster.diffusion.discrete_levels import native_timesteps, openai_levels
-from dsno_cluster.diffusion.schedule import logsnr, time_of_angle
+from dsno_cluster.diffusion.schedule import karras_sigmas, logsnr, time_of_angle
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.descriptions import ADMDescription
 from dsno_cluster.teachers.discrete import of_discrete_levels
@@ -48,7 +49,7 @@ _OPTIONS = {
     ),
     EDM: ("family", *_ATTENTION, "image_size", "schedule"),
 }
-SIGMAS, RHO, SIGMA_DATA = (0.002, 80.0), 7.0, 0.5
+SIGMAS = (0.002, 80.0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def read(state: StateDict, options: Options) -> Reading:
     from dsno_cluster.networks.adm_unet import ADMUNet
 
     described = describe(state)
-    settings = _settings(state, described, options)
+    settings = settings_of(state, described, options)
     described = described.model_copy(
         update={"heads": settings.num_heads, "head_channels": settings.num_head_channels}
     )
@@ -97,7 +98,7 @@ def read(state: StateDict, options: Options) -> Reading:
     return Reading(_info(state, described, settings, options), build)
 
 
-def _settings(state: StateDict, described: ADMDescription, given: Options) -> Settings:
+def settings_of(state: StateDict, described: ADMDescription, given: Options) -> Settings:
     """The settings that the options and, for networks of published sizes, their authors' commands give."""
     path, learned_variance = state.path, described.out_channels != described.channels
     flat = state.tensors.get("middle_block.1.qkv.weight")
@@ -180,9 +181,7 @@ def _native(settings: Settings, options: Options, path: str) -> NativeGrid:
     if settings.family == EDM:
 
         def karras(steps: int) -> tuple[float, ...]:
-            low, high = (sigma ** (1 / RHO) for sigma in SIGMAS)
-            roots = [high + i / max(steps - 1, 1) * (low - high) for i in range(steps)]
-            return (*(time_of_angle(math.atan(root**RHO)) for root in roots), 0.0)
+            return (*(time_of_angle(math.atan(sigma)) for sigma in karras_sigmas(steps, *SIGMAS)), 0.0)
 
         return karras
     spacing = one_of(
@@ -199,15 +198,14 @@ def _adm(unet: nn.Module, dtype: torch.dtype, settings: Settings) -> Denoise:
 
 
 def _edm(unet: nn.Module, dtype: torch.dtype, settings: Settings) -> Denoise:
-    """x0 = c_skip y + c_out F(c_in y, 250 ln sigma) of y = x0 + sigma n (Karras et al. 2022, table 1; Song et al. 2023)."""
+    """EDM's preconditioning, with 1000 times its noise level, 250 ln sigma, as its authors' code has it."""
 
     def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
         sigma_N = (-0.5 * logsnr(t_N)).exp().clamp(*SIGMAS)
-        total = (sigma_N**2 + SIGMA_DATA**2).sqrt()
-        of_y = (sigma_N**2 + 1).sqrt()  # y = x / alpha
-        scales = (of_y / total, of_y * SIGMA_DATA**2 / total**2, sigma_N * SIGMA_DATA / total)
-        c_in, c_skip, c_out = (s.to(x.dtype)[:, None, None, None] for s in scales)
-        output: Tensor = unet((c_in * x).to(dtype), (250.0 * sigma_N.log()).float(), labels).to(x.dtype)
+        k = preconditioning.of_states(preconditioning.edm(sigma_N), sigma_N)
+        c_skip, c_out, c_in = (c.to(x.dtype)[:, None, None, None] for c in (k.c_skip, k.c_out, k.c_in))
+        time_N = (1000.0 * k.c_noise).float()
+        output: Tensor = unet((c_in * x).to(dtype), time_N, labels).to(x.dtype)
         return c_skip * x + c_out * output
 
     return denoise

@@ -42,6 +42,17 @@ class StateDict:
             raise UserError(f"{self.path}: its {name} has shape {shape}, where {axes} axes are expected")
         return shape
 
+    def count(self, prefix: str) -> int:
+        """How many parts are numbered `prefix`.0, `prefix`.1 and so on. Raises UserError if one of them is missing."""
+        ends = (name.removeprefix(f"{prefix}.") for name in self.tensors if name.startswith(f"{prefix}."))
+        found = {end.partition(".")[0] for end in ends}
+        missing = [number for number in range(len(found)) if str(number) not in found]
+        if missing:
+            raise UserError(
+                f"{self.path}: its network cannot be read from its state dict: {prefix}.{missing[0]} is missing"
+            )
+        return len(found)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -68,9 +79,10 @@ def read_state_dict(source: Source) -> StateDict:
     file: bytes | Path
     if "://" in source.path:
         file = read_file(source.path, source.endpoint_url)
-        sha256 = hashlib.sha256(file).hexdigest()
+        sha256, size = hashlib.sha256(file).hexdigest(), len(file)
     else:
         file = Path(in_home(source.path))
+        size = file.stat().st_size
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     found = parse_torch(file, source.path, [Namespace])  # DiT's own checkpoints keep their arguments in one
@@ -82,6 +94,11 @@ def read_state_dict(source: Source) -> StateDict:
     if others or not found:
         what = f"{', '.join(others[:4])}, which are no tensors" if others else "nothing"
         raise NotWeights(f"{source.path}: its state dict holds {what}; a state dict is tensors by name")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    if (
+        claimed > 2 * size
+    ):  # views that repeat few numbers, or many of the same; twice for weights that are shared
+        raise NotWeights(f"{source.path}: its tensors claim {claimed:,} bytes in a file of {size:,}")
     tensors = {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
     return StateDict(source.path, tensors, sha256)
 

@@ -50,7 +50,7 @@ def read(state: StateDict, options: Options) -> Reading:
     from dsno_cluster.networks.transformer import Transformer
 
     without_heads = describe(state)
-    family, heads = _meant(state, without_heads, options)
+    family, heads = family_and_heads(state, without_heads, options)
     described = without_heads.model_copy(update={"heads": heads})
     with torch.device("meta"):
         network = Transformer(described)
@@ -92,14 +92,13 @@ def describe(state: StateDict) -> TransformerDescription:
         raise UserError(
             f"{path}: its table of labels has {rows} row; one for a class and one for none are expected"
         )
-    numbers = [int(match[1]) for name in state.tensors if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
     return TransformerDescription(
         channels=channels,
         out_channels=outputs // patch**2,
         size=side * patch,
         patch_size=patch,
         width=width,
-        depth=max(numbers) + 1,
+        depth=state.count("blocks"),
         heads=1,
         mlp_width=state.shape("blocks.0.mlp.fc1.weight", 2)[0],
         features=state.shape("t_embedder.mlp.0.weight", 2)[1],
@@ -107,7 +106,7 @@ def describe(state: StateDict) -> TransformerDescription:
     )
 
 
-def _meant(state: StateDict, described: TransformerDescription, given: Options) -> tuple[str, int]:
+def family_and_heads(state: StateDict, described: TransformerDescription, given: Options) -> tuple[str, int]:
     """Family and heads, by the options and by what the file does say."""
     options = dict(given)
     if "family" not in options and _variance_was_never_trained(state, described):
