@@ -57,7 +57,10 @@ def test_heun_on_the_native_grid_is_the_sampler_of_edm(name: str, tmp_path: Path
     for i, t in enumerate(grid[1::6]):
         assert relative(found[:, 6 * i] / float(alpha_sigma(t)[0]), right["states"][:, i]) < 5e-6
     # Heun's method in another variable takes other steps
-    assert relative(solve(teacher, right["latents"], [0.0], "heun", 18, right.get("labels"))[:, 0], right["end"]) > 1e-3
+    assert (
+        relative(solve(teacher, right["latents"], [0.0], "heun", 18, right.get("labels"))[:, 0], right["end"])
+        > 1e-3
+    )
 
 
 def test_what_is_known_of_a_snapshot(tmp_path: Path) -> None:
@@ -93,7 +96,9 @@ def test_native_grids(tmp_path: Path) -> None:
         assert sigmas_of(name, 1, tmp_path) == pytest.approx([80.0], rel=1e-9)
     iddpm = sigmas_of("adm_iddpm", 18, tmp_path)
     assert iddpm != pytest.approx(karras_sigmas(18, iddpm[-1], 80.0), rel=1e-4)
-    with pytest.raises(ValueError, match=r"256 steps, of which some fall on the same of the model's 1000 levels"):
+    with pytest.raises(
+        ValueError, match=r"256 steps, of which some fall on the same of the model's 1000 levels"
+    ):
         sigmas_of("adm_iddpm", 256, tmp_path)
 
 
@@ -150,7 +155,12 @@ def test_a_config_names_a_snapshot(tmp_path: Path) -> None:
         f"teacher.path={path}",
         "teacher.options={schedule: native}",
         *("network.image_size=8", "network.channels=3", "network.num_classes=3", "network.null_class=true"),
-        *("trajectories.solver=heun-edm", "trajectories.steps=18", "trajectories.times=[0.0]", "student.modes=1"),
+        *(
+            "trajectories.solver=heun-edm",
+            "trajectories.steps=18",
+            "trajectories.times=[0.0]",
+            "student.modes=1",
+        ),
     ]
     config = load_config(str(DATA.parents[1] / "configs/digits.yaml"), words)
     found = find_teacher(config)
