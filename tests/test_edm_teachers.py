@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edm_files import SNAPSHOTS, expected, snapshot
+from edm_files import FEW_SNAPSHOTS, SNAPSHOTS, expected, snapshot
 from teacher_models import one_thread as one_thread  # fixture
 from teacher_models import relative
 from tiny import DATA
@@ -57,7 +57,10 @@ def test_heun_on_the_native_grid_is_the_sampler_of_edm(name: str, tmp_path: Path
     for i, t in enumerate(grid[1::6]):
         assert relative(found[:, 6 * i] / float(alpha_sigma(t)[0]), right["states"][:, i]) < 5e-6
     # Heun's method in another variable takes other steps
-    assert relative(solve(teacher, right["latents"], [0.0], "heun", 18, right.get("labels"))[:, 0], right["end"]) > 1e-3
+    assert (
+        relative(solve(teacher, right["latents"], [0.0], "heun", 18, right.get("labels"))[:, 0], right["end"])
+        > 1e-3
+    )
 
 
 def test_what_is_known_of_a_snapshot(tmp_path: Path) -> None:
@@ -93,7 +96,9 @@ def test_native_grids(tmp_path: Path) -> None:
         assert sigmas_of(name, 1, tmp_path) == pytest.approx([80.0], rel=1e-9)
     iddpm = sigmas_of("adm_iddpm", 18, tmp_path)
     assert iddpm != pytest.approx(karras_sigmas(18, iddpm[-1], 80.0), rel=1e-4)
-    with pytest.raises(ValueError, match=r"256 steps, of which some fall on the same of the model's 1000 levels"):
+    with pytest.raises(
+        ValueError, match=r"256 steps, of which some fall on the same of the model's 1000 levels"
+    ):
         sigmas_of("adm_iddpm", 256, tmp_path)
 
 
@@ -144,13 +149,33 @@ def test_in_other_precisions(name: str, tmp_path: Path) -> None:
         assert found.dtype == torch.float32 and 0 < relative(found, exact) < most
 
 
+@pytest.mark.parametrize("name", FEW_SNAPSHOTS)
+def test_a_graph_for_each_shape_without_breaks(name: str, tmp_path: Path) -> None:
+    """As `torch.compile` sees the network; tests/test_compiled_teachers.py runs what inductor makes of some."""
+    from torch._dynamo.testing import CompileCounter
+
+    teacher, counter = load_teacher(snapshot(name, tmp_path)), CompileCounter()
+    assert teacher.network is not None
+    teacher.network.compile(backend=counter, dynamic=False, fullgraph=True)
+    for count in (3, 2, 3):
+        for t in (0.9, 0.2):
+            labels = torch.arange(count) if teacher.num_classes else None
+            assert teacher(torch.randn(count, 3, 8, 8), t, labels).isfinite().all()
+    assert counter.frame_count == 2
+
+
 def test_a_config_names_a_snapshot(tmp_path: Path) -> None:
     path = snapshot("ddpmpp_cond", tmp_path)
     words = [
         f"teacher.path={path}",
         "teacher.options={schedule: native}",
         *("network.image_size=8", "network.channels=3", "network.num_classes=3", "network.null_class=true"),
-        *("trajectories.solver=heun-edm", "trajectories.steps=18", "trajectories.times=[0.0]", "student.modes=1"),
+        *(
+            "trajectories.solver=heun-edm",
+            "trajectories.steps=18",
+            "trajectories.times=[0.0]",
+            "student.modes=1",
+        ),
     ]
     config = load_config(str(DATA.parents[1] / "configs/digits.yaml"), words)
     found = find_teacher(config)
