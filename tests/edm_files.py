@@ -5,12 +5,18 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 from tiny import DATA
 from torch import Tensor
 
 EDM = DATA / "edm"
 SNAPSHOTS = ("ddpmpp_cond", "ncsnpp_ve", "skip_vp", "adm_iddpm", "edm2_cond")
+# for tests that take seconds: one of each network at once, the others with the slow tests
+FEW_SNAPSHOTS = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("ddpmpp_cond", "ncsnpp_ve") else ())
+    for name in SNAPSHOTS
+]
 
 
 def snapshot_bytes(name: str) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edm_files import SNAPSHOTS, expected, snapshot
+from edm_files import FEW_SNAPSHOTS, SNAPSHOTS, expected, snapshot
 from teacher_models import one_thread as one_thread  # fixture
 from teacher_models import relative
 from tiny import DATA
@@ -147,6 +147,21 @@ def test_in_other_precisions(name: str, tmp_path: Path) -> None:
     for precision, most in (("bfloat16", 3e-2), ("float16", 4e-3)):
         found = load_teacher(path, precision=precision)(x, t, right["labels"])
         assert found.dtype == torch.float32 and 0 < relative(found, exact) < most
+
+
+@pytest.mark.parametrize("name", FEW_SNAPSHOTS)
+def test_a_graph_for_each_shape_without_breaks(name: str, tmp_path: Path) -> None:
+    """As `torch.compile` sees the network; tests/test_compiled_teachers.py runs what inductor makes of some."""
+    from torch._dynamo.testing import CompileCounter
+
+    teacher, counter = load_teacher(snapshot(name, tmp_path)), CompileCounter()
+    assert teacher.network is not None
+    teacher.network.compile(backend=counter, dynamic=False, fullgraph=True)
+    for count in (3, 2, 3):
+        for t in (0.9, 0.2):
+            labels = torch.arange(count) if teacher.num_classes else None
+            assert teacher(torch.randn(count, 3, 8, 8), t, labels).isfinite().all()
+    assert counter.frame_count == 2
 
 
 def test_a_config_names_a_snapshot(tmp_path: Path) -> None:

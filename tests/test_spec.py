@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from data_sets import a_spec
+from edm_files import snapshot
 from teacher_models import PUBLISHED
 from tiny import DATA, TINY, answer
 
@@ -162,6 +163,18 @@ def test_hashes_of_other_schedules_of_diffusers(kind: str, tmp_path: Path) -> No
     steps = 1 if kind == "a consistency model" else 10
     words = [*GOLDEN["diffusers"][1], f"teacher.path={folder}", f"trajectories.steps={steps}"]
     (spec,) = spec_and_former(load_config("configs/digits.yaml", words))
+    assert spec.hash == golden
+    content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
+    assert read_spec(content, "here") == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"), [("edm2_cond", "191da0e39f4d9afd"), ("ncsnpp_ve", "917a7cadce4ac90c")]
+)
+def test_hashes_of_snapshots_of_edm(name: str, golden: str, tmp_path: Path) -> None:
+    classes = ("network.num_classes=3",) if name == "edm2_cond" else UNCONDITIONAL
+    words = [f"teacher.path={snapshot(name, tmp_path)}", "network.channels=3", *classes]
+    spec = spec_of(config := load_config("configs/digits.yaml", words), find_teacher(config))
     assert spec.hash == golden
     content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
     assert read_spec(content, "here") == spec

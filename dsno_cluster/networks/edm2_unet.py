@@ -204,8 +204,8 @@ class EDM2UNet(nn.Module):
     def forward(self, x_NCHW: Tensor, noise_N: Tensor, labels_N: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W), noise levels (N,) and classes (N,), `label_dim` for none -> (N, C, H, W)."""
         e = self.embedding(noise_N, labels_N, x_NCHW.dtype)
-        x = torch.cat([x_NCHW, torch.ones_like(x_NCHW[:, :1])], dim=1)
-        x, skips = x.contiguous(memory_format=torch.channels_last), []
+        x, skips = x_NCHW.contiguous(memory_format=torch.channels_last), []
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         for name, module in self.enc.items():
             x = module(x) if name.endswith("_conv") else module(x, e)
             skips.append(x)
