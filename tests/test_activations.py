@@ -57,9 +57,9 @@ def test_sizes_are_those_of_the_network(name: str, monkeypatch: pytest.MonkeyPat
         labels = torch.zeros(2, dtype=torch.int64) if network.num_classes else None
         denoiser = UNet(network)
         with torch.no_grad(), Largest() as seen:
-            denoiser(torch.empty(2, *network.image_shape), torch.empty(2, 1), labels)
-    assert parameter_count(shape, network.channels, 2, network.class_slots) == real
-    assert seen.elements == 2 * largest_tensor(shape, network.channels)
+            denoiser(torch.empty(2, *network.state_shape), torch.empty(2, 1), labels)
+    assert parameter_count(shape, network.state_channels, 2, network.class_slots) == real
+    assert seen.elements == 2 * largest_tensor(shape, network.state_channels)
 
 
 @pytest.mark.parametrize("count", [1, 7, 250, 1000])

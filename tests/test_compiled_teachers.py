@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from edm_files import snapshot
 from teacher_models import one_thread as one_thread  # fixtures
 from teacher_models import relative
 from tiny import DATA, TINY, dsno
@@ -56,6 +57,16 @@ def test_state_dicts_compiled_without_graph_breaks(name: str) -> None:
         )
         assert relative(found, expected) < 1e-4
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
+
+
+@pytest.mark.slow
+def test_compiled_as_the_network_of_edm2(tmp_path: Path) -> None:
+    """By inductor, whose results are compared: torch 2.14 compiles `torch.add` with an alpha wrongly."""
+    path = snapshot("edm2_cond", tmp_path)
+    plain, compiled = (load_teacher(path, compile=c) for c in (False, True))
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([2, 3])
+    for t in (0.9, 0.3):
+        assert relative(compiled(x, t, labels), plain(x, t, labels)) < 1e-5
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_memory_of_a_forward_pass_is_about_what_lives_together(
     with pretended_gpu(), torch.no_grad():
         unet = UNet(network)
         labels = torch.zeros(2, dtype=torch.int64) if network.num_classes else None
-        noise, level = torch.empty(2, *network.image_shape), torch.empty(2, 1)
+        noise, level = torch.empty(2, *network.state_shape), torch.empty(2, 1)
         with LiveMemory() as live:
             unet(noise, level, labels)
     assert 0.6 < 2 * 4 * inference_elements(shape) / live.peak < 1.4

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edm_files import FEW_SNAPSHOTS, snapshot
 from gpu_tensors import CUDA, Seen, channels_first, moved, pretended_gpu
 from teacher_models import saved_unet
 from tiny import DATA
@@ -133,12 +134,20 @@ def test_a_teacher(solver: str) -> None:
     assert not wrong and not seen.waits
 
 
-def test_a_teacher_of_diffusers(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    from diffusers import DDIMScheduler, UNet2DModel
-
-    UNet2DModel(**DIFFUSERS).save_pretrained(tmp_path)
-    DDIMScheduler(clip_sample=False).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {}),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        ("EDMEulerScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+    ],
+    ids=["betas", "zero terminal SNR", "EDM", "flow"],
+)
+def test_a_teacher_of_diffusers(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.UNet2DModel(**DIFFUSERS).save_pretrained(tmp_path)
+    getattr(diffusers, name)(**settings).save_pretrained(tmp_path)
     wrong, seen = solved(load_teacher(str(tmp_path), options={"null_class": 10}), "heun")
     assert not wrong and not seen.waits
 
@@ -177,17 +186,26 @@ def test_a_teacher_of_transformers(family: str) -> None:
     assert not wrong and not seen.waits and sum(seen.copies.values()) <= 20, seen
 
 
+@pytest.mark.parametrize("name", FEW_SNAPSHOTS)
+def test_a_teacher_of_edm(name: str, tmp_path: Path) -> None:
+    wrong, seen = solved(load_teacher(snapshot(name, tmp_path)), "heun-edm")
+    assert not wrong and not seen.waits
+    # activations are not copied: only the images on their way in, and filters of resampling
+    assert not [copy for copy in seen.copies if "(4, 3, 16, 16)" not in copy and ", 1, 4, 4)" not in copy]
+
+
 def solved(teacher: Teacher, solver: str, guidance_scale: float = 2.0) -> tuple[list[str], Seen]:
-    """What solving with guidance does: modules that are channels-first, and waits and copies."""
-    labels = torch.tensor([0, 1, 2, 3])
+    """What solving does, with guidance if there are classes: modules that are channels-first, and waits and copies."""
+    labels, scale = (torch.tensor([0, 1, 2, 3]), guidance_scale) if teacher.num_classes else (None, 1.0)
     assert teacher.network is not None
     teacher.network.to(memory_format=torch.channels_last)  # as `Teacher.to` does
     with pretended_gpu():
         moved(teacher.network)
-        noise, there = torch.empty(4, *teacher.shape, device=CUDA), labels.to(CUDA)
+        noise = torch.empty(4, *teacher.shape, device=CUDA)
+        there = None if labels is None else labels.to(CUDA)
         wrong = channels_first(teacher.network)
         return wrong, seen_by(
-            lambda: solve(teacher, noise, [0.5, 0.0], solver, 3, there, guidance_scale=guidance_scale)
+            lambda: solve(teacher, noise, [0.5, 0.0], solver, 3, there, guidance_scale=scale)
         )
 
 

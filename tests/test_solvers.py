@@ -11,8 +11,21 @@ import torch
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.diffusion.accuracy import cheapest, reference_method, relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.diffusion.schedule import fine_end, make_grid, refine, time_points
-from dsno_cluster.diffusion.solvers import Method, count_evaluations, interpolation_weights, solve_with
+from dsno_cluster.diffusion.schedule import (
+    fine_end,
+    karras_sigmas,
+    make_grid,
+    refine,
+    time_of_angle,
+    time_points,
+)
+from dsno_cluster.diffusion.solvers import (
+    SOLVERS,
+    Method,
+    count_evaluations,
+    interpolation_weights,
+    solve_with,
+)
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers import Teacher, TeacherInfo, gaussian_teacher, gaussian_trajectory
 from dsno_cluster.teachers.identity import GaussianIdentity
@@ -41,6 +54,24 @@ def test_order_of_convergence(solver: str, order: int, grid: str) -> None:
     assert max(measured) < order + 0.6, (errors, measured)
 
 
+def test_heun_of_edm_is_of_second_order_on_edms_grid() -> None:
+    """From the noise at sigma = 80, where the closed form is that of a Gaussian with the variances of both added."""
+    noise = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher, errors = gaussian_teacher(MEAN, STD, (1, 4, 4)), []
+    for steps in (32, 64, 128):
+        sigmas = karras_sigmas(steps, 0.002, 80.0)
+        grid = [*(time_of_angle(math.atan(sigma)) for sigma in sigmas), 0.0]
+        found = solve(teacher, noise, grid[1:], "heun-edm", steps, grid=grid)
+        worst = []
+        for sigma, state in zip(sigmas[1:], found.unbind(1), strict=False):
+            shrunk = math.sqrt((STD**2 + sigma**2) / (STD**2 + 80.0**2))
+            exact = MEAN + shrunk * (80.0 * noise - MEAN)
+            worst.append(float((state * math.sqrt(1 + sigma**2) - exact).abs().max()))
+        errors.append(max(worst))
+    measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert errors[-1] < 0.01 and 1.75 < min(measured) <= max(measured) < 2.6, (errors, measured)
+
+
 @pytest.mark.parametrize(
     ("solver", "tolerance"), [("ddim", 1.5e-2), ("heun", 5e-3), ("dpmpp-2m", 5e-3), ("abm3", 2e-5)]
 )
@@ -51,7 +82,7 @@ def test_end_point_is_right(solver: str, tolerance: float) -> None:
     assert end.dtype == torch.float32
 
 
-@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp-2m", "abm3"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_evaluations_are_counted(solver: str) -> None:
     calls = 0
     exact = gaussian_teacher(MEAN, STD, (1, 2, 2))

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from data_sets import a_spec
+from edm_files import snapshot
 from teacher_models import PUBLISHED
 from tiny import DATA, TINY, answer
 
@@ -141,6 +142,42 @@ def test_hashes_are_those_of_the_first_version(family: str) -> None:
     for spec in specs:  # as its manifest has it
         content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
         assert read_spec(content, "here") == spec and read_spec(content, "here").hash == spec.hash
+
+
+OTHER_SCHEDULES = {
+    "EDM": ("5115c9ad3e987f0a", {"_class_name": "EDMEulerScheduler", "sigma_max": 40.0}),
+    "a flow": ("d774d5cfcc58fd6e", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
+    "a consistency model": ("0299b4b2c049e9aa", {"_class_name": "CMStochasticIterativeScheduler"}),
+    "zero terminal SNR": (
+        "668b273e4f5e2d5e",
+        {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SCHEDULES)
+def test_hashes_of_other_schedules_of_diffusers(kind: str, tmp_path: Path) -> None:
+    golden, scheduler = OTHER_SCHEDULES[kind]
+    folder = shutil.copytree(DATA / "golden_diffusers", tmp_path / "teacher")
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    steps = 1 if kind == "a consistency model" else 10
+    words = [*GOLDEN["diffusers"][1], f"teacher.path={folder}", f"trajectories.steps={steps}"]
+    (spec,) = spec_and_former(load_config("configs/digits.yaml", words))
+    assert spec.hash == golden
+    content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
+    assert read_spec(content, "here") == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"), [("edm2_cond", "191da0e39f4d9afd"), ("ncsnpp_ve", "917a7cadce4ac90c")]
+)
+def test_hashes_of_snapshots_of_edm(name: str, golden: str, tmp_path: Path) -> None:
+    classes = ("network.num_classes=3",) if name == "edm2_cond" else UNCONDITIONAL
+    words = [f"teacher.path={snapshot(name, tmp_path)}", "network.channels=3", *classes]
+    spec = spec_of(config := load_config("configs/digits.yaml", words), find_teacher(config))
+    assert spec.hash == golden
+    content = json.loads(json.dumps(make_manifest(spec, [], NOWHERE).spec))
+    assert read_spec(content, "here") == spec
 
 
 def test_dropout_is_no_part_of_what_names_a_data_set(tmp_path: Path) -> None:

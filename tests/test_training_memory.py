@@ -34,7 +34,7 @@ def counted_by_the_allocator(config: Config, images: int) -> int:
     student.recompute(config.training.recompute)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    points, shape = most_points(config), config.network.image_shape
+    points, shape = most_points(config), config.network.state_shape
     labels = torch.zeros(images, dtype=torch.int64)
 
     def train() -> None:

@@ -35,6 +35,7 @@ from dsno_cluster.training.heldout import heldout_states
 from dsno_cluster.training.objectives.losses import check_lpips_weights
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.weight_files import parse_safetensors
 
 DIGITS_TEACHER = Path(package_path("package:digits-teacher"))
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 132735322\n"
@@ -326,3 +327,13 @@ def test_a_misspelt_path_is_answered_with_the_nearest(words: list[str], says: st
     shutil.copytree(DIGITS_TEACHER, tmp_path / "models/mine")
     done = answer(*words, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_header_whose_length_begins_as_a_pickle() -> None:
+    """640 bytes are 80 02 in the file's first bytes, with which pickles of protocol 2 begin."""
+    for padding in range(700):
+        data = safetensors.torch.save({"a": torch.ones(1)}, {"b": "c" * padding})
+        if data[:2] == b"\x80\x02":
+            break
+    assert data[:2] == b"\x80\x02"
+    assert torch.equal(parse_safetensors(data, "here")["a"], torch.ones(1))

@@ -27,9 +27,10 @@ class Trajectories(Strict):
     threads: PositiveInt = Field(
         1, description="CPU threads of each actor; part of the spec, because the last bits depend on it"
     )
-    solver: Literal["ddim", "heun", "dpmpp-2m", "abm3"] = Field(
+    solver: Literal["ddim", "heun", "heun-edm", "dpmpp-2m", "abm3"] = Field(
         "abm3",
-        description="how the sampling ODE is solved; heun evaluates the teacher twice a step, the others once",
+        description="how the sampling ODE is solved; heun and heun-edm (EDM's own sampler) evaluate the teacher twice a step, "
+        "the others once",
     )
     grid: Literal["auto", "uniform", "fine-end"] = Field(
         "auto",

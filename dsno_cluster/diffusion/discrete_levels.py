@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dsno_cluster.diffusion.schedule import logsnr, time_of_angle
+from dsno_cluster.diffusion.schedule import is_pure_noise, logsnr, time_of_angle
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ def noise_levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
     """log(abar_n / (1 - abar_n)), strictly descending, (num_train_timesteps,).
 
     Betas and abar are float32, as in diffusers, because the model was trained on those (1 - abar_0 has a
-    relative error of 2e-4); squaredcos_cap_v2 is that of Nichol & Dhariwal 2021, eq. 17.
+    relative error of 2e-4); squaredcos_cap_v2 is that of Nichol & Dhariwal 2021, eq. 17. With
+    `rescale_betas_zero_snr` the last level is pure noise, -inf (Lin et al. 2024, algorithm 1).
     """
     import torch
 
@@ -34,17 +35,30 @@ def noise_levels(scheduler: dict[str, Any], path: str) -> tuple[float, ...]:
         betas = torch.linspace(start, end, count, dtype=torch.float32)
     elif kind == "scaled_linear":
         betas = torch.linspace(math.sqrt(start), math.sqrt(end), count, dtype=torch.float32) ** 2
-    elif kind == "squaredcos_cap_v2":
-        betas = torch.tensor(_cosine_betas(count), dtype=torch.float32)
+    elif kind == "sigmoid":
+        betas = torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+    elif kind in _SIGNALS:
+        betas = torch.tensor(_betas_of_signal(_SIGNALS[kind], count), dtype=torch.float32)
     else:
-        known = "linear, scaled_linear, squaredcos_cap_v2, or trained_betas"
-        raise UserError(f"{path}: beta_schedule {kind!r} is not one of: {known}")
+        known = ", ".join(("linear", "scaled_linear", "sigmoid", *_SIGNALS))
+        raise UserError(f"{path}: beta_schedule {kind!r} is not one of: {known}, or trained_betas")
     if betas.shape != (count,) or not bool(((betas > 0) & (betas < 1)).all()):
         raise UserError(f"{path}: {len(betas)} betas, {count} expected, each above 0 and below 1")
-    levels = _levels(betas)
-    if not bool(levels.isfinite().all() and (levels.diff() < 0).all()):
+    zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
+    levels = _levels(_rescaled_to_zero_snr(betas) if zero_snr else betas)
+    finite = levels[:-1] if zero_snr else levels
+    if not bool(finite.isfinite().all() and (levels.diff() < 0).all()):
         raise UserError(f"{path}: its betas do not make noise levels that grow strictly")
     return tuple(levels.tolist())
+
+
+def _rescaled_to_zero_snr(betas: Tensor) -> Tensor:
+    """Betas whose last abar is 0: the square roots of abar are shifted by their last, and scaled to keep their first."""
+    import torch
+
+    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    signal = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    return 1.0 - torch.cat([signal[:1], signal[1:] / signal[:-1]])
 
 
 def openai_levels(beta_schedule: str, count: int) -> tuple[float, ...]:
@@ -56,18 +70,33 @@ def openai_levels(beta_schedule: str, count: int) -> tuple[float, ...]:
     import torch
 
     if beta_schedule == "cosine":
-        betas = torch.tensor(_cosine_betas(count), dtype=torch.float64)
+        betas = torch.tensor(_betas_of_signal(_cosine_signal, count), dtype=torch.float64)
     else:
         scale = 1000 / count
         betas = torch.linspace(0.0001 * scale, 0.02 * scale, count, dtype=torch.float64)
     return tuple(_levels(betas).tolist())
 
 
-def _cosine_betas(count: int) -> list[float]:
-    def cosine(fraction: float) -> float:
-        return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
+def _cosine_signal(fraction: float) -> float:
+    return math.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    return [min(1 - cosine((n + 1) / count) / cosine(n / count), 0.999) for n in range(count)]
+
+def _laplace_signal(fraction: float) -> float:
+    half = 0.5 - fraction
+    ratio = math.exp(-0.5 * math.copysign(1, half) * math.log(1 - 2 * abs(half) + 1e-6))
+    return math.sqrt(ratio / (1 + ratio))
+
+
+# Schedules that diffusers defines by the signal that is left at a fraction of the way.
+_SIGNALS: dict[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": _cosine_signal,
+    "laplace": _laplace_signal,
+    "exp": lambda fraction: math.exp(-12.0 * fraction),
+}
+
+
+def _betas_of_signal(signal: Callable[[float], float], count: int) -> list[float]:
+    return [min(1 - signal((n + 1) / count) / signal(n / count), 0.999) for n in range(count)]
 
 
 def _levels(betas: Tensor) -> Tensor:
@@ -114,23 +143,37 @@ def level_at(levels: tuple[float, ...], t_N: Tensor) -> tuple[Tensor, Tensor, Te
     """The timestep, alpha and sigma (float64, shape of t) of the model's level at cosine times; beyond all, of the nearest."""
     import torch
 
-    level_N = logsnr(t_N).clamp(levels[-1], levels[0])
+    level_N = _nearest(levels, logsnr(t_N))
     return timesteps_at(levels, level_N), torch.sigmoid(level_N).sqrt(), torch.sigmoid(-level_N).sqrt()
 
 
 def timesteps_at(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
     """Real-valued timesteps for log-SNRs of any shape, given the model's descending `levels`; float64.
 
-    They are interpolated linearly in log-SNR; outside the levels, the nearest level is taken.
+    They are interpolated linearly in log-SNR; outside the levels, the nearest level is taken. A last level that is pure
+    noise is taken at t=1 only.
     """
     import torch
 
-    ascending = _ascending(levels, logsnr.device)
+    finite = levels[:-1] if levels[-1] == -math.inf else levels
+    ascending = _ascending(finite, logsnr.device)
     last = len(ascending) - 1
-    level = logsnr.double().clamp(levels[-1], levels[0]).contiguous()
+    level = logsnr.double().clamp(finite[-1], finite[0]).contiguous()
     upper = torch.searchsorted(ascending, level).clamp(1, last)
     part = (level - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
-    return last - (upper - 1 + part)
+    timestep = last - (upper - 1 + part)
+    if finite is levels:
+        return timestep
+    return torch.where(is_pure_noise(logsnr), float(len(finite)), timestep)
+
+
+def _nearest(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
+    """Log-SNRs, moved into the range of the levels; float64, shape of `logsnr`."""
+    import torch
+
+    if levels[-1] > -math.inf:
+        return logsnr.clamp(levels[-1], levels[0])
+    return torch.where(is_pure_noise(logsnr), -math.inf, logsnr.clamp(levels[-2], levels[0]))
 
 
 @functools.lru_cache(maxsize=16)

@@ -35,6 +35,14 @@ def logsnr(t: Tensor | float) -> Tensor:
     return -2.0 * torch.log(torch.tan(_SLOPE * t64 + _OFFSET))
 
 
+def is_pure_noise(logsnr: Tensor) -> Tensor:
+    """Whether each log-SNR is that of t=1; boolean, shape of `logsnr`.
+
+    A model that knows pure noise as a level of its own (a flow, or betas with zero terminal SNR) starts there.
+    """
+    return logsnr <= LOGSNR_MIN + 1e-6
+
+
 def angle(t: float) -> float:
     """theta(t) in radians: alpha = cos theta, sigma = sin theta; the ODE in it is dx / dtheta = v."""
     return _SLOPE * t + _OFFSET

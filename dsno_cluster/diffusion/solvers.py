@@ -174,7 +174,7 @@ def count_evaluations(
     points = grid_points(times, solver, steps, grid)
     intervals = next(i for i, point in enumerate(points) if same_time(point, float(times[-1])))
     to_the_end = intervals == len(points) - 1
-    if solver == "heun":
+    if solver in ("heun", "heun-edm"):
         per_solve = 2 * intervals - to_the_end
     else:
         per_solve = intervals + (solver == "abm3" and not to_the_end)  # one more, to correct the last state
@@ -245,6 +245,30 @@ def heun(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: boo
         yield s, x
 
 
+def heun_edm(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
+    """Second order, two evaluations a step: the deterministic sampler of EDM (Karras et al. 2022, alg. 1).
+
+    Heun's method on dy / dsigma = (y - x0) / sigma, where y = x / alpha and sigma is relative to the image. The last
+    interval is one DDIM step. On EDM's own grid it gives the states of EDM's sampler: the noise is scaled by the first
+    sigma, as there.
+    """
+    y = None
+    for i, (t, s) in enumerate(itertools.pairwise(grid)):
+        (alpha, scale), (next_alpha, next_scale) = _scales(t), _scales(s)
+        sigma, next_sigma = scale / alpha, next_scale / next_alpha
+        y = sigma * noise if y is None else y
+        x0 = denoise(alpha * y, t)
+        slope = (y - x0) / sigma
+        if i == len(grid) - 2:
+            y = x0 if clean_end and s == 0.0 else y + (next_sigma - sigma) * slope
+            yield s, y if clean_end and s == 0.0 else next_alpha * y
+        else:
+            step = next_sigma - sigma
+            euler = y + step * slope
+            y = y + (0.5 * step) * (slope + (euler - denoise(next_alpha * euler, s)) / next_sigma)
+            yield s, next_alpha * y
+
+
 def dpmpp_2m(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: bool = False) -> States:
     """Second order, one evaluation a step: DPM-Solver++(2M) (Lu et al. 2022, alg. 2).
 
@@ -297,6 +321,7 @@ def abm3(denoise: Denoiser, noise: Tensor, grid: Sequence[float], clean_end: boo
 SOLVERS: dict[str, Callable[[Denoiser, Tensor, Sequence[float], bool], States]] = {
     "ddim": ddim,
     "heun": heun,
+    "heun-edm": heun_edm,
     "dpmpp-2m": dpmpp_2m,
     "abm3": abm3,
 }

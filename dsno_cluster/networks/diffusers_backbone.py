@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, said_by
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import keep_layouts, repeat
 from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
@@ -28,15 +28,41 @@ PAIRED = (
 def unet2d_model(config: Values, where: str) -> Any:
     """A freshly initialised diffusers UNet2DModel of that config.
 
-    Raises UserError if diffusers is not installed.
+    Raises UserError if diffusers is not installed, or cannot build it.
     """
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        raise UserError(f"{where}: reading it needs diffusers: pip install diffusers") from None
-    unet = UNet2DModel.from_config(config)
+    unet = _of_config("UNet2DModel", config, where)
     keep_layouts(unet)
     return unet
+
+
+def dit_model(config: Values, where: str) -> Any:
+    """A freshly initialised diffusers DiTTransformer2DModel of that config. Raises UserError as `unet2d_model`."""
+    return _of_config("DiTTransformer2DModel", {**config, "_class_name": "DiTTransformer2DModel"}, where)
+
+
+def _of_config(name: str, config: Values, where: str) -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(f"{where}: reading it needs diffusers: pip install diffusers") from None
+    if not hasattr(diffusers, name):
+        raise UserError(
+            f"{where}: reading it needs a newer diffusers, which has {name}: pip install -U diffusers"
+        )
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
+        raise UserError(
+            f"{where}: no network can be built of its config.json: {said_by('diffusers', error)}"
+        ) from None
 
 
 class DiffusersBackbone(nn.Module):

@@ -4,7 +4,7 @@ Load one with `load_teacher(path, options={...})`. Each module is a family of ch
 own:
 
     own.py               a dsno-cluster model folder: model.safetensors, config.yaml, meta.json; package:NAME for one that ships
-    diffusers_folder.py  a UNet2DModel, by itself or in a pipeline folder
+    diffusers_folder.py  a UNet2DModel or DiT, by itself or in a pipeline folder
     state_dicts.py       OpenAI's U-Nets, DiT and SiT in their authors' own files, with options for what these do not say
     published.py         progressive distillation's flax file, with option `config`, or the folder of it and its config.yaml
     factories.py         package.module:function, called with the options

@@ -58,6 +58,15 @@ class DiffusersIdentity(TeacherIdentity):
     null_class: int | None
 
 
+class EDMIdentity(TeacherIdentity):
+    """A snapshot of EDM or EDM2: its file's sha256, and the classes that it names."""
+
+    kind: Literal["edm"] = "edm"
+    sha256: str
+    preconditioning: str
+    network: str
+
+
 class ADMIdentity(TeacherIdentity):
     """A U-Net of guided- or improved-diffusion: its file's sha256, and what its shapes do not say."""
 

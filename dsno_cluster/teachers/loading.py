@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, JsonValue, SerializeAsAny
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers.closed_forms import ClosedForm
 from dsno_cluster.teachers.diffusers_folder import DiffusersFolder
+from dsno_cluster.teachers.edm_pickles import EDMPickle
 from dsno_cluster.teachers.factories import Factory
 from dsno_cluster.teachers.identity import TeacherIdentity
 from dsno_cluster.teachers.own import OwnFolder
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (
     Factory,
     OwnFolder,
     DiffusersFolder,
+    EDMPickle,
     StateDictFile,
     PublishedFile,
 )

@@ -104,7 +104,8 @@ class ConfiguredTeacher:
             return None
         if self.info.backbone is None:
             raise UserError(
-                f"student.backbone diffusers: the teacher at {self.path} is of kind {self.opened.kind}; take backbone=unet"
+                f"student.backbone diffusers: the teacher at {self.path} ({self.opened.kind}) is no UNet2DModel of diffusers "
+                "on betas; take backbone=unet"
             )
         return self.info.backbone
 

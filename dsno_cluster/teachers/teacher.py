@@ -41,7 +41,7 @@ class TeacherInfo:
     whatever number is asked for. `clips`: its usual sampler bounds the clean image, which only
     `trajectories.clip_denoised` does here. `backbone`: the diffusers model that a student can be built on.
     `has_network`: its network is read from a file, and can be compiled. `former_identities` are those that earlier
-    versions recorded, by which their data sets are found.
+    versions recorded, by which their data sets are found. `notes` are what people should know of how it was read.
     """
 
     identity: TeacherIdentity
@@ -54,6 +54,7 @@ class TeacherInfo:
     backbone: DiffusersModel | None = None
     has_network: bool = False
     former_identities: tuple[TeacherIdentity, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def native_grid(self, steps: int) -> tuple[float, ...] | None:
         """The cosine times of the teacher's own solver steps, descending to 0; None: any grid will do.

@@ -106,12 +106,13 @@ def size_of(config: Config, method: Method | None = None) -> Size:
 def make_plan(config: Config, teacher: ConfiguredTeacher | None = None) -> Plan:
     """The plan of a config; its `teacher` is found unless given. Raises UserError as `find_teacher` does."""
     teacher = teacher or find_teacher(config)
-    note = None
+    notes = list(teacher.info.notes)
     if teacher.info.clips and not config.trajectories.clip_denoised:
-        note = (
+        notes.append(
             "the teacher's scheduler bounds the clean image (clip_sample or thresholding), this config does not: its "
             "trajectories differ from the scheduler's unless trajectories.clip_denoised=true"
         )
+    note = "; ".join(notes) or None
     return Plan(_spec(config, teacher), teacher, size_of(config, teacher.method), note)
 
 
