@@ -1,0 +1,34 @@
+"""Noting what is finished, so that an interrupted command continues, without spending its time on notes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from dsno_cluster.errors import WorkError
+
+_SHARE = (
+    0.05  # of the time may go into notes: they name all that is finished, so each is longer than the last
+)
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Yields what is to be called after each finished piece: it calls `note` now and then, and once if the block is stopped."""
+    noted, lasted = float("-inf"), 0.0
+
+    def finished() -> None:
+        nonlocal noted, lasted
+        began = time.monotonic()
+        if began - noted > lasted / _SHARE:
+            note()
+            noted = time.monotonic()
+            lasted = noted - began
+
+    try:
+        yield finished
+    except BaseException:
+        with contextlib.suppress(WorkError):  # report what stopped it
+            note()
+        raise
