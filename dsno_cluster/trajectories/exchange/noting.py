@@ -15,13 +15,16 @@ _SHARE = (
 
 @contextlib.contextmanager
 def noting(note: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called after each finished piece: it calls `note` now and then, and once if the block is stopped."""
+    """Yields what is to be called after each finished piece: it calls `note`, or now and then if that takes long.
+
+    `note` is also called if the block is stopped.
+    """
     noted, lasted = float("-inf"), 0.0
 
     def finished() -> None:
         nonlocal noted, lasted
         began = time.monotonic()
-        if began - noted > lasted / _SHARE:
+        if lasted <= _CHEAP_SECONDS or began - noted > lasted / _SHARE:
             note()
             noted = time.monotonic()
             lasted = noted - began
