@@ -144,16 +144,16 @@ class Runs:
 def bomb() -> bytes:
     """A file of torch.save whose tensor is compressed a thousand times."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(saved(torch.zeros(1 << 22)))) as whole:
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
-            for name in whole.namelist():
-                packed.writestr(name, whole.read(name))
+    whole = zipfile.ZipFile(io.BytesIO(saved(torch.zeros(1 << 22))))
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
     return buffer.getvalue()
 
 
 # what is put in place of members of a good sample, and what is then said
 BAD_SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
-    "code": ({"latent.pth": pickle.dumps(Runs())}, "which could run code"),
+    "code": ({"latent.pth": pickle.dumps(Runs(), 2)}, "which could run code"),
     "code in a zip": ({"latent.pth": saved(Runs())}, "which could run code"),
     "a dictionary": ({"latent.pth": saved({"x": torch.zeros(2)})}, "holds a dict"),
     "a bomb": ({"latent.pth": bomb()}, "torch.save does not compress"),
@@ -162,7 +162,7 @@ BAD_SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
     "a web page": ({"latent.pth": b"<html>404"}, "is a web page"),
     "whole numbers": ({"latent.pth": saved(torch.zeros(SHAPE, dtype=torch.int64))}, "states are floating-point numbers"),
     "a video": ({"latent.pth": saved(random(1, 2, 4, 4))}, "(1, 2, 4, 4)"),
-    "no image": ({"latent.pth": None}, "no latent"),
+    "no image": ({"latent.pth": None}, "its latent is missing"),
     "no path in the second": ({"b.path.pth": None}, "has no path"),
     "another shape": ({"b.latent.pth": saved(random(1, 2, 2))}, "its latent is (1, 2, 2)"),
     "another number of steps": ({"b.path.pth": saved(random(3, *SHAPE))}, "its path is (3, 1, 4, 4)"),
@@ -185,8 +185,7 @@ def test_a_bad_sample_is_one_line(tmp_path: Path, case: str) -> None:
     changes, said = BAD_SAMPLES[case]
     members = {**sample("a"), **sample("b")}
     for name, data in changes.items():
-        names = [name] if name[0] in "/.b" and name.count(".") > 1 else [f"a.{name}", f"b.{name}"]
-        for one in [n if n.startswith(("a.", "b.", "/", "..")) else n for n in names]:
+        for one in [name] if name.startswith(("b.", "/", "..")) else [f"a.{name}", f"b.{name}"]:
             members.pop(one, None)
             members |= {} if data is None else {one: data}
     folder = bring(tmp_path / "in", tar_of(members))

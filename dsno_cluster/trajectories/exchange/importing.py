@@ -46,7 +46,7 @@ SAMPLES_PER_SHARD = 500
 _SAME = (
     1e-3  # relative difference of a path's first state and the noise, which may be stored in another dtype
 )
-_UNIT = (0.5, 2.0)  # standard deviations of noise that is unit noise, whatever its number of pixels
+_UNIT = (0.25, 4.0)  # the standard deviation of unit noise lies between these, also if there are few numbers
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _convert(samples: list[ForeignSample], spec: ImportedSpec, times: Times) -> 
         where = samples[int((~finite_N).nonzero()[0])].where
         raise BadPart(f"{where}: has numbers that are not finite in {spec.dtype}")
     std = float(noise_NCHW.std())
-    if noise_NCHW.numel() >= 100 and not _UNIT[0] <= std <= _UNIT[1]:
+    if noise_NCHW.numel() >= 16 and not _UNIT[0] <= std <= _UNIT[1]:
         raise BadPart(
             f"{samples[0].where}: its noise divided by {spec.source.noise_scale:g} has the standard deviation {std:.3g}; "
             f"unit noise is needed: name what it was multiplied with, --noise-scale {std * spec.source.noise_scale:.3g}?"

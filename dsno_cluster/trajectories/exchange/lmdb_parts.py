@@ -94,7 +94,7 @@ class LmdbPart:
             )
         if frames != 1:
             raise BadPart(
-                f"{self.where}: holds videos of {frames} frames; students here take images, 1 frame"
+                f"{self.where}: latents_shape {' '.join(words)}: videos of {frames} frames; students here take images, 1 frame"
             )
         return shape
 
