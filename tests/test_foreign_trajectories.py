@@ -286,7 +286,7 @@ def test_a_damaged_lmdb_file_is_one_line(tmp_path: Path) -> None:
         assert "cut off" in told or "empty" in told or "not an LMDB file" in told, told
     said = answer("import-trajectories", bring(tmp_path / "in", whole, "data.mdb"), "--out", tmp_path, *flow)
     assert said.returncode == 0, said.stderr
-    for value in (b"20 5 2 1 4 4", b"20 5 1 4 4", b"a b", b"20 5 1 1 4 99", b"99 5 1 1 4 4"):
+    for value in (b"20 5 2 1 4 4", b"20 5 1 4 4", b"a b", b"20 5 1 1 9 4", b"99 5 1 1 4 4"):
         data = whole.replace(b"20 5 1 1 4 4", value.ljust(12))
         assert "latents_" in refusal(bring(tmp_path / "in", data, "data.mdb"), *flow)
 
