@@ -17,6 +17,7 @@ from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.exchange.export import ExportOptions, export
 from dsno_cluster.trajectories.exchange.importing import Imported, ImportOptions, import_trajectories
 from dsno_cluster.trajectories.reader import ShardReader, open_trajectories, read_batches
+from dsno_cluster.trajectories.spec import ImportedFrom, ImportedLabels, ImportedSpec, read_spec
 
 ALONE = ("teacher.path=null", "student.warm_start=false")
 
@@ -116,3 +117,21 @@ def test_a_student_trains_on_them_as_on_the_original(
     errors = [line.get("heldout_error_per_time") for line in original]
     assert [line.get("heldout_error_per_time") for line in metrics(tmp_path / "given")] == errors
     assert any(error is not None for error in errors)
+
+
+def test_the_name_of_an_import_stays() -> None:
+    """It is in users' configs."""
+    source = ImportedFrom(
+        format="webdataset", sha256="0123456789abcdef", scale="flow", timesteps=(0.999, 0.5), noise_scale=1.0
+    )
+    spec = ImportedSpec(
+        format_version=2,
+        source=source,
+        times=(0.5, 0.0),
+        labels=ImportedLabels(num_classes=10),
+        shape=(3, 8, 8),
+        dtype="float16",
+        samples_per_shard=500,
+    )
+    assert spec.hash == "b3b1d71f60694958"
+    assert read_spec(spec.model_dump(mode="json"), "here") == spec
