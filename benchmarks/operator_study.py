@@ -41,7 +41,7 @@ from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.torch_internals import lerp_all
-from dsno_cluster.training.beginning import find_trajectories, new_student
+from dsno_cluster.training.beginning import find_data_set, new_student
 from dsno_cluster.training.objectives import Student
 from dsno_cluster.training.objectives.losses import weighted
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
@@ -184,7 +184,7 @@ def read_all(overrides: list[str]) -> Batch:
     """The whole data set as one batch."""
     config = load_config("configs/digits.yaml", [*DATA, *overrides])
     plan = make_plan(config)
-    manifest = find_trajectories(config, plan)
+    manifest = find_data_set(config, plan.teacher).manifest
     batches = read_batches(
         ShardReader(open_storage(config.storage.root), plan.folder, manifest),
         seed=0, first_sample=0, batch_size=manifest.num_samples, rank=0, world_size=1,

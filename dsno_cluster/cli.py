@@ -23,7 +23,17 @@ from types import FrameType
 from typing import NoReturn
 
 from dsno_cluster import __version__
-from dsno_cluster.commands import evaluation, models, options, pipeline, report, runs, training, trajectories
+from dsno_cluster.commands import (
+    evaluation,
+    exchange,
+    models,
+    options,
+    pipeline,
+    report,
+    runs,
+    training,
+    trajectories,
+)
 from dsno_cluster.commands.arguments import DEFAULT_CONFIG, Arguments, Unwatched
 from dsno_cluster.errors import UserError, WorkError, closest
 from dsno_cluster.stages import EVAL, GEN_TRAJECTORIES, TRAIN
@@ -137,6 +147,20 @@ COMMANDS = {
         "DATA_SET [key=value ...]",
         "dsno-cluster inspect configs/digits.yaml --out trajectories.png",
         [options.inspecting],
+    ),
+    "export": Command(
+        exchange.export_trajectories,
+        "write a data set as files that other trainers read: WebDataset tars, LMDB, numpy arrays",
+        "DATA_SET [key=value ...]",
+        "dsno-cluster export configs/digits.yaml --format webdataset --out digits-paths",
+        [options.exporting],
+    ),
+    "import-trajectories": Command(
+        exchange.import_trajectories,
+        "turn trajectories that somebody else made into shards that students train on",
+        "SOURCE",
+        "dsno-cluster import-trajectories digits-paths --out runs",
+        [options.importing_trajectories],
     ),
     "import-weights": Command(
         models.import_model,

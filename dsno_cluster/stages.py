@@ -58,28 +58,28 @@ def _generate(
 
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
-    from dsno_cluster.training.beginning import find_trajectories
+    from dsno_cluster.training.beginning import find_data_set, find_training_teacher
     from dsno_cluster.training.checkpoint import check_published, newest_step
     from dsno_cluster.training.ownership import check_students, students_claim
-    from dsno_cluster.trajectories.plan import check_reachable, make_plan
+    from dsno_cluster.trajectories.plan import check_reachable
 
     _check_ranks(config, processes)
-    plan = make_plan(config)
-    find_trajectories(config, plan)
+    teacher = find_training_teacher(config)
+    data = find_data_set(config, teacher)
     if config.training.online:  # it has not read the storage yet
-        check_reachable(config, plan.folder)
+        check_reachable(config, data.folder)
     newest = newest_step(config)
-    check_published(config, (plan.folder, *plan.other_folders))
+    check_published(config, data.folders)
     check_students(students_claim(config), newest)
     begun = newest or 0
     if begun >= config.training.steps:
         done = f"nothing to do: {config.name} has already reached step {begun}; for a new training run choose another name="
-        return Checked(done, plan.teacher)
+        return Checked(done, teacher)
     would = (
         f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
-        f"{shown_path(config.storage.root)}/{plan.folder} in {processes} process(es) on this machine"
+        f"{shown_path(config.storage.root)}/{data.folder} in {processes} process(es) on this machine"
     )
-    return Checked(would, plan.teacher)
+    return Checked(would, teacher)
 
 
 def _check_training_ahead(config: Config, ranks: int) -> None:
@@ -195,15 +195,16 @@ STAGES: tuple[Stage[Any], ...] = (GEN_TRAJECTORIES, TRAIN, EVAL)
 
 
 def stages_of(config: Config) -> tuple[Stage[Any], ...]:
-    """The stages of a config's whole path: online training makes the trajectories itself."""
-    return STAGES[1:] if config.training.online else STAGES
+    """The stages of a config's whole path: online training makes the trajectories itself, and others were imported."""
+    return STAGES[1:] if config.training.online or config.trajectories.imported is not None else STAGES
 
 
 def describe_path(config: Config) -> str:
     """A description of the whole path, in one line."""
     made = ", made while training" if config.training.online else ""
+    whose = "imported trajectories" if config.trajectories.imported else f"trajectories of the teacher{made}"
     return (
-        f"{config.trajectories.num_samples} trajectories of the teacher{made}, {config.training.steps} training steps, "
+        f"{config.trajectories.num_samples} {whose}, {config.training.steps} training steps, "
         f"{config.evaluation.num_samples} evaluated samples; results below {shown_path(config.storage.root)}"
     )
 

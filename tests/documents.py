@@ -30,6 +30,10 @@ TOOLS = (
 EXCUSED = {
     "source .venv/bin/activate": "the shell's own; `make setup` makes that environment, and tests run in one",
     "dsno-cluster eval mine.yaml": "needs Inception's weights, which are not at hand; test_metrics.py has random ones",
+    "dsno-cluster import-trajectories SOURCE --out runs --scale flow --timesteps 0.999,0.937,0.833,0.624": "needs "
+    "trajectories of another trainer; test_foreign_trajectories.py writes some",
+    "dsno-cluster train configs/digits.yaml trajectories.imported=NAME_OF_IMPORT teacher.path=null student.warm_start=false "
+    "training.heldout_every=null": "needs the name that the import printed; test_imported_training.py trains so",
     "module load": "what a cluster may have; ours has none",
     "module load slurm": "what a cluster may have; ours has none",
     "aws sts get-caller-identity": "the AWS command line, which the package does not need; there is no AWS here",
@@ -43,7 +47,7 @@ SMALL = [
     "teacher_training.checkpoint_every=3",
 ]
 TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher", "report")
-MAY_TAKE_A_CONFIG = ("verify", "inspect", "sample")
+MAY_TAKE_A_CONFIG = ("verify", "inspect", "sample", "export")
 PUBLISHED = DATA / "published"
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+FORMATS = ("webdataset", "lmdb", "npz")  # of exchanged trajectories
+SCALES = ("vp", "edm", "flow")
+DTYPES = ("float16", "float32")
+
 
 def launching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -182,6 +186,65 @@ def importing(parser: argparse.ArgumentParser) -> None:
     endpoint(parser)
 
 
+def exporting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="webdataset: tars for NVlabs/FastGen; lmdb: for CausVid and Self-Forcing; npz: numpy arrays",
+    )
+    parser.add_argument("--out", required=True, metavar="URL", help="the folder or s3:// address to write to")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="vp",
+        help="scale of the states: vp: cos(t) x0 + sin(t) eps; edm: x0 + sigma eps; flow: (1 - t) x0 + t eps (default: vp)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of states and noise (default: float32; lmdb: float16)"
+    )
+    parser.add_argument(
+        "--samples-per-part",
+        type=_positive,
+        metavar="N",
+        help="samples in a file (default: those of a shard)",
+    )
+    endpoint(parser)
+
+
+def importing_trajectories(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="ROOT",
+        help="storage.root of your config: shards go below trajectories/",
+    )
+    parser.add_argument("--format", choices=FORMATS, help="format of the parts (default: found)")
+    parser.add_argument("--scale", choices=SCALES, help="scale of the states (default: that of index.json)")
+    parser.add_argument(
+        "--timesteps",
+        type=_numbers,
+        metavar="T,T,...",
+        help="times of a path's states in that scale, the noise's first (default: path_timesteps of index.json)",
+    )
+    parser.add_argument(
+        "--noise-scale",
+        type=_above_0,
+        metavar="X",
+        help="what unit noise was multiplied with (default: edm: the first time; others: 1)",
+    )
+    parser.add_argument(
+        "--classes", type=_positive, metavar="N", help="number of classes, if the parts do not say it"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the stored states (default: that of the parts)"
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=_positive, metavar="N", help="trajectories in each file (default: 500)"
+    )
+    endpoint(parser)
+
+
 def endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint")
 
@@ -207,10 +270,7 @@ def _natural(text: str) -> int:
 def _share(text: str) -> float:
     from dsno_cluster.config.profile import is_share
 
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not is_share(value):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a part of a GPU, such as 0.25, nor a whole number of them"
@@ -218,11 +278,30 @@ def _share(text: str) -> float:
     return value
 
 
-def _tolerance(text: str) -> float:
+def _numbers(text: str) -> tuple[float, ...]:
     try:
-        value = float(text)
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
-        value = 0.0
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
+
+
+def _above_0(text: str) -> float:
+    value = _number(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _number(text: str) -> float:
+    """The number in a text; 0 if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _tolerance(text: str) -> float:
+    value = _number(text)
     if not 0.0 < value < 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 1e-3")
     return value

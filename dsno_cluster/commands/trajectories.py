@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dsno_cluster.config import Config
 
 PROBES = 32  # samples on which a plan measures
-_DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.json"
+DATA_SET = "DATA_SET: its config, its folder or s3:// address, or its manifest.json"
 
 
 def gen_trajectories(arguments: Arguments) -> None:
@@ -90,7 +90,7 @@ def plan_trajectories(arguments: Arguments) -> None:
 
 
 def verify_trajectories(arguments: Arguments) -> None:
-    address, endpoint_url = arguments.address(_DATA_SET, _data_set)
+    address, endpoint_url = arguments.address(DATA_SET, data_set_address)
     from dsno_cluster.trajectories.shards import REPAIR
     from dsno_cluster.trajectories.verify import verify
 
@@ -107,7 +107,7 @@ def verify_trajectories(arguments: Arguments) -> None:
 
 def inspect_trajectories(arguments: Arguments) -> None:
     options = arguments.options
-    address, endpoint_url = arguments.address(_DATA_SET, _data_set)
+    address, endpoint_url = arguments.address(DATA_SET, data_set_address)
     if options.out is not None and not options.out.endswith(".png"):
         raise UserError(f"--out {options.out}: must end in .png")
     from dsno_cluster.trajectories.inspect import describe, inspect, rows
@@ -124,8 +124,11 @@ def inspect_trajectories(arguments: Arguments) -> None:
         print(f"picture: {options.out}")
 
 
-def _data_set(config: Config) -> str:
+def data_set_address(config: Config) -> str:
     """The address of a config's data set."""
     from dsno_cluster.trajectories.plan import make_plan
+    from dsno_cluster.trajectories.spec import imported_folder
 
-    return f"{config.storage.root.rstrip('/')}/{make_plan(config).folder}"
+    imported = config.trajectories.imported
+    folder = imported_folder(imported) if imported else make_plan(config).folder
+    return f"{config.storage.root.rstrip('/')}/{folder}"

@@ -124,6 +124,10 @@ class Config(Strict):
             raise ValueError(
                 "trajectories.guidance_scale other than 1 needs a teacher with network.null_class"
             )
+        if self.training.online and self.trajectories.imported is not None:
+            raise ValueError(
+                "training.online makes trajectories: set it to false, or trajectories.imported to null"
+            )
         if self.training.online and self.reader.shuffle != "none":
             raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
         ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size

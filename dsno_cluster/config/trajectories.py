@@ -55,6 +55,12 @@ class Trajectories(Strict):
         False, description="whether the teacher's predictions of the image are clamped to [-1, 1]"
     )
 
+    imported: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = Field(
+        None,
+        description="name of a data set below trajectories/ that `import-trajectories` made (16 digits); training reads it, and "
+        "no teacher is needed for that. times must be its times. null: the teacher's trajectories",
+    )
+
     @property
     def time_points(self) -> tuple[float, ...]:
         """The times of the stored states, descending, (M,)."""
@@ -80,7 +86,7 @@ class Trajectories(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Trajectories:
-        if self.num_samples % self.samples_per_shard:
+        if self.num_samples % self.samples_per_shard and self.imported is None:
             raise ValueError(
                 f"num_samples {self.num_samples} is not a multiple of {self.samples_per_shard} samples_per_shard"
             )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dsno_cluster.cluster.runs import Run, all_runs
 from dsno_cluster.config import Config
+from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import history_key
 from dsno_cluster.evaluation.records import History, HistoryRow, Layout, Metrics, read_file
@@ -18,6 +19,7 @@ from dsno_cluster.records import Record, Values
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, trajectory_spec
+from dsno_cluster.trajectories.spec import TrajectorySpec, imported_folder
 
 PICTURES = ("teacher.png", "student.png", "strips.png")
 
@@ -55,6 +57,11 @@ class RunFiles:
     pictures: dict[str, str]
     runs: list[Run]
     places: dict[str, str]
+
+    @property
+    def imported(self) -> bool:
+        """Whether the trajectories were made elsewhere, so that nobody knows what they cost."""
+        return self.config.trajectories.imported is not None
 
     @property
     def layout(self) -> Layout | None:
@@ -99,11 +106,17 @@ def read_run_files(config: Config) -> RunFiles:
         student=student,
         trained_with=_config_at(address, config.storage.endpoint_url),
         manifest=manifest,
-        size=size_of(config, trajectory_spec(manifest, places["metrics"]).method if manifest else None),
+        size=size_of(config, _method(manifest, places["metrics"]) if manifest else None),
         pictures={name: uri for name in PICTURES if (uri := _picture(storage, folder + name))},
         runs=_runs_of(config),
         places=places,
     )
+
+
+def _method(manifest: Manifest, where: str) -> Method | None:
+    """How the trajectories were solved; None for imported ones."""
+    spec = trajectory_spec(manifest, where)
+    return spec.method if isinstance(spec, TrajectorySpec) else None
 
 
 def best_row(history: History) -> HistoryRow:
@@ -153,7 +166,8 @@ def _config_at(address: str, endpoint_url: str | None) -> Values:
 
 def _find_manifest(config: Config, storage: Storage, student: ModelMeta | None) -> Manifest | None:
     """The manifest of the student's trajectories, or else of those that the config plans."""
-    folder = student.trajectories if student else None
+    imported = config.trajectories.imported
+    folder = student.trajectories if student else imported_folder(imported) if imported else None
     if folder is None:
         try:
             folder = make_plan(config).folder

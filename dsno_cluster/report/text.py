@@ -47,7 +47,12 @@ def introduction(files: RunFiles) -> str:
     if step is not None:
         text += f", trained to step {step:,} of {_trained(files, 'steps'):,}"
     samples = files.manifest.num_samples if files.manifest else config.trajectories.num_samples
-    text += f" on {samples:,} trajectories of {files.size.evaluations_per_sample} evaluations each."
+    made = (
+        "imported from elsewhere"
+        if files.imported
+        else f"of {files.size.evaluations_per_sample} evaluations each"
+    )
+    text += f" on {samples:,} trajectories {made}."
     evaluated = files.metrics.checkpoint.step if files.metrics else None
     if evaluated is not None:
         text += f" Evaluated at step {evaluated:,}."
@@ -128,7 +133,9 @@ def cost_of(files: RunFiles) -> Facts:
         ),
         (
             "Evaluations of the teacher",
-            f"{size.evaluations_per_sample:,} each, {count * size.evaluations_per_sample:,} in all",
+            "not known: the trajectories were imported"
+            if files.imported
+            else f"{size.evaluations_per_sample:,} each, {count * size.evaluations_per_sample:,} in all",
         ),
     ]
     if manifest:

@@ -126,6 +126,11 @@ def find_teacher(config: Config) -> ConfiguredTeacher:
     steps are not those of the config, or its own steps are for another solver.
     """
     path = config.teacher.path
+    if path is None and config.trajectories.imported is not None:
+        raise NoTeacher(
+            "teacher.path: none is set, as imported trajectories need none; name the model that made them to compare the student "
+            "with it, or measure images by themselves: `dsno-cluster sample --shards URL`, `dsno-cluster eval --samples URL`"
+        )
     if path is None:
         raise NoTeacher(f"teacher.path: none is set; {_HOW}")
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsno_cluster.config import Config
+from dsno_cluster.diffusion.schedule import same_times
+from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO, Form
@@ -16,9 +18,10 @@ from dsno_cluster.training import checkpoint
 from dsno_cluster.training.checkpoint import CheckpointState
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.training.ownership import hold_students, students_claim
-from dsno_cluster.trajectories.plan import Plan, make_plan
+from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import open_trajectories
-from dsno_cluster.trajectories.shards import Manifest
+from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
+from dsno_cluster.trajectories.spec import AnySpec, imported_folder
 
 
 @dataclass(frozen=True)
@@ -39,33 +42,90 @@ class Beginning:
         return 0 if self.state is None else self.state.step
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """The data set to train on: its folder below storage.root, what other versions call it, and its manifest."""
+
+    folder: str
+    other_folders: tuple[str, ...]
+    manifest: Manifest
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.folder, *self.other_folders)
+
+
+def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
+    """The config's teacher; None if it names none and its trajectories were imported, as training then needs none.
+
+    Raises UserError as `find_teacher` does, and for settings that need a teacher that is not named.
+    """
+    if config.trajectories.imported is None or config.teacher.path is not None:
+        return find_teacher(config)
+    needing = {
+        "training.heldout_every": (config.training.heldout_every is not None, "null"),
+        "student.warm_start": (config.student.warm_start, "false"),
+        "student.backbone": (config.student.backbone != "unet", "unet"),
+    }
+    for key, (needed, otherwise) in needing.items():
+        if needed:
+            raise UserError(
+                f"{key}: needs a teacher, and imported trajectories came with none; set {key}={otherwise}, or name in "
+                "teacher.path the model that made them"
+            )
+    return None
+
+
 def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginning:
-    """Where a run of this config begins.
+    """Where a run of this config begins; `teacher` is that of `find_training_teacher`.
 
     From then on the config's name belongs to this run. Raises UserError if there are no finished trajectories, if the
     teacher does not fit, and if students or checkpoints of the name belong to another run; WorkError if the newest
     checkpoint cannot be read.
     """
-    assert teacher is not None  # on rank 0
-    plan = make_plan(config, teacher)
-    manifest = find_trajectories(config, plan)
-    same = (plan.folder, *plan.other_folders)
-    checkpoint.check_published(config, same)
+    data = find_data_set(config, teacher)
+    checkpoint.check_published(config, data.folders)
     newest = checkpoint.newest_step(config)
-    state = None if newest is None else checkpoint.read_state(config, newest, same)
-    hold_students(students_claim(config, plan.folder), newest)
-    return Beginning(plan.folder, manifest, teacher.backbone(), state)
+    state = None if newest is None else checkpoint.read_state(config, newest, data.folders)
+    hold_students(students_claim(config, data.folder), newest)
+    return Beginning(data.folder, data.manifest, teacher.backbone() if teacher else None, state)
 
 
-def find_trajectories(config: Config, plan: Plan) -> Manifest:
-    """The manifest of the plan's finished trajectories, or of those that online training will make.
+def find_data_set(config: Config, teacher: ConfiguredTeacher | None) -> DataSet:
+    """The finished trajectories of a config, or those that online training will make.
 
-    Raises UserError if there are none.
+    Raises UserError if there are none, and if imported ones are not those that the config describes.
     """
-    if config.training.online:
-        return planned_manifest(plan)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    return open_trajectories(storage, plan.folder, config.trajectories.num_samples)
+    wanted = config.trajectories.num_samples
+    if config.trajectories.imported is not None:
+        folder = imported_folder(config.trajectories.imported)
+        manifest = open_trajectories(storage, folder, wanted)
+        _check_imported(config, trajectory_spec(manifest, f"{storage.url}/{folder}"))
+        return DataSet(folder, (), manifest)
+    plan = make_plan(config, teacher)
+    if config.training.online:
+        manifest = planned_manifest(plan)
+    else:
+        manifest = open_trajectories(storage, plan.folder, wanted)
+    return DataSet(plan.folder, plan.other_folders, manifest)
+
+
+def _check_imported(config: Config, spec: AnySpec) -> None:
+    """Raises UserError unless imported trajectories have the config's times, shape and classes."""
+    name, times = config.trajectories.imported, config.trajectories.time_points
+    if not same_times(times, spec.times):
+        raise UserError(
+            f"trajectories.times: {list(times)}, those of the imported {name} are {list(spec.times)}"
+        )
+    if config.network.state_shape != spec.shape:
+        raise UserError(
+            f"network: images of {config.network.state_shape}, those of the imported {name} are {spec.shape}"
+        )
+    if config.network.num_classes != spec.labels.num_classes:
+        raise UserError(
+            f"network.num_classes: {config.network.num_classes}, the imported {name} has {spec.labels.num_classes}"
+        )
 
 
 def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:
@@ -82,8 +142,8 @@ def new_student(config: Config, teacher: ConfiguredTeacher | None = None) -> DSN
     `teacher` is found unless it is given. Raises UserError if the teacher's shapes are not the config's, or no
     student can start from its network.
     """
-    teacher = teacher or find_teacher(config)
-    student = make_student(config, teacher.backbone())
-    if config.student.warm_start:
+    teacher = teacher or find_training_teacher(config)
+    student = make_student(config, teacher.backbone() if teacher else None)
+    if config.student.warm_start and teacher is not None:
         student.warm_start(teacher.warm_start())
     return student

@@ -17,12 +17,12 @@ from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import ConfiguredTeacher
 from dsno_cluster.training.metrics_log import metrics_file
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
-from dsno_cluster.trajectories.spec import solve_samples
+from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples, spec_of
 from dsno_cluster.weight_files import NotWeights, parse_safetensors
 
 
 class HeldOut:
-    """Compares a student's trajectories from held-out noise with the teacher's, and draws its images.
+    """Compares a student's trajectories from held-out noise with the teacher's, and draws its images, which needs no teacher.
 
     `student` is modified: it takes the weights that are measured. The teacher's trajectories from the noise
     of `evaluation.seed` are solved once and kept beside metrics.jsonl.
@@ -31,7 +31,7 @@ class HeldOut:
     def __init__(
         self,
         config: Config,
-        teacher: ConfiguredTeacher,
+        teacher: ConfiguredTeacher | None,
         student: DSNO,
         manifest: Manifest,
         device: torch.device,
@@ -44,6 +44,7 @@ class HeldOut:
         self.labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
         self.target = None
         if config.training.heldout_every is not None:
+            assert teacher is not None  # on rank 0; without one nothing is compared
             self.target = heldout_states(config, teacher, manifest, device)
 
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -61,12 +62,19 @@ class HeldOut:
         return grid_png(images, columns=max(1, round(len(images) ** 0.5))), images
 
 
+def _solved(config: Config, teacher: ConfiguredTeacher, manifest: Manifest) -> TrajectorySpec:
+    """How held-out trajectories are solved: as the data set's or, if that was imported, as the config says."""
+    spec = trajectory_spec(manifest, "the data set")
+    return spec if isinstance(spec, TrajectorySpec) else spec_of(config, teacher)
+
+
 def heldout_states(
     config: Config, teacher: ConfiguredTeacher, manifest: Manifest, device: torch.device
 ) -> Tensor:
     """The teacher's states for the held-out noises, (N, M, C, H, W) float32, from their file or solved now."""
     count, seed = config.training.heldout_samples, config.evaluation.seed
-    key = canonical_hash({"spec": manifest.spec, "seed": seed, "samples": count})
+    spec = _solved(config, teacher, manifest)
+    key = canonical_hash({"spec": spec.model_dump(mode="json"), "seed": seed, "samples": count})
     folder = FolderStorage(metrics_file(config).parent)
     name = f"heldout-{key}.safetensors"
     if folder.stat(name) is not None:
@@ -76,7 +84,7 @@ def heldout_states(
             console.say(f"note: {error}; it is made again")
     console.say(f"solving {count} held-out trajectories with the teacher")
     # too few samples for the minutes of compiling
-    network, spec = teacher.load(compile=False).to(device), trajectory_spec(manifest, "the data set")
+    network = teacher.load(compile=False).to(device)
     parts = []
     for start in range(0, count, config.trajectories.batch_size):
         indices = range(start, min(start + config.trajectories.batch_size, count))

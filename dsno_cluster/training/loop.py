@@ -21,9 +21,15 @@ from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import step_name
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
-from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
+from dsno_cluster.teachers import ConfiguredTeacher
 from dsno_cluster.training import checkpoint
-from dsno_cluster.training.beginning import Beginning, find_beginning, make_student, new_student
+from dsno_cluster.training.beginning import (
+    Beginning,
+    find_beginning,
+    find_training_teacher,
+    make_student,
+    new_student,
+)
 from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_state, whole_shape
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
 from dsno_cluster.training.engine import EMA, make_engine
@@ -64,7 +70,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         ranks = resources.enter_context(joined_ranks(config))
         on_rank_0(ranks, lambda: resources.enter_context(only_run(checkpoint.resume_dir(config))))
         # only rank 0 ever reads it
-        known = on_rank_0(ranks, lambda: teacher or find_teacher(config))
+        known = on_rank_0(ranks, lambda: teacher or find_training_teacher(config))
         beginning = from_rank_0(ranks, lambda: find_beginning(config, known))
         start, main = beginning.step, ranks.rank == 0
         if start >= settings.steps:
@@ -156,7 +162,6 @@ def _held_out(
 ) -> HeldOut | None:
     if config.training.heldout_every is None and config.training.picture_every is None:
         return None
-    assert teacher is not None  # on rank 0
     return HeldOut(config, teacher, copy.deepcopy(student), beginning.manifest, ranks.device)
 
 

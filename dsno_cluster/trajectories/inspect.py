@@ -14,7 +14,7 @@ from dsno_cluster.provenance import Environment
 from dsno_cluster.records import Record
 from dsno_cluster.storage import write_file
 from dsno_cluster.trajectories.shards import Shard, open_data_set, read_shard, trajectory_spec
-from dsno_cluster.trajectories.spec import TrajectorySpec
+from dsno_cluster.trajectories.spec import AnySpec, TrajectorySpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Inspection(Record):
     samples: int
     shards: int
     bytes: int
-    spec: TrajectorySpec
+    spec: AnySpec
     environment: Environment
     samples_read: int
     by_time: tuple[StatesAtTime, ...]
@@ -101,20 +101,32 @@ def inspect(
 def describe(found: Inspection) -> str:
     """What `inspect` found, as lines for people."""
     spec, versions = found.spec, found.environment.versions
-    identity = spec.teacher.model_dump(mode="json")
-    teacher = {key: value for key, value in identity.items() if not isinstance(value, dict)}
     shape = "x".join(map(str, spec.shape))
     lines = [
         f"{found.samples:,} trajectories of {shape} at t = {', '.join(map(str, spec.times))}, {spec.dtype}",
         f"{found.shards:,} shards, {found.bytes:,} bytes, made on {found.environment.device} "
         f"with torch {versions.get('torch')}",
-        f"solver {spec.solver}, {spec.steps} steps, guidance {spec.guidance_scale}, seed {spec.seed}",
-        f"teacher {json.dumps(teacher)}",
+        *_made_how(spec),
     ]
     if found.classes is not None:
         counts = found.classes
         lines.append(f"{len(counts)} classes, {min(counts)} to {max(counts)} samples each among those read")
     return "\n".join(lines)
+
+
+def _made_how(spec: AnySpec) -> list[str]:
+    if isinstance(spec, TrajectorySpec):
+        identity = spec.teacher.model_dump(mode="json")
+        teacher = {key: value for key, value in identity.items() if not isinstance(value, dict)}
+        return [
+            f"solver {spec.solver}, {spec.steps} steps, guidance {spec.guidance_scale}, seed {spec.seed}",
+            f"teacher {json.dumps(teacher)}",
+        ]
+    source = spec.source
+    return [
+        f"imported from {source.format} parts of sha256 {source.sha256}, scale {source.scale}, noise stored",
+        f"their times {', '.join(f'{t:g}' for t in source.timesteps)}, and 0",
+    ]
 
 
 def rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
@@ -130,7 +142,7 @@ def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
     return [shards[i] for i in sorted(set(picks.tolist()))]
 
 
-def _reduce(spec: TrajectorySpec, tensors: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray | None]:
+def _reduce(spec: AnySpec, tensors: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray | None]:
     """Sum, sum of squares, minimum and maximum of a shard's states by time, (4, M) float64.
 
     And its class counts.
@@ -145,14 +157,17 @@ def _reduce(spec: TrajectorySpec, tensors: dict[str, Tensor]) -> tuple[np.ndarra
     return np.array(sums).T, counts
 
 
-def _draw(spec: TrajectorySpec, tensors: dict[str, Tensor], path: str, endpoint_url: str | None) -> None:
+def _draw(spec: AnySpec, tensors: dict[str, Tensor], path: str, endpoint_url: str | None) -> None:
     import torch
 
     from dsno_cluster.diffusion.noise import sample_noise
     from dsno_cluster.images import grid_png
 
     states_NMCHW = tensors["states"][:, :PICTURED].transpose(0, 1).float()
-    noise_NCHW = sample_noise(spec.seed, range(len(states_NMCHW)), spec.shape)
+    if isinstance(spec, TrajectorySpec):
+        noise_NCHW = sample_noise(spec.seed, range(len(states_NMCHW)), spec.shape)
+    else:
+        noise_NCHW = tensors["noise"][:PICTURED]
     columns = torch.cat([noise_NCHW[:, None], states_NMCHW], dim=1)
     data = grid_png(columns.flatten(0, 1), columns.shape[1])
     write_file(path, data, endpoint_url)

@@ -104,7 +104,15 @@ def size_of(config: Config, method: Method | None = None) -> Size:
 
 
 def make_plan(config: Config, teacher: ConfiguredTeacher | None = None) -> Plan:
-    """The plan of a config; its `teacher` is found unless given. Raises UserError as `find_teacher` does."""
+    """The plan of a config; its `teacher` is found unless given.
+
+    Raises UserError for a config with imported trajectories, and as `find_teacher` does.
+    """
+    if config.trajectories.imported is not None:
+        raise UserError(
+            f"trajectories.imported: {config.trajectories.imported}: nothing is to be made for this config, whose "
+            "trajectories were imported; `train` reads them"
+        )
     teacher = teacher or find_teacher(config)
     notes = list(teacher.info.notes)
     if teacher.info.clips and not config.trajectories.clip_denoised:

@@ -39,6 +39,7 @@ from dsno_cluster.trajectories.shards import (
     read_shard_bytes,
     trajectory_spec,
 )
+from dsno_cluster.trajectories.spec import AnySpec, TrajectorySpec
 
 Arrays = dict[str, np.ndarray]
 
@@ -76,14 +77,20 @@ def open_trajectories(storage: Storage, folder: str, num_samples: int) -> Manife
             f"{storage.url}/{folder}: has {manifest.num_samples} trajectories, trajectories.num_samples is {num_samples}; "
             "run `dsno-cluster gen-trajectories` to add the others"
         )
-    spec = trajectory_spec(manifest, f"{storage.url}/{folder}")
-    if noise_checksum(spec.seed, spec.shape) != spec.noise.first_sample_sha256:
-        raise UserError(
-            f"{storage.url}/{folder}: this machine's numpy gives other noise for the same seed ({spec.noise.generator}); "
-            "use the numpy version of the manifest's environment"
-        )
+    check_noise(trajectory_spec(manifest, f"{storage.url}/{folder}"), f"{storage.url}/{folder}")
     shards = tuple(shard for shard in manifest.shards if shard.start < num_samples)
     return manifest.model_copy(update={"shards": shards, "num_samples": shards[-1].stop})
+
+
+def check_noise(spec: AnySpec, where: str) -> None:
+    """Raises UserError, naming `where`, if this machine cannot regenerate a data set's noise."""
+    if not isinstance(spec, TrajectorySpec):
+        return  # it is stored
+    if noise_checksum(spec.seed, spec.shape) != spec.noise.first_sample_sha256:
+        raise UserError(
+            f"{where}: this machine's numpy gives other noise for the same seed ({spec.noise.generator}); "
+            "use the numpy version of the manifest's environment"
+        )
 
 
 def epoch_order(
@@ -166,10 +173,19 @@ class ShardReader:
         self.checked: set[int] = set()
 
     def batch(self, indices: np.ndarray) -> Batch:
-        spec = self.spec
         states, labels = self.samples(indices)
-        noise = sample_noise(spec.seed, map(int, indices), spec.shape)
-        return Batch(indices, noise, states.float(), labels)
+        return Batch(indices, self.noise(indices), states.float(), labels)
+
+    def noise(self, indices: np.ndarray) -> Tensor:
+        """Starting noise (N, C, H, W) float32: that of the seed or, for imported trajectories, the stored one."""
+        if isinstance(self.spec, TrajectorySpec):
+            return sample_noise(self.spec.seed, map(int, indices), self.spec.shape)
+        noise = np.empty((len(indices), *self.spec.shape), np.float32)
+        numbers, rows = np.divmod(indices, self.per_shard)
+        for number in np.unique(numbers):
+            where = np.flatnonzero(numbers == number)
+            noise[where] = self._shard(int(number))["noise"][rows[where]]
+        return torch.from_numpy(noise)
 
     def samples(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """States (N, M, C, H, W) in the stored dtype, and labels (N,) if there are classes."""

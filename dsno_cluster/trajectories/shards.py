@@ -3,9 +3,9 @@
 A data set is a folder of `shard-000000.safetensors ...` and a `manifest.json` that is written last: if it
 exists, everything that it names exists and is right. Tensor `states` is (M, N, C, H, W), time-major, so that
 a reader of some time points reads only those; sample shards hold `images` uint8 (N, C, H, W). If there are
-classes, shards also have `labels` (N,). The file's header carries `tensors_sha256` over the first sample's
-number and the tensors, which distinguishes a shard that no manifest names yet from a damaged or misplaced
-one.
+classes, shards also have `labels` (N,). Imported trajectories also have their `noise` (N, C, H, W). The file's
+header carries `tensors_sha256` over the first sample's number and the tensors, which distinguishes a shard that
+no manifest names yet from a damaged or misplaced one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import Environment
 from dsno_cluster.records import Record, canonical_hash, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage, open_storage
-from dsno_cluster.trajectories.spec import TrajectorySpec, read_spec
+from dsno_cluster.trajectories.spec import AnySpec, ImportedSpec, read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,8 +81,8 @@ def make_manifest(spec: Named, shards: Sequence[Shard], environment: Environment
     )
 
 
-def trajectory_spec(manifest: Manifest, where: str) -> TrajectorySpec:
-    """The spec of a data set of trajectories.
+def trajectory_spec(manifest: Manifest, where: str) -> AnySpec:
+    """The spec of a data set of trajectories, made here or imported.
 
     Raises UserError for one of samples, and as `read_spec` does.
     """
@@ -135,10 +135,14 @@ def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def shard_tensors(spec: TrajectorySpec) -> dict[str, tuple[str, list[int]]]:
-    """Names, dtypes and shapes of the tensors of a trajectory shard."""
-    count = spec.samples_per_shard
-    tensors = {"states": (spec.dtype, [len(spec.times), count, *spec.shape])}
+def shard_tensors(spec: AnySpec, count: int | None = None) -> dict[str, tuple[str, list[int]]]:
+    """Names, dtypes and shapes of the tensors of a trajectory shard of `count` samples (default: the spec's number)."""
+    count = count or spec.samples_per_shard
+    tensors: dict[str, tuple[str, list[int]]] = {
+        "states": (spec.dtype, [len(spec.times), count, *spec.shape])
+    }
+    if isinstance(spec, ImportedSpec):
+        tensors["noise"] = ("float32", [count, *spec.shape])
     return tensors | ({"labels": ("int64", [count])} if spec.labels.num_classes else {})
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from dsno_cluster.config import Config
 from dsno_cluster.config.base import Named, PositiveInt, Precision, Seed, later
 from dsno_cluster.diffusion.noise import GENERATOR, noise_checksum
+from dsno_cluster.diffusion.scales import ScaleName
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.records import canonical_hash, first_mistake
@@ -99,6 +100,65 @@ class TrajectorySpec(Named):
         return f"trajectories/{self.hash}/"
 
 
+ExchangeFormat = Literal["webdataset", "lmdb", "npz"]
+
+
+class ImportedFrom(Named):
+    """Where imported trajectories come from: the format, and the sha256 that their index or list of files has.
+
+    `timesteps` are those of the states that were read, in the time of `scale`, from that of the noise down. The noise was
+    divided by `noise_scale`.
+    """
+
+    kind: Literal["imported"] = "imported"
+    format: ExchangeFormat
+    sha256: str
+    scale: ScaleName
+    timesteps: tuple[float, ...]
+    noise_scale: float
+
+
+class ImportedLabels(Named):
+    """Labels that came with imported trajectories; 0 classes: none."""
+
+    rule: Literal["stored"] = "stored"
+    num_classes: int
+
+
+class ImportedSpec(Named):
+    """A data set of trajectories that somebody else made: nothing in it can be computed again.
+
+    The shards hold its noise, which no seed gives. `times` (M,) descend to 0 and are cosine times, `shape` is (C, H, W).
+    """
+
+    format_version: int
+    source: ImportedFrom
+    times: tuple[float, ...]
+    labels: ImportedLabels
+    shape: tuple[int, int, int]
+    dtype: Literal["float16", "float32"]
+    samples_per_shard: PositiveInt
+    noise: Literal["stored"] = "stored"
+
+    @property
+    def hash(self) -> str:
+        """The name of the data set: the canonical hash of the spec's dump."""
+        return canonical_hash(self.model_dump(mode="json"))
+
+    @property
+    def folder(self) -> str:
+        """The key prefix of the data set below the storage root."""
+        return imported_folder(self.hash)
+
+
+AnySpec = TrajectorySpec | ImportedSpec
+
+
+def imported_folder(spec_hash: str) -> str:
+    """The key prefix of an imported data set below the storage root."""
+    return f"trajectories/{spec_hash}/"
+
+
 def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
     """The spec of a config's data set."""
     settings, network, method = config.trajectories, config.network, teacher.method
@@ -141,10 +201,11 @@ def former_specs(spec: TrajectorySpec, teacher: ConfiguredTeacher) -> tuple[Traj
     return tuple(one for one in found if one != spec)
 
 
-def read_spec(content: object, where: str) -> TrajectorySpec:
+def read_spec(content: object, where: str) -> AnySpec:
     """The spec in a file's plain values. Raises UserError, naming `where`, if this version cannot read it."""
+    imported = isinstance(content, dict) and "source" in content
     try:
-        return TrajectorySpec.model_validate_json(json.dumps(content))
+        return (ImportedSpec if imported else TrajectorySpec).model_validate_json(json.dumps(content))
     except ValidationError as error:
         raise UserError(f"{where}: a spec that this version does not read: {first_mistake(error)}") from None
 

@@ -1,4 +1,4 @@
-"""verify: checks every byte of a data set against its manifest."""
+"""verify: checks every byte of a data set against its manifest, or of an export of one against its index."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from typing import Any
 
 from dsno_cluster import console
+from dsno_cluster.storage import open_storage
+from dsno_cluster.trajectories.exchange.export import verify_export
+from dsno_cluster.trajectories.exchange.index import INDEX, read_index
 from dsno_cluster.trajectories.shards import (
     MANIFEST,
     Manifest,
@@ -17,11 +20,14 @@ from dsno_cluster.trajectories.shards import (
 
 
 def verify(address: str, endpoint_url: str | None = None) -> dict[str, Any]:
-    """Check the data set at a folder, an S3 address or its manifest; `problems` names each bad shard.
+    """Check the data set or export at a folder, an S3 address or its manifest; `problems` names each bad shard or part.
 
     A folder may be copied and renamed, but one that is named after a spec's hash must hold that spec.
     Raises UserError if there is no manifest.
     """
+    exported = open_storage(address.removesuffix(INDEX).rstrip("/") or ".", endpoint_url)
+    if not address.endswith(MANIFEST) and (index := read_index(exported)) is not None:
+        return verify_export(exported, index)
     storage, manifest = open_data_set(address, endpoint_url)
     problems = _wrong_name(storage.url, manifest) + manifest_problems(manifest)
     with console.progress("verifying", len(manifest.shards), "shards") as advance:
