@@ -274,6 +274,10 @@ def test_a_killed_export_keeps_what_is_finished(data: Path, tmp_path: Path) -> N
     export(str(data), str(tmp_path / "whole"), ExportOptions("webdataset"))
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert "all 4 parts exist already" in answer(*words, tmp_path / "out").stderr
+    for part in [*list(before)[:1], "00002.tar", "00003.tar"]:
+        (tmp_path / "out" / part).unlink()
+    killed(*words, tmp_path / "out")
+    assert not (tmp_path / "out/index.json").exists(), "names parts that are not there"
 
 
 def test_a_killed_import_keeps_what_is_finished(data: Path, tmp_path: Path) -> None:
