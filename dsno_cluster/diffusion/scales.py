@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-from dsno_cluster.diffusion.schedule import angle
+from dsno_cluster.diffusion.schedule import angle, time_of_angle
 
 ScaleName = Literal["vp", "edm", "flow"]
 SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
@@ -56,8 +56,7 @@ def timestep_of(scale: ScaleName, t: float) -> float:
 
 def cosine_time(scale: ScaleName, timestep: float) -> float:
     """The cosine time in [0, 1] of a scale's time; the inverse of `timestep_of`, clamped at the ends."""
-    theta = _angle_of(scale, timestep)
-    return min(max((theta - angle(0.0)) / (angle(1.0) - angle(0.0)), 0.0), 1.0)
+    return time_of_angle(_angle_of(scale, timestep))
 
 
 def factor_of(scale: ScaleName, timestep: float) -> float:

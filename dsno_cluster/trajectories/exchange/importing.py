@@ -103,10 +103,11 @@ def import_trajectories(
 def config_keys(imported: Imported) -> str:
     """The keys of a config that trains on imported trajectories, as YAML to paste."""
     spec = imported.spec
-    channels, height, _ = spec.shape
+    channels, height, width = spec.shape
+    size = height if height == width else [height, width]
     times = ", ".join(map(repr, spec.times))
     return "\n".join([
-        f"network: {{image_size: {height}, channels: {channels}, num_classes: {spec.labels.num_classes}}}",
+        f"network: {{state_size: {size}, state_channels: {channels}, num_classes: {spec.labels.num_classes}}}",
         f"trajectories: {{imported: {spec.hash}, num_samples: {imported.num_samples}, times: [{times}]}}",
         "student: {warm_start: false}  # or name in teacher.path the model that made them",
         "training: {heldout_every: null}",
