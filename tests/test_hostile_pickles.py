@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from edm_files import SNAPSHOTS, snapshot_bytes
@@ -22,6 +23,7 @@ from teacher_models import one_thread as one_thread  # fixture
 
 from dsno_cluster import load_teacher
 from dsno_cluster.errors import UserError
+from dsno_cluster.persistence_pickle import read_snapshot
 
 # Python reports these to audit hooks before it does them; reading data causes none of them.
 WATCHED = (
@@ -257,12 +259,28 @@ def changed_snapshot(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
 Changed = Callable[..., bytes]
 
 
+def _as_of_latents(content: dict[str, Any]) -> None:
+    """As EDM2's encoder of latents keeps its scales, and torch some other things of a module."""
+    scales = {"scale": np.float32(0.5) / np.float32([4.17, 4.62]), "table": np.arange(6.0).reshape(2, 3)}
+    content["encoder"].state.update(
+        scales, place=torch.device("cpu"), size=torch.Size([2, 3]), names={"a", "b"}
+    )
+
+
+@pytest.mark.parametrize("name", ["edm2_cond", "ddpmpp_cond"])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_other_protocols(protocol: int, changed: Changed, tmp_path: Path) -> None:
+def test_other_protocols(protocol: int, name: str, changed: Changed, tmp_path: Path) -> None:
+    data = changed(name, _as_of_latents if name == "edm2_cond" else lambda content: None, protocol)
     if protocol == 2:  # has no bytes: Python writes them as a call of a codec
-        refused(changed("edm2_cond", lambda content: None, 2), tmp_path, "names _codecs.encode")
+        refused(data, tmp_path, "names _codecs.encode")
     else:
-        assert read(changed("edm2_cond", lambda content: None, protocol), tmp_path).shape == (3, 8, 8)
+        assert read(data, tmp_path).shape == (3, 8, 8)
+    if protocol > 3 and name == "edm2_cond":
+        state = read_snapshot(data, "here")["encoder"].state
+        assert (state["scale"].shape, state["table"].shape) == ((2,), (2, 3))
+        assert state["scale"].numbers == pytest.approx((0.5 / 4.17, 0.5 / 4.62))
+        assert state["table"].numbers == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+        assert (state["place"], state["size"], state["names"]) == ("cpu", (2, 3), {"a", "b"})
 
 
 def test_source_text_is_never_run(changed: Changed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
