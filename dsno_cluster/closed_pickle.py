@@ -255,6 +255,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("C"): lambda m: m.push(m.take(m.number("<B"))),
     ord("B"): lambda m: m.push(m.take(m.number("<I"))),
     0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+    0x96: lambda m: m.push(m.take(m.number("<Q"))),  # of a bytearray
     ord(")"): lambda m: m.push(()),
     0x85: lambda m: m.tuple_of(1),
     0x86: lambda m: m.tuple_of(2),

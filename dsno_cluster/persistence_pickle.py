@@ -140,10 +140,25 @@ class NumpyArray:
     def take_state(self, state: Any) -> None:
         match state:
             case (int(), tuple() as shape, _NumpyType() as dtype, bool(fortran), memoryview() as data):
-                if _sizes(shape) and (not fortran or len(shape) < 2) and math.prod(shape) <= len(data):
-                    self.shape, self.numbers = shape, dtype.numbers(data, math.prod(shape))
-                    return
-        raise damaged()
+                self._fill(shape, dtype, data, in_order=not fortran or len(shape) < 2)
+            case _:
+                raise damaged()
+
+    def _fill(self, shape: tuple[int, ...], dtype: _NumpyType, data: memoryview, *, in_order: bool) -> None:
+        if not _sizes(shape) or not in_order or math.prod(shape) > len(data):
+            raise damaged()
+        self.shape, self.numbers = shape, dtype.numbers(data, math.prod(shape))
+
+    @classmethod
+    def of_buffer(cls, arguments: tuple[Any, ...]) -> NumpyArray:
+        """An array as protocol 5 has it: the arguments of numpy's `_frombuffer`."""
+        array = cls()
+        match arguments:
+            case (memoryview() as data, _NumpyType() as dtype, tuple() as shape, str(order)):
+                array._fill(shape, dtype, data, in_order=order == "C" or len(shape) < 2)
+            case _:
+                raise damaged()
+        return array
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -306,7 +321,7 @@ def _read_storage(data: memoryview) -> _Storage:
 
 def _persistent_storage(identifier: Any) -> _Storage:
     match identifier:
-        case ("storage", Known(name), str(key), str(), int(count), *_) if 0 <= count < 2**63:
+        case ("storage", Known(name), str(key), str(), int(count), None) if 0 <= count < 2**63:
             dtype, item_bytes = _STORAGES[name.removeprefix("torch.")]
             return _Storage(dtype, item_bytes, key, count)
     raise damaged()
@@ -352,6 +367,7 @@ _CALLS = {
     ("numpy", "ndarray"): None,
     **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _numpy_array for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): NumpyArray.of_buffer for core in ("core", "_core")},
 }
 _KNOWN = {key: Known(".".join(key), call) for key, call in _CALLS.items()}
 _KNOWN_OF_STORAGES = {("torch", name): Known(f"torch.{name}") for name in _STORAGES}
