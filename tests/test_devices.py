@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -107,7 +108,7 @@ def joining(monkeypatch: pytest.MonkeyPatch, with_gpus: Callable[[int], None]) -
 
 
 def a_config() -> Config:
-    return load_config("configs/digits.yaml", ["training.batch_size=16"])
+    return load_config("configs/digits.yaml", ["training.batch_size=16", "training.threads=1"])
 
 
 @pytest.mark.parametrize(("gpus", "local_rank", "expected"), [(1, "3", 0), (4, "3", 3)])
@@ -248,13 +249,13 @@ def test_a_stage_gives_back_what_it_held(fails: bool, monkeypatch: pytest.Monkey
 def test_an_actor_keeps_to_its_share(
     share: float, limit: float | None, with_gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     limits: list[float] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     context = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 1.0, "GPU": share})
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
+    monkeypatch.setitem(
+        sys.modules, "ray", ray
+    )  # ours: the real one reads its settings when it is first imported
     with_gpus(1)
     crew.keep_to_share()
     assert limits == ([] if limit is None else [pytest.approx(limit)])

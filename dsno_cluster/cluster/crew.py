@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,11 +60,10 @@ def actor_count(crew: Crew, threads: int) -> str:
 
 def keep_to_share() -> None:
     """Keep this process to what Ray has assigned to it of a GPU that others use too."""
-    import ray
-
-    if not ray.is_initialized():  # an actor outside of Ray
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():  # an actor outside of Ray
         return
-    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)  # type: ignore[no-untyped-call]
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
     if share < 1.0:
         from dsno_cluster.device import limit_memory
 
