@@ -32,7 +32,7 @@ def engine_stage(config: Config, ranks: int) -> int:
 
     The loss is scaled, as float16 needs it, by the other stages.
     """
-    stage = config.training.zero_stage
+    stage: int = config.training.zero_stage
     if config.training.precision == "float16":
         return max(1, stage)
     return 0 if ranks == 1 else stage

@@ -23,6 +23,7 @@ from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.beginning import Beginning, find_beginning, make_student, new_student
+from dsno_cluster.training.choices import accelerate, decide, decide_accumulation
 from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_state, whole_shape
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
 from dsno_cluster.training.engine import EMA, make_engine
@@ -63,13 +64,18 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             if main:
                 _finish_again(config, beginning, address)
             return address
+        asked, config = config, decide(config, ranks, beginning.state)
+        settings = config.training
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
         if known is not None:
             known.forget()  # nothing below needs its weights
-        student.accelerate(precision=settings.precision, compile=settings.compile)
-        engine = make_engine(student.recompute(settings.recompute), config, ranks)
+        student.recompute(settings.recompute)
+        config = decide_accumulation(config, ranks, beginning, student)
+        settings = config.training
+        accelerate(student, config, ranks)
+        engine = make_engine(student, config, ranks)
         ema = EMA(fragments_of(engine), settings.ema_decays)
         if beginning.state is not None:
             saved = checkpoint.open_fragments(config, start)
@@ -79,7 +85,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         notes = checkpoint.begin_notes(student, config, beginning.folder, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
-        publisher = Publisher(config, beginning.folder) if main else None
+        publisher = Publisher(asked, beginning.folder) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, objective.num_figures, notes.divergence)
         pace, readback = Pace(notes.seconds), Readback(ranks)
         seen = objective.summary([0.0] * objective.num_figures, start)  # until the first step has been read
