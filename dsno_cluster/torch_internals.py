@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -45,8 +46,9 @@ def compile_network(network: nn.Module) -> None:
 
 def compile_in_place(network: nn.Module, *, graphs: bool = False) -> None:
     """Compile a module in place at its first calls, for each shape of its input; `graphs`: into CUDA graphs."""
-    # what it says of functions that remember their results is of no use to anybody who only runs them
+    # what it says of functions that remember their results, or of recomputation, is of no use to who only runs them
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     # static shapes: with a symbolic number of time points, tracing does not terminate
     network.compile(dynamic=False, options={"triton.cudagraphs": True} if graphs else None)
 
