@@ -14,6 +14,7 @@ from test_gpu_layout import DIFFUSERS, FORMS, SCHEDULER, TIMES, network
 from torch._dynamo.utils import counters
 from training_runs import link_data, train, weights, words
 
+from dsno_cluster.config import load_config
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.students.dsno import DSNO, Form
 
@@ -107,3 +108,41 @@ def test_a_training_is_captured_within_the_engine(stage: str, tiny_data: Path, t
     train(tiny_data, tmp_path / "as it is", *more)
     found, expected = weights(out), weights(tmp_path / "as it is")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_evaluation_compiles_where_it_is_asked_or_sees_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dsno_cluster.evaluation.evaluate import decided
+
+    for asked, gpu, compiled in (
+        ("auto", True, True),
+        ("auto", False, False),
+        ("true", False, True),
+        ("false", True, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        config = decided(load_config("configs/digits.yaml", [f"evaluation.compile={asked}"]))
+        assert config.evaluation.compile is compiled
+        assert ("network is compiled" in capsys.readouterr().err) is compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_graphs_give_the_same_states_and_gradients() -> None:
+    """On a GPU: CUDA graphs of a small student, twice with other noise, since a replay writes into the same memory."""
+    device = torch.device("cuda")
+    plain, replayed = (a_student("series").to(device) for _ in range(2))
+    replayed.accelerate(compile=True, graphs=True)
+    kept = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        noise, labels = torch.randn(4, 3, 16, 16, device=device), torch.tensor([0, 1, 2, 3])
+        for student in (plain, replayed):
+            student.zero_grad(set_to_none=True)
+            kept.append(student(noise, labels))
+            kept[-1].square().mean().backward()
+        for one, other in zip(plain.parameters(), replayed.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-2, atol=1e-4)
+    for expected, found in zip(kept[::2], kept[1::2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import find_teacher
-from dsno_cluster.trajectories.generate import check_teacher
+from dsno_cluster.trajectories.generate import check_teacher, kernels_folder
 from dsno_cluster.trajectories.shards import Shard, write_shard
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples
 
@@ -82,10 +83,17 @@ class EvaluationActor(PoolActor):
                 endpoint,
                 ema=settings.ema_decay,
                 sha256=student.sha256,
+            ).to(self.device)
+            if settings.compile:
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels_folder(config))
+            loaded.accelerate(
                 precision=settings.precision,
-                compile=settings.compile,
+                compile=bool(settings.compile),
+                # samples and trajectories of whole batches; the last, smaller ones are not worth another compilation
+                only=lambda images, _points: images == settings.batch_size,
+                graphs=bool(settings.compile) and self.device.type == "cuda" and loaded.is_small,
             )
-            self.student, self.spec = loaded.to(self.device), student.spec
+            self.student, self.spec = loaded, student.spec
             found = find_teacher(config)
             # tf32 would hold for the whole process, and so for the features that another thread extracts
             self.teacher = replace(found.load().to(self.device), tf32=False)

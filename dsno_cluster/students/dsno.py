@@ -40,6 +40,7 @@ from dsno_cluster.weight_files import check_fit
 KIND: Literal["dsno"] = "dsno"
 FINEST = 16  # a published-form student is evaluated on grids of at most this many times its own points
 
+FEW_PARAMETERS = 10_000_000
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the precisions that are autocast
 
 
@@ -191,6 +192,11 @@ class DSNO(nn.Module):
         if compile:
             compile_in_place(self.backbone, graphs=graphs)
         return self
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a GPU would wait for the launches of its kernels."""
+        return sum(p.numel() for p in self.parameters()) < FEW_PARAMETERS
 
     def recompute(self, what: str) -> DSNO:
         """This student with activation checkpointing, as `training.recompute` names it."""

@@ -26,7 +26,6 @@ from dsno_cluster.trajectories.generate import kernels_folder
 
 SPARE = 0.1  # of the free memory: fragments between tensors, and what libraries take for themselves
 WORTH_COMPILING = 1000  # steps that a run must still have before it
-FEW_PARAMETERS = 10_000_000  # below, a GPU waits for the launches of its kernels
 
 Budget = Callable[[torch.device], int]
 
@@ -126,7 +125,7 @@ def _as_graphs(student: DSNO, config: Config, ranks: Ranks) -> bool:
         and settings.micro_batches == 1
         and settings.recompute == "none"
         and (config.student.points != "drawn" or settings.most_points == 1)
-        and sum(p.numel() for p in student.parameters()) < FEW_PARAMETERS
+        and student.is_small
     )
 
 
