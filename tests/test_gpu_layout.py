@@ -110,16 +110,19 @@ def test_a_student(form: str, classes: int) -> None:
     assert sum(seen.copies.values()) <= 5, seen.copies
 
 
-def test_a_student_with_the_network_of_diffusers() -> None:
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("count", [4, 16])  # of four points each: diffusers treats 64 images differently
+def test_a_student_with_the_network_of_diffusers(count: int, training: bool) -> None:
     pytest.importorskip("diffusers")
-    model = DiffusersModel(config=DIFFUSERS, scheduler=SCHEDULER)
-    student = DSNO(network(11), Form(2), TIMES, diffusers=model).eval()
-    labels = torch.tensor([0, 1, 2, 3])
+    model = DiffusersModel(config=DIFFUSERS | {"dropout": 0.1}, scheduler=SCHEDULER)
+    student = DSNO(network(11), Form(2), TIMES, diffusers=model).train(training)
+    assert all(m.training is training for m in student.modules() if isinstance(m, nn.Dropout))
+    labels = torch.tensor([0, 1, 2, 3]).repeat(count // 4)
     with pretended_gpu():
         moved(student)
-        noise = torch.empty(4, 3, 16, 16, device=CUDA)
+        noise = torch.empty(count, 3, 16, 16, device=CUDA)
         wrong = channels_first(student)
-        seen = seen_by(lambda: student.sample(noise, labels))
+        seen = seen_by(lambda: student(noise, labels))
     assert not wrong and not seen.waits
 
 

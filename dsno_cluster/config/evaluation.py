@@ -23,7 +23,10 @@ class Evaluation(Named):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="precision of the student's network"
     )
-    compile: bool = Field(False, description="whether the student's network is compiled with torch.compile")
+    compile: bool | Literal["auto"] = Field(
+        False,
+        description="whether the student's network is compiled with torch.compile, for whole batches; auto: on a GPU",
+    )
     ema_decay: BelowOne | None = Field(
         None,
         description="which of the student's moving averages is evaluated; null: the first of training.ema_decay",

@@ -96,10 +96,17 @@ class EvaluationActor(PoolActor):
                 endpoint,
                 ema=settings.ema_decay,
                 sha256=student.sha256,
+            ).to(self.device)
+            if settings.compile:
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels_folder(config))
+            loaded.accelerate(
                 precision=settings.precision,
-                compile=settings.compile,
+                compile=bool(settings.compile),
+                # samples and trajectories of whole batches; the last, smaller ones are not worth another compilation
+                only=lambda images, _points: images == settings.batch_size,
+                graphs=bool(settings.compile) and self.device.type == "cuda" and loaded.is_small,
             )
-            self.student, self.spec = loaded.to(self.device), student.spec
+            self.student, self.spec = loaded, student.spec
             self.kept_rows = KeptRows(self.storage, student.spec, settings)
             found = find_teacher(config)
             # tf32 would hold for the whole process, and so for the features that another thread extracts

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
+
+import torch
 
 from dsno_cluster import console
 from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
@@ -26,7 +29,7 @@ from dsno_cluster.evaluation.records import Figures, HeldOut, ImagesMetrics, Met
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT
 from dsno_cluster.evaluation.store import Findings, say_replaced, store, store_images
 from dsno_cluster.evaluation.teacher_rows import keep_row
-from dsno_cluster.trajectories.generate import say_compiling
+from dsno_cluster.trajectories.generate import kernels_folder, say_compiling
 
 
 def evaluate(
@@ -40,11 +43,25 @@ def evaluate(
     (default: `evaluation/<name>/`). Raises UserError without weights or reference, and as `measure` does.
     """
     began = time.monotonic()
+    subject = replace(subject, config=decided(subject.config))
     comparison = look_up(subject, folder)
     say_what(comparison, crew)
     before = say_replaced(comparison)
     found = _measure(comparison, crew)
     return store(comparison, found, began, before)
+
+
+def decided(config: Config) -> Config:
+    """The config with its `evaluation.compile` decided by whether this process sees a GPU."""
+    settings = config.evaluation
+    if settings.compile == "auto":
+        settings = settings.model_copy(update={"compile": torch.cuda.is_available()})
+    if settings.compile:
+        console.say(
+            f"the student's network is compiled, with kernels kept in {kernels_folder(config)}: the first images take longer, "
+            "up to some minutes"
+        )
+    return config.model_copy(update={"evaluation": settings})
 
 
 def evaluate_images(config: Config, address: str, crew: Crew = ANY_CREW) -> ImagesMetrics:

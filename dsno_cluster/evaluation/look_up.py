@@ -318,7 +318,7 @@ def _kept_samples(subject: Subject, storage: Storage) -> KeptSamples | None:
         samples_per_shard=settings.batch_size,
         threads=settings.threads,
         precision=settings.precision,
-        compile=settings.compile,
+        compile=bool(settings.compile),
     )
     folder = f"samples/{student.sha256[:16]}-{settings.seed}/"
     kept = read_manifest(storage, folder)

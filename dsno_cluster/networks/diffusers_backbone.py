@@ -7,6 +7,7 @@ submodule `temporal` and a forward hook, so the model's tensors keep diffusers' 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class DiffusersBackbone(nn.Module):
             {**model.config, "out_channels": out_channels}, "a student with a diffusers backbone"
         )
         self.levels = noise_levels(model.scheduler, "scheduler")
+        _keep_layouts_in_training(self.unet)
         if modes:
             _add_temporal(self.unet, modes, init)
 
@@ -103,6 +105,37 @@ class DiffusersBackbone(nn.Module):
                 module.basis = last_basis if last_basis is not None and module in last else basis
         output: Tensor = self.unet(x_BCHW, timestep_B, labels_B, return_dict=False)[0]
         return output.reshape(count, -1, *output.shape[1:])
+
+
+def _keep_layouts_in_training(unet: Any) -> None:
+    """Keep activations channels-last where diffusers makes them contiguous.
+
+    Its residual blocks do so before their 1x1 convolution while they train, which nothing else in them asks (their
+    dropout has its own state); its upsampling does so from 64 images on.
+    """
+    for module in unet.modules():
+        kind: Any = type(module)
+        if kind.__name__ == "ResnetBlock2D":
+            module.__class__ = _never_training(kind)
+            module.training = False
+        if kind.__name__ == "Upsample2D" and isinstance(getattr(module, "conv", None), nn.Conv2d):
+            module.conv.register_forward_pre_hook(_channels_last)
+
+
+@functools.cache
+def _never_training(kind: Any) -> type[nn.Module]:
+    """That kind of module, of which the children train but not the module itself; the name stays."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        kind.train(self, mode)
+        self.training = False
+        return self
+
+    return type(kind.__name__, (kind,), {"train": train})
+
+
+def _channels_last(_conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
 class _BlockTemporal(TemporalConv):
