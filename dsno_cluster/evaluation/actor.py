@@ -97,8 +97,6 @@ class EvaluationActor(PoolActor):
                 ema=settings.ema_decay,
                 sha256=student.sha256,
             ).to(self.device)
-            if settings.compile:
-                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels_folder(config))
             loaded.accelerate(
                 precision=settings.precision,
                 compile=bool(settings.compile),
