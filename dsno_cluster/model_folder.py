@@ -71,6 +71,9 @@ class AboutModel(SparseRecord):
     trajectories: str | None = None  # the folder of the data set
     run: Values | None = None  # the identity of its training
     world_size: int | None = None
+    precision: str | None = None
+    accumulation: int | None = None  # micro-batches of a step
+    compiled: bool | None = None
     changes: tuple[SettingChange, ...] = ()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def compile_network(network: nn.Module) -> None:
             "teacher.compile=false"
         )
     network.compile(dynamic=False, options={"deterministic": True})
+
+
+def compile_in_place(network: nn.Module, *, graphs: bool = False) -> None:
+    """Compile a module in place at its first calls, for each shape of its input; `graphs`: into CUDA graphs."""
+    # what it says of functions that remember their results is of no use to anybody who only runs them
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    # static shapes: with a symbolic number of time points, tracing does not terminate
+    network.compile(dynamic=False, options={"triton.cudagraphs": True} if graphs else None)
+
+
+def uncompiled(network: nn.Module) -> Callable[..., Any]:
+    """A module's call, with its hooks, as if it had not been compiled in place."""
+    return network._call_impl
 
 
 def check_rank_0_answers() -> None:

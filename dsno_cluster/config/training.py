@@ -57,10 +57,11 @@ class Training(Strict):
         description="DeepSpeed ZeRO: what is divided among the ranks; 0: nothing, 1: optimiser states, 2: gradients too, "
         "3: weights too",
     )
-    precision: Precision = Field(
-        "float32",
-        description="bfloat16, float16: the layers in autocast, weights, gradients and their sums in float32; with float16 the "
-        "loss is scaled; tf32: float32 whose matrix products and convolutions a GPU computes from inputs of 10 bits",
+    precision: Precision | Literal["auto"] = Field(
+        "auto",
+        description="auto: bfloat16 on a GPU that computes in it, else float32; a run keeps what it began with. bfloat16, "
+        "float16: the layers in autocast, weights, gradients and their sums in float32; with float16 the loss is scaled. tf32: "
+        "float32 whose matrix products and convolutions a GPU computes from inputs of 10 bits",
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the optimiser")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the optimiser")
@@ -69,7 +70,11 @@ class Training(Strict):
         description="activation checkpointing: what the backward pass computes again to save memory; cheap: norms and "
         "activations; blocks: whole residual blocks",
     )
-    compile: bool = Field(False, description="whether the backbone is compiled with torch.compile")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="whether the student's network is compiled with torch.compile, at most twice; auto: on a GPU, below "
+        "zero_stage 3, if 1000 steps or more are left. The kernels are kept in kernels/ below run.dir",
+    )
     gradient_clip: Annotated[float, Field(ge=0)] = Field(
         0.0, description="largest global gradient norm; 0: none"
     )

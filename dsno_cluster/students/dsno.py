@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -35,6 +35,7 @@ from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.networks.temporal import cosine_series, fourier_basis
 from dsno_cluster.networks.unet import UNet
+from dsno_cluster.torch_internals import compile_in_place, uncompiled
 from dsno_cluster.weight_files import check_fit
 
 KIND: Literal["dsno"] = "dsno"
@@ -109,6 +110,8 @@ class DSNO(nn.Module):
         if problem := too_many_modes(form.operator, form.modes, len(self.times)):
             raise ValueError(problem)
         self.precision = "float32"
+        self.compiled_only: Callable[[int, int], bool] | None = None
+        self.graphs = False
         modes, out_channels = (0, form.modes * network.channels) if series else (form.modes, network.channels)
         if diffusers is None:
             self.backbone: nn.Module = UNet(network, modes, out_channels, init)
@@ -172,12 +175,22 @@ class DSNO(nn.Module):
             own[name][:rows] = tensor
         self.backbone.load_state_dict(own)
 
-    def accelerate(self, *, precision: str = "float32", compile: bool = False) -> DSNO:
-        """This student with its network run in `precision` (float32, or autocast in a half one) and, if asked, compiled."""
-        self.precision = precision
+    def accelerate(
+        self,
+        *,
+        precision: str = "float32",
+        compile: bool = False,
+        only: Callable[[int, int], bool] | None = None,
+        graphs: bool = False,
+    ) -> DSNO:
+        """This student with its network run in `precision` (float32, or autocast in a half one) and, if asked, compiled.
+
+        It is compiled for each shape; with `only`, those of a number of images and of time points for which that is true.
+        `graphs`: a GPU replays the compiled passes as CUDA graphs.
+        """
+        self.precision, self.compiled_only, self.graphs = precision, only, graphs
         if compile:
-            # static shapes: with a symbolic number of time points, tracing does not terminate
-            self.backbone.compile(dynamic=False)
+            compile_in_place(self.backbone, graphs=graphs)
         return self
 
     def recompute(self, what: str) -> DSNO:
@@ -236,15 +249,20 @@ class DSNO(nn.Module):
             )
         labels = self._checked(labels, len(noise), device)
         x = noise.to(next(self.backbone.parameters()).dtype)  # bfloat16 if the whole network is
+        points = 1 if self.form.operator == "series" else len(times)
+        wanted = self.compiled_only is None or self.compiled_only(len(noise), points)
+        network = self.backbone if wanted else uncompiled(self.backbone)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         half = HALVES.get(self.precision)
         output: Tensor
         with torch.autocast(device.type, half) if half else contextlib.nullcontext():
             if self.form.operator == "series":
-                output = self.backbone(x, _levels((1.0,), device), labels)
+                output = network(x, _levels((1.0,), device), labels)
             else:
                 bases = self._bases(times, last_only, device, x.dtype)
-                output = self.backbone(x, _levels(times, device), labels, *bases)
-        output = output.to(dtype)
+                output = network(x, _levels(times, device), labels, *bases)
+        output = output.to(dtype, copy=self.graphs)  # the next replay of a graph writes into the same memory
         if self.form.operator == "series":
             coefficients_NKX = output.reshape(len(noise), self.form.modes, -1)
             output = _series(times, self.form.modes, device, dtype) @ coefficients_NKX

@@ -68,6 +68,7 @@ class CheckpointState(SparseRecord):
     zero_stage: int
     world_size: int
     precision: str
+    accumulation: int | None = None  # micro-batches of a step; older files lack it
     optimizer_steps: int  # without those skipped after float16 overflows
     loss_scaler: dict[str, float] = Field(default_factory=dict)
     seconds: float = 0.0
@@ -169,6 +170,7 @@ def _state(engine: Any, config: Config, ranks: Ranks, step: int, notes: RunNotes
         zero_stage=config.training.zero_stage,
         world_size=ranks.world_size,
         precision=config.training.precision,
+        accumulation=config.training.micro_batches,
         optimizer_steps=optimizer_steps(engine),
         loss_scaler=loss_scaler_state(engine),
         seconds=notes.seconds,
@@ -295,6 +297,9 @@ def begin_notes(
         trajectories=trajectories,
         run=run_identity(config, trajectories).model_dump(mode="json"),
         world_size=world_size,
+        precision=config.training.precision,
+        accumulation=config.training.micro_batches,
+        compiled=bool(config.training.compile),
     )
     if state is None:
         return RunNotes(about)

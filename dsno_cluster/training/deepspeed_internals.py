@@ -70,7 +70,9 @@ def begin_moments(engine: Any) -> None:
     inner = _torch_optimizer(optimizer)
     for master in masters:
         moments = {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
-        inner.state[master] = {"step": torch.zeros(()), **moments}
+        # a fused optimiser counts its steps on the device
+        at = master.device if inner.defaults.get("fused") else None
+        inner.state[master] = {"step": torch.zeros((), device=at), **moments}
 
 
 def _of_stage_0(optimizer: Any, master: Tensor, *, share: bool) -> Fragment:
@@ -144,6 +146,13 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
     for name, value in state.items():
         if hasattr(scaler, name):
             setattr(scaler, name, value if name == "cur_scale" else int(value))
+
+
+def without_norm() -> dict[str, bool]:
+    """The setting with which stages 1 and 2 do not compute the norm of the gradient; older versions always do."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {"compute_grad_norm": False} if "compute_grad_norm" in DeepSpeedZeroConfig.model_fields else {}
 
 
 def scale_losses(engine: Any) -> None:

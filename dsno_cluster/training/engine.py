@@ -16,6 +16,7 @@ from dsno_cluster.training.deepspeed_internals import (
     import_deepspeed,
     scale_losses,
     whole_shape,
+    without_norm,
 )
 from dsno_cluster.training.fragments import MASTER, Fragment, SavedFragments
 from dsno_cluster.training.optim import ema_decay_at, make_optimizer
@@ -31,7 +32,7 @@ def engine_stage(config: Config, ranks: int) -> int:
 
     The loss is scaled, as float16 needs it, by the other stages.
     """
-    stage = config.training.zero_stage
+    stage: int = config.training.zero_stage
     if config.training.precision == "float16":
         return max(1, stage)
     return 0 if ranks == 1 else stage
@@ -44,9 +45,13 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
     """
     settings = config.training
     deepspeed = import_deepspeed()
+    stage = engine_stage(config, ranks.world_size)
+    # DeepSpeed reads the norm back at each step; a GPU must not wait for that
+    clips, scales = settings.gradient_clip > 0.0, settings.precision == "float16"
+    norm_needed = clips or scales or ranks.device.type == "cpu"
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model, settings),
+        optimizer=make_optimizer(model, settings, fused=ranks.device.type == "cuda"),
         dist_init_required=False,
         config={
             "train_batch_size": settings.batch_size,
@@ -55,18 +60,20 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
             "gradient_accumulation_steps": settings.micro_batches,
             "gradient_clipping": settings.gradient_clip,
             "zero_optimization": {
-                "stage": engine_stage(config, ranks.world_size),
+                "stage": stage,
                 "reduce_bucket_size": BUCKET,
                 "allgather_bucket_size": BUCKET,
                 "stage3_prefetch_bucket_size": BUCKET,
                 "stage3_max_live_parameters": 2 * BUCKET,
                 "stage3_max_reuse_distance": 2 * BUCKET,
+                **({} if norm_needed or stage not in (1, 2) else without_norm()),
             },
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device at each step
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         },
     )
-    if settings.precision == "float16":
+    if scales:
         scale_losses(engine)
     begin_moments(engine)
     return engine

@@ -92,10 +92,10 @@ def settings_of(config: Config) -> Settings:
 
 
 def changed_settings(step: int, before: Settings, now: Settings) -> tuple[SettingChange, ...]:
-    """The settings that differ from those of the checkpoint of `step`."""
+    """The settings that differ from those of the checkpoint of `step`; `auto` is what each run made of it."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     return tuple(
         SettingChange(step=step, key=f"training.{key}", before=old[key], after=new[key])
         for key in Settings.model_fields
-        if old[key] != new[key]
+        if old[key] != new[key] and "auto" not in (old[key], new[key])
     )

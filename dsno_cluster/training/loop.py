@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsno_cluster import console, liveness
+from dsno_cluster import console
 from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
 from dsno_cluster.files import shown_path
@@ -24,6 +23,7 @@ from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.beginning import Beginning, find_beginning, make_student, new_student
+from dsno_cluster.training.choices import accelerate, decide, decide_accumulation
 from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_state, whole_shape
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
 from dsno_cluster.training.engine import EMA, make_engine
@@ -37,6 +37,7 @@ from dsno_cluster.training.pace import Pace, memory_gb
 from dsno_cluster.training.preemption import StopSignals, leave
 from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.ranks import Ranks, broadcast_weights, from_rank_0, join_ranks, on_rank_0
+from dsno_cluster.training.readback import Readback, Signals, Taken
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 
 
@@ -63,13 +64,18 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             if main:
                 _finish_again(config, beginning, address)
             return address
+        asked, config = config, decide(config, ranks, beginning.state)
+        settings = config.training
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
         if known is not None:
             known.forget()  # nothing below needs its weights
-        student.accelerate(precision=settings.precision, compile=settings.compile)
-        engine = make_engine(student.recompute(settings.recompute), config, ranks)
+        student.recompute(settings.recompute)
+        config = decide_accumulation(config, ranks, beginning, student)
+        settings = config.training
+        accelerate(student, config, ranks)
+        engine = make_engine(student, config, ranks)
         ema = EMA(fragments_of(engine), settings.ema_decays)
         if beginning.state is not None:
             saved = checkpoint.open_fragments(config, start)
@@ -79,9 +85,18 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         notes = checkpoint.begin_notes(student, config, beginning.folder, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
-        publisher = Publisher(config, beginning.folder) if main else None
+        publisher = Publisher(asked, beginning.folder) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, objective.num_figures, notes.divergence)
-        pace = Pace(notes.seconds)
+        pace, readback = Pace(notes.seconds), Readback(ranks)
+        seen = objective.summary([0.0] * objective.num_figures, start)  # until the first step has been read
+
+        def judge(taken: Taken) -> StepFigures:
+            figures = objective.summary(taken.figures, taken.step)
+            if problem := _problem(settings, taken, figures, divergence):
+                batch = describe_batch(taken.batches, beginning.manifest, ranks)
+                raise _unsound(config, taken.step + 1, problem, batch)
+            return figures
+
         with console.progress(
             "training the student", settings.steps, "steps", done=start, quiet=not main
         ) as advance:
@@ -91,18 +106,18 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                     micro_batches = next(batches)
                 figures = _take_step(engine, objective, micro_batches, config, ranks, step)
                 ema.update(step, settings.ema_ramp)
+                readback.send(step, micro_batches, figures, engine.get_global_grad_norm(), stop)
 
                 done = step + 1
-                averaged, signals = _agree(figures, stop, ranks)
-                seen = objective.summary(averaged, step)
-                problem = _problem(engine, settings, seen, divergence)
-                if problem is not None:
-                    raise _unsound(
-                        config, done, problem, describe_batch(micro_batches, beginning.manifest, ranks)
-                    )
+                last, signals = done == settings.steps, Signals()
+                for taken in readback.arrived(all=_due_after(settings, done, last=last).anything):
+                    seen, signals = judge(taken), signals | taken.signals
+                if signals.any:  # what is saved must have been judged
+                    for taken in readback.arrived(all=True):
+                        seen, signals = judge(taken), signals | taken.signals
                 pace.step(settings.batch_size)
                 notes.seconds, notes.divergence = pace.seconds, divergence.normal()
-                due = _due_after(settings, done, last=done == settings.steps or signals.any)
+                due = _due_after(settings, done, last=last or signals.any)
                 students = {decay: ema.whole(engine.module, decay) for decay in due.averages}
                 errors = _measure(heldout, log, due, students, done)
                 if log is not None and (due.line or errors is not None):
@@ -111,7 +126,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                 if due.checkpoint:
                     notes.compare(done, errors)
                     checkpoint.save(engine, ema, config, ranks, done, notes, students, publisher)
-                if signals.any and done < settings.steps:
+                if signals.any and not last:
                     leave(ranks, done, preempted=not signals.interrupt)
         if publisher is not None:
             publisher.finish()
@@ -258,36 +273,13 @@ def _rate(settings: Training, step: int) -> float:
     )
 
 
-@dataclass(frozen=True)
-class Signals:
-    """Whether a signal reached any rank."""
-
-    preempt: bool
-    interrupt: bool
-
-    @property
-    def any(self) -> bool:
-        return self.preempt or self.interrupt
-
-
-def _agree(figures: Tensor, stop: StopSignals, ranks: Ranks) -> tuple[list[float], Signals]:
-    """The figures of the whole global batch, and the signals of all ranks, in one all-reduce."""
-    flags = torch.tensor([float(stop.preempt), float(stop.interrupt)], device=ranks.device)
-    together = torch.cat([figures / ranks.world_size, flags])
-    with liveness.waiting_for_peers():
-        dist.all_reduce(together)
-        *averaged, preempt, interrupt = together.tolist()
-    return averaged, Signals(preempt > 0, interrupt > 0)
-
-
-def _problem(engine: Any, settings: Training, seen: StepFigures, divergence: DivergenceWatch) -> str | None:
+def _problem(settings: Training, taken: Taken, seen: StepFigures, divergence: DivergenceWatch) -> str | None:
     """Why a step must not be saved: its loss or gradient is not finite, or it has diverged.
 
     The same on all ranks.
     """
-    norm = engine.get_global_grad_norm()
-    # overflows of float16 are handled by its loss scaler, which skips the step
-    sound = settings.precision == "float16" or norm is None or math.isfinite(float(norm))
+    # gradients of float16 that are not finite are handled by its loss scaler, which skips the step
+    sound = settings.precision == "float16" or taken.finite
     problem = divergence.problem(seen.distance_per_time)
     return problem or (None if sound else "the gradient is not finite")
 
@@ -311,6 +303,10 @@ class Due:
     picture: bool
     checkpoint: bool
     averages: Sequence[float]
+
+    @property
+    def anything(self) -> bool:
+        return self.line or self.errors or self.picture or self.checkpoint
 
 
 def _due_after(settings: Training, done: int, *, last: bool) -> Due:

@@ -8,7 +8,7 @@ tensors, which have shapes but no values: a forward and a backward pass of the n
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,11 +16,11 @@ import torch
 from dsno_cluster.config import Config
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import as_on_gpu
-from dsno_cluster.students.dsno import forgetting_time_tensors
+from dsno_cluster.students.dsno import DSNO, forgetting_time_tensors
 from dsno_cluster.torch_internals import LiveMemory, pretended_tensors
 from dsno_cluster.training.beginning import make_student
 from dsno_cluster.training.engine import BUCKET, engine_stage
-from dsno_cluster.training.objectives.losses import distance_of_shapes
+from dsno_cluster.training.objectives.losses import Distance, distance_of_shapes
 
 FLOAT32 = 4  # bytes
 MEASURED = (2, 4)  # micro-batches from which the memory of others follows: it grows evenly
@@ -52,6 +52,10 @@ class TrainingMemory:
     def total(self) -> int:
         return self.held + self.activations
 
+    def at(self, micro_batch: int) -> TrainingMemory:
+        """The same training with another micro-batch."""
+        return replace(self, micro_batch=micro_batch)
+
 
 def training_memory(
     config: Config,
@@ -64,10 +68,13 @@ def training_memory(
     """The memory that a training of `config` takes on each of `ranks`, as if it were not compiled, in bytes.
 
     `micro_batch` is the number of images that pass through the network together; by default that of
-    `training.accumulation`, of which `auto` counts as 1. `diffusers` is the backbone of a config that has one
-    (`ConfiguredTeacher.backbone()`). It takes some seconds for a large network.
+    `training.accumulation`, of which `auto` counts as 1. A precision `auto` is the one that `device` would get. `diffusers`
+    is the backbone of a config that has one (`ConfiguredTeacher.backbone()`). It takes some seconds for a large network.
     """
     settings = config.training
+    if settings.precision == "auto":
+        settings = settings.model_copy(update={"precision": "bfloat16" if device == "cuda" else "float32"})
+        config = config.model_copy(update={"training": settings})
     accumulation = 1 if settings.accumulation == "auto" else settings.accumulation
     per_rank = micro_batch or max(1, settings.batch_size // (ranks * accumulation))
     small, large = (activation_bytes(config, count, diffusers, device) for count in MEASURED)
@@ -110,7 +117,7 @@ def activation_bytes(
 
     Weights and their gradients do not count. On a `device` cuda the layers are those that a GPU would run.
     """
-    settings, shape, points = config.training, config.network.image_shape, most_points(config)
+    settings = config.training
     with (
         forgetting_time_tensors(),
         pretended_tensors(),
@@ -121,12 +128,19 @@ def activation_bytes(
         distance = distance_of_shapes(settings.loss)
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        labels = torch.zeros(images, dtype=torch.int64) if config.network.num_classes else None
         live = LiveMemory()
         with live:
-            noise, target = torch.zeros(images, *shape), torch.zeros(images, len(points), *shape)
-            distance(student(noise, labels, points).float(), target).mean().backward()
+            one_pass(student, distance, config, images, torch.device("cpu"))
     return live.peak
+
+
+def one_pass(student: DSNO, distance: Distance, config: Config, images: int, device: torch.device) -> None:
+    """A forward and backward pass on so many images of zeros, at as many time points as a step ever sees."""
+    shape, points = config.network.image_shape, most_points(config)
+    labels = torch.zeros(images, dtype=torch.int64) if config.network.num_classes else None
+    noise = torch.zeros(images, *shape, device=device)
+    target = torch.zeros(images, len(points), *shape, device=device)
+    distance(student(noise, labels, points).float(), target).mean().backward()
 
 
 def most_points(config: Config) -> list[int]:

@@ -11,15 +11,20 @@ from torch import nn
 
 from dsno_cluster.config import Training
 
+FUSED = ("adam", "adamw")  # those that torch has as one kernel
 
-def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """The torch optimiser that `training.optimizer` names, with betas (0.9, 0.999)."""
+
+def make_optimizer(model: nn.Module, settings: Training, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The torch optimiser that `training.optimizer` names, with betas (0.9, 0.999); `fused` into one kernel if it can be."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "radam": torch.optim.RAdam,
     }
-    return kinds[settings.optimizer](model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    more = {"fused": True} if fused and settings.optimizer in FUSED else {}
+    return kinds[settings.optimizer](
+        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **more
+    )
 
 
 def learning_rate(
