@@ -157,7 +157,10 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
 def _training_seconds(
     config: Config, device: torch.device, diffusers: DiffusersModel | None, most: int
 ) -> float:
-    """Seconds of the passes forward and back of one image, in a micro-batch of `most` if that is quick enough to try."""
+    """Seconds of the passes forward and back of one image, in a micro-batch of `most` if that is quick enough to try.
+
+    The network is not compiled; a precision `auto` is the one that the device would get.
+    """
     import torch
 
     from dsno_cluster.device import allow_tf32
@@ -167,7 +170,10 @@ def _training_seconds(
     from dsno_cluster.training.objectives.losses import distance_of_shapes
 
     settings, network, points = config.training, config.network, most_points(config)
-    student = make_student(config, diffusers).accelerate(precision=settings.precision)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    student = make_student(config, diffusers).accelerate(precision=precision)
     student.recompute(settings.recompute)
     student.to(device).train()
     distance = distance_of_shapes(settings.loss)
@@ -181,7 +187,7 @@ def _training_seconds(
         distance(student(noise, labels, points).float(), target).mean().backward()
         _wait(device)
 
-    allow_tf32(settings.precision == "tf32")
+    allow_tf32(precision == "tf32")
     try:
         return seconds_of_one(train, most)
     finally:
@@ -332,7 +338,7 @@ def report(config: Config, memory: Memory, stages: Stages) -> list[str]:
     lines += [
         f"              {bytes_text(training.bytes)} on each of {training.ranks} rank(s): {bytes_text(training.held_bytes)}, and "
         f"{bytes_text(training.bytes_per_image)} for each of {training.micro_batch} images in a micro-batch",
-        f"              {training.seconds_per_image:.3g} s an image: {training.device_hours:,.2f} device-hours; "
+        f"              {training.seconds_per_image:.3g} s an image, not compiled: {training.device_hours:,.2f} device-hours; "
         f"{console.duration(3600 * training.wall_hours)} on {training.ranks} rank(s)",
         f"eval          {evaluation.seconds_per_sample:.3g} s a sample, "
         + (
