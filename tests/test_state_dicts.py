@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import operator
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +214,38 @@ def test_levels_outside_the_range_are_the_nearest() -> None:
     x, labels = expected["x_t"][:, 0], expected["labels"]
     for end, beyond in zip(ends, (0.0, 1.0), strict=True):
         torch.testing.assert_close(teacher(x, beyond, labels), teacher(x, time_of_angle(end), labels))
+
+
+def signals(beta_schedule: str, count: int) -> list[float]:
+    """alphas_cumprod of Nichol & Dhariwal 2021: eq. 17, and DDPM's linear betas, which end at 0.02 for 1000 levels."""
+    if beta_schedule == "linear":
+        betas = [0.1 / count + n / (count - 1) * (20.0 - 0.1) / count for n in range(count)]
+    else:
+        curve = [math.cos((n / count + 0.008) / 1.008 * math.pi / 2) ** 2 for n in range(count + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(curve)]
+    return list(itertools.accumulate((1 - beta for beta in betas), operator.mul))
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("x0", [False, True])
+def test_other_numbers_of_levels(beta_schedule: str, rescale: bool, x0: bool) -> None:
+    """improved-diffusion has 4000, whose number its network takes as it is or divided by 4."""
+    teacher = opened(
+        "adm",
+        beta_schedule=beta_schedule,
+        diffusion_steps=4000,
+        rescale_timesteps=rescale,
+        predict_xstart=x0,
+    )
+    x, labels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 5])
+    assert teacher.network is not None
+    for n in (40, 1000, 3000):
+        signal = signals(beta_schedule, 4000)[n]
+        with torch.no_grad():
+            output = teacher.network(x, torch.full((2,), n / 4 if rescale else float(n)), labels)[:, :3]
+        clean = output if x0 else (x - math.sqrt(1 - signal) * output) / math.sqrt(signal)
+        assert relative(teacher(x, time_of_angle(math.acos(math.sqrt(signal))), labels), clean) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
