@@ -16,6 +16,18 @@ from dsno_cluster.networks.descriptions import ADMDescription
 from dsno_cluster.teachers.openai_shapes import original_names
 
 PUBLISHED = DATA / "published"
+# The options of the state dicts in tests/data/state_dicts.
+ADM = {
+    "family": "openai-adm",
+    "num_head_channels": 8,
+    "new_attention_order": False,
+    "beta_schedule": "linear",
+}
+STATE_DICTS: dict[str, dict[str, Any]] = {
+    "adm": ADM,
+    "dit": {"family": "dit", "num_heads": 4},
+    "sit": {"family": "sit", "num_heads": 4},
+}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -71,3 +83,7 @@ def saved_unet(path: Path, described: ADMDescription, *, two_dimensional: bool =
     }
     torch.save(flat, path)
     return network
+
+
+def weights_of(name: str) -> Path:
+    return DATA / "state_dicts" / name / "weights.pt"

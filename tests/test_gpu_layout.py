@@ -175,7 +175,7 @@ def test_a_teacher_of_openai(tmp_path: Path, family: str, film: bool) -> None:
     options = {"family": family, "num_heads": 2, "new_attention_order": True, "image_size": 16}
     options |= {"beta_schedule": "linear"} if learned_variance else {}
     teacher = load_teacher(str(tmp_path / "model.pt"), options=options)
-    wrong, seen = solved(teacher, "heun", guidance_scale=1.0)
+    wrong, seen = solved(teacher, "heun")
     # the state on its way in, at each of five evaluations, and no activation
     assert not wrong and not seen.waits and sum(seen.copies.values()) <= 5, seen
 
@@ -184,7 +184,7 @@ def test_a_teacher_of_openai(tmp_path: Path, family: str, film: bool) -> None:
 def test_a_teacher_of_transformers(family: str) -> None:
     path = str(DATA / "state_dicts" / family / "weights.pt")
     teacher = load_teacher(path, options={"family": family, "num_heads": 4})
-    wrong, seen = solved(teacher, "heun", guidance_scale=2.0)
+    wrong, seen = solved(teacher, "heun")
     # the state on its way in and the tokens put together to a state, at each of ten evaluations, and no activation
     assert not wrong and not seen.waits and sum(seen.copies.values()) <= 20, seen
 
@@ -197,9 +197,10 @@ def test_a_teacher_of_edm(name: str, tmp_path: Path) -> None:
     assert not [copy for copy in seen.copies if "(4, 3, 8, 8)" not in copy and ", 1, 4, 4)" not in copy]
 
 
-def solved(teacher: Teacher, solver: str, guidance_scale: float = 2.0) -> tuple[list[str], Seen]:
-    """What solving does, with guidance if there are classes: modules that are channels-first, and waits and copies."""
-    labels, scale = (torch.tensor([0, 1, 2, 3]), guidance_scale) if teacher.num_classes else (None, 1.0)
+def solved(teacher: Teacher, solver: str) -> tuple[list[str], Seen]:
+    """What solving does, with guidance if there is a null class: modules that are channels-first, and waits and copies."""
+    labels = torch.tensor([0, 1, 2, 3]) if teacher.num_classes else None
+    scale = 1.0 if teacher.null_class is None else 2.0
     assert teacher.network is not None
     teacher.network.to(memory_format=torch.channels_last)  # as `Teacher.to` does
     with pretended_gpu():
