@@ -57,6 +57,13 @@ def compile_in_place(network: nn.Module, *, graphs: bool = False) -> None:
     network.compile(dynamic=False, options={"triton.cudagraphs": True} if graphs else None)
 
 
+def run_what_cannot_be_compiled() -> None:
+    """From now on run a network as it is, with a warning, if it cannot be compiled."""
+    from torch._dynamo import config
+
+    config.suppress_errors = True
+
+
 def uncompiled(network: nn.Module) -> Callable[..., Any]:
     """A module's call, with its hooks, as if it had not been compiled in place."""
     return network._call_impl

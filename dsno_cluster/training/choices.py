@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.students.dsno import DSNO
+from dsno_cluster.torch_internals import run_what_cannot_be_compiled
 from dsno_cluster.training.beginning import Beginning
 from dsno_cluster.training.checkpoint import CheckpointState
 from dsno_cluster.training.engine import engine_stage
@@ -45,6 +46,8 @@ def decide(config: Config, ranks: Ranks, state: CheckpointState | None) -> Confi
             and engine_stage(config, ranks.world_size) < 3  # its hooks break the graph
             and settings.steps - begun >= WORTH_COMPILING
         )
+        if compile:  # nobody asked for it, so that it must not end a run
+            run_what_cannot_be_compiled()
     return _with(config, compile=compile)
 
 
