@@ -113,6 +113,7 @@ def gpu(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_small_form_of_gpu(tmp_path: Path) -> None:
     done = gpu("--small", "--no-compile", "--parts", "samples", "--json", str(tmp_path / "figures.json"))
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ def gradients(student: DSNO) -> dict[str, torch.Tensor]:
     ("form", "recompute", "precision"),
     [
         ("series", "none", "bfloat16"),
-        ("diffusers", "none", "float32"),
+        pytest.param("diffusers", "none", "float32", marks=slow),
         ("convolution", "cheap", "float32"),
         *(
             pytest.param(form, what, precision, marks=slow)
@@ -94,7 +94,8 @@ print(json.dumps([counters["stats"], counters["graph_break"]]))
 """
 
 
-@pytest.mark.parametrize("stage", ["0", pytest.param("2", marks=slow)])
+@slow
+@pytest.mark.parametrize("stage", ["0", "2"])
 def test_a_training_is_captured_within_the_engine(stage: str, tiny_data: Path, tmp_path: Path) -> None:
     out = link_data(tiny_data, tmp_path / "captured")
     # one rank is of stage 0; the scale of float16 needs another

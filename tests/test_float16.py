@@ -45,6 +45,7 @@ def test_ranks_skip_a_step_together(stage: str, tmp_path: Path) -> None:
     assert statuses == [0, 0], errors
 
 
+@pytest.mark.slow
 def test_it_trains_like_float32(tiny_data: Path, tmp_path: Path) -> None:
     train(tiny_data, tmp_path / "half", "training.precision=float16")
     train(tiny_data, tmp_path / "full", "training.precision=float32")
@@ -53,6 +54,7 @@ def test_it_trains_like_float32(tiny_data: Path, tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_deepspeeds_float16_continues(tiny_data: Path, tmp_path: Path) -> None:
     """Its masters are float32 and its scale has the same fields; that of stage 0 lacked one of them."""
     out = link_data(tiny_data, tmp_path / "out")

@@ -89,6 +89,7 @@ def test_a_step_reads_nothing_back_unless_it_is_due(more: list[str], tiny_data: 
     assert {step: reads[step] for step in (2, 3, 4, 6, 7)} == {step: {} for step in (2, 3, 4, 6, 7)}, reads
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_a_training_that_waits(tiny_data: Path, tmp_path: Path) -> None:
     done = behind(link_data(tiny_data, tmp_path / "behind"), "train", "training.log_every=2")
     assert done.returncode == 0, done.stderr

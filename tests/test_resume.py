@@ -348,7 +348,7 @@ def test_a_damaged_state_is_one_line_and_strange_files_are_left_alone(
         "a newer dsno-cluster wrote it, and this version cannot continue it",
     )
     for damaged, says, advice in [
-        (whole[:100], "Expecting ", delete),
+        (whole[:100], "cannot be read (", delete),
         ("[]", "should be an object", aside),
         (json.dumps(state | {"optimizer_steps": "four"}), "optimizer_steps: ", aside),
         (json.dumps(state | {"schema_version": 2}), "schema_version: ", newer),

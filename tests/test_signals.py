@@ -113,7 +113,7 @@ def test_a_signal_while_a_task_starts_ends_it(
     run = create_run(Submission(TRAIN, config, profile, "dsno-cluster train"), snapshot=False)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
-        task = StageTask(replace(TRAIN, run=stage), TRAIN.options(), str(run.folder))
+        task = StageTask(replace(TRAIN, work=stage), TRAIN.options(), str(run.folder))
         DelayedSubmission(task).dump(run.folder / "17_submitted.pkl")
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
