@@ -35,10 +35,14 @@ def pixel_scale(images: Tensor) -> int:
     return max(1, round(48 / images.shape[-1]))
 
 
+def shown_channels(images: Tensor) -> Tensor:
+    """The channels of images (..., C, H, W) that pictures show: the first three, or of fewer the first, in grey."""
+    return images[..., : 3 if images.shape[-3] >= 3 else 1, :, :]
+
+
 def tile_of(image: Tensor, scale: int) -> Image.Image:
     """One image (C, H, W) in [-1, 1], enlarged without smoothing; its first three channels, or its first in grey."""
-    shown = image[:3] if len(image) >= 3 else image[:1]
-    pixels = to_uint8(shown).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    pixels = to_uint8(shown_channels(image)).expand(3, -1, -1).permute(1, 2, 0).numpy()
     return Image.fromarray(np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1))
 
 

@@ -303,7 +303,7 @@ FAULTS: dict[str, tuple[Change, dict[str, Any], str]] = {
     "latents": (
         component("vae", '{"_class_name": "AutoencoderKL"}'),
         {},
-        r"latents of vae/ \(AutoencoderKL\), not images",
+        "decodes latents of 4 channels, and the states have 3",
     ),
     "movq in the index": (change(INDEX, movq=["diffusers", "VQModel"]), {}, r"latents of movq/ \(VQModel\)"),
     "unknown scheduler": (

@@ -200,7 +200,9 @@ def test_evaluations_on_the_native_grid_are_counted(
     teacher = found.load()
     calls: list[Any] = []
     assert teacher.network is not None
-    hook = teacher.network.register_forward_pre_hook(lambda _, inputs: calls.extend([1] * (len(inputs[0]) // 2)))
+    hook = teacher.network.register_forward_pre_hook(
+        lambda _, inputs: calls.extend([1] * (len(inputs[0]) // 2))
+    )
     solve_samples(spec_of(config, found), teacher, 0, range(2))  # guided, both halves are one batch
     hook.remove()
     assert len(calls) == (10 if one else 11) * int(guidance)

@@ -28,7 +28,7 @@ from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.records import Figures, HistoryRow, TeacherRow, rewrite
 from dsno_cluster.evaluation.store import Findings, say_replaced, store
 from dsno_cluster.evaluation.teacher_rows import SHIPPED_ROWS, keep_row, known_rows, row_keys
-from dsno_cluster.evaluation.watch import checkpoints, note_row, watch
+from dsno_cluster.evaluation.watch import checkpoints, note_row, settings_hashes, watch
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.records import Record, canonical_hash
@@ -421,8 +421,9 @@ def test_a_history_that_another_evaluation_adds_to_keeps_all_rows(tmp_path: Path
     config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
     rows = [HistoryRow(step=step, ema_decay=None, sha256=str(step), fid=1.0) for step in (1, 2, 3, 4)]
     for theirs, ours in (rows[:2], rows[2:]):  # first there is no file, then there is one
-        rival = partial(note_row, open_storage(str(tmp_path)), config, [], theirs)
-        note_row(Disturbed(tmp_path, rival), config, [], ours)
+        settings = settings_hashes(config)
+        rival = partial(note_row, open_storage(str(tmp_path)), config, [], settings, theirs)
+        note_row(Disturbed(tmp_path, rival), config, [], settings, ours)
     assert read_history(open_storage(str(tmp_path)), config).rows == tuple(rows)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.errors import UserError
 
@@ -22,11 +24,15 @@ def sample_student(arguments: Arguments) -> None:
         raise UserError(
             "--actors, --gpus-per-actor and --ray-address need --shards URL: a file is drawn by this process"
         )
+    if options.states and (options.shards is not None or options.decoder):
+        raise UserError(
+            "--states: states are written to a file, --out, and not decoded: without --shards and --decoder"
+        )
     if options.refine is None and (options.refine_from is not None or options.teacher):
         raise UserError("--refine-from and --teacher need --refine K")
     if options.refine_from is not None and not 0.0 < options.refine_from < 1.0:
         raise UserError(f"--refine-from {options.refine_from}: must lie between 0 (data) and 1 (noise)")
-    from dsno_cluster.evaluation.sample import Drawing, Refinement, sample_to_file
+    from dsno_cluster.evaluation.sample import Drawing, Refinement, sample_to_file, states_of_student
 
     refinement = Refinement(options.refine, options.refine_from, options.teacher) if options.refine else None
     drawing = Drawing(
@@ -36,7 +42,10 @@ def sample_student(arguments: Arguments) -> None:
         compile=options.compile,
         refinement=refinement,
         label=options.label,
+        raw=options.states,
     )
+    if options.decoder:
+        drawing = replace(drawing, states=states_of_student(drawing, options.decoder))
     if options.shards is None:
         sample_to_file(drawing, options.out, options.num, options.seed, options.batch_size)
         return

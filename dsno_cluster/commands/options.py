@@ -148,6 +148,16 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="PATH", help="the teacher to refine with (default: the student's)"
     )
+    parser.add_argument(
+        "--decoder",
+        metavar="PATH",
+        help="folder of the AutoencoderKL that turns a student's latents into images (default: its config's)",
+    )
+    parser.add_argument(
+        "--states",
+        action="store_true",
+        help="write states as they are, not decoded: in an .npz as float32",
+    )
 
 
 def planning(parser: argparse.ArgumentParser) -> None:

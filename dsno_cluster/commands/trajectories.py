@@ -121,7 +121,9 @@ def inspect_trajectories(arguments: Arguments) -> None:
     print(describe(found))
     console.table(f"states of {found.samples_read:,} trajectories", *rows(found))
     if options.out is not None:
-        print(f"picture: {options.out}")
+        channels = found.spec.shape[0]
+        shown = f" (the first three of {channels} channels as colours)" if channels > 3 else ""
+        print(f"picture: {options.out}{shown}")
 
 
 def data_set_address(config: Config) -> str:

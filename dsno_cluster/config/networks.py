@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Strict, renamed
-from dsno_cluster.config.paths import TeacherPath, is_file_path, resolved
+from dsno_cluster.config.paths import StorageRoot, TeacherPath, is_file_path, resolved
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
 
@@ -115,6 +115,12 @@ class TeacherConfig(Strict):
         description="folder or address of a teacher, package:NAME for one that ships with the package, "
         "package.module:function, "
         "closed-form:gaussian or closed-form:mixture",
+    )
+    decoder: StorageRoot | None = Field(
+        None,
+        description="folder or address of the AutoencoderKL that turns the teacher's states, latents, into images (or of a "
+        "pipeline that has one); null: that of the teacher's own pipeline, or the states are images. It does not change "
+        "trajectories",
     )
     precision: Precision = Field(
         "float32",

@@ -30,7 +30,7 @@ from dsno_cluster.evaluation.statistics import moments_on_device
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
-from dsno_cluster.teachers import find_teacher
+from dsno_cluster.teachers import States, find_teacher
 from dsno_cluster.trajectories.generate import check_teacher, kernels_folder
 from dsno_cluster.trajectories.shards import Shard, write_shard
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples
@@ -44,12 +44,13 @@ TIMED_PAIRS = 5  # calls of student and teacher, whose median ratio is the cost
 class StudentAtWork:
     """A student by its address and the sha256 of its weights, and the `spec` of its teacher's trajectories.
 
-    `keep` is the folder for its samples; None: they are not kept.
+    `states` says what they are, and what decodes them. `keep` is the folder for its samples; None: they are not kept.
     """
 
     address: str
     sha256: str
     spec: TrajectorySpec
+    states: States
     keep: str | None = None
 
 
@@ -105,7 +106,11 @@ class EvaluationActor(PoolActor):
                 graphs=bool(settings.compile) and self.device.type == "cuda" and loaded.is_small,
             )
             self.student, self.spec = loaded, student.spec
-            self.kept_rows = KeptRows(self.storage, student.spec, settings)
+            states = student.states
+            self.decoder = states.decoder.load(self.device, settings.precision) if states.decoder else None
+            self.kept_rows = KeptRows(
+                self.storage, student.spec, settings, states.identity(settings.precision)
+            )
             found = find_teacher(config)
             # tf32 would hold for the whole process, and so for the features that another thread extracts
             self.teacher = replace(found.load().to(self.device), tf32=False)
@@ -133,7 +138,7 @@ class EvaluationActor(PoolActor):
                 return self._undisturbed(lambda: self._cost(block))
             case "pictures":
                 return self._undisturbed(
-                    lambda: solve_pictured(self.config, self.spec, self.student, self.teacher)
+                    lambda: solve_pictured(self.config, self.spec, self.student, self.teacher, self.decoder)
                 )
 
     def _undisturbed(self, call: Callable[[], Result]) -> Result:
@@ -168,7 +173,8 @@ class EvaluationActor(PoolActor):
         else:
             sampling = source.sampling
             states = solve_with(sampling.method, self.teacher, noise, sampling.times, labels)[:, -1]
-        return Images(samples.start, to_uint8(states).cpu(), labels)
+        parts = [states] if self.decoder is None else self.decoder.parts(states)
+        return Images(samples.start, torch.cat([to_uint8(part).cpu() for part in parts]), labels)
 
     def _measure(self, block: Block, batches: list[Images]) -> MeasuredBlock:
         readings = self.readings[block.source]

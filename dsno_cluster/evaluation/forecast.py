@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from dsno_cluster.networks.activations import (
     samples_at_a_time,
     shape_of,
 )
-from dsno_cluster.teachers import ConfiguredTeacher, Teacher, compared_samplings
+from dsno_cluster.teachers import ConfiguredTeacher, States, Teacher, compared_samplings
 from dsno_cluster.trajectories.plan import Plan, bytes_text
 
 if TYPE_CHECKING:
@@ -208,12 +208,13 @@ def measure_evaluation(
     torch.set_num_threads(settings.threads)
     try:
         sample = _sample_seconds(config, device, plan.teacher.backbone())
-        features = _feature_seconds(config)
+        features = _feature_seconds(config, plan.teacher.states.image_shape)
+        decoding = _decoding_seconds(config, plan.teacher.states, device)
     finally:
         torch.set_num_threads(threads)
     rows = compared_samplings(config, plan.teacher) if _draws_images(config) else []
     evaluations = settings.num_samples * sum(row.evaluations for row in rows)
-    seconds = settings.num_samples * (len(rows) + 1) * (features or 0.0)
+    seconds = settings.num_samples * (len(rows) + 1) * ((features or 0.0) + decoding)
     seconds += settings.num_samples * sample if rows else 0.0
     if "trajectory_error" in settings.metrics:
         evaluations += settings.trajectory_samples * plan.size.evaluations_per_sample
@@ -246,8 +247,24 @@ def _sample_seconds(config: Config, device: torch.device, diffusers: DiffusersMo
     return seconds_of_one(draw, settings.batch_size)
 
 
-def _feature_seconds(config: Config) -> float | None:
-    """Seconds of the features of one image that the metrics read; None if weights are missing here."""
+def _decoding_seconds(config: Config, states: States, device: torch.device) -> float:
+    """Seconds in which one latent is decoded; 0 if the states are images, or no images are measured."""
+    if states.decoder is None or not _draws_images(config):
+        return 0.0
+    import torch
+
+    decoder = states.decoder.load(device, config.evaluation.precision)
+
+    def decode(count: int) -> None:
+        for _ in decoder.parts(torch.zeros(count, *states.shape, device=device)):
+            pass
+        _wait(device)
+
+    return seconds_of_one(decode, config.evaluation.batch_size)
+
+
+def _feature_seconds(config: Config, shape: Sequence[int]) -> float | None:
+    """Seconds of the features of one image (C, H, W) that the metrics read; None if weights are missing here."""
     if not _draws_images(config):
         return None
     import torch
@@ -268,7 +285,7 @@ def _feature_seconds(config: Config) -> float | None:
     ]
 
     def extract(count: int) -> None:
-        images = torch.zeros(count, *config.network.state_shape, dtype=torch.uint8)
+        images = torch.zeros(count, *shape, dtype=torch.uint8)
         for extractor in extractors:
             extractor(images)
         _wait(compute_device())

@@ -19,7 +19,7 @@ from dsno_cluster.errors import WorkError
 from dsno_cluster.provenance import Environment
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
-from dsno_cluster.teachers import Sampling
+from dsno_cluster.teachers import DecoderIdentity, Sampling
 from dsno_cluster.trajectories.shards import decode_shard, encode_shard, shard_key, vouches_for_itself
 from dsno_cluster.trajectories.spec import GRIDS, NoiseRule, TrajectorySpec
 
@@ -31,11 +31,15 @@ FOLDER = "evaluation/teachers/"
 
 @dataclass(frozen=True)
 class KeptRows:
-    """The kept images of rows whose samples are those of `settings`, of the teacher of the trajectories' `spec`."""
+    """The kept images of rows whose samples are those of `settings`, of the teacher of the trajectories' `spec`.
+
+    `decoder` made the images of its states; None: these are images.
+    """
 
     storage: Storage
     spec: TrajectorySpec
     settings: Evaluation
+    decoder: DecoderIdentity | None = None
 
     def read(self, sampling: Sampling, made_by: Environment, samples: range) -> Tensor | None:
         """The images of a batch of samples as they were kept, uint8 (N, C, H, W), or None."""
@@ -43,7 +47,8 @@ class KeptRows:
             data = self.storage.read(self._key(sampling, made_by, samples))
         except MissingObject:
             return None
-        expected = {"images": ("uint8", [len(samples), *self.spec.shape])}
+        shape = self.spec.shape if self.decoder is None else self.decoder.image_shape
+        expected = {"images": ("uint8", [len(samples), *shape])}
         return decode_shard(data)["images"] if vouches_for_itself(data, samples.start, expected) else None
 
     def keep(self, sampling: Sampling, made_by: Environment, samples: range, images_NCHW: Tensor) -> None:
@@ -82,7 +87,7 @@ class KeptRows:
         )
 
     def _row(self, sampling: Sampling) -> str:
-        """The row's samples as a data set of their own: the hash of its spec."""
+        """The row's samples as a data set of their own: the hash of its spec, and that of what decoded them."""
         method, seed, size = sampling.method, self.settings.seed, self.settings.batch_size
         row = {
             "solver": method.solver,
@@ -98,4 +103,7 @@ class KeptRows:
             "threads": self.settings.threads,
             "noise": self._noise,
         }
-        return self.spec.model_copy(update=row).hash + "-"
+        decoded = (
+            "" if self.decoder is None else canonical_hash(self.decoder.model_dump(mode="json"))[:8] + "-"
+        )
+        return f"{self.spec.model_copy(update=row).hash}-{decoded}"

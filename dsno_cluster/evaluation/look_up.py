@@ -37,7 +37,15 @@ from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec
 from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
-from dsno_cluster.teachers import ConfiguredTeacher, Sampling, compared_samplings, find_teacher
+from dsno_cluster.teachers import (
+    ConfiguredTeacher,
+    DecoderIdentity,
+    Sampling,
+    States,
+    compared_samplings,
+    find_teacher,
+    states_of,
+)
 from dsno_cluster.trajectories.shards import read_manifest
 from dsno_cluster.trajectories.spec import spec_of
 
@@ -110,7 +118,17 @@ class Comparison:
     def kept_rows(self) -> KeptRows:
         """Where the images of rows are that an evaluation did not finish."""
         spec = spec_of(self.config, self.subject.teacher)
-        return KeptRows(self.storage, spec, self.config.evaluation)
+        return KeptRows(self.storage, spec, self.config.evaluation, self.decoder)
+
+    @property
+    def states(self) -> States:
+        """What the states of teacher and student are."""
+        return self.subject.teacher.states
+
+    @property
+    def decoder(self) -> DecoderIdentity | None:
+        """What decodes their states; None if these are images."""
+        return self.states.identity(self.config.evaluation.precision)
 
     @property
     def at_work(self) -> StudentAtWork:
@@ -118,12 +136,16 @@ class Comparison:
         student, keep = self.subject.student, self.keep
         spec = spec_of(self.config, self.subject.teacher)
         return StudentAtWork(
-            absolute_address(student.address), student.sha256, spec, keep.folder if keep else None
+            absolute_address(student.address),
+            student.sha256,
+            spec,
+            self.states,
+            keep.folder if keep else None,
         )
 
     def sets(self) -> list[ImagesOf]:
         """The images to measure."""
-        count, shape = self.config.evaluation.num_samples, self.config.network.state_shape
+        count, shape = self.config.evaluation.num_samples, self.states.image_shape
         found = [
             ImagesOf(ImageSource("teacher", sampling), count, self.readings, shape)
             for sampling in self.missing
@@ -213,7 +235,7 @@ def check_comparison(config: Config) -> None:
     """
     readings, weights = find_readings(config.evaluation), _find_weights(config)
     compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
-    _check_sampled(config, weights)
+    _check_sampled(config, weights, states_of(config))
     compared_data(config, compared, weights)
 
 
@@ -227,7 +249,7 @@ def look_up(subject: Subject, folder: str | None = None) -> Comparison:
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     keep = _kept_samples(subject, storage)
     readings, weights = find_readings(config.evaluation), _find_weights(config)
-    _check_sampled(config, weights)
+    _check_sampled(config, weights, subject.teacher.states)
     real = find_real_data(config, storage, readings, weights)
     spec = comparison_spec(config, subject.teacher, readings, weights, real)
     # without a metric on images, the teacher's need not be drawn
@@ -297,9 +319,11 @@ def _find_weights(config: Config) -> dict[str, WeightsFile]:
     return find_all_weights(config.evaluation)
 
 
-def _check_sampled(config: Config, weights: dict[str, WeightsFile]) -> None:
-    """Raises UserError if the metrics cannot be measured on this network's samples."""
-    check_shape(weights, config.network.state_shape, "the samples")
+def _check_sampled(config: Config, weights: dict[str, WeightsFile], states: States) -> None:
+    """Raises UserError if the metrics cannot be measured on samples with such states."""
+    if of_images := [metric for metric in config.evaluation.metrics if metric != "trajectory_error"]:
+        states.check_decoded(f"evaluation.metrics: {', '.join(of_images)}", "measure only trajectory_error")
+    check_shape(weights, states.image_shape, "the samples")
     if "agreement" in config.evaluation.metrics and not config.network.num_classes:
         raise UserError("evaluation.metrics: agreement is of classes, and network.num_classes is 0")
 
@@ -312,6 +336,7 @@ def _kept_samples(subject: Subject, storage: Storage) -> KeptSamples | None:
     settings, student = subject.config.evaluation, subject.student
     if not settings.keep_samples:
         return None
+    subject.teacher.states.check_decoded("evaluation.keep_samples", "set it to false")
     spec = SampleSpec(
         student=student.sha256,
         seed=settings.seed,
@@ -319,12 +344,13 @@ def _kept_samples(subject: Subject, storage: Storage) -> KeptSamples | None:
         threads=settings.threads,
         precision=settings.precision,
         compile=bool(settings.compile),
+        decoder=subject.teacher.states.identity(settings.precision),
     )
     folder = f"samples/{student.sha256[:16]}-{settings.seed}/"
     kept = read_manifest(storage, folder)
     if kept is not None and sample_spec(kept[0]) != spec:
         raise UserError(
-            f"{storage.url}/{folder}: holds samples of another evaluation.batch_size, threads, precision or compile; "
-            "go back to those, or delete that folder"
+            f"{storage.url}/{folder}: holds samples of another evaluation.batch_size, threads, precision or compile, or of "
+            "another decoder; go back to those, or delete that folder"
         )
     return KeptSamples(folder, spec)

@@ -19,7 +19,7 @@ from dsno_cluster.evaluation.records import Layout, Metrics
 from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
-from dsno_cluster.teachers import Teacher
+from dsno_cluster.teachers import LoadedDecoder, States, Teacher
 from dsno_cluster.trajectories.spec import TrajectorySpec
 
 _INK, _MUTED = (28, 30, 34), (110, 114, 122)
@@ -28,11 +28,12 @@ NAMES = ("samples.png", "trajectory.png", "teacher.png", "student.png", "strips.
 STRIPS = 4  # samples that are shown through time
 
 
-def layout(config: Config) -> Layout:
-    """The layout of a config's plain pictures."""
+def layout(config: Config, states: States | None = None) -> Layout:
+    """The layout of a config's plain pictures of such `states`, by default images."""
     network = config.network
+    states = states or States(network.state_shape)
     classes = min(network.num_classes, 10)
-    height, width = network.sides
+    channels, height, width = states.image_shape
     rows, gap = classes or 4, max(1, height // 16)
     count = min(STRIPS, rows)
     return Layout(
@@ -45,53 +46,108 @@ def layout(config: Config) -> Layout:
         pair_gap=3 * gap,
         strips=tuple(sorted({round(i * (rows - 1) / max(1, count - 1)) for i in range(count)})),
         times=(1.0, *config.trajectories.time_points),
+        states="decoded" if states.decoder else "latents" if states.undecoded else "images",
+        channels=channels if states.undecoded else None,
     )
 
 
 @dataclass(frozen=True)
 class Pictured:
-    """Pictured noise (N, C, H, W) in the rows of `layout`, and both states (N, M, C, H, W), on CPU."""
+    """What pictures show of states, (..., C, H, W) on CPU: the images of both from the same noise in the rows of `layout`,
+    (N, ...), and of the samples `through_time` the noise (S, ...) and both at each time point (S, M, ...).
+    """
 
-    noise: Tensor
     theirs: Tensor
     ours: Tensor
+    through_time: tuple[int, ...]
+    noise: Tensor
+    their_states: Tensor
+    our_states: Tensor
     teacher_evaluations: int  # network evaluations for an image of the teacher's
 
 
-def solve_pictured(config: Config, spec: TrajectorySpec, student: DSNO, teacher: Teacher) -> Pictured:
-    """The teacher's and the student's states from the pictured noise, computed on their device."""
+def solve_pictured(
+    config: Config,
+    spec: TrajectorySpec,
+    student: DSNO,
+    teacher: Teacher,
+    decoder: LoadedDecoder | None = None,
+) -> Pictured:
+    """The teacher's and the student's states from the pictured noise, computed on their device, and decoded if they are latents.
+
+    The noise is decoded as every state is, or else shown at half contrast, to lie within the range of images.
+    """
     plain, device = layout(config), next(student.parameters()).device
     classes, columns = plain.rows, plain.columns
     noise = sample_noise(config.evaluation.seed, range(classes * columns), teacher.shape).to(device)
     labels = torch.arange(classes).repeat_interleave(columns) if student.network.num_classes else None
     theirs = solve_with(spec.method, teacher, noise, spec.times, labels)
     ours = student.trajectory(noise, labels, spec.times)
-    return Pictured(noise.cpu(), theirs.cpu(), ours.cpu(), spec.method.evaluations(spec.times))
+    picked = list(_through_time(plain))
+
+    def shown(states: Tensor) -> Tensor:
+        if decoder is None:
+            return states.cpu()
+        images = torch.cat([part.cpu() for part in decoder.parts(states.flatten(0, -4))])
+        return images.reshape(*states.shape[:-3], *images.shape[1:])
+
+    return Pictured(
+        shown(theirs[:, -1]),
+        shown(ours[:, -1]),
+        tuple(picked),
+        shown(noise[picked] if decoder else noise[picked] / 2),
+        shown(theirs[picked]),
+        shown(ours[picked]),
+        spec.method.evaluations(spec.times),
+    )
 
 
-def pictures(config: Config, pictured: Pictured, metrics: Metrics) -> dict[str, bytes]:
-    """The pictures as PNG bytes by name (`NAMES`), all from the same noise.
+def _of_trajectory(plain: Layout) -> int:
+    """The sample in trajectory.png: the first of a class of digits whose strokes are clear."""
+    return plain.columns * min(3, plain.rows - 1)
+
+
+def _through_time(plain: Layout) -> tuple[int, ...]:
+    """The samples whose states are shown at every time point."""
+    return tuple(sorted({_of_trajectory(plain), *(plain.columns * row for row in plain.strips)}))
+
+
+def _caption(plain: Layout) -> str | None:
+    """What is shown of the states, if these are no images."""
+    if plain.states == "decoded":
+        return "States are latents; each is decoded, the noise too."
+    if plain.states == "latents":
+        return f"States are latents of {plain.channels} channels, not decoded: the first three as colours."
+    return None
+
+
+def pictures(
+    config: Config, pictured: Pictured, metrics: Metrics, states: States | None = None
+) -> dict[str, bytes]:
+    """The pictures of `states` as PNG bytes by name (`NAMES`), all from the same noise.
 
     samples.png and trajectory.png show teacher over student with captions; teacher.png, student.png and
     strips.png follow `layout`.
     """
-    plain, times = layout(config), config.trajectories.time_points
+    plain = layout(config, states)
     classes, columns = plain.rows, plain.columns
-    noise, theirs, ours = pictured.noise, pictured.theirs, pictured.ours
 
-    def rows(states: Tensor) -> Tensor:
-        return states.reshape(classes, columns, *states.shape[1:])
+    def rows(images: Tensor) -> Tensor:
+        return images.reshape(classes, columns, *images.shape[1:])
 
     names = [f"{i}" if plain.classes else "" for i in range(classes)]
-    last = rows(theirs[:, -1]), rows(ours[:, -1])
-    samples = _samples_picture(*last, names, pictured.teacher_evaluations, metrics)
-    # one noise: the first of a class whose strokes are clear
-    pick = columns * min(3, classes - 1)
-    trajectory = _trajectory_picture(noise[pick], theirs[pick], ours[pick], times)
-    picked = [columns * row for row in plain.strips]
-    begin = noise[picked, None] / 2  # noise at half contrast, to lie within the range
-    pairs = [torch.cat([begin, states[picked]], dim=1) for states in (theirs, ours)]
-    teacher, student = (_plain_grid(rows(states[:, -1]), plain.gap) for states in (theirs, ours))
+    last = rows(pictured.theirs), rows(pictured.ours)
+    caption = _caption(plain)
+    samples = _samples_picture(*last, names, pictured.teacher_evaluations, metrics, caption)
+    both = [
+        torch.cat([pictured.noise[:, None], states], dim=1)
+        for states in (pictured.their_states, pictured.our_states)
+    ]
+    one = pictured.through_time.index(_of_trajectory(plain))
+    trajectory = _trajectory_picture(both[0][one], both[1][one], plain.times, caption)
+    picked = [pictured.through_time.index(columns * row) for row in plain.strips]
+    pairs = [states[picked] for states in both]
+    teacher, student = (_plain_grid(images, plain.gap) for images in last)
     strips = _plain_grid(torch.stack(pairs, 1).flatten(0, 1), plain.gap, plain.pair_gap)
     return dict(zip(NAMES, (samples, trajectory, teacher, student, strips), strict=True))
 
@@ -112,7 +168,12 @@ def _plain_grid(images: Tensor, gap: int, pair_gap: int = 0) -> bytes:
 
 
 def _samples_picture(
-    theirs: Tensor, ours: Tensor, names: list[str], teacher_evaluations: int, metrics: Metrics
+    theirs: Tensor,
+    ours: Tensor,
+    names: list[str],
+    teacher_evaluations: int,
+    metrics: Metrics,
+    caption: str | None,
 ) -> bytes:
     """A pair of rows per class, teacher over student, (R, K, C, H, W) each, with the table beside them."""
     row_count, columns = theirs.shape[:2]
@@ -133,6 +194,7 @@ def _samples_picture(
         ),
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
         "measured: a published-form student answers all its time points at once.",
+        *([] if caption is None else [caption]),
     ]
     if metrics.student.images_per_second is not None:
         notes.append(f"One-step samples: {metrics.student.images_per_second:.0f} images/s on one actor.")
@@ -180,22 +242,24 @@ def _samples_picture(
     return png_bytes(sheet)
 
 
-def _trajectory_picture(noise: Tensor, theirs: Tensor, ours: Tensor, times: tuple[float, ...]) -> bytes:
-    """One sample through time, from noise at t=1 to the image: teacher over student."""
-    scale = 2 * pixel_scale(noise[None])
-    height, tile = (side * scale for side in noise.shape[-2:])
+def _trajectory_picture(theirs: Tensor, ours: Tensor, times: tuple[float, ...], caption: str | None) -> bytes:
+    """One sample through time, from noise at t=1 to the image, (M, C, H, W): teacher over student."""
+    scale = 2 * pixel_scale(theirs)
+    height, tile = (side * scale for side in theirs.shape[-2:])
     small = _font(14)
     left, top = 84, 34
-    sheet = Image.new(
-        "RGB", (left + (len(times) + 1) * (tile + GAP) + 12, top + 2 * (height + GAP) + 10), PAPER
-    )
+    bottom = top + 2 * (height + GAP) + 10
+    width = max(left + len(times) * (tile + GAP) + 12, 16 + _width(small, caption or "") + 16)
+    sheet = Image.new("RGB", (width, bottom + (24 if caption else 0)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for k, t in enumerate((1.0, *times)):
+    if caption:
+        draw.text((16, bottom), caption, fill=_MUTED, font=small)
+    for k, t in enumerate(times):
         draw.text((left + k * (tile + GAP), 10), f"t = {t:.4g}", fill=_MUTED, font=small)
     for r, (states, colour, word) in enumerate(((theirs, _TEACHER, "teacher"), (ours, _STUDENT, "student"))):
         y = top + r * (height + GAP)
         draw.text((16, y + height // 2 - 8), word, fill=colour, font=small)
-        for k, image in enumerate((noise / 2, *states)):  # noise at half contrast, to lie within the range
+        for k, image in enumerate(states):
             sheet.paste(tile_of(image, scale), (left + k * (tile + GAP), y))
     return png_bytes(sheet)
 

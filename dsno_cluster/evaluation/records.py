@@ -116,6 +116,9 @@ class Layout(Record):
     and around them, a row per class if there are classes. strips.png has a pair of rows, teacher over student,
     with `pair_gap` to the next pair, for each of `strips` (rows of the grids, of which it shows the first
     sample), and a column for each of `times`, the first of which is the noise.
+
+    What is shown of `states`: images, with the noise at half contrast; latents that were `decoded`, the noise too; or of
+    latents, which have `channels`, the first three as colours.
     """
 
     rows: int
@@ -127,6 +130,8 @@ class Layout(Record):
     pair_gap: int
     strips: tuple[int, ...]
     times: tuple[float, ...]
+    states: Literal["images", "decoded", "latents"] = "images"
+    channels: int | None = None
 
     @property
     def height(self) -> int:
@@ -153,12 +158,14 @@ class Measurement(Record):
 class Metrics(Measurement):
     """metrics.json: a student and its teacher.
 
-    `seconds` exclude the teacher's rows that were known before.
+    `decoder` turned the states into the images that were measured; None: they are images. `seconds` exclude the teacher's
+    rows that were known before.
     """
 
     known_by: ClassVar[str] = "student"
     checkpoint: Checkpoint = Checkpoint()
     teacher: Values | None = None
+    decoder: Values | None = None
     precision: str = "float32"
     real_held_out: HeldOut | None = None
     teacher_rows: tuple[TeacherRow, ...] = ()

@@ -19,8 +19,9 @@ from dsno_cluster.evaluation.refine import refine
 from dsno_cluster.images import grid_png, to_uint8
 from dsno_cluster.model_folder import read_config_of, read_meta
 from dsno_cluster.storage import write_file
-from dsno_cluster.students.dsno import DSNO, load_student
-from dsno_cluster.teachers import check_fits, load_teacher
+from dsno_cluster.students.dsno import DSNO, load_student, student_model
+from dsno_cluster.teachers import DecoderIdentity, LoadedDecoder, States, check_fits, load_teacher
+from dsno_cluster.teachers.decoders import find_states
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Drawing:
     """How images are drawn: the student, how it computes, and whether its teacher refines them.
 
     `sha256`, if given, is that of the student's weights; `label` is the class of every image, None for random
-    classes.
+    classes. `states` is what the student gives, found if it is None (`states_of_student`); with `raw`, states are drawn and
+    not decoded.
     """
 
     checkpoint: str
@@ -50,16 +52,40 @@ class Drawing:
     compile: bool = False
     refinement: Refinement | None = None
     label: int | None = None
+    states: States | None = None
+    raw: bool = False
+
+    def decoder(self) -> DecoderIdentity | None:
+        """That of the decoder of its images; None if they are its states."""
+        return None if self.raw or self.states is None else self.states.identity(self.precision)
 
 
 @dataclass(frozen=True)
 class OpenDrawing:
-    """A loaded student on `device`; `draw` gives images (N, C, H, W) in [-1, 1] from noise and labels there."""
+    """A loaded student on `device`; `draw` gives states (N, C, H, W) from noise and labels there, which `decode` makes images.
+
+    Images are in [-1, 1] up to overshoot.
+    """
 
     student: DSNO
     device: torch.device
     draw: Callable[[Tensor, Tensor | None], Tensor]
     label: int | None
+    decode: LoadedDecoder | None = None
+
+
+def states_of_student(drawing: Drawing, decoder: str | None = None) -> States:
+    """What a student gives: by the folder of a `decoder`, or by its config, which names the decoder or a teacher with one.
+
+    Raises UserError if the student or the decoder does not exist.
+    """
+    at, endpoint_url = drawing.checkpoint, drawing.endpoint_url
+    model = student_model(read_meta(at, endpoint_url), at)
+    config: dict[str, Any] = read_config_of(at, endpoint_url)
+    teacher = config.get("teacher") or {}
+    named, path = decoder or teacher.get("decoder"), teacher.get("path")
+    key = "--decoder" if decoder else "teacher.decoder"
+    return find_states(model.network.state_shape, named, path, endpoint_url, key)
 
 
 def open_drawing(drawing: Drawing) -> OpenDrawing:
@@ -79,28 +105,34 @@ def open_drawing(drawing: Drawing) -> OpenDrawing:
         raise UserError(f"--label {drawing.label}: the student at {drawing.checkpoint} has {which}")
     device = compute_device()
     student.to(device)
-    if drawing.refinement is None:
-        return OpenDrawing(student, device, student.sample, drawing.label)
-    refined = _refined(student, device, drawing.checkpoint, drawing.endpoint_url, drawing.refinement)
-    return OpenDrawing(student, device, refined, drawing.label)
+    states, decode = drawing.states, None
+    if not drawing.raw:
+        states = states or states_of_student(drawing)
+        states.check_decoded(drawing.checkpoint, "take --states", "--decoder")
+        decode = states.decoder.load(device, drawing.precision) if states.decoder else None
+    draw: Callable[[Tensor, Tensor | None], Tensor] = student.sample
+    if drawing.refinement is not None:
+        draw = _refined(student, device, drawing.checkpoint, drawing.endpoint_url, drawing.refinement)
+    return OpenDrawing(student, device, draw, drawing.label, decode)
 
 
 def draw_images(opened: OpenDrawing, seed: int, indices: range) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) of the given samples of `seed`, and their labels (N,) or None, on CPU."""
+    """Images (N, C, H, W) of the given samples of `seed`, or raw states, and their labels (N,) or None, on CPU."""
     network = opened.student.network
     noise = sample_noise(seed, indices, network.state_shape).to(opened.device)
     labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
     if opened.label is not None:
         labels = torch.full((len(indices),), opened.label)
-    images = opened.draw(noise, labels)
-    return images.cpu(), labels
+    states = opened.draw(noise, labels)
+    parts = [states] if opened.decode is None else opened.decode.parts(states)
+    return torch.cat([part.cpu() for part in parts]), labels
 
 
 def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: int) -> None:
     """Write `num` images to `out`: a grid (.png) or arrays `images` uint8 (N, C, H, W) and `labels` (.npz).
 
-    Image i depends only on (seed, i). Raises UserError if there is no student, or no teacher to refine with,
-    and WorkError if the file cannot be written.
+    Raw ones are `states` float32 (N, C, H, W). Image i depends only on (seed, i). Raises UserError if there is no student,
+    no decoder, or no teacher to refine with, and WorkError if the file cannot be written.
     """
     opened = open_drawing(drawing)
     if read_meta(drawing.checkpoint, drawing.endpoint_url).seed == seed:
@@ -118,11 +150,9 @@ def sample_to_file(drawing: Drawing, out: str, num: int, seed: int, batch_size: 
         import io
 
         buffer = io.BytesIO()
-        pixels = to_uint8(images).numpy()
-        if labels is None:
-            np.savez(buffer, images=pixels)
-        else:
-            np.savez(buffer, images=pixels, labels=labels.numpy())
+        arrays: dict[str, Any] = {"states": images} if drawing.raw else {"images": to_uint8(images)}
+        arrays |= {} if labels is None else {"labels": labels}
+        np.savez(buffer, **{name: array.numpy() for name, array in arrays.items()})
         data = buffer.getvalue()
     else:
         data = grid_png(images, columns=max(1, round(num**0.5)))

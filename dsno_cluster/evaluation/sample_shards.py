@@ -27,11 +27,18 @@ from dsno_cluster.cluster.ray_pool import (
 )
 from dsno_cluster.config.base import Named, PositiveInt, Seed, later
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.sample import Drawing, Refinement, draw_images, open_drawing
+from dsno_cluster.evaluation.sample import (
+    Drawing,
+    Refinement,
+    draw_images,
+    open_drawing,
+    states_of_student,
+)
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import Storage, open_storage
+from dsno_cluster.teachers import DecoderIdentity
 from dsno_cluster.trajectories.generate import (
     ROUNDS,
     check_alike,
@@ -68,6 +75,7 @@ class SampleSpec(Named):
     compile: bool
     refinement: Refinement | None = later(None)
     label: int | None = later(None)
+    decoder: DecoderIdentity | None = later(None)
 
 
 def sample_spec(manifest: Manifest) -> SampleSpec | None:
@@ -113,6 +121,7 @@ def sample_to_shards(
     found.check_weights()  # before the actors read them
     meta = found.meta
     drawing = replace(drawing, checkpoint=address, sha256=meta.sha256)
+    drawing = replace(drawing, states=drawing.states or states_of_student(drawing))
     if meta.seed == seed:
         raise UserError(
             f"--seed {seed}: the student at {address} was trained on the noise of that seed, so figures of these images would "
@@ -127,6 +136,7 @@ def sample_to_shards(
         compile=drawing.compile,
         refinement=drawing.refinement,
         label=drawing.label,
+        decoder=drawing.decoder(),
     )
     lines, made_by = _there_already(storage, spec)
     shards = num // batch_size
@@ -212,8 +222,8 @@ def _there_already(
     theirs = sample_spec(manifest[0]) if manifest else noted_spec(progress)
     if theirs != spec and (found or manifest):
         raise UserError(
-            f"{storage.url}: holds other samples ({MANIFEST if manifest else 'shards'} of another student, --seed, --label or "
-            "--batch-size); name an empty folder"
+            f"{storage.url}: holds other samples ({MANIFEST if manifest else 'shards'} of another student, --seed, --label, "
+            "--batch-size or decoder); name an empty folder"
         )
     noted = progress.by_key if theirs == spec else {}
     if manifest:

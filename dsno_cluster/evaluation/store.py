@@ -60,13 +60,14 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     if comparison.keep is not None:
         _commit_samples(storage, comparison.keep, found.student.shards, made_by)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
-    beside = _beside(comparison, found.surroundings, config.network.sides[0], settings.num_samples)
+    beside = _beside(comparison, found.surroundings, comparison.states.image_shape[1], settings.num_samples)
     beside["warnings"] += found.student.warnings
     metrics = Metrics(
         **beside,
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
         checkpoint=_checkpoint(comparison),
         teacher=teacher.info.identity.model_dump(mode="json"),
+        decoder=_decoder(comparison),
         precision=settings.precision,
         real_held_out=found.held_out,
         teacher_rows=tuple(
@@ -77,9 +78,10 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
         device=made_by.device,
         seconds=round(time.monotonic() - began, 1),
         train_seconds=student.train_seconds,
-        pictures=pictures.layout(config) if found.student.pictured else None,
+        pictures=pictures.layout(config, comparison.states) if found.student.pictured else None,
     )
-    files = pictures.pictures(config, found.student.pictured, metrics) if found.student.pictured else {}
+    pictured = found.student.pictured
+    files = pictures.pictures(config, pictured, metrics, comparison.states) if pictured else {}
     with only_writer(storage, folder + WRITING):
         if storage.stat(folder + METRICS) not in (before, None):
             console.say(f"this replaces an evaluation that ended meanwhile: {storage.url}/{folder}{METRICS}")
@@ -155,8 +157,14 @@ def _differences(before: Metrics, comparison: Comparison) -> list[str]:
         "the reference": before.reference.what == settings.reference,
         "seed": before.seeds.noise in (None, settings.seed),
         "precision": before.precision == settings.precision,
+        "the decoder": before.decoder == _decoder(comparison),
     }
     return [what for what, is_same in same.items() if not is_same]
+
+
+def _decoder(comparison: Comparison) -> Values | None:
+    decoder = comparison.decoder
+    return None if decoder is None else decoder.model_dump(mode="json")
 
 
 def _checkpoint(comparison: Comparison) -> Checkpoint:

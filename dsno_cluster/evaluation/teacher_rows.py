@@ -21,7 +21,7 @@ from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record
 from dsno_cluster.storage import MissingObject, Storage
-from dsno_cluster.teachers import ConfiguredTeacher, Sampling
+from dsno_cluster.teachers import ConfiguredTeacher, DecoderIdentity, Sampling
 from dsno_cluster.teachers.loading import AnyTeacherIdentity
 
 SHIPPED_ROWS = "evaluation.json"
@@ -62,6 +62,7 @@ class ComparisonSpec(Named):
     inception_splits: int | None = later(None)
     neighborhood: int | None = later(None)
     metric_seed: int | None = later(None)
+    decoder: DecoderIdentity | None = later(None)
 
 
 class TeacherRowsFile(Record):
@@ -112,6 +113,7 @@ def comparison_spec(
         clip_denoised=config.trajectories.clip_denoised,
         precision=config.teacher.precision,
         other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
+        decoder=teacher.states.identity(settings.precision),
         **knobs,
     )
 

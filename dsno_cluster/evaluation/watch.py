@@ -23,7 +23,7 @@ from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import META, read_meta, step_name
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import Storage, open_storage
-from dsno_cluster.teachers import ConfiguredTeacher
+from dsno_cluster.teachers import ConfiguredTeacher, DecoderIdentity
 
 POLL_SECONDS = 20.0
 SAY_SECONDS = 600.0
@@ -59,16 +59,18 @@ def watch(
         f"{config.evaluation.judged_by} is kept track of"
     )
     known: KnownStudents = {}
+    decoder = teacher.states.identity(config.evaluation.precision)
+    settings = settings_hashes(config, decoder)
     said = time.monotonic() - SAY_SECONDS
     while True:
         there = checkpoints(storage, config, known)
         # choose the best again: the metric may have changed, or students may have been deleted
-        history = note_row(storage, config, there)
-        done = {row.sha256 for row in history.rows if row.evaluation in settings_hashes(config)}
+        history = note_row(storage, config, there, settings)
+        done = {row.sha256 for row in history.rows if row.evaluation in settings}
         todo = [student for student in there if student.sha256 not in done]
         for student in todo:
-            row = _evaluated(config, teacher, student, crew)
-            history = note_row(storage, config, there, row)
+            row = _evaluated(config, teacher, student, settings[0], crew)
+            history = note_row(storage, config, there, settings, row)
         last = max((student.step for student in there), default=-1)
         if last >= config.training.steps:
             break
@@ -114,6 +116,7 @@ def _evaluated(
     config: Config,
     teacher: ConfiguredTeacher,
     student: WatchedStudent,
+    settings_hash: str,
     crew: Crew,
 ) -> HistoryRow:
     """Evaluate a student; returns its row of the history."""
@@ -126,20 +129,24 @@ def _evaluated(
         "step": student.step,
         "ema_decay": student.ema_decay,
         "sha256": student.sha256,
-        "evaluation": settings_hashes(config)[0],
+        "evaluation": settings_hash,
         "folder": folder,
     }
     return HistoryRow.model_validate({**known, **metrics.student.values()})
 
 
 def note_row(
-    storage: Storage, config: Config, there: Sequence[WatchedStudent], row: HistoryRow | None = None
+    storage: Storage,
+    config: Config,
+    there: Sequence[WatchedStudent],
+    settings: tuple[str, str],
+    row: HistoryRow | None = None,
 ) -> History:
     """Add a `row` to the history and name the best of the existing students `there`; returns the history.
 
-    Rows that another evaluation adds meanwhile are kept.
+    `settings` are the hashes by which rows of this evaluation are known. Rows that another evaluation adds meanwhile are kept.
     """
-    settings, metric = settings_hashes(config), config.evaluation.judged_by
+    metric = config.evaluation.judged_by
     known = {student.sha256 for student in there}
 
     def with_row() -> History | None:
@@ -162,12 +169,14 @@ def note_row(
     return history
 
 
-def settings_hashes(config: Config) -> tuple[str, str]:
-    """Hashes of the evaluation's settings, except those that choose among its results.
+def settings_hashes(config: Config, decoder: DecoderIdentity | None = None) -> tuple[str, str]:
+    """Hashes of the evaluation's settings, and of the `decoder` if there is one, except those that choose among its results.
 
     The first names new rows and does not depend on where a checkout lies: paths below the working directory
     are relative to it. With the second, of absolute paths, jobs of earlier versions named theirs.
     """
     absolute = config.evaluation.model_dump(mode="json", exclude={"ema_decay", "best_metric"})
     paths = {key: shown_path(absolute[key]) for key in EVALUATION_FILES if absolute[key] is not None}
+    if decoder is not None:
+        absolute["decoder"] = decoder.model_dump(mode="json")
     return canonical_hash(absolute | paths), canonical_hash(absolute)

@@ -41,6 +41,11 @@ def dit_model(config: Values, where: str) -> Any:
     return _of_config("DiTTransformer2DModel", {**config, "_class_name": "DiTTransformer2DModel"}, where)
 
 
+def autoencoder_model(config: Values, where: str) -> Any:
+    """A freshly initialised diffusers AutoencoderKL of that config. Raises UserError as `unet2d_model`."""
+    return _of_config("AutoencoderKL", config, where)
+
+
 def _of_config(name: str, config: Values, where: str) -> Any:
     try:
         import diffusers

@@ -7,7 +7,7 @@ from importlib import resources
 
 from dsno_cluster import __version__
 from dsno_cluster.config import Config
-from dsno_cluster.evaluation.records import Figures, TeacherRow
+from dsno_cluster.evaluation.records import Figures, Layout, TeacherRow
 from dsno_cluster.evaluation.table import figures_of
 from dsno_cluster.report import parts
 from dsno_cluster.report.markup import Markup, tag, together
@@ -196,7 +196,8 @@ def _samples(files: RunFiles, words: str) -> Markup:
         tag(
             "p",
             "Teacher and student begin with the same noise, so each pair should show the same image. Drag the picture or use the "
-            "slider; from the keyboard its arrow keys, Home and End.",
+            "slider; from the keyboard its arrow keys, Home and End."
+            + (f" The states{_of_states(layout)}" if layout.states != "images" else ""),
         ),
         parts.comparison(layout, files.pictures["teacher.png"], files.pictures["student.png"], files.size),
     )
@@ -209,7 +210,8 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
         strips = together(
             tag(
                 "p",
-                "From noise (t = 1) to image (t = 0): the teacher's states over the student's, noise at half contrast.",
+                "From noise (t = 1) to image (t = 0): the teacher's states over the student's"
+                + _of_states(layout),
             ),
             parts.strips(layout, files.pictures["strips.png"]),
         )
@@ -234,6 +236,17 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
         )
     missing = None if strips else parts.missing("No pictures yet", f"dsno-cluster eval {words}")
     return together(strips, missing, table, held_out)
+
+
+def _of_states(layout: Layout) -> str:
+    """How the states in a picture are shown; it ends a sentence."""
+    if layout.states == "decoded":
+        return ", which are latents: each is decoded, the noise too."
+    if layout.states == "latents":
+        return (
+            f", which are latents of {layout.channels} channels and not decoded: the first three as colours."
+        )
+    return ", noise at half contrast."
 
 
 def _training(files: RunFiles, words: str) -> Markup:

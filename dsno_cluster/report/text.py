@@ -214,6 +214,7 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
             "feature_extractor",
             "checkpoint",
             "teacher",
+            "decoder",
         )
         values = files.metrics.values()
         rows = [(key, without_passwords(_plain(values[key]))) for key in shown if values.get(key)]

@@ -11,7 +11,8 @@ own:
     closed_forms.py      closed-form:gaussian, options mean, std, shape
                          closed-form:mixture, options means, stds, shape, weights, classes, null_class
 
-`loading.py` lists the families; `of_config.py` finds the teacher that a config names. A trajectory spec
+`loading.py` lists the families; `of_config.py` finds the teacher that a config names; `decoders.py` turns states that are
+latents into images. A trajectory spec
 records the teacher's `identity`: everything about it that can change a byte. Importing this package does not
 import torch.
 """
@@ -22,14 +23,19 @@ from dsno_cluster.teachers.closed_forms import (
     mixture_teacher,
 )
 from dsno_cluster.teachers.compared import Sampling, compared_samplings
+from dsno_cluster.teachers.decoders import Decoder, DecoderIdentity, LoadedDecoder, States, states_of
 from dsno_cluster.teachers.loading import load_teacher, open_teacher, read_identity, teacher_info
 from dsno_cluster.teachers.of_config import ConfiguredTeacher, NoTeacher, find_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_fits
 
 __all__ = [
     "ConfiguredTeacher",
+    "Decoder",
+    "DecoderIdentity",
+    "LoadedDecoder",
     "NoTeacher",
     "Sampling",
+    "States",
     "Teacher",
     "TeacherInfo",
     "check_fits",
@@ -41,5 +47,6 @@ __all__ = [
     "mixture_teacher",
     "open_teacher",
     "read_identity",
+    "states_of",
     "teacher_info",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import posixpath
 from collections.abc import Mapping
@@ -39,10 +40,15 @@ TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "bert")
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What turns the states of a latent diffusion model into images: its folder, and its config."""
+    """What turns the states of a latent diffusion model into images: its folder below `root`, and its config.
 
+    `has_files`: its config is there, and not only named in `model_index.json`.
+    """
+
+    root: str
     folder: str
     config: dict[str, Any]
+    has_files: bool
 
     @property
     def class_name(self) -> str:
@@ -71,6 +77,12 @@ class Weights:
     files: dict[str, bytes]
     variant: str
 
+    @property
+    def sha256(self) -> str | dict[str, str]:
+        """That of the file, or those of several files by name; a single file of an unusual name is named too."""
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.files.items())}
+        return digests[WEIGHTS] if len(digests) == 1 and WEIGHTS in digests else digests
+
     def tensors(self, where: str) -> dict[str, Tensor]:
         """All tensors by name. Raises NotWeights for a file that is none, or would run code."""
         import torch
@@ -87,6 +99,12 @@ class Weights:
                 raise NotWeights(f"{where}: {name}: holds {type(content).__name__}, not tensors by name")
             found |= {str(key): tensor for key, tensor in content.items()}
         return found
+
+
+def is_folder_of_diffusers(source: Source) -> bool:
+    """Whether a folder has a model of `save_pretrained`, or a pipeline."""
+    configs = (f"{name}/config.json" for name in (*MODELS, EMA))
+    return any(source.has(key) for key in ("config.json", *configs, MODEL_INDEX))
 
 
 def find_parts(source: Source, ema: bool | None) -> Parts:
@@ -200,9 +218,10 @@ def _saved_scheduler(source: Source, above: Source | None, listed: dict[str, str
 
 def _autoencoder(source: Source, listed: dict[str, str]) -> Autoencoder | None:
     for name in AUTOENCODERS:
-        if name in listed or source.has(f"{name}/config.json"):
-            config = read_json(source, f"{name}/config.json") or {}
-            return Autoencoder(name, {"_class_name": listed[name]} | config if name in listed else config)
+        config = read_json(source, f"{name}/config.json")
+        if name in listed or config is not None:
+            named = {"_class_name": listed[name]} if name in listed else {}
+            return Autoencoder(source.path, name, named | (config or {}), has_files=config is not None)
     return None
 
 

@@ -13,22 +13,19 @@ Options add what no file says.
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers import diffusers_networks, diffusers_schedules
+from dsno_cluster.teachers.decoders import KIND, MOST_COLOURS, Decoder, decoder_of
 from dsno_cluster.teachers.diffusers_files import (
     EMA,
-    MODEL_INDEX,
-    MODELS,
-    WEIGHTS,
-    Autoencoder,
     Parts,
     Weights,
     find_parts,
+    is_folder_of_diffusers,
     read_weights,
 )
 from dsno_cluster.teachers.diffusers_networks import UNET, Model, read_model
@@ -52,13 +49,12 @@ OPTIONS = ("schedule", "ema", *diffusers_networks.OPTIONS, *diffusers_schedules.
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder as read. `autoencoder` is what turns its states into images, if they are latents."""
+    """A folder as read."""
 
     info: TeacherInfo
     model: Model
     schedule: Schedule
     weights: Weights
-    autoencoder: Autoencoder | None
 
 
 class DiffusersFolder:
@@ -73,8 +69,7 @@ class DiffusersFolder:
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
-        configs = (f"{name}/config.json" for name in (*MODELS, EMA))
-        return any(source.has(key) for key in ("config.json", *configs, MODEL_INDEX))
+        return is_folder_of_diffusers(source)
 
     @functools.cached_property
     def _folder(self) -> Folder:
@@ -121,11 +116,11 @@ def _read(source: Source, options: Options) -> Folder:
     schedule = read_schedule(parts.scheduler, options, path)
     config = {k: v for k, v in parts.config.items() if not k.startswith("_") or k == "_class_name"}
     model = read_model(config, options, schedule.kind, path)
-    _check_pixels(model, parts, path)
+    _check_supported(model, parts, path)
+    decoder = decoder_of(parts.autoencoder, source, model.shape[0]) if parts.autoencoder else None
     weights = read_weights(source, parts.prefix)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(weights.files.items())}
     identity = DiffusersIdentity(
-        sha256=digests[WEIGHTS] if len(digests) == 1 and WEIGHTS in digests else digests,
+        sha256=weights.sha256,
         config=config,
         scheduler=schedule.values,
         shape=model.shape,
@@ -143,9 +138,11 @@ def _read(source: Source, options: Options) -> Folder:
         backbone=DiffusersModel(config=model.config, scheduler=schedule.values) if backbone else None,
         former_identities=(identity.model_copy(update={"scheduler": former}),) if former else (),
         has_network=True,
-        notes=_notes(weights, parts),
+        decoder=decoder,
+        latent=parts.autoencoder is not None or model.shape[0] > MOST_COLOURS,
+        notes=_notes(weights, parts, decoder),
     )
-    return Folder(_with_steps(info, schedule, options, path), model, schedule, weights, parts.autoencoder)
+    return Folder(_with_steps(info, schedule, options, path), model, schedule, weights)
 
 
 def _with_steps(info: TeacherInfo, schedule: Schedule, options: Options, path: str) -> TeacherInfo:
@@ -163,30 +160,32 @@ def _with_steps(info: TeacherInfo, schedule: Schedule, options: Options, path: s
     return replace(info, native=schedule.native, num_steps=1 if schedule.distilled else None)
 
 
-def _check_pixels(model: Model, parts: Parts, path: str) -> None:
-    """Raises UserError for a model of latents or of texts that would be taken as one of images."""
+def _check_supported(model: Model, parts: Parts, path: str) -> None:
+    """Raises UserError for a model of texts, and for a U-Net whose latents nothing here decodes."""
     if parts.text:
         raise UserError(
             f"{path}: is conditioned on text (it has {parts.text}); only classes are supported as conditions"
         )
-    if parts.autoencoder and model.kind == UNET:
+    if parts.autoencoder and model.kind == UNET and parts.autoencoder.class_name != KIND:
         raise UserError(
             f"{path}: is a latent diffusion model: its states are latents of {parts.autoencoder.folder}/ "
-            f"({parts.autoencoder.class_name}), not images; U-Nets are read only as teachers of images, latents only of a DiT"
+            f"({parts.autoencoder.class_name}), not images, and only {KIND} is supported as a decoder"
         )
 
 
-def _notes(weights: Weights, parts: Parts) -> tuple[str, ...]:
+def _notes(weights: Weights, parts: Parts, decoder: Decoder | None) -> tuple[str, ...]:
     notes = []
     if weights.variant:
         notes.append(
             f"the teacher's weights are those of variant {weights.variant}; no float32 ones are there"
         )
     if parts.autoencoder:
-        notes.append(
-            f"the teacher's states are latents of {parts.autoencoder.folder}/ ({parts.autoencoder.class_name}), which pictures "
-            "and metrics do not decode"
-        )
+        found = parts.autoencoder
+        what = f"the teacher's states are latents of {found.folder}/ ({found.class_name})"
+        here = f", whose files are not there: teacher.decoder names an {KIND}" if decoder is None else ""
+        if found.has_files and decoder is None:
+            here = f", and only {KIND} is supported as a decoder: teacher.decoder names one"
+        notes.append(what + here)
     if parts.prefix == f"{EMA}/":
         notes.append(f"the teacher's weights are the moving average in {EMA}/")
     return tuple(notes)

@@ -12,7 +12,7 @@ from dsno_cluster.teachers.teacher import Options, Shape
 from dsno_cluster.weight_files import check_fit
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 # What older versions of diffusers called a DiT, among others.
@@ -67,13 +67,19 @@ def build(model: Model, tensors: Mapping[str, Tensor], path: str) -> Any:
         # a conversion of ADM left out that its middle attention is normalised as the others are
         config = {**config, "attn_norm_num_groups": config.get("norm_num_groups", 32)}
     network = (unet2d_model if model.kind == UNET else dit_model)(config, path)
-    wanted = network.state_dict()
-    weights = _present(tensors, wanted)
-    check_fit(weights, wanted, f"{path}: does not fit its config.json")
+    weights = fitting_weights(network, tensors, path)
     if model.packed_per_head:
         weights = _unpacked(network, weights)
     network.load_state_dict(weights)
     return network
+
+
+def fitting_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tensors under the names that the network has for them. Raises UserError if they do not fit it."""
+    wanted = network.state_dict()
+    weights = _present(tensors, wanted)
+    check_fit(weights, wanted, f"{path}: does not fit its config.json")
+    return weights
 
 
 def _unet(config: dict[str, Any], options: Options, schedule: Kind, path: str) -> Model:

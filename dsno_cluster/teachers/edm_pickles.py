@@ -26,6 +26,7 @@ from dsno_cluster.networks.edm_settings import DhariwalSettings, EDM2Settings, S
 from dsno_cluster.persistence_pickle import Module, StoredTensor, read_snapshot
 from dsno_cluster.records import first_mistake
 from dsno_cluster.storage import read_file
+from dsno_cluster.teachers.decoders import MOST_COLOURS
 from dsno_cluster.teachers.identity import EDMIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
     NativeGrid,
@@ -187,6 +188,8 @@ def _read(data: bytes, path: str, schedule: str) -> Snapshot:
         classes or None,
         native=_native(use) if schedule == "native" else None,
         has_network=True,
+        latent=channels > MOST_COLOURS,
+        standardised=channels > MOST_COLOURS,
     )
     return Snapshot(info, settings, inner.tensors(), use, len(data))
 

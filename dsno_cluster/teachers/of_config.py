@@ -9,6 +9,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.solvers import Method, grid_points
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.teachers.decoders import States, check_same_scale, open_decoder
 from dsno_cluster.teachers.loading import load_in, open_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits
 from dsno_cluster.weight_files import NotWeights
@@ -39,6 +40,11 @@ class ConfiguredTeacher:
     opened: TeacherFamily
     info: TeacherInfo
     method: Method
+
+    @property
+    def states(self) -> States:
+        """What its states are, and what decodes them."""
+        return States(self.config.network.state_shape, self.info.decoder, self.info.latent)
 
     @property
     def own_steps(self) -> tuple[float, ...] | None:
@@ -141,12 +147,37 @@ def find_teacher(config: Config) -> ConfiguredTeacher:
     except UserError as error:
         raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
     check_fits(config.network, info, path)
+    info = _with_decoder(config, path, info)
     return ConfiguredTeacher(config, path, opened, info, _method(config, path, info))
+
+
+def _with_decoder(config: Config, path: str, info: TeacherInfo) -> TeacherInfo:
+    """What is known of a teacher, with the decoder that the config names.
+
+    Raises UserError if there is none, or the teacher's latents are not those that it decodes.
+    """
+    if config.teacher.decoder is None:
+        return info
+    endpoint, channels = config.storage.endpoint_url, config.network.state_channels
+    decoder = open_decoder(config.teacher.decoder, endpoint, channels, "teacher.decoder")
+    if info.decoder is not None:
+        check_same_scale(decoder, info.decoder, "teacher.decoder")
+    if info.standardised and decoder.std is None:
+        raise UserError(
+            f"teacher.decoder: the latents of the teacher at {path} were standardised channel by channel; say the numbers as "
+            f"latents_mean and latents_std in config.json of {decoder.folder} (docs/teachers.md)"
+        )
+    return replace(info, decoder=decoder, latent=True)
 
 
 def _method(config: Config, path: str, info: TeacherInfo) -> Method:
     """How the config solves this teacher's ODE. Raises UserError if its own steps are not the config's."""
     settings = config.trajectories
+    if info.latent and settings.clip_denoised:
+        raise UserError(
+            f"trajectories.clip_denoised: is for images in [-1, 1], and the states of the teacher at {path} are latents; set it "
+            "to false"
+        )
     try:
         native = info.native_grid(settings.steps) if settings.grid == "auto" else None
     except ValueError as error:

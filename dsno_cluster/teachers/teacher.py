@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from dsno_cluster.teachers.decoders import Decoder
+
 Options = Mapping[str, Any]
 Shape = tuple[int, int, int]
 NativeGrid = Callable[[int], tuple[float, ...]]
@@ -40,7 +42,9 @@ class TeacherInfo:
     `native` gives the times of the teacher's own steps; `num_steps` is set if it always has that number of them,
     whatever number is asked for. `clips`: its usual sampler bounds the clean image, which only
     `trajectories.clip_denoised` does here. `backbone`: the diffusers model that a student can be built on.
-    `has_network`: its network is read from a file, and can be compiled. `former_identities` are those that earlier
+    `has_network`: its network is read from a file, and can be compiled. `decoder` turns its states into images; without
+    one they are images themselves, unless they are known to be `latent`. `standardised`: each channel of these was brought
+    to one mean and deviation, by numbers that no file says. `former_identities` are those that earlier
     versions recorded, by which their data sets are found. `notes` are what people should know of how it was read.
     """
 
@@ -53,6 +57,9 @@ class TeacherInfo:
     clips: bool = False
     backbone: DiffusersModel | None = None
     has_network: bool = False
+    decoder: Decoder | None = None
+    latent: bool = False
+    standardised: bool = False
     former_identities: tuple[TeacherIdentity, ...] = ()
     notes: tuple[str, ...] = ()
 

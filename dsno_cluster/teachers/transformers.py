@@ -15,6 +15,7 @@ from dsno_cluster.diffusion.discrete_levels import native_timesteps, openai_leve
 from dsno_cluster.diffusion.schedule import flow_grid, flow_scales
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.descriptions import TransformerDescription
+from dsno_cluster.teachers.decoders import MOST_COLOURS
 from dsno_cluster.teachers.discrete import of_discrete_levels
 from dsno_cluster.teachers.identity import DiTIdentity, SiTIdentity
 from dsno_cluster.teachers.state_dict_file import Reading, StateDict, heads_given, one_of
@@ -146,6 +147,7 @@ def _info(state: StateDict, described: TransformerDescription, family: str, opti
         null_class=described.num_classes,
         native=native if schedule == "native" else None,
         has_network=True,
+        latent=described.channels > MOST_COLOURS,
     )
 
 

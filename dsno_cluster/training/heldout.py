@@ -10,11 +10,11 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.accuracy import relative_errors
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.images import grid_png
+from dsno_cluster.images import grid_png, shown_channels
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.students.dsno import DSNO
-from dsno_cluster.teachers import ConfiguredTeacher
+from dsno_cluster.teachers import ConfiguredTeacher, states_of
 from dsno_cluster.training.metrics_log import metrics_file
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples, spec_of
@@ -42,6 +42,15 @@ class HeldOut:
         seed, indices = config.evaluation.seed, range(count)
         self.noise = sample_noise(seed, indices, shape).to(device)
         self.labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
+        states = teacher.states if teacher is not None else states_of(config)
+        self.decoder = None
+        if config.training.picture_every is not None:
+            self.decoder = states.decoder.load(device) if states.decoder else None
+            if states.undecoded:
+                console.say(
+                    f"the states are latents that nothing decodes: pictures of samples show the first three of {shape[0]} "
+                    "channels as colours; teacher.decoder names the folder of an AutoencoderKL"
+                )
         self.target = None
         if config.training.heldout_every is not None:
             assert teacher is not None  # on rank 0; without one nothing is compared
@@ -56,9 +65,14 @@ class HeldOut:
         return tuple(relative_errors(self.student.trajectory(self.noise, self.labels), self.target))
 
     def picture(self, count: int = 64) -> tuple[bytes, Tensor]:
-        """A grid of the loaded student's images from the first noises, as PNG, and the images (N, C, H, W)."""
+        """A grid of the loaded student's images from the first noises, as PNG, and the images (N, C, H, W).
+
+        C is 1 or 3: the first channels of states that are no images.
+        """
         labels = None if self.labels is None else self.labels[:count]
-        images = self.student.sample(self.noise[:count], labels).cpu()
+        states = self.student.sample(self.noise[:count], labels)
+        parts = [states] if self.decoder is None else self.decoder.parts(states)
+        images = shown_channels(torch.cat([part.cpu() for part in parts]))
         return grid_png(images, columns=max(1, round(len(images) ** 0.5))), images
 
 
