@@ -288,9 +288,12 @@ def test_what_is_replaced_is_said_before_the_work(tmp_path: Path, capsys: pytest
 def findings(brightness: float) -> Findings:
     """What an evaluation without a metric on images found, with flat pictures."""
     times, columns = 4, 3
-    noise = torch.zeros(10 * columns, 1, 8, 8)
-    states = torch.full((10 * columns, times, 1, 8, 8), brightness)
-    student = MeasuredStudent((brightness,) * times, (), None, Pictured(noise, states, states, 1))
+    images = torch.full((10 * columns, 1, 8, 8), brightness)
+    through_time = tuple(columns * row for row in (0, 3, 6, 9))
+    noise = torch.zeros(len(through_time), 1, 8, 8)
+    states = torch.full((len(through_time), times, 1, 8, 8), brightness)
+    pictured = Pictured(images, images, through_time, noise, states, states, 1)
+    student = MeasuredStudent((brightness,) * times, (), None, pictured)
     return Findings({}, student, Figures(), None, Surroundings(None, NOWHERE))
 
 
