@@ -131,15 +131,32 @@ class TeacherConfig(Strict):
         default_factory=dict,
         description="options of this kind of teacher (docs/teachers.md), e.g. {schedule: native, null_class: 10}",
     )
+    guide: TeacherPath | None = Field(
+        None,
+        description="a second, weaker teacher of the same states, from which trajectories.guidance_scale leads away "
+        "(autoguidance); it has the same classes, or none; null: classifier-free guidance",
+    )
+    guide_options: TeacherOptions = Field(
+        default_factory=dict, description="options of the guide, as `options` are those of the teacher"
+    )
 
-    @field_validator("options")
+    @field_validator("options", "guide_options")
     @classmethod
     def _published_config(cls, options: TeacherOptions, info: ValidationInfo) -> TeacherOptions:
         """Resolve `config`, the path of a published teacher's YAML; a factory's options stay."""
-        path, config = info.data.get("path"), options.get("config")
+        of = "path" if info.field_name == "options" else "guide"
+        path, config = info.data.get(of), options.get("config")
         if path is None or not is_file_path(path) or not isinstance(config, str):
             return options
         return {**options, "config": resolved(config, info)}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TeacherConfig:
+        if self.guide is not None and self.path is None:
+            raise ValueError("guide needs a teacher that it guides: set path")
+        if self.guide_options and self.guide is None:
+            raise ValueError("guide_options are those of a guide, and none is set")
+        return self
 
 
 def too_many_modes(operator: str, modes: int, points: int) -> str | None:
