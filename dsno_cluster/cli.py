@@ -31,6 +31,7 @@ from dsno_cluster.commands import (
     pipeline,
     report,
     runs,
+    teachers,
     training,
     trajectories,
 )
@@ -161,6 +162,13 @@ COMMANDS = {
         "SOURCE",
         "dsno-cluster import-trajectories digits-paths --out runs",
         [options.importing_trajectories],
+    ),
+    "inspect-teacher": Command(
+        teachers.inspect_teacher,
+        "what a teacher is: family, shape, classes, noise levels, licence; and the YAML to use it",
+        "PATH [option=value ...]",
+        "dsno-cluster inspect-teacher package:digits-teacher",
+        [options.json_output, options.endpoint],
     ),
     "import-weights": Command(
         models.import_model,

@@ -16,6 +16,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.networks.activations import UNetShape, largest_tensor, samples_at_a_time, shape_of
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
+from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.identity import TeacherIdentity
 
 if TYPE_CHECKING:
@@ -262,6 +263,10 @@ class TeacherFamily(Protocol):
 
     def info(self) -> TeacherInfo:
         """What is known without building the network. Raises UserError if the source is not a teacher."""
+        ...
+
+    def facts(self) -> Facts:
+        """What people want to know of it besides, without building the network. Raises UserError as `info` does."""
         ...
 
     def load(self, precision: str) -> Teacher:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.diffusion.predictions import clean_images, out_channels
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.facts import ALL_SIGMAS, PREDICTED, Facts, number_of_parameters
 from dsno_cluster.teachers.identity import UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_schedule, is_distilled
 from dsno_cluster.weight_files import check_fit
@@ -37,6 +38,23 @@ def unet_info(path: str, description: UNetDescription, sha256: str, schedule: An
         num_steps=None if own_steps is None else steps,
         has_network=True,
         former_identities=() if former == identity else (former,),
+    )
+
+
+def unet_facts(description: UNetDescription) -> Facts:
+    """What `inspect-teacher` says of a U-Net of ours."""
+    from dsno_cluster.networks.unet import UNet
+
+    network, steps = description.network, description.num_steps
+    channels = out_channels(description.prediction, network.state_channels)
+    return Facts(
+        "U-Net of dsno-cluster",
+        PREDICTED[description.prediction],
+        "cosine, every level" if not is_distilled(steps) else f"cosine, the levels of its {steps} steps only",
+        number_of_parameters(lambda: UNet(network, out_channels=channels)),
+        ALL_SIGMAS,
+        native=None if steps is None else lambda _: uniform_grid(steps),
+        steps=steps or 64,
     )
 
 
