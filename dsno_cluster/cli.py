@@ -170,6 +170,13 @@ COMMANDS = {
         "dsno-cluster inspect-teacher package:digits-teacher",
         [options.json_output, options.endpoint],
     ),
+    "fetch-teacher": Command(
+        teachers.fetch_teacher,
+        "download a teacher from the Hugging Face hub or its authors, and pin its revision and sha256",
+        "NAME",
+        "dsno-cluster fetch-teacher google/ddpm-cifar10-32",
+        [options.fetching],
+    ),
     "import-weights": Command(
         models.import_model,
         "turn a published DSNO student or progressive-distillation teacher into a dsno-cluster model folder",

@@ -26,3 +26,17 @@ def teacher_options(words: list[str]) -> dict[str, Any]:
 
     pairs = (word.partition("=") for word in words)
     return {key.removeprefix("teacher.options."): parse_yaml(text, f"{key}={text}") for key, _, text in pairs}
+
+
+def fetch_teacher(arguments: Arguments) -> None:
+    what = "NAME: OWNER/NAME of a repository on the Hugging Face hub, the name of a published file, or a URL"
+    name = arguments.only_word(what)
+    from dsno_cluster import console
+    from dsno_cluster.teachers.fetching import fetch_teacher, section_text
+
+    options = arguments.options
+    path, section = fetch_teacher(name, options.revision, options.out)
+    print(section_text(section))
+    console.say(
+        f"fetched: {path}; `dsno-cluster inspect-teacher {path}` prints the other sections of a config"
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Strict, renamed
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Sha256Start, Strict, renamed
 from dsno_cluster.config.paths import TeacherPath, is_file_path, resolved
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
@@ -115,6 +115,11 @@ class TeacherConfig(Strict):
         description="folder or address of a teacher, package:NAME for one that ships with the package, "
         "package.module:function, "
         "closed-form:gaussian or closed-form:mixture",
+    )
+    sha256: Sha256Start | None = Field(
+        None,
+        description="sha256 of the teacher's weights, or its first 8 or more digits, as `inspect-teacher` and `fetch-teacher` "
+        "print it: others are refused; null: not checked",
     )
     precision: Precision = Field(
         "float32",

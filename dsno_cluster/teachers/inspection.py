@@ -13,6 +13,7 @@ from dsno_cluster.config.networks import UNET_SIZES
 from dsno_cluster.diffusion.schedule import noise_level, time_of_angle, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers.facts import Facts
+from dsno_cluster.teachers.identity import weights_sha256
 from dsno_cluster.teachers.licences import LicenceNote, licence_notes
 from dsno_cluster.teachers.loading import open_teacher
 from dsno_cluster.teachers.teacher import Options, Source, TeacherInfo, is_distilled, plain
@@ -55,7 +56,7 @@ class Inspected:
     sigmas: tuple[float | None, float | None] | None
     times: tuple[float, float] | None
     own_steps: OwnSteps | None
-    sha256: str | dict[str, str] | None
+    sha256: str | None
     clips: bool
     notes: tuple[str, ...]
     licences: tuple[LicenceNote, ...]
@@ -89,7 +90,7 @@ def inspect_teacher(path: str, options: Options, endpoint_url: str | None = None
         sigmas=facts.sigmas and (_finite(low), _finite(high)),
         times=facts.sigmas and (time_of_angle(math.atan(low)), time_of_angle(math.atan(high))),
         own_steps=_own_steps(facts),
-        sha256=getattr(info.identity, "sha256", None),
+        sha256=weights_sha256(info.identity),
         clips=info.clips,
         notes=info.notes,
         licences=licence_notes(Source(path, endpoint_url)),
@@ -212,8 +213,7 @@ def report(found: Inspected) -> str:
             if found.clips
             else []
         ),
-        *([("sha256", found.sha256)] if isinstance(found.sha256, str) else []),
-        *(("sha256", f"{digest} {name}") for name, digest in _several(found.sha256).items()),
+        *([("sha256", found.sha256)] if found.sha256 else []),
         *(("note", note) for note in found.notes),
         *(("licence", f"{note.file}: {note.text}") for note in found.licences),
     ]
@@ -239,10 +239,6 @@ def _inline(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_inline, value)) + "]"
     return dump_yaml([value]).removeprefix("- ").strip()
-
-
-def _several(sha256: str | dict[str, str] | None) -> dict[str, str]:
-    return sha256 if isinstance(sha256, dict) else {}
 
 
 def _count(number: int) -> str:

@@ -10,6 +10,7 @@ from dsno_cluster.diffusion.schedule import noise_level
 from dsno_cluster.diffusion.solvers import Method, grid_points
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.teachers.identity import weights_sha256
 from dsno_cluster.teachers.loading import load_in, open_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits, check_guide
 from dsno_cluster.weight_files import NotWeights
@@ -174,9 +175,23 @@ def find_teacher(config: Config) -> ConfiguredTeacher:
         raise NoTeacher(f"teacher.path: {error}") from None
     except UserError as error:
         raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
+    _check_pinned(config, info, path)
     check_fits(config.network, info, path)
     guide = _find_guide(config, info)
     return ConfiguredTeacher(config, path, opened, info, _method(config, path, info), guide)
+
+
+def _check_pinned(config: Config, info: TeacherInfo, path: str) -> None:
+    """Raises UserError if the config pins other weights than the teacher's."""
+    pinned, found = config.teacher.sha256, weights_sha256(info.identity)
+    if pinned is None:
+        return
+    if found is None:
+        raise UserError(f"teacher.sha256: the teacher at {path} has no weights in files; leave it out")
+    if not found.startswith(pinned):
+        raise UserError(
+            f"teacher.sha256: the config pins {pinned}, the weights of the teacher at {path} have {found}"
+        )
 
 
 def _find_guide(config: Config, teacher: TeacherInfo) -> ConfiguredGuide | None:
