@@ -31,6 +31,7 @@ from dsno_cluster.commands import (
     pipeline,
     report,
     runs,
+    teachers,
     training,
     trajectories,
 )
@@ -161,6 +162,20 @@ COMMANDS = {
         "SOURCE",
         "dsno-cluster import-trajectories digits-paths --out runs",
         [options.importing_trajectories],
+    ),
+    "inspect-teacher": Command(
+        teachers.inspect_teacher,
+        "what a teacher is: family, shape, classes, noise levels, licence; and the YAML to use it",
+        "PATH [option=value ...]",
+        "dsno-cluster inspect-teacher package:digits-teacher",
+        [options.json_output, options.endpoint],
+    ),
+    "fetch-teacher": Command(
+        teachers.fetch_teacher,
+        "download a teacher from the Hugging Face hub or its authors, and pin its revision and sha256",
+        "NAME",
+        "dsno-cluster fetch-teacher google/ddpm-cifar10-32",
+        [options.fetching],
     ),
     "import-weights": Command(
         models.import_model,

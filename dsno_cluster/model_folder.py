@@ -7,6 +7,7 @@ has it is complete.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -231,7 +232,11 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
         )
     if not latest:
         raise UserError(f"{shown_path(path)}: {_no_model(path)}")
-    step = storage.read(latest[0]).decode().strip()
+    step = storage.read(latest[0]).decode(errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", step):
+        raise UserError(
+            f"{shown_path(path)}: {latest[0]} holds {step[:40]!r}, not the name of a step folder, such as {step_name(1000)}"
+        )
     return storage, f"{latest[0][: -len(LATEST)]}{step}/"
 
 

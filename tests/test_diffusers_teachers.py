@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
+from dsno_cluster.diffusion.guidance import Guidance, guided
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import logsnr
-from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers import Teacher, find_teacher, teacher_info
 from dsno_cluster.trajectories.plan import make_plan
@@ -127,10 +127,10 @@ def test_classes_and_null_class_of_diffusers(unet: Any, tmp_path: Path) -> None:
     assert (with_null.num_classes, with_null.null_class) == (4, 4)
     nulls = torch.full((3,), 4)
     assert torch.equal(with_null(x, 0.5), plain(x, 0.5, nulls))
-    two = guided(with_null, labels, 2.0)(x, 0.5)
+    two = guided(with_null, labels, Guidance(2.0))(x, 0.5)
     assert torch.allclose(two, 2 * plain(x, 0.5, labels) - plain(x, 0.5, nulls), atol=1e-5)
     with pytest.raises(ValueError, match="null class"):
-        guided(plain, labels, 2.0)
+        guided(plain, labels, Guidance(2.0))
     with pytest.raises(UserError, match="must be the last of them, 4"):
         load_teacher(path, options={"null_class": 0})
 

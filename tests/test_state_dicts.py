@@ -20,8 +20,8 @@ from torch import Tensor
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.discrete_levels import respaced_timesteps
+from dsno_cluster.diffusion.guidance import Guidance, guided
 from dsno_cluster.diffusion.schedule import alpha_sigma, angle, flow_scales, time_of_angle
-from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.adm_unet import ADMUNet
 from dsno_cluster.networks.descriptions import ADMDescription, TransformerDescription
@@ -77,18 +77,22 @@ def test_clean_images_are_those_of_the_original(name: str) -> None:
         assert relative(teacher(x, t, expected["labels"]), clean[:, i]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("channels", "key"), [(None, "guided_1.5"), (3, "guided_1.5_three_channels")], ids=["all", "three"]
+)
 @pytest.mark.parametrize("name", ["dit", "sit"])
-def test_guidance_is_that_of_the_original(name: str) -> None:
+def test_guidance_is_that_of_the_original(name: str, channels: int | None, key: str) -> None:
+    """On all channels, and on the first three, as the sampling code of both repositories has it."""
     expected, teacher = expected_of(name), opened(name)
     assert teacher.null_class == teacher.num_classes == 10
-    denoise = guided(teacher, expected["labels"], 1.5)
+    denoise = guided(teacher, expected["labels"], Guidance(1.5, channels=channels))
     for i, (t, x) in enumerate(states(name, expected)):
         if name == "sit":
             rest = 1 - float(expected["times"][i])
-            clean = expected["x_t"][:, i] + rest * expected["guided_1.5"][:, i]
+            clean = expected["x_t"][:, i] + rest * expected[key][:, i]
         else:
             alpha, sigma = (float(s) for s in alpha_sigma(t))
-            clean = (x - sigma * expected["guided_1.5"][:, i]) / alpha
+            clean = (x - sigma * expected[key][:, i]) / alpha
         assert relative(denoise(x, t), clean) < 1e-5
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from dsno_cluster import load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.device import compute_device
+from dsno_cluster.diffusion.guidance import Guidance, guided
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
-from dsno_cluster.diffusion.solvers import guided
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.provenance import software_versions
@@ -140,7 +140,7 @@ def test_guidance_of_a_mixture_with_classes() -> None:
     assert torch.allclose(teacher(x, 0.6, labels), conditional, atol=1e-6)
     assert torch.allclose(teacher(x, 0.6), unconditional, atol=1e-6)
     expected = unconditional + 3.0 * (conditional - unconditional)
-    assert torch.allclose(guided(teacher, labels, 3.0)(x, 0.6), expected, atol=1e-5)
+    assert torch.allclose(guided(teacher, labels, Guidance(3.0))(x, 0.6), expected, atol=1e-5)
     end = solve(teacher, torch.randn(64, *shape), [0.0], "ddim", 64, torch.zeros(64, dtype=torch.int64))
     assert abs(float(end.mean()) + 0.5) < 0.1
 

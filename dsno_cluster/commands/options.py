@@ -190,6 +190,17 @@ def reporting(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def fetching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of a repository on the hub (default: its main branch)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to make (default: one below teachers/, named after the teacher)"
+    )
+
+
 def importing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="YAML", help="the published model's config")
     parser.add_argument("--out", required=True, metavar="DIR", help="the model folder to write")

@@ -120,10 +120,7 @@ class Config(Strict):
             raise ValueError(
                 f"name {self.name} is taken: {TAKEN_NAMES[self.name]} are kept in evaluation/{self.name}/"
             )
-        if self.trajectories.guidance_scale != 1.0 and not self.network.null_class:
-            raise ValueError(
-                "trajectories.guidance_scale other than 1 needs a teacher with network.null_class"
-            )
+        self._check_guidance()
         if self.training.online and self.trajectories.imported is not None:
             raise ValueError(
                 "training.online makes trajectories: set it to false, or trajectories.imported to null"
@@ -144,3 +141,21 @@ class Config(Strict):
         if self.evaluation.reference == "data" and self.data.name is None:
             raise ValueError("evaluation.reference data needs data.name")
         return self
+
+    def _check_guidance(self) -> None:
+        """Raises ValueError for guidance that has nothing to guide by, and for a guide that nothing uses."""
+        settings, guide = self.trajectories, self.teacher.guide
+        if settings.guidance_scale != 1.0 and guide is None and not self.network.null_class:
+            raise ValueError(
+                "trajectories.guidance_scale other than 1 needs a teacher with network.null_class, or teacher.guide"
+            )
+        if settings.guidance_scale == 1.0 and guide is not None:
+            raise ValueError(
+                "teacher.guide has no effect with trajectories.guidance_scale 1; set the scale, or leave the guide out"
+            )
+        channels = settings.guidance_channels
+        if channels is not None and channels >= self.network.state_channels:
+            raise ValueError(
+                f"trajectories.guidance_channels {channels} must be below network.state_channels "
+                f"{self.network.state_channels}; null guides all of them"
+            )

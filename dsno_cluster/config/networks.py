@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Strict, renamed
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Precision, Sha256Start, Strict, renamed
 from dsno_cluster.config.paths import StorageRoot, TeacherPath, is_file_path, resolved
 
 UNET_SIZES = ("width", "multipliers", "blocks_per_level", "embedding_dim")
@@ -122,6 +122,11 @@ class TeacherConfig(Strict):
         "pipeline that has one); null: that of the teacher's own pipeline, or the states are images. It does not change "
         "trajectories",
     )
+    sha256: Sha256Start | None = Field(
+        None,
+        description="sha256 of the teacher's weights, or its first 8 or more digits, as `inspect-teacher` and `fetch-teacher` "
+        "print it: others are refused; null: not checked",
+    )
     precision: Precision = Field(
         "float32",
         description="precision of the network's weights and layers; states stay float32. tf32: float32 whose matrix products "
@@ -137,15 +142,32 @@ class TeacherConfig(Strict):
         default_factory=dict,
         description="options of this kind of teacher (docs/teachers.md), e.g. {schedule: native, null_class: 10}",
     )
+    guide: TeacherPath | None = Field(
+        None,
+        description="a second, weaker teacher of the same states, from which trajectories.guidance_scale leads away "
+        "(autoguidance); it has the same classes, or none; null: classifier-free guidance",
+    )
+    guide_options: TeacherOptions = Field(
+        default_factory=dict, description="options of the guide, as `options` are those of the teacher"
+    )
 
-    @field_validator("options")
+    @field_validator("options", "guide_options")
     @classmethod
     def _published_config(cls, options: TeacherOptions, info: ValidationInfo) -> TeacherOptions:
         """Resolve `config`, the path of a published teacher's YAML; a factory's options stay."""
-        path, config = info.data.get("path"), options.get("config")
+        of = "path" if info.field_name == "options" else "guide"
+        path, config = info.data.get(of), options.get("config")
         if path is None or not is_file_path(path) or not isinstance(config, str):
             return options
         return {**options, "config": resolved(config, info)}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TeacherConfig:
+        if self.guide is not None and self.path is None:
+            raise ValueError("guide needs a teacher that it guides: set path")
+        if self.guide_options and self.guide is None:
+            raise ValueError("guide_options are those of a guide, and none is set")
+        return self
 
 
 def too_many_modes(operator: str, modes: int, points: int) -> str | None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import PositiveInt, Strict
 from dsno_cluster.config.paths import NodePath
+from dsno_cluster.diffusion.guidance import check_guidance
 from dsno_cluster.diffusion.schedule import time_points
 from dsno_cluster.diffusion.solvers import Method, grid_points
 
@@ -48,8 +49,18 @@ class Trajectories(Strict):
     )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="scale of classifier-free guidance; 1: none; other values need network.null_class and twice the "
-        "evaluations, in batches of twice batch_size",
+        description="scale of guidance; 1: none; other values need network.null_class (classifier-free guidance) or "
+        "teacher.guide (autoguidance), and two evaluations at a time, those of one network in batches of twice batch_size",
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None,
+        description="[low, high]: only at noise levels sigma above low and up to high is there guidance, and at others one "
+        "evaluation; sigma is relative to the image, as in EDM; null: at all levels",
+    )
+    guidance_channels: PositiveInt | None = Field(
+        None,
+        description="how many first channels are guided; the others are those of the label, as in the sampling code of DiT and "
+        "SiT with 3; null: all",
     )
     clip_denoised: bool = Field(
         False, description="whether the teacher's predictions of the image are clamped to [-1, 1]"
@@ -78,6 +89,8 @@ class Trajectories(Strict):
             self.guidance_scale,
             self.clip_denoised,
             joint_guidance=self.guidance_scale != 1.0,
+            guidance_interval=self.guidance_interval,
+            guidance_channels=self.guidance_channels,
         )
 
     @property
@@ -94,6 +107,7 @@ class Trajectories(Strict):
             t = self.times
             if not t or t[-1] != 0.0 or t[0] >= 1.0 or any(a <= b for a, b in itertools.pairwise(t)):
                 raise ValueError("times must descend strictly from below 1 to exactly 0")
+        check_guidance(self.method.guidance)
         grid_points(self.time_points, self.solver, self.steps, self.grid)  # raises if there are too few steps
         return self
 

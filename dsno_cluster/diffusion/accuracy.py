@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dsno_cluster.diffusion.solvers import Method, TeacherLike, solve_with
+from dsno_cluster.diffusion.guidance import TeacherLike
+from dsno_cluster.diffusion.solvers import Method, solve_with
 from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:

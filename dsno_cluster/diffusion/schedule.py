@@ -48,6 +48,11 @@ def angle(t: float) -> float:
     return _SLOPE * t + _OFFSET
 
 
+def noise_level(t: float) -> float:
+    """sigma / alpha at cosine time t: the noise relative to the image, as EDM measures it."""
+    return math.tan(angle(t))
+
+
 def time_of_angle(theta: float) -> float:
     """The cosine time in [0, 1] whose angle is nearest to theta; sigma / alpha is tan theta."""
     return min(max((theta - angle(0.0)) / (angle(1.0) - angle(0.0)), 0.0), 1.0)

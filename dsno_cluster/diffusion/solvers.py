@@ -11,19 +11,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from dsno_cluster.diffusion.guidance import Guidance, TeacherLike, check_guidance, guided
 from dsno_cluster.diffusion.schedule import alpha_sigma, angle, check_times, make_grid, same_time
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Denoiser = Callable[[Tensor, float], Tensor]  # (x_NCHW, t) -> predicted clean x0, the shape of x
+    from dsno_cluster.diffusion.guidance import Denoiser
+
     States = Iterator[tuple[float, Tensor]]  # (t, state) at every point of a grid except its first
-
-
-class TeacherLike(Protocol):
-    def __call__(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,9 @@ class Method:
 
     `steps` is the number of intervals from t=1 to t=0. `grid` is `uniform`, `fine-end`, `auto` (the teacher's
     own steps if it has any, else the usual grid of the solver) or the times themselves, descending.
-    `guidance_scale` other than 1 is classifier-free guidance. `clip_denoised` clamps every prediction of x0
-    to [-1, 1]. With `clean_end` the state at t=0 is the last prediction of x0 itself, as in the samplers of
-    published teachers and of diffusers, which take sigma(0) as 0. With `joint_guidance` the two evaluations of
-    guidance are one batch of 2N samples, which is faster on a GPU and may differ in the last bits.
+    `guidance_scale`, `guidance_interval`, `guidance_channels` and `joint_guidance` are those of `Guidance`.
+    `clip_denoised` clamps every prediction of x0 to [-1, 1]. With `clean_end` the state at t=0 is the last prediction
+    of x0 itself, as in the samplers of published teachers and of diffusers, which take sigma(0) as 0.
     """
 
     solver: str = "ddim"
@@ -45,6 +42,15 @@ class Method:
     clip_denoised: bool = False
     clean_end: bool = False
     joint_guidance: bool = False
+    guidance_interval: tuple[float, float] | None = None
+    guidance_channels: int | None = None
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the denoiser is guided."""
+        return Guidance(
+            self.guidance_scale, self.guidance_interval, self.guidance_channels, self.joint_guidance
+        )
 
     def on(self, own_steps: tuple[float, ...] | None) -> Method:
         """This method with its grid decided: for `auto`, the teacher's `own_steps` if it has any."""
@@ -56,7 +62,17 @@ class Method:
 
     def evaluations(self, times: Sequence[float] = (0.0,)) -> int:
         """Network evaluations (NFE) of one sample solved to the last of `times`; see `count_evaluations`."""
-        return count_evaluations(self.solver, self.steps, self.guidance_scale, times, self.grid)
+        return count_evaluations(
+            self.solver, self.steps, self.guidance_scale, times, self.grid, self.guidance_interval
+        )
+
+    def visited(self, times: Sequence[float] = (0.0,)) -> list[float]:
+        """The times at which x0 is evaluated; see `evaluation_times`."""
+        return evaluation_times(self.solver, self.steps, times, self.grid)
+
+    def guided_evaluations(self, times: Sequence[float] = (0.0,)) -> int:
+        """How many evaluations of x0 are guided, and so count twice."""
+        return sum(map(self.guidance.acts, self.visited(times)))
 
 
 def solve(
@@ -69,12 +85,18 @@ def solve(
     guidance_scale: float = 1.0,
     clip_denoised: bool = False,
     grid: str | Sequence[float] = "auto",
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_channels: int | None = None,
 ) -> Tensor:
     """States of the probability-flow ODE at `times`, from `noise` at t=1.
 
     `noise` (N, C, H, W) float32; `times` descend strictly within [0, 1); `steps` is the number of intervals
     from t=1 to t=0 -> (N, M, C, H, W) float32. The network evaluations used are `count_evaluations(...)` of the
     same arguments. `clip_denoised` clamps every prediction of x0 to [-1, 1].
+
+    `guidance_scale` other than 1 moves x0 away from that without a class or, if the teacher has a `guide` (see
+    `Teacher.guided_by`), from the guide's. `guidance_interval` (low, high) does so only at noise levels sigma / alpha above
+    `low` and up to `high`, `guidance_channels` only in so many first channels.
 
     `grid` names how the intervals lie; all grids pass exactly through every time point, nothing is
     interpolated. auto: the teacher's own steps if it has some (then `steps` follows from them, the noise is
@@ -83,10 +105,19 @@ def solve(
 
     Raises ValueError for an unknown solver or grid, times that do not descend or are not on a given grid, too
     few steps or more than the teacher has of its own, a solver other than ddim on the own steps of a distilled
-    teacher, or guidance of a teacher that has no null class.
+    teacher, guidance of a teacher that has no null class and no guide, or an interval or channels without guidance.
     """
     named = grid if isinstance(grid, str) else tuple(float(t) for t in grid)
-    method = Method(solver, steps, named, guidance_scale, clip_denoised, joint_guidance=True)
+    method = Method(
+        solver,
+        steps,
+        named,
+        guidance_scale,
+        clip_denoised,
+        joint_guidance=True,
+        guidance_interval=guidance_interval,
+        guidance_channels=guidance_channels,
+    )
     return solve_with(method, teacher, noise, times, labels)
 
 
@@ -107,7 +138,7 @@ def solve_with(
     points = grid_points(times, method.solver, method.steps, method.grid)
     if labels is not None:
         labels = labels.to(noise.device)  # once, not at every evaluation
-    denoise = guided(teacher, labels, method.guidance_scale, method.joint_guidance)
+    denoise = guided(teacher, labels, method.guidance)
     if method.clip_denoised:
         unclipped = denoise
         denoise = lambda x, t: unclipped(x, t).clamp(-1.0, 1.0)  # noqa: E731
@@ -165,55 +196,32 @@ def count_evaluations(
     guidance_scale: float = 1.0,
     times: Sequence[float] = (0.0,),
     grid: str | Sequence[float] = "auto",
+    guidance_interval: tuple[float, float] | None = None,
 ) -> int:
-    """Network evaluations (NFE) that `solve` uses for one sample; guidance needs two at a time.
+    """Network evaluations (NFE) that `solve` uses for one sample; where guidance acts it needs two at a time.
 
     `times` matter if they end before 0, since the intervals after the last one are not solved. For a teacher
     with its own steps, pass those as `grid`.
     """
+    guidance = Guidance(guidance_scale, guidance_interval)
+    check_guidance(guidance)
+    visited = evaluation_times(solver, steps, times, grid)
+    return len(visited) + sum(map(guidance.acts, visited))
+
+
+def evaluation_times(
+    solver: str, steps: int, times: Sequence[float] = (0.0,), grid: str | Sequence[float] = "auto"
+) -> list[float]:
+    """The times at which `solve` asks for x0, descending; one that is asked for twice is there twice."""
     points = grid_points(times, solver, steps, grid)
     intervals = next(i for i, point in enumerate(points) if same_time(point, float(times[-1])))
     to_the_end = intervals == len(points) - 1
-    if solver in ("heun", "heun-edm"):
-        per_solve = 2 * intervals - to_the_end
-    else:
-        per_solve = intervals + (solver == "abm3" and not to_the_end)  # one more, to correct the last state
-    return per_solve * (1 if guidance_scale == 1.0 else 2)
-
-
-def guided(teacher: TeacherLike, labels: Tensor | None, scale: float, joint: bool = False) -> Denoiser:
-    """The teacher as a denoiser of (x, t), with classifier-free guidance (Ho & Salimans 2022, eq. 6).
-
-    x0 = x0(null) + scale (x0(label) - x0(null)); scale 1 is the conditional teacher itself. `joint`: both are
-    evaluated as one batch of 2N samples, otherwise one after the other.
-    """
-    if scale == 1.0:
-        return lambda x, t: teacher(x, t, labels)
-    import torch
-
-    null_class = getattr(teacher, "null_class", None)
-    if labels is None or null_class is None:
-        raise ValueError(f"guidance_scale {scale} needs labels and a teacher with a null class")
-    nulls = labels.new_full(labels.shape, null_class)
-    if joint:
-        return _jointly(teacher, torch.cat([nulls, labels]), scale)
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        unconditional = teacher(x, t, nulls)
-        return unconditional + scale * (teacher(x, t, labels) - unconditional)
-
-    return denoise
-
-
-def _jointly(teacher: TeacherLike, labels_2N: Tensor, scale: float) -> Denoiser:
-    """Guidance by one evaluation of 2N samples, the first N of which have no class."""
-    import torch
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        unconditional, conditional = teacher(torch.cat([x, x]), t, labels_2N).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
-
-    return denoise
+    visited = points[:intervals]
+    if solver in ("heun", "heun-edm"):  # both ends of each interval, except the last one's
+        return sorted([*visited, *points[1 : intervals + (not to_the_end)]], reverse=True)
+    if solver == "abm3" and not to_the_end:  # one more, to correct the last state
+        visited = points[: intervals + 1]
+    return visited
 
 
 # A solver yields (t, state) at every point of the grid except its first. `clean_end` is that of `Method`.

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
@@ -113,7 +113,7 @@ class EvaluationActor(PoolActor):
             )
             found = find_teacher(config)
             # tf32 would hold for the whole process, and so for the features that another thread extracts
-            self.teacher = replace(found.load().to(self.device), tf32=False)
+            self.teacher = found.load().to(self.device).without_tf32()
             check_teacher(student.spec, self.teacher, found.path)
         layers: dict[str, list[str]] = {}
         for reading in (reading for of_source in readings.values() for reading in of_source.values()):

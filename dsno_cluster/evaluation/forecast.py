@@ -83,7 +83,10 @@ class Stages:
 def estimate_memory(config: Config, teacher: ConfiguredTeacher | None) -> Memory:
     """The memory of batches, from the sizes of the networks. Without a teacher, its network counts as `network`."""
     settings, network, student = config.trajectories, config.network, config.student
-    at_once = settings.batch_size * (1 if settings.guidance_scale == 1.0 else 2)
+    # classifier-free guidance is one batch of both; a guide is a second network, evaluated after the first
+    joint = settings.guidance_scale != 1.0 and config.teacher.guide is None
+    at_once = settings.batch_size * (2 if joint else 1)
+    of_guide = teacher.guide.info.unet if teacher and teacher.guide else None
     of_teacher = teacher.info.unet if teacher else shape_of(network)
     backbone = teacher.info.backbone if teacher and student.backbone == "diffusers" else None
     of_student = shape_of(backbone or network, network.sides)
@@ -97,6 +100,8 @@ def estimate_memory(config: Config, teacher: ConfiguredTeacher | None) -> Memory
     if of_teacher is not None:
         number = NUMBER_BYTES[config.teacher.precision]
         weights = parameter_count(of_teacher, network.state_channels, 0, network.class_slots)
+        if of_guide is not None:
+            weights += parameter_count(of_guide, network.state_channels, 0, network.class_slots)
         teacher_batch = number * weights + _activations(of_teacher, at_once, 1, number)
     if of_student is not None:
         parameters = parameter_count(of_student, out, modes, network.class_slots)

@@ -97,6 +97,8 @@ class KeptRows:
             "clip_denoised": method.clip_denoised,
             "guidance_scale": method.guidance_scale,
             "joint_guidance": method.joint_guidance,
+            "guidance_interval": method.guidance_interval,
+            "guidance_channels": method.guidance_channels,
             "seed": seed,
             "samples_per_shard": size,
             "batch_size": size,

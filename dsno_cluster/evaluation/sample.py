@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dsno_cluster import console
 from dsno_cluster.device import compute_device
+from dsno_cluster.diffusion.guidance import Guidance
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.refine import refine
+from dsno_cluster.evaluation.refine import refine, refinement_method
 from dsno_cluster.images import grid_png, to_uint8
 from dsno_cluster.model_folder import read_config_of, read_meta
 from dsno_cluster.storage import write_file
@@ -177,9 +178,12 @@ def _refined(
     path = refinement.teacher or teacher_config.get("path")
     if path is None:
         raise UserError(f"--refine: {checkpoint} names no teacher; name one with --teacher PATH")
-    options = {} if refinement.teacher else teacher_config.get("options") or {}
+    own = {} if refinement.teacher else teacher_config
     try:
-        teacher = load_teacher(path, endpoint_url, options=options).to(device)
+        teacher = load_teacher(path, endpoint_url, options=own.get("options") or {})
+        if guide := own.get("guide"):
+            teacher = teacher.guided_by(load_teacher(guide, endpoint_url, options=own.get("guide_options")))
+        teacher.to(device)
     except UserError as error:
         raise UserError(f"--refine: {error}; name one with --teacher PATH") from None
     check_fits(student.network, teacher.info, path)
@@ -189,11 +193,17 @@ def _refined(
         if not between:
             raise UserError(f"--refine: {checkpoint} has only t=0, where nothing is left to refine")
         start = min(between, key=lambda t: abs(t - 0.25))
-    guidance = settings.get("guidance_scale", 1.0)
+    interval = settings.get("guidance_interval")
+    guidance = Guidance(
+        settings.get("guidance_scale", 1.0),
+        tuple(interval) if interval else None,
+        settings.get("guidance_channels"),
+    )
     clip = settings.get("clip_denoised", False)
+    evaluations = 1 + refinement_method(start, refinement.steps, guidance).evaluations()
     console.say(
         f"the student's states at t = {start:.4g}, then {refinement.steps} step(s) of {path}: "
-        f"{1 + refinement.steps * (1 if guidance == 1.0 else 2)} network evaluations an image"
+        f"{evaluations} network evaluations an image"
     )
 
     def draw(noise: Tensor, labels: Tensor | None) -> Tensor:

@@ -55,6 +55,9 @@ class ComparisonSpec(Named):
     metrics: tuple[str, ...]
     guidance_scale: float
     clip_denoised: bool
+    guidance_interval: tuple[float, float] | None = later(None)
+    guidance_channels: int | None = later(None)
+    guide: AnyTeacherIdentity | None = later(None)
     precision: str = later("float32")
     other_extractors: dict[str, str] = later({})
     kid_subsets: int | None = later(None)
@@ -111,6 +114,9 @@ def comparison_spec(
         metrics=tuple(m for m in settings.metrics if m != "trajectory_error"),
         guidance_scale=config.trajectories.guidance_scale,
         clip_denoised=config.trajectories.clip_denoised,
+        guidance_interval=config.trajectories.guidance_interval,
+        guidance_channels=config.trajectories.guidance_channels,
+        guide=teacher.guide.info.identity if teacher.guide else None,
         precision=config.teacher.precision,
         other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
         decoder=teacher.states.identity(settings.precision),

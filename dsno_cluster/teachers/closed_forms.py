@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.facts import ALL_SIGMAS, PREDICTED, Facts
 from dsno_cluster.teachers.identity import GaussianIdentity, MixtureIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
     Options,
@@ -47,6 +48,10 @@ class ClosedForm:
 
     def info(self) -> TeacherInfo:
         return self.teacher.info
+
+    def facts(self) -> Facts:
+        name = self.path.removeprefix(PREFIX)
+        return Facts(f"the exact denoiser of a {name}", PREDICTED["x"], "every level", sigmas=ALL_SIGMAS)
 
     def load(self, precision: str) -> Teacher:
         only_float32(precision, self.path, self.kind)

@@ -30,6 +30,7 @@ from dsno_cluster.teachers.diffusers_files import (
 )
 from dsno_cluster.teachers.diffusers_networks import UNET, Model, read_model
 from dsno_cluster.teachers.diffusers_schedules import Schedule, read_schedule
+from dsno_cluster.teachers.facts import Facts, number_of_parameters
 from dsno_cluster.teachers.identity import DiffusersIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
     Options,
@@ -77,6 +78,14 @@ class DiffusersFolder:
 
     def info(self) -> TeacherInfo:
         return self._folder.info
+
+    def facts(self) -> Facts:
+        folder = self._folder
+        model, schedule = folder.model, folder.schedule
+        parameters = number_of_parameters(lambda: diffusers_networks.network_of(model, self.source.path))
+        native = None if isinstance(schedule.native, str) else schedule.native
+        steps = 1 if schedule.distilled else 50
+        return replace(schedule.facts(model.kind), parameters=parameters, native=native, steps=steps)
 
     def load(self, precision: str) -> Teacher:
         import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError
@@ -60,13 +60,11 @@ def read_model(config: dict[str, Any], options: Options, schedule: Kind, path: s
 
 def build(model: Model, tensors: Mapping[str, Tensor], path: str) -> Any:
     """The network with its weights. Raises UserError if these do not fit its config."""
-    from dsno_cluster.networks.diffusers_backbone import dit_model, unet2d_model
-
     config = model.config
     if _MIDDLE_NORM in tensors and config.get("attn_norm_num_groups", 0) is None:
         # a conversion of ADM left out that its middle attention is normalised as the others are
         config = {**config, "attn_norm_num_groups": config.get("norm_num_groups", 32)}
-    network = (unet2d_model if model.kind == UNET else dit_model)(config, path)
+    network = network_of(replace(model, config=config), path)
     weights = fitting_weights(network, tensors, path)
     if model.packed_per_head:
         weights = _unpacked(network, weights)
@@ -80,6 +78,13 @@ def fitting_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: str
     weights = _present(tensors, wanted)
     check_fit(weights, wanted, f"{path}: does not fit its config.json")
     return weights
+
+
+def network_of(model: Model, path: str) -> Any:
+    """The network of a model, with random weights."""
+    from dsno_cluster.networks.diffusers_backbone import dit_model, unet2d_model
+
+    return (unet2d_model if model.kind == UNET else dit_model)(model.config, path)
 
 
 def _unet(config: dict[str, Any], options: Options, schedule: Kind, path: str) -> Model:

@@ -17,6 +17,7 @@ from dsno_cluster.diffusion.schedule import karras_sigmas
 from dsno_cluster.errors import UserError, closest
 from dsno_cluster.teachers import diffusers_schedulers as schedulers
 from dsno_cluster.teachers.diffusers_schedulers import BETAS, REFUSED, SUPPORTED, Class, Kind
+from dsno_cluster.teachers.facts import PREDICTED, Facts, sigmas_of_levels
 from dsno_cluster.teachers.teacher import NativeGrid, Options, plain
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
@@ -49,6 +50,25 @@ class Schedule:
     def prediction(self) -> str:
         """What a network of kind betas predicts: x, eps or v."""
         return PREDICTIONS[self.values["prediction_type"]]
+
+    def facts(self, network: str) -> Facts:
+        """What people want to know of a network that is used so."""
+        values = self.values
+        if self.kind == "betas":
+            named = "trained" if values["trained_betas"] else values["beta_schedule"]
+            words = PREDICTED[self.prediction], f"betas {named}, {len(self.levels)} levels"
+            return Facts(network, *words, sigmas=sigmas_of_levels(self.levels))
+        if self.kind == "flow":
+            low = values["sigma_min"]
+            words = "the velocity eps - x0 of a linear path", "linear flow, every level"
+            return Facts(network, *words, sigmas=(low / (1 - low), math.inf))
+        sigmas = values["sigma_min"], values["sigma_max"]
+        words = {
+            "edm": (f"F, preconditioned as EDM with sigma_data {values.get('sigma_data')}", "every sigma"),
+            "consistency": ("the end of the trajectory, in one step (consistency model)", "one step"),
+            "ve": ("the score of images in [0, 1]", "variance exploding, every sigma"),
+        }[self.kind]
+        return Facts(network, *words, sigmas=sigmas)
 
 
 @dataclass(frozen=True)

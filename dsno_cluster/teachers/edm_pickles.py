@@ -27,6 +27,7 @@ from dsno_cluster.persistence_pickle import Module, StoredTensor, read_snapshot
 from dsno_cluster.records import first_mistake
 from dsno_cluster.storage import read_file
 from dsno_cluster.teachers.decoders import MOST_COLOURS
+from dsno_cluster.teachers.facts import Facts, number_of_parameters
 from dsno_cluster.teachers.identity import EDMIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import (
     NativeGrid,
@@ -119,6 +120,22 @@ class EDMPickle:
 
     def info(self) -> TeacherInfo:
         return self._snapshot.info
+
+    def facts(self) -> Facts:
+        snapshot = self._snapshot
+        use, identity = snapshot.use, snapshot.info.identity
+        assert isinstance(identity, EDMIdentity)
+        levels = "every sigma" if use.levels is None else f"{len(use.levels) - 1} levels"
+        return Facts(
+            f"{identity.network} of {'EDM2' if isinstance(snapshot.settings, EDM2Settings) else 'EDM'}",
+            f"F, preconditioned by {identity.preconditioning}",
+            levels,
+            number_of_parameters(lambda: _build(snapshot.settings)),
+            use.range,
+            _native(use),
+            "heun-edm",
+            18 if identity.network == "SongUNet" else 32,
+        )
 
     def load(self, precision: str) -> Teacher:
         import torch

@@ -6,6 +6,7 @@ An identity is part of a trajectory spec, whose hash names a data set, so its du
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final, Literal
 
 from pydantic import JsonValue
@@ -131,3 +132,15 @@ class MixtureIdentity(TeacherIdentity):
     weights: list[StrictNumber]
     classes: list[int] | None
     null_class: bool
+
+
+def weights_sha256(identity: TeacherIdentity) -> str | None:
+    """The sha256 of a teacher's weights; of several files, that of the lines that `sha256sum` prints for them in order.
+
+    None for a teacher without weights in files.
+    """
+    found = getattr(identity, "sha256", None)
+    if not isinstance(found, dict):
+        return found
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

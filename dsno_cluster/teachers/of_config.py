@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dsno_cluster.config import Config
+from dsno_cluster.config import Config, TeacherConfig
+from dsno_cluster.diffusion.schedule import noise_level
 from dsno_cluster.diffusion.solvers import Method, grid_points
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers.decoders import States, check_same_scale, open_decoder
+from dsno_cluster.teachers.identity import weights_sha256
 from dsno_cluster.teachers.loading import load_in, open_teacher
-from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits
+from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits, check_guide
 from dsno_cluster.weight_files import NotWeights
 
 if TYPE_CHECKING:
@@ -28,6 +30,15 @@ class NoTeacher(UserError):
 
 
 @dataclass(frozen=True)
+class ConfiguredGuide:
+    """The guide of a config's teacher, found as that is."""
+
+    path: str
+    opened: TeacherFamily
+    info: TeacherInfo
+
+
+@dataclass(frozen=True)
 class ConfiguredTeacher:
     """A config's teacher. It is passed on after it is found, so that a process reads its files only once.
 
@@ -40,6 +51,7 @@ class ConfiguredTeacher:
     opened: TeacherFamily
     info: TeacherInfo
     method: Method
+    guide: ConfiguredGuide | None = None
 
     @property
     def states(self) -> States:
@@ -74,16 +86,17 @@ class ConfiguredTeacher:
 
         Raises UserError if it does not fit the config, and WorkError if its files have changed since it was found.
         """
-        loaded = load_in(
-            self.config.teacher.precision,
-            self._unchanged(),
-            compile=self.compiled if compile is None else compile,
-        )
+        precision, compile = self.config.teacher.precision, self.compiled if compile is None else compile
+        loaded = load_in(precision, self._unchanged(), compile=compile)
         # a factory's images, classes and steps are known only now
         check_fits(self.config.network, loaded.info, self.path)
         if self.config.trajectories.grid == "auto":
             check_planned_grid(loaded, self.method.steps, self.own_steps is not None, self.path)
-        return loaded
+        if self.guide is None:
+            return loaded
+        if self.guide.opened.info().identity != self.guide.info.identity:
+            raise WorkError(f"{self.guide.path}: the guide has changed since this command began")
+        return loaded.guided_by(_load_guide(precision, self.guide.opened, compile=compile))
 
     def warm_start(self) -> dict[str, Tensor]:
         """The weights that a student starts from.
@@ -95,6 +108,8 @@ class ConfiguredTeacher:
     def forget(self) -> None:
         """Drop its weights and files from memory; `info` stays, and `load` reads them again."""
         self.opened.forget()
+        if self.guide is not None:
+            self.guide.opened.forget()
 
     def _unchanged(self) -> TeacherFamily:
         if self.opened.info().identity != self.info.identity:
@@ -114,6 +129,26 @@ class ConfiguredTeacher:
                 "on betas; take backbone=unet"
             )
         return self.info.backbone
+
+
+def _load_guide(precision: str, opened: TeacherFamily, *, compile: bool) -> Teacher:
+    """A guide, compiled as its teacher is if it has a network that can be."""
+    return load_in(precision, opened, compile=compile and opened.info().has_network)
+
+
+def load_of_config(
+    settings: TeacherConfig, endpoint_url: str | None, *, precision: str, compile: bool
+) -> Teacher:
+    """The teacher that a section `teacher` names, with its guide if it has one, on CPU.
+
+    Raises UserError as `load_teacher` and `Teacher.guided_by` do.
+    """
+    opened = open_teacher(str(settings.path), endpoint_url, settings.options)
+    loaded = load_in(precision, opened, compile=compile)
+    if settings.guide is None:
+        return loaded
+    guide = open_teacher(settings.guide, endpoint_url, settings.guide_options)
+    return loaded.guided_by(_load_guide(precision, guide, compile=compile))
 
 
 def check_planned_grid(teacher: Teacher, steps: int, planned: bool, path: str) -> None:
@@ -146,9 +181,38 @@ def find_teacher(config: Config) -> ConfiguredTeacher:
         raise NoTeacher(f"teacher.path: {error}") from None
     except UserError as error:
         raise NoTeacher(f"teacher.path: {error}; {_HOW}") from None
+    _check_pinned(config, info, path)
     check_fits(config.network, info, path)
     info = _with_decoder(config, path, info)
-    return ConfiguredTeacher(config, path, opened, info, _method(config, path, info))
+    guide = _find_guide(config, info)
+    return ConfiguredTeacher(config, path, opened, info, _method(config, path, info), guide)
+
+
+def _check_pinned(config: Config, info: TeacherInfo, path: str) -> None:
+    """Raises UserError if the config pins other weights than the teacher's."""
+    pinned, found = config.teacher.sha256, weights_sha256(info.identity)
+    if pinned is None:
+        return
+    if found is None:
+        raise UserError(f"teacher.sha256: the teacher at {path} has no weights in files; leave it out")
+    if not found.startswith(pinned):
+        raise UserError(
+            f"teacher.sha256: the config pins {pinned}, the weights of the teacher at {path} have {found}"
+        )
+
+
+def _find_guide(config: Config, teacher: TeacherInfo) -> ConfiguredGuide | None:
+    """The guide that the config names. Raises NoTeacher if there is none, and UserError if it does not fit the teacher."""
+    settings = config.teacher
+    if settings.guide is None:
+        return None
+    try:
+        opened = open_teacher(settings.guide, config.storage.endpoint_url, settings.guide_options)
+        info = opened.info()
+    except UserError as error:
+        raise NoTeacher(f"teacher.guide: {error}") from None
+    check_guide(teacher, info, settings.guide)
+    return ConfiguredGuide(settings.guide, opened, info)
 
 
 def _with_decoder(config: Config, path: str, info: TeacherInfo) -> TeacherInfo:
@@ -201,4 +265,13 @@ def _method(config: Config, path: str, info: TeacherInfo) -> Method:
             grid_points(settings.time_points, settings.solver, settings.steps, native)
         except ValueError as error:
             raise UserError(f"trajectories.times: {error}, which are the own steps of the teacher") from None
-    return settings.method.on(native)
+    method = settings.method.on(native)
+    if config.teacher.guide is not None:  # two networks cannot be one batch
+        method = replace(method, joint_guidance=False)
+    if settings.guidance_interval is not None and not method.guided_evaluations(settings.time_points):
+        visited = [noise_level(t) for t in method.visited(settings.time_points)]
+        raise UserError(
+            f"trajectories.guidance_interval: {list(settings.guidance_interval)} has none of the noise levels at which the "
+            f"teacher is evaluated, {len(visited)} from {visited[0]:.4g} to {visited[-1]:.4g}"
+        )
+    return method

@@ -17,6 +17,7 @@ from dsno_cluster.diffusion.schedule import karras_sigmas, logsnr, time_of_angle
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.descriptions import ADMDescription
 from dsno_cluster.teachers.discrete import of_discrete_levels
+from dsno_cluster.teachers.facts import PREDICTED, Facts, number_of_parameters, sigmas_of_levels
 from dsno_cluster.teachers.identity import ADMIdentity, OpenAIEDMIdentity
 from dsno_cluster.teachers.openai_published import ADM, EDM, PUBLISHED
 from dsno_cluster.teachers.openai_shapes import (
@@ -95,7 +96,35 @@ def read(state: StateDict, options: Options) -> Reading:
         unet.eval().requires_grad_(False).to(dtype)
         return unet, (_edm if settings.family == EDM else _adm)(unet, dtype, settings)
 
-    return Reading(_info(state, described, settings, options), build)
+    parameters = number_of_parameters(lambda: ADMUNet(described))
+    facts = _facts(settings, described, parameters, _native(settings, options, state.path))
+    return Reading(_info(state, described, settings, options), facts, build)
+
+
+def _facts(settings: Settings, described: ADMDescription, parameters: int, native: NativeGrid) -> Facts:
+    if settings.family == EDM:
+        prediction = "F, preconditioned as EDM"
+        return Facts(
+            "U-Net of consistency_models",
+            prediction,
+            "every sigma",
+            parameters,
+            SIGMAS,
+            native,
+            "heun-edm",
+            40,
+        )
+    variance = ", and a variance, which is not used" if described.out_channels > described.channels else ""
+    levels = openai_levels(settings.beta_schedule, settings.diffusion_steps)
+    return Facts(
+        "U-Net of guided-diffusion",
+        PREDICTED["x" if settings.predict_xstart else "eps"] + variance,
+        f"betas {settings.beta_schedule}, {settings.diffusion_steps} levels",
+        parameters,
+        sigmas_of_levels(levels),
+        native,
+        steps=250,
+    )
 
 
 def settings_of(state: StateDict, described: ADMDescription, given: Options) -> Settings:

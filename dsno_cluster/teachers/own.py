@@ -9,9 +9,10 @@ from dsno_cluster.config import validate
 from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import LATEST, META, FoundModel, find_model
 from dsno_cluster.records import Values
+from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.identity import DENOISER, TeacherIdentity, UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
-from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
+from dsno_cluster.teachers.unet_denoiser import unet_facts, unet_info, unet_teacher
 from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class OwnFolder:
 
     def info(self) -> TeacherInfo:
         return self._info
+
+    def facts(self) -> Facts:
+        return unet_facts(self._description)
 
     def load(self, precision: str) -> Teacher:
         return unet_teacher(self._info, self._description, self._weights, precision, self.path)

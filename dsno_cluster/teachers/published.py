@@ -11,10 +11,11 @@ from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import CONFIG, META
 from dsno_cluster.storage import open_storage, read_file, split_path
 from dsno_cluster.students.published_format import recognise
+from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.flax_teachers import read_published_teacher
 from dsno_cluster.teachers.identity import TeacherIdentity, UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, check_options
-from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
+from dsno_cluster.teachers.unet_denoiser import unet_facts, unet_info, unet_teacher
 from dsno_cluster.teachers.warm_start import with_last_layer_of_x0
 from dsno_cluster.weight_files import HEAD, NotWeights, disguise
 
@@ -39,6 +40,9 @@ class PublishedFile:
     def info(self) -> TeacherInfo:
         description, _, sha256 = self._read
         return unet_info(self.source.path, description, sha256, self.options.get("schedule"))
+
+    def facts(self) -> Facts:
+        return unet_facts(self._read[0])
 
     def load(self, precision: str) -> Teacher:
         description, weights, _ = self._read

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import in_home
 from dsno_cluster.storage import read_file
+from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.teacher import Options, Source, TeacherInfo
 from dsno_cluster.weight_files import NotWeights, parse_torch
 
@@ -59,6 +60,7 @@ class Reading:
     """What a state dict and its options mean. `build` makes the network in a dtype and the function that gives x0 by it."""
 
     info: TeacherInfo
+    facts: Facts
     build: Callable[[torch.dtype], tuple[nn.Module, Denoise]]
 
 

@@ -10,6 +10,7 @@ import functools
 from typing import TYPE_CHECKING, ClassVar
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.identity import (
     ADMIdentity,
     DiTIdentity,
@@ -48,6 +49,9 @@ class StateDictFile:
 
     def info(self) -> TeacherInfo:
         return self._reading.info
+
+    def facts(self) -> Facts:
+        return self._reading.facts
 
     def load(self, precision: str) -> Teacher:
         import torch

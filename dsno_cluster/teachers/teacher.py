@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
 from dsno_cluster import liveness
@@ -16,6 +16,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.networks.activations import UNetShape, largest_tensor, samples_at_a_time, shape_of
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
+from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.identity import TeacherIdentity
 
 if TYPE_CHECKING:
@@ -90,12 +91,27 @@ class Teacher:
     """A denoiser: `denoise(x, t_N, labels)` gives x0.
 
     `network` is the module that `to` moves, if there is one. `tf32`: it is evaluated with TensorFloat-32 on a GPU.
+    `guide` is the weaker teacher from which guidance leads away; it plays no part in a single call.
     """
 
     info: TeacherInfo
     denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     network: nn.Module | None = None
     tf32: bool = False
+    guide: Teacher | None = None
+
+    def guided_by(self, guide: Teacher) -> Teacher:
+        """This teacher with a `guide`, which `solve` uses with a guidance_scale other than 1.
+
+        D = D_guide + scale (D - D_guide) (Karras et al. 2024b, *Guiding a Diffusion Model with a Bad Version of Itself*,
+        equation 3). Raises UserError if the guide's states are others, or it has other classes than these or none.
+        """
+        check_guide(self.info, guide.info)
+        return replace(self, guide=guide)
+
+    def without_tf32(self) -> Teacher:
+        """This teacher and its guide, evaluated without TensorFloat-32."""
+        return replace(self, tf32=False, guide=self.guide and self.guide.without_tf32())
 
     @property
     def shape(self) -> Shape:
@@ -144,6 +160,8 @@ class Teacher:
             self.network.to(device)
             if device.type == "cuda":
                 self.network.to(memory_format=torch.channels_last)
+        if self.guide is not None:
+            self.guide.to(device)
         return self
 
     def __call__(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
@@ -254,6 +272,10 @@ class TeacherFamily(Protocol):
         """What is known without building the network. Raises UserError if the source is not a teacher."""
         ...
 
+    def facts(self) -> Facts:
+        """What people want to know of it besides, without building the network. Raises UserError as `info` does."""
+        ...
+
     def load(self, precision: str) -> Teacher:
         """The teacher, on CPU.
 
@@ -297,6 +319,21 @@ def check_fits(network: Network, teacher: TeacherInfo, path: str) -> None:
         if (ours := getattr(network, key)) != value:
             shown, has = (list(x) if isinstance(x, tuple) else x for x in (ours, value))
             raise UserError(f"network.{key}: the config says {shown}, the teacher at {path} has {has}")
+
+
+def check_guide(teacher: TeacherInfo, guide: TeacherInfo, path: str = "the guide") -> None:
+    """Raises UserError if a guide has other states than the teacher, or classes other than the teacher's and not none.
+
+    What is not known yet of a factory is checked once it is loaded.
+    """
+    if None not in (teacher.shape, guide.shape) and teacher.shape != guide.shape:
+        ours, theirs = ("x".join(map(str, shape or ())) for shape in (teacher.shape, guide.shape))
+        raise UserError(f"teacher.guide: {path} has states of {theirs}, the teacher that it guides of {ours}")
+    if guide.num_classes and teacher.num_classes not in (None, guide.num_classes):
+        raise UserError(
+            f"teacher.guide: {path} has {guide.num_classes} classes, the teacher that it guides {teacher.num_classes}; it needs "
+            "the same ones, or none"
+        )
 
 
 def check_options(options: Options, allowed: Sequence[str], path: str) -> None:

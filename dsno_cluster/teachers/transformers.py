@@ -17,6 +17,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.networks.descriptions import TransformerDescription
 from dsno_cluster.teachers.decoders import MOST_COLOURS
 from dsno_cluster.teachers.discrete import of_discrete_levels
+from dsno_cluster.teachers.facts import PREDICTED, Facts, sigmas_of_levels
 from dsno_cluster.teachers.identity import DiTIdentity, SiTIdentity
 from dsno_cluster.teachers.state_dict_file import Reading, StateDict, heads_given, one_of
 from dsno_cluster.teachers.teacher import NativeGrid, Options, TeacherInfo, check_options, check_schedule
@@ -69,7 +70,8 @@ def read(state: StateDict, options: Options) -> Reading:
             return transformer, of_discrete_levels(transformer, dtype, levels, 1.0, "eps")
         return transformer, _sit(transformer, dtype)
 
-    return Reading(_info(state, described, family, options), build)
+    facts = _facts(family, described, sum(parameter.numel() for parameter in network.parameters()), options)
+    return Reading(_info(state, described, family, options), facts, build)
 
 
 def describe(state: StateDict) -> TransformerDescription:
@@ -130,6 +132,26 @@ def _variance_was_never_trained(state: StateDict, described: TransformerDescript
         return False
     rows = state.tensors["final_layer.linear.weight"].unflatten(0, (-1, described.out_channels))
     return not bool(rows[:, described.channels :].any())
+
+
+def _facts(family: str, described: TransformerDescription, parameters: int, options: Options) -> Facts:
+    variance = ", and a variance, which is not used" if described.out_channels > described.channels else ""
+    if family == SIT:
+        velocity = f"the velocity x0 - eps of a linear path{variance}"
+        return Facts(
+            "SiT", velocity, "linear flow, every level", parameters, (0.0, math.inf), flow_grid, steps=50
+        )
+    levels = openai_levels("linear", DIT_LEVELS)
+    native = native_timesteps(levels, str(options.get("timestep_respacing", "even")))
+    return Facts(
+        "DiT",
+        PREDICTED["eps"] + variance,
+        f"betas linear, {DIT_LEVELS} levels",
+        parameters,
+        sigmas_of_levels(levels),
+        native,
+        steps=250,
+    )
 
 
 def _info(state: StateDict, described: TransformerDescription, family: str, options: Options) -> TeacherInfo:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.diffusion.predictions import clean_images, out_channels
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, said_by
+from dsno_cluster.teachers.facts import ALL_SIGMAS, PREDICTED, Facts, number_of_parameters
 from dsno_cluster.teachers.identity import UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_schedule, is_distilled
 from dsno_cluster.weight_files import check_fit
@@ -40,6 +41,23 @@ def unet_info(path: str, description: UNetDescription, sha256: str, schedule: An
     )
 
 
+def unet_facts(description: UNetDescription) -> Facts:
+    """What `inspect-teacher` says of a U-Net of ours."""
+    from dsno_cluster.networks.unet import UNet
+
+    network, steps = description.network, description.num_steps
+    channels = out_channels(description.prediction, network.state_channels)
+    return Facts(
+        "U-Net of dsno-cluster",
+        PREDICTED[description.prediction],
+        "cosine, every level" if not is_distilled(steps) else f"cosine, the levels of its {steps} steps only",
+        number_of_parameters(lambda: UNet(network, out_channels=channels)),
+        ALL_SIGMAS,
+        native=None if steps is None else lambda _: uniform_grid(steps),
+        steps=steps or 64,
+    )
+
+
 def uniform_grid(steps: int) -> tuple[float, ...]:
     """`steps` equal intervals from t=1 to t=0."""
     return tuple((steps - i) / steps for i in range(steps + 1))
@@ -58,8 +76,14 @@ def unet_teacher(
     from dsno_cluster.networks.unet import UNet
 
     network, prediction, dtype = description.network, description.prediction, getattr(torch, precision)
-    unet = UNet(network, out_channels=out_channels(prediction, network.state_channels))
-    check_fit(weights, unet.state_dict(), f"{path}: its weights do not fit its description")
+    channels = out_channels(prediction, network.state_channels)
+    try:
+        with torch.device("meta"):  # so that nothing is allocated before the weights are known to fit
+            wanted = UNet(network, out_channels=channels).state_dict()
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path}: its description makes no network: {said_by('torch', error)}") from None
+    check_fit(weights, wanted, f"{path}: its weights do not fit its description")
+    unet = UNet(network, out_channels=channels)
     unet.load_state_dict(weights)
     unet.to(memory_format=torch.channels_last)
     unet.eval().requires_grad_(False).to(dtype)

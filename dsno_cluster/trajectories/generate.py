@@ -32,8 +32,8 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
-from dsno_cluster.teachers import Teacher, load_teacher
-from dsno_cluster.teachers.of_config import check_planned_grid
+from dsno_cluster.teachers import Teacher
+from dsno_cluster.teachers.of_config import check_planned_grid, load_of_config
 from dsno_cluster.trajectories.plan import Plan
 from dsno_cluster.trajectories.shards import (
     MADE_SHARDS,
@@ -392,12 +392,8 @@ class SolveActor(PoolActor):
         # the number of threads is also a property of the calling thread, so all solving is done in this one
         self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
         self.spec, self.folder = spec, folder
-        loaded = load_teacher(
-            str(teacher.path),
-            storage.endpoint_url,
-            precision=spec.inference_precision,
-            options=teacher.options,
-            compile=spec.compiled,
+        loaded = load_of_config(
+            teacher, storage.endpoint_url, precision=spec.inference_precision, compile=spec.compiled
         )
         check_teacher(spec, loaded, str(teacher.path))
         if auto_grid:  # a factory's steps are known only now
@@ -421,6 +417,7 @@ def check_teacher(spec: TrajectorySpec, teacher: Teacher, path: str) -> None:
     own_steps = None if isinstance(spec.grid, str) else teacher.native_grid(spec.steps)
     same = {
         "teacher": spec.teacher in (info.identity, *info.former_identities),
+        "guide": spec.guide == (teacher.guide and teacher.guide.identity),
         "grid": own_steps is None or isinstance(spec.grid, str) or same_times(own_steps, spec.grid),
         "shape": teacher.shape == spec.shape,
         "labels": teacher.num_classes == spec.labels.num_classes,

@@ -119,7 +119,7 @@ def _made_how(spec: AnySpec) -> list[str]:
         identity = spec.teacher.model_dump(mode="json")
         teacher = {key: value for key, value in identity.items() if not isinstance(value, dict)}
         return [
-            f"solver {spec.solver}, {spec.steps} steps, guidance {spec.guidance_scale}, seed {spec.seed}",
+            f"solver {spec.solver}, {spec.steps} steps, {_guidance(spec)}, seed {spec.seed}",
             f"teacher {json.dumps(teacher)}",
         ]
     source = spec.source
@@ -171,3 +171,15 @@ def _draw(spec: AnySpec, tensors: dict[str, Tensor], path: str, endpoint_url: st
     columns = torch.cat([noise_NCHW[:, None], states_NMCHW], dim=1)
     data = grid_png(columns.flatten(0, 1), columns.shape[1])
     write_file(path, data, endpoint_url)
+
+
+def _guidance(spec: TrajectorySpec) -> str:
+    """How a data set was guided, in words."""
+    text = f"guidance {spec.guidance_scale}"
+    if spec.guide is not None:
+        text += f" from a {spec.guide.kind} teacher"
+    if spec.guidance_interval is not None:
+        text += " at noise levels above {:g} and up to {:g}".format(*spec.guidance_interval)
+    if spec.guidance_channels is not None:
+        text += f" of the first {spec.guidance_channels} channels"
+    return text

@@ -153,14 +153,28 @@ def measure_cost(plan: Plan, teacher: Teacher, devices: int) -> Cost:
 
 
 def seconds_per_evaluation(plan: Plan, teacher: Teacher) -> float:
-    """Seconds of an evaluation of one image, at the config's batch size and threads, timed for about two seconds."""
+    """Seconds of an evaluation of one image, at the config's batch size and threads, timed for about two seconds.
+
+    With a guide it is the mean over the evaluations of both networks that a trajectory needs.
+    """
+    spec = plan.spec
+    noise, labels = probe_samples(spec, teacher, spec.batch_size)
+    each = _timed(spec, teacher, noise, labels)
+    if teacher.guide is None:
+        return each
+    theirs = _timed(spec, teacher.guide, noise, labels if teacher.guide.num_classes else None)
+    own, guided = len(spec.method.visited(spec.times)), spec.method.guided_evaluations(spec.times)
+    return (own * each + guided * theirs) / (own + guided)
+
+
+def _timed(spec: TrajectorySpec, teacher: Teacher, noise: Tensor, labels: Tensor | None) -> float:
+    """The median seconds of one network's evaluation of one of these samples together."""
     import statistics
     import time
 
     import torch
 
-    spec, device = plan.spec, teacher.device
-    noise, labels = probe_samples(spec, teacher, spec.batch_size)
+    device = teacher.device
     seconds: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
@@ -267,7 +281,7 @@ def errors_by_time(spec: TrajectorySpec, errors: tuple[float, ...]) -> dict[str,
 def report(config: Config, plan: Plan | None, found: Found) -> str:
     """The plan as lines for people; `plan` None: there is no teacher yet, and so no folder named after it."""
     settings, size = config.trajectories, plan.size if plan else size_of(config)
-    guided = ", guided" if settings.guidance_scale != 1.0 else ""
+    guided = _guidance_text(config, (plan.teacher if plan else settings).method)
     rows = sum(
         sampling.evaluations for sampling in compared_samplings(config, plan.teacher if plan else None)
     )
@@ -324,6 +338,18 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
                 "              this is large: raise trajectories.steps, or let --tolerance 1e-2 choose"
             )
     return "\n".join(lines)
+
+
+def _guidance_text(config: Config, method: Method) -> str:
+    """How the trajectories are guided, as an addition to their solver; empty without guidance."""
+    settings = config.trajectories
+    if settings.guidance_scale == 1.0:
+        return ""
+    text = ", guided" + (f" by {shown_path(config.teacher.guide)}" if config.teacher.guide else "")
+    if settings.guidance_interval is None:
+        return text
+    times = settings.time_points
+    return f"{text} at {method.guided_evaluations(times)} of {len(method.visited(times))} noise levels"
 
 
 def as_json(config: Config, plan: Plan | None, found: Found, **more: object) -> str:

@@ -50,7 +50,8 @@ class TrajectorySpec(Named):
     `times` (M,) descend to 0. `grid` is a name of `GRIDS`, or the times of the teacher's own steps, on which
     the state at t=0 is the last prediction of x0. `shape` is (C, H, W), `dtype` that of the stored states,
     `inference_precision` that of the teacher, whose network may be `compiled`. `threads` are the CPU threads of
-    an actor, on which bits depend. `joint_guidance`: both evaluations of guidance are one batch of 2N.
+    an actor, on which bits depend. `joint_guidance`: both evaluations of guidance are one batch of 2N;
+    `guidance_interval` and `guidance_channels` are those of `Guidance`, `guide` is the weaker teacher from which it leads away.
     """
 
     format_version: int
@@ -69,6 +70,9 @@ class TrajectorySpec(Named):
     inference_precision: Precision
     compiled: bool = later(False)
     joint_guidance: bool = later(False)
+    guidance_interval: tuple[float, float] | None = later(None)
+    guidance_channels: PositiveInt | None = later(None)
+    guide: AnyTeacherIdentity | None = later(None)
     samples_per_shard: PositiveInt
     batch_size: PositiveInt
     threads: PositiveInt
@@ -87,6 +91,8 @@ class TrajectorySpec(Named):
             self.clip_denoised,
             clean_end=own_steps,
             joint_guidance=self.joint_guidance,
+            guidance_interval=self.guidance_interval,
+            guidance_channels=self.guidance_channels,
         )
 
     @property
@@ -179,6 +185,9 @@ def spec_of(config: Config, teacher: ConfiguredTeacher) -> TrajectorySpec:
         inference_precision=config.teacher.precision,
         compiled=teacher.compiled,
         joint_guidance=method.joint_guidance,
+        guidance_interval=method.guidance_interval,
+        guidance_channels=method.guidance_channels,
+        guide=teacher.guide.info.identity if teacher.guide else None,
         samples_per_shard=settings.samples_per_shard,
         batch_size=settings.batch_size,
         threads=settings.threads,
