@@ -113,7 +113,7 @@ def test_a_student(form: str, classes: int) -> None:
 def test_a_student_with_the_network_of_diffusers() -> None:
     pytest.importorskip("diffusers")
     model = DiffusersModel(config=DIFFUSERS, scheduler=SCHEDULER)
-    student = DSNO(network(11), Form(2), TIMES, diffusers=model).eval()
+    student = DSNO(network(11), Form(2), TIMES, backbone=model).eval()
     labels = torch.tensor([0, 1, 2, 3])
     with pretended_gpu():
         moved(student)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError
@@ -58,15 +58,22 @@ def read_model(config: dict[str, Any], options: Options, schedule: Kind, path: s
     raise UserError(f"{path}: _class_name {name!r} is not supported, only {UNET} and {DIT}")
 
 
+def completed(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """The model with what its weights say and its config does not.
+
+    A conversion of ADM left out that its middle attention is normalised as the others are.
+    """
+    config = model.config
+    if _MIDDLE_NORM not in tensors or config.get("attn_norm_num_groups", 0) is not None:
+        return model
+    return replace(model, config={**config, "attn_norm_num_groups": config.get("norm_num_groups", 32)})
+
+
 def build(model: Model, tensors: Mapping[str, Tensor], path: str) -> Any:
     """The network with its weights. Raises UserError if these do not fit its config."""
     from dsno_cluster.networks.diffusers_backbone import dit_model, unet2d_model
 
-    config = model.config
-    if _MIDDLE_NORM in tensors and config.get("attn_norm_num_groups", 0) is None:
-        # a conversion of ADM left out that its middle attention is normalised as the others are
-        config = {**config, "attn_norm_num_groups": config.get("norm_num_groups", 32)}
-    network = (unet2d_model if model.kind == UNET else dit_model)(config, path)
+    network = (unet2d_model if model.kind == UNET else dit_model)(model.config, path)
     wanted = network.state_dict()
     weights = _present(tensors, wanted)
     check_fit(weights, wanted, f"{path}: does not fit its config.json")
