@@ -220,8 +220,12 @@ def _steps(steps: nn.ModuleList) -> Iterator[tuple[nn.Module, int]]:
 
 
 def _ends_apart(described: AnyNetwork) -> bool:
-    """Whether nothing but its last layer follows the last block: another level's part of the image is added in some."""
-    return not (isinstance(described, SongNetwork) and described.settings.decoder_type == "skip")
+    """Whether what follows the last block treats each image by itself, without other levels' images or its time."""
+    if isinstance(described, SongNetwork):
+        return described.settings.decoder_type != "skip"
+    if isinstance(described, DiffusersUNet):  # of these, one that divides the image by its time
+        return described.settings.get("time_embedding_type") != "fourier"
+    return True
 
 
 def _make_all_weights(network: nn.Module) -> None:
