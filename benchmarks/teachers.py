@@ -45,8 +45,8 @@ class Case:
 
     name: str
     build: Callable[[], nn.Module]
-    save: Callable[[nn.Module, Path], None]
-    call: Callable[[nn.Module, Inputs], Tensor]
+    save: Callable[[Any, Path], None]
+    call: Callable[[Any, Inputs], Tensor]
     shape: tuple[int, int, int]
     options: dict[str, Any]
 

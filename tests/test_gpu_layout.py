@@ -24,7 +24,7 @@ from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import in_any_layout
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.students.dsno import DSNO, Form
-from dsno_cluster.teachers import Teacher
+from dsno_cluster.teachers import Teacher, teacher_info
 from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
@@ -115,7 +115,7 @@ def test_a_student(form: str, classes: int) -> None:
 def test_a_student_with_the_network_of_diffusers(count: int, training: bool) -> None:
     pytest.importorskip("diffusers")
     model = DiffusersModel(config=DIFFUSERS | {"dropout": 0.1}, scheduler=SCHEDULER)
-    student = DSNO(network(11), Form(2), TIMES, diffusers=model).train(training)
+    student = DSNO(network(11), Form(2), TIMES, backbone=model).train(training)
     assert all(m.training is training for m in student.modules() if isinstance(m, nn.Dropout))
     labels = torch.tensor([0, 1, 2, 3]).repeat(count // 4)
     with pretended_gpu():
@@ -124,6 +124,39 @@ def test_a_student_with_the_network_of_diffusers(count: int, training: bool) -> 
         wrong = channels_first(student)
         seen = seen_by(lambda: student(noise, labels))
     assert not wrong and not seen.waits
+
+
+ON_TEACHERS = [("ddpmpp_cond", 8), ("edm2_cond", 8), ("adm", 16)]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "form"),
+    [*((*case, form) for case in ON_TEACHERS for form in ("convolution", "series")), ("dit", 8, "series")],
+)
+def test_a_student_with_the_network_of_its_teacher(name: str, side: int, form: str, tmp_path: Path) -> None:
+    adm = {"num_head_channels": 8, "new_attention_order": False, "beta_schedule": "linear", "image_size": 16}
+    options = {"adm": adm, "dit": {"family": name, "num_heads": 4}}.get(name)
+    path = (
+        str(DATA / "state_dicts" / name / "weights.pt")
+        if name in ("adm", "dit")
+        else snapshot(name, tmp_path)
+    )
+    info = teacher_info(path, options=options)
+    assert info.shape is not None and info.num_classes is not None
+    channels = info.shape[0]
+    states = Network(state_size=side, state_channels=channels, num_classes=info.num_classes)
+    student = DSNO(states, FORMS[form], TIMES, backbone=info.backbone)
+    labels = torch.tensor([0, 1, 2, 2])
+    with pretended_gpu():
+        moved(student)
+        noise = torch.empty(4, channels, side, side, device=CUDA)
+        wrong = channels_first(student)
+        seen = seen_by(lambda: student(noise, labels, [0, 2, 3]))
+        drawn = seen_by(lambda: student.sample(noise, labels))
+    assert not wrong
+    assert not seen.waits and not drawn.waits
+    # the noise on its way in, its copies for each point, the states on their way out, and a transformer's tokens put together
+    assert sum(seen.copies.values()) <= 4, seen.copies
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -177,9 +177,10 @@ def too_many_modes(operator: str, modes: int, points: int) -> str | None:
 
 
 class StudentConfig(Named):
-    backbone: Literal["unet", "diffusers"] = Field(
+    backbone: Literal["unet", "teacher", "diffusers"] = Field(
         "unet",
-        description="unet: our U-Net, as `network` describes it; diffusers: the teacher's own UNet2DModel",
+        description="unet: our U-Net, as `network` describes it; teacher: the teacher's own network, of any family; diffusers: "
+        "the teacher's UNet2DModel as earlier versions used it, without its last layer if it predicts noise",
     )
     operator: Literal["convolution", "series"] = Field(
         "convolution",

@@ -35,6 +35,11 @@ def logsnr(t: Tensor | float) -> Tensor:
     return -2.0 * torch.log(torch.tan(_SLOPE * t64 + _OFFSET))
 
 
+def logsnr_at(t: float) -> float:
+    """`logsnr` of a number, without torch."""
+    return -2.0 * math.log(math.tan(angle(t)))
+
+
 def is_pure_noise(logsnr: Tensor) -> Tensor:
     """Whether each log-SNR is that of t=1; boolean, shape of `logsnr`.
 

@@ -28,6 +28,7 @@ from dsno_cluster.trajectories.plan import Plan, bytes_text
 if TYPE_CHECKING:
     import torch
 
+    from dsno_cluster.networks.backbones import Backbone
     from dsno_cluster.networks.diffusers_model import DiffusersModel
 
 NUMBER_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
@@ -88,10 +89,10 @@ def estimate_memory(config: Config, teacher: ConfiguredTeacher | None) -> Memory
     at_once = settings.batch_size * (2 if joint else 1)
     of_guide = teacher.guide.info.unet if teacher and teacher.guide else None
     of_teacher = teacher.info.unet if teacher else shape_of(network)
-    backbone = teacher.info.backbone if teacher and student.backbone == "diffusers" else None
-    of_student = shape_of(backbone or network, network.sides)
-    if student.backbone == "diffusers" and backbone is None:
-        of_student = None
+    of_student = shape_of(network) if student.backbone == "unet" else None
+    if teacher is not None and student.backbone != "unet":
+        backbone = teacher.info.diffusers if student.backbone == "diffusers" else teacher.info.backbone
+        of_student = None if backbone is None else shape_of(backbone, network.sides)
     series = student.operator == "series"
     out = network.state_channels * (student.modes if series else 1)
     modes = 0 if series else student.modes
@@ -141,11 +142,11 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
     """The memory of training on each of `ranks`, and its hours by passes that are timed on `device`."""
     from dsno_cluster.training.memory import training_memory
 
-    diffusers = plan.teacher.backbone()
+    backbone = plan.teacher.backbone()
     console.say("estimating the memory of training, and timing passes of the student")
-    memory = training_memory(config, ranks=ranks, diffusers=diffusers, device="cuda" if gpus else "cpu")
+    memory = training_memory(config, ranks=ranks, backbone=backbone, device="cuda" if gpus else "cpu")
     fits = max(1, int((_free_bytes(device) - memory.held) / max(1, memory.per_image)))
-    each = _training_seconds(config, device, diffusers, min(memory.micro_batch, fits))
+    each = _training_seconds(config, device, backbone, min(memory.micro_batch, fits))
     hours = each * config.training.steps * config.training.batch_size / 3600
     return Training(
         ranks,
@@ -160,7 +161,7 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
 
 
 def _training_seconds(
-    config: Config, device: torch.device, diffusers: DiffusersModel | None, most: int
+    config: Config, device: torch.device, backbone: Backbone | DiffusersModel | None, most: int
 ) -> float:
     """Seconds of the passes forward and back of one image, in a micro-batch of `most` if that is quick enough to try.
 
@@ -178,7 +179,7 @@ def _training_seconds(
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    student = make_student(config, diffusers).accelerate(precision=precision)
+    student = make_student(config, backbone).accelerate(precision=precision)
     student.recompute(settings.recompute)
     student.to(device).train()
     distance = distance_of_shapes(settings.loss)
@@ -232,14 +233,16 @@ def _draws_images(config: Config) -> bool:
     return set(config.evaluation.metrics) != {"trajectory_error"}
 
 
-def _sample_seconds(config: Config, device: torch.device, diffusers: DiffusersModel | None) -> float:
+def _sample_seconds(
+    config: Config, device: torch.device, backbone: Backbone | DiffusersModel | None
+) -> float:
     import torch
 
     from dsno_cluster.diffusion.noise import sample_labels, sample_noise
     from dsno_cluster.training.beginning import make_student
 
     settings, network = config.evaluation, config.network
-    student = make_student(config, diffusers).accelerate(precision=settings.precision)
+    student = make_student(config, backbone).accelerate(precision=settings.precision)
     student.to(memory_format=torch.channels_last)
     student.eval().requires_grad_(False).to(device)
 

@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsno_cluster.config import Network
+from dsno_cluster.networks.backbones import (
+    ADMNetwork,
+    Backbone,
+    DhariwalNetwork,
+    DiffusersUNet,
+    EDM2Network,
+    OurUNet,
+    SongNetwork,
+)
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 
 MOST_ELEMENTS = 2**31 - 1  # of a tensor
@@ -46,10 +55,14 @@ class Block:
     mixes: bool = True
 
 
-def shape_of(network: Network | DiffusersModel, sides: tuple[int, int] | None = None) -> UNetShape | None:
-    """The shape of our U-Net, or of a diffusers model for states of these `sides`; None if it does not say enough."""
+def shape_of(
+    network: Network | DiffusersModel | Backbone, sides: tuple[int, int] | None = None
+) -> UNetShape | None:
+    """The shape of our U-Net, or of another one for states of these `sides`; None for a transformer, or if it is not known."""
     if isinstance(network, DiffusersModel):
         return _of_diffusers(network.config, sides)
+    if isinstance(network, Backbone):
+        return _of_backbone(network, sides)
     width, multipliers = network.width, network.multipliers
     blocks, embedding = network.blocks_per_level, network.embedding_dim
     if width is None or multipliers is None or blocks is None or embedding is None:
@@ -59,6 +72,34 @@ def shape_of(network: Network | DiffusersModel, sides: tuple[int, int] | None = 
         for multiplier, height in zip(multipliers, network.level_heights(len(multipliers)), strict=True)
     )
     return UNetShape(network.sides, network.state_channels, width, levels, blocks, embedding)
+
+
+def _of_backbone(backbone: Backbone, sides: tuple[int, int] | None) -> UNetShape | None:
+    match backbone.network:
+        case OurUNet(settings=settings):
+            return shape_of(settings)
+        case DiffusersUNet(settings=settings):
+            return _of_diffusers(settings, sides)
+        case SongNetwork(settings=settings) | DhariwalNetwork(settings=settings):
+            channels, embedding = settings.in_channels, settings.channel_mult_emb * settings.model_channels
+        case EDM2Network(settings=settings):
+            channels = settings.img_channels + 1
+            embedding = (settings.channel_mult_emb or max(settings.channel_mult)) * settings.model_channels
+        case ADMNetwork(settings=settings):
+            levels = tuple((c, i in settings.attention_levels) for i, c in enumerate(settings.widths))
+            blocks, first = settings.blocks_per_level, settings.widths[0]
+            if sides is None:
+                return None
+            return UNetShape(sides, settings.channels, first, levels, blocks, 4 * settings.features)
+        case _:
+            return None
+    sizes = zip(settings.channel_mult, settings.resolutions, strict=True)
+    levels = tuple(
+        (multiplier * settings.model_channels, any(f".{size}x{size}_" in name for name in settings.heads))
+        for multiplier, size in sizes
+    )
+    size = settings.img_resolution
+    return UNetShape((size, size), channels, levels[0][0], levels, settings.num_blocks, embedding)
 
 
 def _of_diffusers(config: dict[str, Any], sides: tuple[int, int] | None) -> UNetShape | None:

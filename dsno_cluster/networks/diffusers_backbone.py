@@ -1,13 +1,12 @@
-"""A diffusers UNet2DModel as the backbone of a student, with temporal convolutions and our U-Net's interface.
+"""diffusers' models, and a UNet2DModel as the backbone of a student, with temporal convolutions and our U-Net's interface.
 
-A temporal convolution follows each residual (+ attention) block; in the middle it lies between attention and
-the second block, as in our own U-Net (Zheng et al. 2023, figure 3). It is attached to diffusers' blocks as a
-submodule `temporal` and a forward hook, so the model's tensors keep diffusers' names, below `unet.`.
+The model's tensors keep diffusers' names, below `unet.`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from dsno_cluster.diffusion.discrete_levels import noise_levels, timesteps_at
 from dsno_cluster.errors import UserError, said_by
 from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.networks.mixed_blocks import mix_after, set_basis
 from dsno_cluster.networks.normalization import keep_layouts, repeat
-from dsno_cluster.networks.temporal import FourierBasis, TemporalConv
+from dsno_cluster.networks.temporal import FourierBasis
 from dsno_cluster.records import Values
 
 PAIRED = (
@@ -89,7 +89,7 @@ class DiffusersBackbone(nn.Module):
         self.levels = noise_levels(model.scheduler, "scheduler")
         _keep_layouts_in_training(self.unet)
         if modes:
-            _add_temporal(self.unet, modes, init)
+            mix_after(mixed_blocks(self.unet), modes, init)
 
     def forward(
         self,
@@ -104,10 +104,7 @@ class DiffusersBackbone(nn.Module):
         timestep_B = timesteps_at(self.levels, logsnr).expand(count, points).reshape(-1).float()
         x_BCHW = repeat(x_NCHW.contiguous(memory_format=torch.channels_last), count * points)
         labels_B = None if labels_N is None else labels_N.repeat_interleave(points)
-        last = [m for m in self.unet.up_blocks.modules() if isinstance(m, _BlockTemporal)][-1:]
-        for module in self.unet.modules():
-            if isinstance(module, _BlockTemporal):
-                module.basis = last_basis if last_basis is not None and module in last else basis
+        set_basis(self.unet, basis, last_basis)
         output: Tensor = self.unet(x_BCHW, timestep_B, labels_B, return_dict=False)[0]
         return output.reshape(count, -1, *output.shape[1:])
 
@@ -143,21 +140,8 @@ def _channels_last(_conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor
     return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
-class _BlockTemporal(TemporalConv):
-    """A temporal convolution whose basis is set before a pass: diffusers' blocks cannot pass it on."""
-
-    basis: FourierBasis | None = None
-
-
-def _after_block(block: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
-    temporal = block.temporal
-    assert isinstance(temporal, _BlockTemporal)
-    mixed: Tensor = temporal(hidden, temporal.basis)
-    return mixed
-
-
-def _add_temporal(unet: Any, modes: int, init: str) -> None:
-    """Add temporal convolutions.
+def mixed_blocks(unet: Any) -> Iterator[tuple[nn.Module, int]]:
+    """The blocks of a UNet2DModel that temporal convolutions follow, and their channels.
 
     Raises UserError if a level's residual and attention blocks do not come in pairs.
     """
@@ -165,22 +149,19 @@ def _add_temporal(unet: Any, modes: int, init: str) -> None:
         kind = type(level).__name__
         if kind not in PAIRED:
             raise UserError(
-                f"student.backbone diffusers: blocks of kind {kind} are not supported; {', '.join(PAIRED)} are"
+                f"student.backbone: blocks of kind {kind} are not supported with student.operator=convolution; "
+                f"{', '.join(PAIRED)} are"
             )
 
-    def follow(block: nn.Module, channels: int) -> None:
-        block.temporal = _BlockTemporal(channels, modes, init)
-        block.register_forward_hook(_after_block)
-
-    def follow_level(level: Any) -> None:
+    def of_level(level: Any) -> Iterator[tuple[nn.Module, int]]:
         for resnet, block in zip(level.resnets, getattr(level, "attentions", level.resnets), strict=True):
-            follow(block, resnet.out_channels)
+            yield block, resnet.out_channels
 
     for level in unet.down_blocks:
-        follow_level(level)
+        yield from of_level(level)
     middle = unet.mid_block
     if middle is not None:
         has_attention = len(middle.attentions) > 0 and middle.attentions[0] is not None
-        follow(middle.attentions[0] if has_attention else middle.resnets[0], middle.resnets[0].out_channels)
+        yield middle.attentions[0] if has_attention else middle.resnets[0], middle.resnets[0].out_channels
     for level in unet.up_blocks:
-        follow_level(level)
+        yield from of_level(level)

@@ -82,15 +82,16 @@ def fix_filters(network: nn.Module) -> None:
 class MPFourier(nn.Module):
     """Cosines of random frequencies and phases, which belong to the checkpoint; float32 (equation 75)."""
 
+    freqs: Tensor
+    phases: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
     def forward(self, noise_N: Tensor) -> Tensor:
-        angle = (
-            noise_N.float()[:, None] * self.get_buffer("freqs").float() + self.get_buffer("phases").float()
-        )
+        angle = noise_N.float()[:, None] * self.freqs.float() + self.phases.float()
         return angle.cos() * math.sqrt(2.0)
 
 
@@ -148,16 +149,20 @@ class MPBlock(nn.Module):
 
 
 class EDM2UNet(nn.Module):
-    """The U-Net described at the top of this module. Its noise level is ln(sigma) / 4, (N,) float32."""
+    """The U-Net described at the top of this module. Its noise level is ln(sigma) / 4, (N,) float32.
 
-    def __init__(self, settings: EDM2Settings) -> None:
+    With `out_channels` its last layer has that many, each with a gain of its own, as filters of unit magnitude cannot vanish;
+    otherwise as many as an image, with one gain for all of them.
+    """
+
+    def __init__(self, settings: EDM2Settings, out_channels: int | None = None) -> None:
         super().__init__()
         self.settings = settings
         widths = [settings.model_channels * multiplier for multiplier in settings.channel_mult]
         noise, embedding = settings.channel_mult_noise, settings.channel_mult_emb
         c_noise = settings.model_channels * noise if noise else widths[0]
         c_embedding = settings.model_channels * embedding if embedding else max(widths)
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.out_gain = nn.Parameter(torch.zeros([out_channels, 1, 1] if out_channels else []))
         self.emb_fourier, self.emb_noise = MPFourier(c_noise), MPLayer(c_noise, c_embedding)
         self.emb_label = MPLayer(settings.label_dim, c_embedding) if settings.label_dim else None
 
@@ -190,7 +195,7 @@ class EDM2UNet(nn.Module):
             for i in range(settings.num_blocks + 1):
                 name = f"{at}_block{i}"
                 self.dec[name], c = block(f"dec.{name}", c + skips.pop(), width), width
-        self.out_conv = MPLayer(c, settings.img_channels, 3)
+        self.out_conv = MPLayer(c, out_channels or settings.img_channels, 3)
 
     def embedding(self, noise_N: Tensor, labels_N: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The embedding of noise levels and classes, (N, E), after its SiLU."""
@@ -202,7 +207,7 @@ class EDM2UNet(nn.Module):
         return silu(e)
 
     def forward(self, x_NCHW: Tensor, noise_N: Tensor, labels_N: Tensor | None = None) -> Tensor:
-        """Images (N, C, H, W), noise levels (N,) and classes (N,), `label_dim` for none -> (N, C, H, W)."""
+        """Images (N, C, H, W), noise levels (N,) and classes (N,), `label_dim` for none -> (N, C_out, H, W)."""
         e = self.embedding(noise_N, labels_N, x_NCHW.dtype)
         x, skips = x_NCHW.contiguous(memory_format=torch.channels_last), []
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

@@ -73,13 +73,15 @@ def positional_embedding(
 class FourierEmbedding(nn.Module):
     """Sines, then cosines of random frequencies, which belong to the checkpoint (Tancik et al. 2020); float32."""
 
+    freqs: Tensor
+
     def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
 
     def forward(self, noise_N: Tensor) -> Tensor:
-        frequencies = self.get_buffer("freqs").float()
-        return _waves(noise_N.float()[:, None] * (2 * math.pi * frequencies), sine_first=True)
+        frequencies_H = 2 * math.pi * self.freqs.float()
+        return _waves(noise_N.float()[:, None] * frequencies_H, sine_first=True)
 
 
 def _waves(angle_NH: Tensor, *, sine_first: bool) -> Tensor:

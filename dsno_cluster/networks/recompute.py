@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dsno_cluster.networks.unet import Attention, ResidualBlock
+from dsno_cluster.networks import adm_unet, transformer, unet
+from dsno_cluster.networks.edm2_unet import MPBlock
+from dsno_cluster.networks.edm_layers import UNetBlock
 from dsno_cluster.torch_internals import ATTENTION_KERNELS
 
 # Results that are expensive to compute: `cheap` keeps them and recomputes only what lies between them.
@@ -20,11 +22,15 @@ _DEAR = [
     torch.ops.aten.bmm.default,
     *ATTENTION_KERNELS,
 ]
-_DIFFUSERS_BLOCKS = ("ResnetBlock2D", "Attention")
+_BLOCKS = (
+    *(unet.ResidualBlock, unet.Attention, adm_unet.ResidualBlock, adm_unet.Attention),
+    *(UNetBlock, MPBlock, transformer.Block),
+)
+_DIFFUSERS_BLOCKS = ("ResnetBlock2D", "Attention", "BasicTransformerBlock")
 
 
 def recompute_in_backward(backbone: nn.Module, what: str) -> None:
-    """Make the residual and attention blocks of a backbone keep less for backward, without changing results.
+    """Make the blocks of a backbone keep less for backward, without changing results.
 
     none: keep everything. cheap: keep the results of convolutions and matrix products and recompute norms and
     activations, for a few per cent more time. blocks: keep only each block's input, for about a third more
@@ -36,5 +42,5 @@ def recompute_in_backward(backbone: nn.Module, what: str) -> None:
     if what == "cheap":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _DEAR)
     for module in backbone.modules():
-        if isinstance(module, ResidualBlock | Attention) or type(module).__name__ in _DIFFUSERS_BLOCKS:
+        if isinstance(module, _BLOCKS) or type(module).__name__ in _DIFFUSERS_BLOCKS:
             module.forward = functools.partial(checkpoint, module.forward, **options)

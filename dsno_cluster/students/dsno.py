@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 from dsno_cluster.config import Network, too_many_modes, validate
 from dsno_cluster.config.base import Strict
-from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, same_time, time_points
+from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, logsnr_at, same_time, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import META, ModelDescription, ModelMeta, read_model
 from dsno_cluster.networks.activations import largest_tensor, samples_at_a_time, shape_of
+from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.recompute import recompute_in_backward
+from dsno_cluster.networks.teacher_backbone import TeacherBackbone
 from dsno_cluster.networks.temporal import cosine_series, fourier_basis
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.torch_internals import compile_in_place, uncompiled
@@ -61,7 +63,10 @@ class Form:
 
 
 class StudentModel(Strict):
-    """The `model` entry of a student's `meta.json`: enough to build its network again."""
+    """The `model` entry of a student's `meta.json`: enough to build its network again.
+
+    It is our U-Net of `network`, or a teacher's: `backbone`, or `diffusers` as `student.backbone=diffusers` has it.
+    """
 
     kind: Literal["dsno"] = KIND
     network: Network
@@ -71,6 +76,7 @@ class StudentModel(Strict):
     points: Literal["all", "drawn"] = "all"
     times: tuple[float, ...]
     diffusers: DiffusersModel | None = None
+    backbone: Backbone | None = None
 
     @property
     def form(self) -> Form:
@@ -88,11 +94,10 @@ def student_model(meta: ModelMeta, where: str) -> StudentModel:
 
 
 class DSNO(nn.Module):
-    """The solution operator of the probability-flow ODE (Zheng et al. 2023), on a backbone of `network`'s shape.
+    """The solution operator of the probability-flow ODE (Zheng et al. 2023), for states of `network`'s shape.
 
-    The backbone is our U-Net or, if `diffusers` gives its config and scheduler, a diffusers UNet2DModel.
-    `init` is that of the temporal convolutions. With `precision` bfloat16 or float16 it runs in autocast; states
-    remain float32.
+    The network is our U-Net unless `backbone` describes another one: a teacher's. `init` is that of the temporal
+    convolutions. With `precision` bfloat16 or float16 it runs in autocast; states remain float32.
     """
 
     def __init__(
@@ -101,11 +106,11 @@ class DSNO(nn.Module):
         form: Form,
         times: Sequence[float],
         *,
-        diffusers: DiffusersModel | None = None,
+        backbone: Backbone | DiffusersModel | None = None,
         init: str = "published",
     ) -> None:
         super().__init__()
-        self.network, self.form, self.diffusers = network, form, diffusers
+        self.network, self.form, self.described = network, form, backbone
         self.times = tuple(float(t) for t in times)
         series = form.operator == "series"
         if problem := too_many_modes(form.operator, form.modes, len(self.times)):
@@ -113,13 +118,16 @@ class DSNO(nn.Module):
         self.precision = "float32"
         self.compiled_only: Callable[[int, int], bool] | None = None
         self.graphs = False
-        modes, out_channels = (
-            (0, form.modes * network.state_channels) if series else (form.modes, network.state_channels)
-        )
-        if diffusers is None:
+        channels = network.state_channels
+        modes, out_channels = (0, form.modes * channels) if series else (form.modes, channels)
+        if backbone is None:
             self.backbone: nn.Module = UNet(network, modes, out_channels, init)
+        elif isinstance(backbone, DiffusersModel):
+            self.backbone = DiffusersBackbone(backbone, modes=modes, out_channels=out_channels, init=init)
         else:
-            self.backbone = DiffusersBackbone(diffusers, modes=modes, out_channels=out_channels, init=init)
+            self.backbone = TeacherBackbone(
+                backbone, channels, modes=modes, out_channels=out_channels, dropout=network.dropout, init=init
+            )
 
     def forward(
         self, noise_NCHW: Tensor, labels_N: Tensor | None = None, points: Sequence[int] | None = None
@@ -156,27 +164,16 @@ class DSNO(nn.Module):
             return self._in_parts(noise, labels, self.times[-1:])[:, 0]
         return self._in_parts(noise, labels, self.times, last_only=True)[:, 0]
 
-    @torch.no_grad()
     def warm_start(self, teacher: dict[str, Tensor]) -> None:
-        """Start from a teacher's weights, whose last layer gives x0 at t=1 (`teachers.warm_start`).
+        """Start from a teacher's weights: those of its own network, if that is the backbone, or of our U-Net's layers.
 
         They become a series' constant term: at first every state is one DDIM step of the teacher from the
         noise. Raises UserError for tensors that the backbone does not have.
         """
-        own = self.backbone.state_dict()
-        for name, tensor in teacher.items():
-            rows = len(tensor)
-            fits = name in own and own[name].shape[1:] == tensor.shape[1:]
-            grown = name.split(".")[-2] == "conv_out" and fits and len(own[name]) % rows == 0
-            if not grown and not (fits and len(own[name]) == rows):
-                found = "no such tensor" if name not in own else f"{tuple(own[name].shape)}"
-                raise UserError(
-                    f"student.warm_start: the teacher has {name} {tuple(tensor.shape)}, the student of this config {found}; "
-                    "take over the teacher's network, or set student.warm_start=false"
-                )
-            own[name].zero_()
-            own[name][:rows] = tensor
-        self.backbone.load_state_dict(own)
+        if isinstance(self.backbone, TeacherBackbone):
+            self.backbone.start_from(teacher)
+        else:
+            _start_from(self.backbone, teacher)
 
     def accelerate(
         self,
@@ -212,10 +209,11 @@ class DSNO(nn.Module):
             "network": self.network,
             **asdict(self.form),
             "times": self.times,
-            "diffusers": self.diffusers,
+            "diffusers": self.described if isinstance(self.described, DiffusersModel) else None,
+            "backbone": self.described if isinstance(self.described, Backbone) else None,
         }
         model = StudentModel.model_validate(known)
-        left_out = {"diffusers"} if self.diffusers is None else set()
+        left_out = {name for name in ("diffusers", "backbone") if getattr(model, name) is None}
         return ModelDescription.model_validate(model.model_dump(mode="json", exclude=left_out))
 
     def _in_parts(
@@ -240,7 +238,7 @@ class DSNO(nn.Module):
     def _largest(self) -> int:
         """Elements of the largest tensor that a sample makes in the network at each point; 1 if that is not known."""
         terms = self.form.modes if self.form.operator == "series" else 1
-        shape = shape_of(self.network if self.diffusers is None else self.diffusers, self.network.sides)
+        shape = shape_of(self.described or self.network, self.network.sides)
         return 1 if shape is None else largest_tensor(shape, terms * self.network.state_channels)
 
     def _states(
@@ -266,10 +264,10 @@ class DSNO(nn.Module):
         output: Tensor
         with torch.autocast(device.type, half) if half else contextlib.nullcontext():
             if self.form.operator == "series":
-                output = network(x, _levels((1.0,), device), labels)
+                output = network(x, self._levels((1.0,), device), labels)
             else:
                 bases = self._bases(times, last_only, device, x.dtype)
-                output = network(x, _levels(times, device), labels, *bases)
+                output = network(x, self._levels(times, device), labels, *bases)
         output = output.to(dtype, copy=self.graphs)  # the next replay of a graph writes into the same memory
         if self.form.operator == "series":
             coefficients_NKX = output.reshape(len(noise), self.form.modes, -1)
@@ -281,6 +279,13 @@ class DSNO(nn.Module):
             alpha_M, sigma_M = _scales(times, device, dtype)
             output = alpha_M * output + sigma_M * noise[:, None]
         return output.contiguous()
+
+    def _levels(self, times: tuple[float, ...], device: torch.device) -> Tensor:
+        """The noise levels at `times` as the backbone counts them, (1, M) float32."""
+        if isinstance(self.described, Backbone):
+            known = self.described.times
+            return _row(tuple(known.at(logsnr_at(t)) for t in times), device)
+        return _logsnrs(times, device)
 
     def _bases(
         self, times: tuple[float, ...], last_only: bool, device: torch.device, dtype: torch.dtype
@@ -359,6 +364,25 @@ class DSNO(nn.Module):
         return labels_N.to(device, non_blocking=True)
 
 
+@torch.no_grad()
+def _start_from(backbone: nn.Module, teacher: dict[str, Tensor]) -> None:
+    """Copy tensors whose last layer gives x0 at t=1 (`teachers.warm_start`); those that are not given stay."""
+    own = backbone.state_dict()
+    for name, tensor in teacher.items():
+        rows = len(tensor)
+        fits = name in own and own[name].shape[1:] == tensor.shape[1:]
+        grown = name.split(".")[-2] == "conv_out" and fits and len(own[name]) % rows == 0
+        if not grown and not (fits and len(own[name]) == rows):
+            found = "no such tensor" if name not in own else f"{tuple(own[name].shape)}"
+            raise UserError(
+                f"student.warm_start: the teacher has {name} {tuple(tensor.shape)}, the student of this config {found}; "
+                "take over the teacher's network (student.backbone=teacher), or set student.warm_start=false"
+            )
+        own[name].zero_()
+        own[name][:rows] = tensor
+    backbone.load_state_dict(own)
+
+
 def _nearest(time: float, times: Sequence[float]) -> float:
     """The one of `times` that equals `time` up to rounding, else `time` itself."""
     return next((t for t in times if same_time(t, time)), time)
@@ -370,8 +394,14 @@ def _nearest(time: float, times: Sequence[float]) -> float:
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _levels(times: tuple[float, ...], device: torch.device) -> Tensor:
+def _logsnrs(times: tuple[float, ...], device: torch.device) -> Tensor:
     return logsnr(torch.tensor(times, dtype=torch.float64)).to(device, torch.float32)[None]
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _row(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(device, torch.float32)[None]
 
 
 @functools.lru_cache(maxsize=256)
@@ -394,7 +424,7 @@ def forgetting_time_tensors() -> Iterator[None]:
 
     It is for passes on pretended tensors, whose values must not reach a real one.
     """
-    kept = (_levels, _scales, _series, fourier_basis)
+    kept = (_logsnrs, _row, _scales, _series, fourier_basis)
     for made in kept:
         made.cache_clear()
     try:
@@ -421,7 +451,7 @@ def load_student(
     """
     folder = read_model(str(path), endpoint_url, ema, sha256)
     model = student_model(folder.meta, str(path))
-    student = DSNO(model.network, model.form, model.times, diffusers=model.diffusers)
+    student = DSNO(model.network, model.form, model.times, backbone=model.backbone or model.diffusers)
     check_fit(folder.weights, student.state_dict(), f"{path}: its weights do not fit its {META}")
     student.load_state_dict(folder.weights)
     student.to(memory_format=torch.channels_last)  # not in training: DeepSpeed needs contiguous weights

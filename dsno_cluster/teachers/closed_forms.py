@@ -20,7 +20,7 @@ from dsno_cluster.teachers.teacher import (
     only_float32,
     plain,
 )
-from dsno_cluster.teachers.warm_start import no_unet
+from dsno_cluster.teachers.warm_start import no_network, no_unet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,9 @@ class ClosedForm:
 
     def warm_start(self) -> dict[str, Tensor]:
         raise no_unet(self.path, self.kind)
+
+    def network_weights(self) -> dict[str, Tensor]:
+        raise no_network(self.path, self.kind)
 
     def forget(self) -> None:
         """Nothing is kept."""

@@ -6,6 +6,7 @@ that the network knows is treated as one at the nearest of them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from dsno_cluster.diffusion import preconditioning
 from dsno_cluster.diffusion.discrete_levels import level_at
 from dsno_cluster.diffusion.preconditioning import Scalings
 from dsno_cluster.diffusion.predictions import clean_images
-from dsno_cluster.diffusion.schedule import is_pure_noise, logsnr
+from dsno_cluster.diffusion.schedule import LOGSNR_MAX, LOGSNR_MIN, is_pure_noise, logsnr
+from dsno_cluster.teachers.backbones import KNOTS, levels_of_sigmas
 from dsno_cluster.teachers.diffusers_schedules import Schedule
 
 if TYPE_CHECKING:
@@ -31,8 +33,7 @@ def denoiser(network: Any, schedule: Schedule, dtype: torch.dtype) -> Denoise:
     """
     if schedule.kind == "betas":
         return _of_levels(network, schedule, dtype)
-    scalings = {"edm": _edm, "consistency": _consistency, "flow": _flow, "ve": _ve}[schedule.kind]
-    offset = 0.5 if schedule.kind == "ve" else 0.0
+    scalings, offset = _SCALINGS[schedule.kind], _shift(schedule)
 
     def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
         k = scalings(schedule.values, logsnr(t_N))
@@ -41,6 +42,27 @@ def denoiser(network: Any, schedule: Schedule, dtype: torch.dtype) -> Denoise:
         return c_skip * x + c_out * _output(network, scaled.to(dtype), k.c_noise.float(), labels, x)
 
     return denoise
+
+
+def scalings_of(
+    schedule: Schedule,
+) -> tuple[Callable[[Tensor], Scalings], tuple[float, float], int, float]:
+    """How a schedule of another kind than betas uses a network, as `backbones.of_scalings` takes it.
+
+    The coefficients at log-SNRs, the range of these, the knots of the network's times, and what is added to its input.
+    """
+    values = schedule.values
+    levels = (LOGSNR_MIN, LOGSNR_MAX)
+    if schedule.kind != "flow":
+        levels = levels_of_sigmas(values["sigma_min"], values["sigma_max"])
+    linear = schedule.kind == "consistency" or "log sigma" in values.get("time", "")
+    of_logsnr = functools.partial(_SCALINGS[schedule.kind], values)
+    return of_logsnr, levels, 2 if linear else KNOTS, _shift(schedule)
+
+
+def _shift(schedule: Schedule) -> float:
+    """What is added to the network's input."""
+    return 0.5 if schedule.kind == "ve" else 0.0
 
 
 def _of_levels(network: Any, schedule: Schedule, dtype: torch.dtype) -> Denoise:
@@ -103,6 +125,9 @@ def _flow(values: dict[str, Any], level_N: Tensor) -> Scalings:
     share_N = torch.where(is_pure_noise(level_N), 1.0, ratio_N / (1 + ratio_N)).clamp(min=values["sigma_min"])
     scale_N = (share_N**2 + (1 - share_N) ** 2).sqrt()
     return Scalings(scale_N, -share_N, scale_N, values["num_train_timesteps"] * share_N)
+
+
+_SCALINGS = {"edm": _edm, "consistency": _consistency, "flow": _flow, "ve": _ve}
 
 
 def _ratio(values: dict[str, Any], level_N: Tensor) -> Tensor:

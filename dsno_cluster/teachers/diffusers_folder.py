@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.backbones import Backbone, DiffusersTransformer, DiffusersUNet
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers import diffusers_networks, diffusers_schedules
+from dsno_cluster.teachers.backbones import of_levels, of_scalings
 from dsno_cluster.teachers.decoders import KIND, MOST_COLOURS, Decoder, decoder_of
+from dsno_cluster.teachers.diffusers_denoisers import denoiser, scalings_of
 from dsno_cluster.teachers.diffusers_files import (
     EMA,
     Parts,
@@ -76,6 +79,12 @@ class DiffusersFolder:
     def _folder(self) -> Folder:
         return _read(self.source, self.options)
 
+    def _network(self) -> Any:
+        """The network with its weights, float32."""
+        folder = self._folder
+        tensors = folder.weights.tensors(self.source.path)
+        return diffusers_networks.build(folder.model, tensors, self.source.path)
+
     def info(self) -> TeacherInfo:
         return self._folder.info
 
@@ -90,11 +99,7 @@ class DiffusersFolder:
     def load(self, precision: str) -> Teacher:
         import torch
 
-        from dsno_cluster.teachers.diffusers_denoisers import denoiser
-
-        folder, dtype = self._folder, getattr(torch, precision)
-        tensors = folder.weights.tensors(self.source.path)
-        network = diffusers_networks.build(folder.model, tensors, self.source.path)
+        folder, dtype, network = self._folder, getattr(torch, precision), self._network()
         network.eval().requires_grad_(False)
         for (
             parameter
@@ -105,14 +110,16 @@ class DiffusersFolder:
     def warm_start(self) -> dict[str, Tensor]:
         """The weights under the names of a `DiffusersBackbone`."""
         folder = self._folder
-        if folder.info.backbone is None:
+        if folder.info.diffusers is None:
             raise no_unet(self.source.path, self.kind)
-        tensors = folder.weights.tensors(self.source.path)
-        network = diffusers_networks.build(folder.model, tensors, self.source.path)
-        weights = {f"unet.{name}": tensor for name, tensor in network.state_dict().items()}
+        weights = {f"unet.{name}": tensor for name, tensor in self._network().state_dict().items()}
         return with_last_layer_of_x0(
             weights, "unet.conv_out.", folder.schedule.prediction, folder.model.shape[0]
         )
+
+    def network_weights(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._network().state_dict()
+        return state
 
     def forget(self) -> None:
         self.source.forget()
@@ -137,14 +144,17 @@ def _read(source: Source, options: Options) -> Folder:
         null_class=model.null_class,
     )
     former = schedule.former_values
-    backbone = model.kind == UNET and schedule.kind == "betas"
+    if model.config.get("attn_norm_num_groups", 0) is None:
+        model = diffusers_networks.completed(model, weights.tensors(path))
+    on_betas = model.kind == UNET and schedule.kind == "betas"
     info = TeacherInfo(
         identity,
         model.shape,
         model.num_classes,
         model.null_class,
         clips=schedule.clips,
-        backbone=DiffusersModel(config=model.config, scheduler=schedule.values) if backbone else None,
+        backbone=_backbone(model, schedule),
+        diffusers=DiffusersModel(config=model.config, scheduler=schedule.values) if on_betas else None,
         former_identities=(identity.model_copy(update={"scheduler": former}),) if former else (),
         has_network=True,
         decoder=decoder,
@@ -152,6 +162,14 @@ def _read(source: Source, options: Options) -> Folder:
         notes=_notes(weights, parts, decoder),
     )
     return Folder(_with_steps(info, schedule, options, path), model, schedule, weights)
+
+
+def _backbone(model: Model, schedule: Schedule) -> Backbone | None:
+    kind = DiffusersUNet if model.kind == UNET else DiffusersTransformer
+    network = kind(settings=model.config)
+    if schedule.kind == "betas":
+        return of_levels(network, schedule.levels, schedule.prediction)
+    return of_scalings(network, *scalings_of(schedule))
 
 
 def _with_steps(info: TeacherInfo, schedule: Schedule, options: Options, path: str) -> TeacherInfo:

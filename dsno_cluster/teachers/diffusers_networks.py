@@ -58,6 +58,17 @@ def read_model(config: dict[str, Any], options: Options, schedule: Kind, path: s
     raise UserError(f"{path}: _class_name {name!r} is not supported, only {UNET} and {DIT}")
 
 
+def completed(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """The model with what its weights say and its config does not.
+
+    A conversion of ADM left out that its middle attention is normalised as the others are.
+    """
+    config = model.config
+    if _MIDDLE_NORM not in tensors or config.get("attn_norm_num_groups", 0) is not None:
+        return model
+    return replace(model, config={**config, "attn_norm_num_groups": config.get("norm_num_groups", 32)})
+
+
 def build(model: Model, tensors: Mapping[str, Tensor], path: str) -> Any:
     """The network with its weights. Raises UserError if these do not fit its config."""
     config = model.config

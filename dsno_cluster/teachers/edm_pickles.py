@@ -22,10 +22,12 @@ from dsno_cluster.closed_pickle import Malformed, shown
 from dsno_cluster.diffusion import preconditioning
 from dsno_cluster.diffusion.schedule import karras_sigmas, time_of_angle
 from dsno_cluster.errors import UserError, closest, said_by
+from dsno_cluster.networks.backbones import Backbone, DhariwalNetwork, EDM2Network, SongNetwork
 from dsno_cluster.networks.edm_settings import DhariwalSettings, EDM2Settings, SongSettings
 from dsno_cluster.persistence_pickle import Module, StoredTensor, read_snapshot
 from dsno_cluster.records import first_mistake
 from dsno_cluster.storage import read_file
+from dsno_cluster.teachers.backbones import KNOTS, levels_of_sigmas, of_scalings
 from dsno_cluster.teachers.decoders import MOST_COLOURS
 from dsno_cluster.teachers.facts import Facts, number_of_parameters
 from dsno_cluster.teachers.identity import EDMIdentity, TeacherIdentity
@@ -89,6 +91,12 @@ class Preconditioned:
     range: tuple[float, float]
     native: tuple[float, float]
     levels: tuple[float, ...] | None = None
+    linear_time: bool = False  # in ln sigma
+
+    def of_logsnr(self, level_N: Tensor) -> preconditioning.Scalings:
+        """The coefficients for states of ours at log-SNRs."""
+        sigma_N = (-0.5 * level_N).exp().clamp(*self.range)
+        return preconditioning.of_states(self.scalings(sigma_N), sigma_N)
 
 
 @dataclass(frozen=True)
@@ -150,8 +158,7 @@ class EDMPickle:
             parameter.data = parameter.data.to(dtype)
 
         def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
-            sigma_N = (-0.5 * logsnr(t_N)).exp().clamp(*use.range)
-            k = preconditioning.of_states(use.scalings(sigma_N), sigma_N)
+            k = use.of_logsnr(logsnr(t_N))
             c_skip, c_out, c_in = (c.to(x.dtype)[:, None, None, None] for c in (k.c_skip, k.c_out, k.c_in))
             output = network((c_in * x).to(dtype), k.c_noise.float(), labels)
             x0: Tensor = c_skip * x + c_out * output[:, :channels].to(x.dtype)
@@ -161,6 +168,9 @@ class EDMPickle:
 
     def warm_start(self) -> dict[str, Tensor]:
         raise no_unet(self.source.path, self.kind)
+
+    def network_weights(self) -> dict[str, Tensor]:
+        return _weights(self._snapshot, self.source.path)
 
     def forget(self) -> None:
         self.source.forget()
@@ -207,8 +217,18 @@ def _read(data: bytes, path: str, schedule: str) -> Snapshot:
         has_network=True,
         latent=channels > MOST_COLOURS,
         standardised=channels > MOST_COLOURS,
+        backbone=_backbone(settings, use),
     )
     return Snapshot(info, settings, inner.tensors(), use, len(data))
+
+
+def _backbone(settings: Settings, use: Preconditioned) -> Backbone | None:
+    plain = settings.model_copy(update={"dropout": 0.0})
+    network = {SongSettings: SongNetwork, DhariwalSettings: DhariwalNetwork, EDM2Settings: EDM2Network}[
+        type(settings)
+    ](settings=plain)
+    knots = 2 if use.linear_time else KNOTS
+    return of_scalings(network, use.of_logsnr, levels_of_sigmas(*use.range), knots=knots)
 
 
 def _known(choices: Mapping[str, Any], name: str, path: str, what: str) -> Any:
@@ -262,7 +282,7 @@ def _preconditioned(outer: Module, path: str) -> Preconditioned:
     used = (SIGMA_MIN, highest if math.isfinite(highest) else SIGMA_MAX)
     if outer.class_name in ("EDMPrecond", "Precond"):
         scalings = functools.partial(preconditioning.edm, sigma_data=number("sigma_data", 0.5))
-        return Preconditioned(scalings, used, native)
+        return Preconditioned(scalings, used, native, linear_time=True)
     if outer.class_name == "VPPrecond":
         beta_d, beta_min, levels = number("beta_d", 19.9), number("beta_min", 0.1), number("M", 1000)
         return Preconditioned(
@@ -271,7 +291,7 @@ def _preconditioned(outer: Module, path: str) -> Preconditioned:
             native,
         )
     if outer.class_name == "VEPrecond":
-        return Preconditioned(preconditioning.ve, used, native)
+        return Preconditioned(preconditioning.ve, used, native, linear_time=True)
     u = outer.own_tensors().get("u")
     own = None if u is None or len(u.shape) != 1 or u.shape[0] < 2 else tuple(u.tensor().double().tolist())
     if own is None or own[-1] != 0.0 or any(not a > b for a, b in itertools.pairwise(own)):
@@ -305,16 +325,11 @@ def _network(snapshot: Snapshot, path: str) -> nn.Module:
     """The network with its weights, float32. Raises UserError if they do not fit its settings."""
     import torch
 
-    settings = snapshot.settings
-    try:
-        with torch.device("meta"):  # so that nothing is allocated before the weights are known to fit
-            network = _build(settings)
-    except (ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{path}: its settings make no network: {said_by('torch', error)}") from None
     weights = _weights(snapshot, path)
-    check_fit(weights, network.state_dict(), f"{path}: its weights do not fit its settings")
+    with torch.device("meta"):
+        network = _build(snapshot.settings)
     network.load_state_dict(weights, assign=True)
-    if isinstance(settings, EDM2Settings):
+    if isinstance(snapshot.settings, EDM2Settings):
         from dsno_cluster.networks.edm2_unet import fix_filters
 
         fix_filters(network)
@@ -334,12 +349,18 @@ def _build(settings: Settings) -> nn.Module:
 def _weights(snapshot: Snapshot, path: str) -> dict[str, Tensor]:
     """The tensors under the names and in the order of our networks, float32.
 
-    Raises UserError for filters of resampling other than the settings', and for tensors that are larger than the file.
+    Raises UserError if they do not fit the settings, for filters of resampling other than the settings', and for tensors that
+    are larger than the file.
     """
     import torch
 
     from dsno_cluster.networks.edm_layers import per_head, separable_filter
 
+    try:
+        with torch.device("meta"):  # so that nothing is allocated before the weights are known to fit
+            wanted = _build(snapshot.settings).state_dict()
+    except (ValueError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{path}: its settings make no network: {said_by('torch', error)}") from None
     if sum(tensor.num_bytes for tensor in snapshot.tensors.values()) > snapshot.num_bytes:
         raise NotWeights(
             f"{path}: has tensors that together are larger than the file: they share their numbers"
@@ -364,4 +385,5 @@ def _weights(snapshot: Snapshot, path: str) -> dict[str, Tensor]:
                 )
             tensor = per_head(tensor, heads)
         weights[name] = tensor
+    check_fit(weights, wanted, f"{path}: its weights do not fit its settings")
     return weights

@@ -21,7 +21,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.teachers.facts import ALL_SIGMAS, PREDICTED, Facts
 from dsno_cluster.teachers.identity import FactoryIdentity, TeacherIdentity
 from dsno_cluster.teachers.teacher import Options, Source, Teacher, TeacherInfo, only_float32, plain
-from dsno_cluster.teachers.warm_start import no_unet
+from dsno_cluster.teachers.warm_start import no_network, no_unet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,9 @@ class Factory:
 
     def warm_start(self) -> dict[str, Tensor]:
         raise no_unet(self.path, self.kind)
+
+    def network_weights(self) -> dict[str, Tensor]:
+        raise no_network(self.path, self.kind)
 
     def forget(self) -> None:
         """Nothing is kept."""

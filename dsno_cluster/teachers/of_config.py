@@ -9,11 +9,13 @@ from dsno_cluster.config import Config, TeacherConfig
 from dsno_cluster.diffusion.schedule import noise_level
 from dsno_cluster.diffusion.solvers import Method, grid_points
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.networks.backbones import WITHOUT_DROPOUT, Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.teachers.decoders import States, check_same_scale, open_decoder
 from dsno_cluster.teachers.identity import weights_sha256
 from dsno_cluster.teachers.loading import load_in, open_teacher
 from dsno_cluster.teachers.teacher import Teacher, TeacherFamily, TeacherInfo, check_fits, check_guide
+from dsno_cluster.teachers.warm_start import no_network
 from dsno_cluster.weight_files import NotWeights
 
 if TYPE_CHECKING:
@@ -99,11 +101,13 @@ class ConfiguredTeacher:
         return loaded.guided_by(_load_guide(precision, self.guide.opened, compile=compile))
 
     def warm_start(self) -> dict[str, Tensor]:
-        """The weights that a student starts from.
+        """The weights that the config's student starts from, as `DSNO.warm_start` takes them.
 
-        Raises UserError if no student can start from this teacher, and WorkError as `load` does.
+        Raises UserError if it cannot start from this teacher, and WorkError as `load` does.
         """
-        return self._unchanged().warm_start()
+        opened = self._unchanged()
+        own = self.config.student.backbone == "teacher"
+        return opened.network_weights() if own else opened.warm_start()
 
     def forget(self) -> None:
         """Drop its weights and files from memory; `info` stays, and `load` reads them again."""
@@ -116,19 +120,34 @@ class ConfiguredTeacher:
             raise WorkError(f"{self.path}: the teacher has changed since this command began")
         return self.opened
 
-    def backbone(self) -> DiffusersModel | None:
-        """The diffusers model that `student.backbone` asks for.
+    def backbone(self) -> Backbone | DiffusersModel | None:
+        """What describes the network that `student.backbone` asks for; None for our U-Net.
 
-        None for our U-Net. Raises UserError if it has none.
+        Raises UserError if the teacher has no such network, or the student's form or dropout does not fit it.
         """
-        if self.config.student.backbone == "unet":
+        student = self.config.student
+        if student.backbone == "unet":
             return None
-        if self.info.backbone is None:
+        if student.backbone == "diffusers":
+            if self.info.diffusers is None:
+                raise UserError(
+                    f"student.backbone diffusers: the teacher at {self.path} ({self.opened.kind}) is no UNet2DModel of "
+                    "diffusers on betas; take backbone=teacher or unet"
+                )
+            return self.info.diffusers
+        backbone = self.info.backbone
+        if backbone is None:
+            raise no_network(self.path, self.opened.kind)
+        if backbone.is_transformer and student.operator == "convolution":
             raise UserError(
-                f"student.backbone diffusers: the teacher at {self.path} ({self.opened.kind}) is no UNet2DModel of diffusers "
-                "on betas; take backbone=unet"
+                f"student.operator convolution: the teacher at {self.path} is a transformer, whose student can only be a series; "
+                "set student.operator=series"
             )
-        return self.info.backbone
+        if self.config.network.dropout and isinstance(backbone.network, WITHOUT_DROPOUT):
+            raise UserError(
+                f"network.dropout {self.config.network.dropout}: the network of the teacher at {self.path} has none; set it to 0"
+            )
+        return backbone
 
 
 def _load_guide(precision: str, opened: TeacherFamily, *, compile: bool) -> Teacher:

@@ -8,14 +8,17 @@ levels, in the first half of the channels if the variance is learned. openai-edm
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dsno_cluster.diffusion import preconditioning
 from dsno_cluster.diffusion.discrete_levels import native_timesteps, openai_levels
+from dsno_cluster.diffusion.preconditioning import Scalings
 from dsno_cluster.diffusion.schedule import karras_sigmas, logsnr, time_of_angle
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.backbones import ADMNetwork, Backbone
 from dsno_cluster.networks.descriptions import ADMDescription
+from dsno_cluster.teachers.backbones import levels_of_sigmas, of_levels, of_scalings
 from dsno_cluster.teachers.discrete import of_discrete_levels
 from dsno_cluster.teachers.facts import PREDICTED, Facts, number_of_parameters, sigmas_of_levels
 from dsno_cluster.teachers.identity import ADMIdentity, OpenAIEDMIdentity
@@ -182,8 +185,17 @@ def _info(state: StateDict, described: ADMDescription, settings: Settings, optio
         described.num_classes,
         native=native if schedule == "native" else None,
         has_network=True,
+        backbone=_backbone(described, settings),
         clips=True,  # as the authors' sampling commands do by default
     )
+
+
+def _backbone(described: ADMDescription, settings: Settings) -> Backbone | None:
+    network = ADMNetwork(settings=described)
+    if settings.family == EDM:
+        return of_scalings(network, _edm_scalings, levels_of_sigmas(*SIGMAS), knots=2)
+    levels = openai_levels(settings.beta_schedule, settings.diffusion_steps)
+    return of_levels(network, levels, _prediction(settings), _time_scale(settings))
 
 
 def _identity(sha256: str, settings: Settings) -> ADMIdentity | OpenAIEDMIdentity:
@@ -222,20 +234,29 @@ def _native(settings: Settings, options: Options, path: str) -> NativeGrid:
 
 def _adm(unet: nn.Module, dtype: torch.dtype, settings: Settings) -> Denoise:
     levels = openai_levels(settings.beta_schedule, settings.diffusion_steps)
-    scale = 1000 / settings.diffusion_steps if settings.rescale_timesteps else 1.0
-    prediction = "x" if settings.predict_xstart else "eps"
-    return of_discrete_levels(unet, dtype, levels, scale, prediction)
+    return of_discrete_levels(unet, dtype, levels, _time_scale(settings), _prediction(settings))
+
+
+def _time_scale(settings: Settings) -> float:
+    return 1000 / settings.diffusion_steps if settings.rescale_timesteps else 1.0
+
+
+def _prediction(settings: Settings) -> str:
+    return "x" if settings.predict_xstart else "eps"
 
 
 def _edm(unet: nn.Module, dtype: torch.dtype, settings: Settings) -> Denoise:
-    """EDM's preconditioning, with 1000 times its noise level, 250 ln sigma, as its authors' code has it."""
-
     def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
-        sigma_N = (-0.5 * logsnr(t_N)).exp().clamp(*SIGMAS)
-        k = preconditioning.of_states(preconditioning.edm(sigma_N), sigma_N)
+        k = _edm_scalings(logsnr(t_N))
         c_skip, c_out, c_in = (c.to(x.dtype)[:, None, None, None] for c in (k.c_skip, k.c_out, k.c_in))
-        time_N = (1000.0 * k.c_noise).float()
-        output: Tensor = unet((c_in * x).to(dtype), time_N, labels).to(x.dtype)
+        output: Tensor = unet((c_in * x).to(dtype), k.c_noise.float(), labels).to(x.dtype)
         return c_skip * x + c_out * output
 
     return denoise
+
+
+def _edm_scalings(level_N: Tensor) -> Scalings:
+    """EDM's preconditioning, with 1000 times its noise level, 250 ln sigma, as its authors' code has it."""
+    sigma_N = (-0.5 * level_N).exp().clamp(*SIGMAS)
+    k = preconditioning.of_states(preconditioning.edm(sigma_N), sigma_N)
+    return replace(k, c_noise=1000.0 * k.c_noise)

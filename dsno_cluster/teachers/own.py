@@ -54,6 +54,9 @@ class OwnFolder:
             self._weights, "conv_out.", description.prediction, description.network.state_channels
         )
 
+    def network_weights(self) -> dict[str, Tensor]:
+        return self._weights
+
     def forget(self) -> None:
         self.__dict__.pop("_weights", None)
 

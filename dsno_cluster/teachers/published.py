@@ -54,6 +54,9 @@ class PublishedFile:
             weights, "conv_out.", description.prediction, description.network.state_channels
         )
 
+    def network_weights(self) -> dict[str, Tensor]:
+        return self._read[1]
+
     def forget(self) -> None:
         self.source.forget()
         self.__dict__.pop("_read", None)

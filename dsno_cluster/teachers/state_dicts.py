@@ -62,6 +62,12 @@ class StateDictFile:
     def warm_start(self) -> dict[str, Tensor]:
         raise no_unet(self.source.path, self.kind)
 
+    def network_weights(self) -> dict[str, Tensor]:
+        import torch
+
+        network, _ = self._reading.build(torch.float32)
+        return network.state_dict()
+
     def forget(self) -> None:
         self.source.forget()
         self.__dict__.pop("_reading", None)

@@ -14,6 +14,7 @@ from dsno_cluster.config import Network
 from dsno_cluster.config.base import Precision
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.activations import UNetShape, largest_tensor, samples_at_a_time, shape_of
+from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import MissingObject, Storage, open_storage, split_path
 from dsno_cluster.teachers.facts import Facts
@@ -42,10 +43,11 @@ class TeacherInfo:
     a file does not say it and no option does. `null_class` is the label that means "no class", if there is one.
     `native` gives the times of the teacher's own steps; `num_steps` is set if it always has that number of them,
     whatever number is asked for. `clips`: its usual sampler bounds the clean image, which only
-    `trajectories.clip_denoised` does here. `backbone`: the diffusers model that a student can be built on.
-    `has_network`: its network is read from a file, and can be compiled. `decoder` turns its states into images; without
-    one they are images themselves, unless they are known to be `latent`. `standardised`: each channel of these was brought
-    to one mean and deviation, by numbers that no file says. `former_identities` are those that earlier
+    `trajectories.clip_denoised` does here. `backbone` describes its network, on which a student can be built; `diffusers`
+    does as `student.backbone=diffusers` has it. `has_network`: its network is read from a file, and can be compiled.
+    `decoder` turns its states into images; without one they are images themselves, unless they are known to be `latent`.
+    `standardised`: each channel of these was brought to one mean and deviation, by numbers that no file says.
+    `former_identities` are those that earlier
     versions recorded, by which their data sets are found. `notes` are what people should know of how it was read.
     """
 
@@ -56,7 +58,8 @@ class TeacherInfo:
     native: NativeGrid | None = None
     num_steps: int | None = None
     clips: bool = False
-    backbone: DiffusersModel | None = None
+    backbone: Backbone | None = None
+    diffusers: DiffusersModel | None = None
     has_network: bool = False
     decoder: Decoder | None = None
     latent: bool = False
@@ -80,10 +83,9 @@ class TeacherInfo:
     @property
     def unet(self) -> UNetShape | None:
         """The sizes of its network, if it is a U-Net that was read from files."""
-        described = self.backbone or getattr(self.identity, "network", None)
-        if not isinstance(described, Network | DiffusersModel) or self.shape is None:
+        if self.backbone is None or self.shape is None:
             return None
-        return shape_of(described, self.shape[1:])
+        return shape_of(self.backbone, self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,14 @@ class TeacherFamily(Protocol):
     def warm_start(self) -> dict[str, Tensor]:
         """The weights under a student's names, with a last layer that gives x0 at t=1; see `warm_start.py`.
 
-        Raises UserError if no student can start from them.
+        Raises UserError if no student on our U-Net, or on `info().diffusers`, can start from them.
+        """
+        ...
+
+    def network_weights(self) -> dict[str, Tensor]:
+        """The state dict of the network that `info().backbone` describes, float32.
+
+        Raises UserError if it describes none.
         """
         ...
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dsno_cluster.diffusion.discrete_levels import native_timesteps, openai_levels
-from dsno_cluster.diffusion.schedule import flow_grid, flow_scales
+from dsno_cluster.diffusion.schedule import LOGSNR_MIN, flow_grid, flow_scales
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.backbones import Backbone, NetworkTimes, TransformerNetwork
 from dsno_cluster.networks.descriptions import TransformerDescription
+from dsno_cluster.teachers.backbones import of_levels
 from dsno_cluster.teachers.decoders import MOST_COLOURS
 from dsno_cluster.teachers.discrete import of_discrete_levels
 from dsno_cluster.teachers.facts import PREDICTED, Facts, sigmas_of_levels
@@ -170,7 +172,17 @@ def _info(state: StateDict, described: TransformerDescription, family: str, opti
         native=native if schedule == "native" else None,
         has_network=True,
         latent=described.channels > MOST_COLOURS,
+        backbone=_backbone(described, family),
     )
+
+
+def _backbone(described: TransformerDescription, family: str) -> Backbone:
+    network = TransformerNetwork(settings=described)
+    if family == DIT:
+        return of_levels(network, openai_levels("linear", DIT_LEVELS), "eps")
+    time, scale = (float(s) for s in flow_scales(1.0))
+    times = NetworkTimes(logsnr=(LOGSNR_MIN,), time=(time,))
+    return Backbone(network=network, times=times, scale=scale, skip=scale, gains=(1.0 - time,))
 
 
 def _sit(transformer: nn.Module, dtype: torch.dtype) -> Denoise:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.diffusion.predictions import clean_images, out_channels
 from dsno_cluster.errors import UserError, said_by
+from dsno_cluster.networks.backbones import OurUNet
+from dsno_cluster.teachers.backbones import of_cosine_times
 from dsno_cluster.teachers.facts import ALL_SIGMAS, PREDICTED, Facts, number_of_parameters
 from dsno_cluster.teachers.identity import UNetDescription, UNetIdentity
 from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_schedule, is_distilled
@@ -36,6 +38,7 @@ def unet_info(path: str, description: UNetDescription, sha256: str, schedule: An
         network.num_classes if network.null_class else None,
         native=None if own_steps is None else lambda _: own_steps,
         num_steps=None if own_steps is None else steps,
+        backbone=of_cosine_times(OurUNet(settings=identity.network), description.prediction),
         has_network=True,
         former_identities=() if former == identity else (former,),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
+from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO, Form
@@ -26,14 +27,14 @@ from dsno_cluster.trajectories.spec import AnySpec, imported_folder
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a training begins: the data set's `folder` and `manifest`, and a `diffusers` backbone.
+    """Where a training begins: the data set's `folder` and `manifest`, and the `backbone` if it is the teacher's.
 
     `state` is that of the newest checkpoint, None for a new training.
     """
 
     folder: str
     manifest: Manifest
-    diffusers: DiffusersModel | None
+    backbone: Backbone | DiffusersModel | None
     state: CheckpointState | None
 
     @property
@@ -128,12 +129,12 @@ def _check_imported(config: Config, spec: AnySpec) -> None:
         )
 
 
-def make_student(config: Config, diffusers: DiffusersModel | None) -> DSNO:
+def make_student(config: Config, backbone: Backbone | DiffusersModel | None) -> DSNO:
     """The config's student with random weights."""
     settings = config.student
     form = Form(settings.modes, settings.operator, settings.prediction, settings.points)
     times, init = config.trajectories.time_points, settings.temporal_init
-    return DSNO(config.network, form, times, diffusers=diffusers, init=init)
+    return DSNO(config.network, form, times, backbone=backbone, init=init)
 
 
 def new_student(config: Config, teacher: ConfiguredTeacher | None = None) -> DSNO:

@@ -73,7 +73,7 @@ def decide_accumulation(
     available = _smallest((free or free_memory)(ranks.device), ranks)
     usable = int(available * (1 - SPARE))
     kind: Literal["cuda", "cpu"] = "cuda" if ranks.device.type == "cuda" else "cpu"
-    memory = training_memory(config, ranks=ranks.world_size, diffusers=beginning.diffusers, device=kind)
+    memory = training_memory(config, ranks=ranks.world_size, backbone=beginning.backbone, device=kind)
     choices = [
         k for k in range(1, settings.batch_size + 1) if settings.batch_size % (ranks.world_size * k) == 0
     ]

@@ -162,11 +162,11 @@ def _begin_student(
     """The student with the weights of the checkpoint, or those that it starts from; collective."""
     torch.manual_seed(config.seed)
     if beginning.state is not None:
-        student = make_student(config, beginning.diffusers)
+        student = make_student(config, beginning.backbone)
         checkpoint.open_fragments(config, beginning.step).load_weights(student)
         return student
     made = on_rank_0(ranks, lambda: new_student(config, teacher))
-    student = made or make_student(config, beginning.diffusers)
+    student = made or make_student(config, beginning.backbone)
     broadcast_weights(student, ranks)
     return student
 

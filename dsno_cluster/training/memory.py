@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from dsno_cluster.config import Config
+from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import as_on_gpu
 from dsno_cluster.students.dsno import DSNO, forgetting_time_tensors
@@ -62,14 +63,15 @@ def training_memory(
     *,
     ranks: int = 1,
     micro_batch: int | None = None,
-    diffusers: DiffusersModel | None = None,
+    backbone: Backbone | DiffusersModel | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> TrainingMemory:
     """The memory that a training of `config` takes on each of `ranks`, as if it were not compiled, in bytes.
 
     `micro_batch` is the number of images that pass through the network together; by default that of
-    `training.accumulation`, of which `auto` counts as 1. A precision `auto` is the one that `device` would get. `diffusers`
-    is the backbone of a config that has one (`ConfiguredTeacher.backbone()`). It takes some seconds for a large network.
+    `training.accumulation`, of which `auto` counts as 1. A precision `auto` is the one that `device` would get. `backbone`
+    is that of a config whose student has the teacher's (`ConfiguredTeacher.backbone()`). It takes some seconds for a large
+    network.
     """
     settings = config.training
     if settings.precision == "auto":
@@ -77,18 +79,18 @@ def training_memory(
         config = config.model_copy(update={"training": settings})
     accumulation = 1 if settings.accumulation == "auto" else settings.accumulation
     per_rank = micro_batch or max(1, settings.batch_size // (ranks * accumulation))
-    small, large = (activation_bytes(config, count, diffusers, device) for count in MEASURED)
+    small, large = (activation_bytes(config, count, backbone, device) for count in MEASURED)
     per_image = max(0, large - small) // (MEASURED[1] - MEASURED[0])
-    held = held_bytes(config, ranks, parameter_count(config, diffusers))
+    held = held_bytes(config, ranks, parameter_count(config, backbone))
     return TrainingMemory(
         **held, fixed=max(0, small - per_image * MEASURED[0]), per_image=per_image, micro_batch=per_rank
     )
 
 
-def parameter_count(config: Config, diffusers: DiffusersModel | None = None) -> int:
+def parameter_count(config: Config, backbone: Backbone | DiffusersModel | None = None) -> int:
     """The number of elements of all of the student's parameters."""
     with torch.device("meta"):
-        return sum(p.numel() for p in make_student(config, diffusers).parameters())
+        return sum(p.numel() for p in make_student(config, backbone).parameters())
 
 
 def held_bytes(config: Config, ranks: int, parameters: int) -> dict[str, int]:
@@ -111,7 +113,7 @@ def held_bytes(config: Config, ranks: int, parameters: int) -> dict[str, int]:
 
 
 def activation_bytes(
-    config: Config, images: int, diffusers: DiffusersModel | None = None, device: str = "cuda"
+    config: Config, images: int, backbone: Backbone | DiffusersModel | None = None, device: str = "cuda"
 ) -> int:
     """The most that activations of a forward and backward pass on so many images hold at the same time.
 
@@ -123,7 +125,7 @@ def activation_bytes(
         pretended_tensors(),
         as_on_gpu() if device == "cuda" else contextlib.nullcontext(),
     ):
-        student = make_student(config, diffusers).accelerate(precision=settings.precision)
+        student = make_student(config, backbone).accelerate(precision=settings.precision)
         student.recompute(settings.recompute)
         distance = distance_of_shapes(settings.loss)
         for parameter in student.parameters():
