@@ -181,7 +181,7 @@ def test_a_gated_repository_and_its_token(hub: Hub, files: dict[str, bytes], tmp
 
 def test_what_cannot_be_fetched_is_one_line(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
     hub.add("somebody/text", COMMIT, files | {"text_encoder/config.json": b"{}"})
-    hub.add("somebody/latents", COMMIT, files | {"vae/config.json": b"{}"})
+    hub.add("somebody/latents", COMMIT, files | {"vqvae/config.json": b"{}"})
     hub.add("somebody/bare", COMMIT, {"README.md": b"nothing"})
     hub.add("somebody/weightless", COMMIT, {k: v for k, v in files.items() if "pytorch_model" not in k})
     cases = {

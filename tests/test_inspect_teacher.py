@@ -15,7 +15,7 @@ from teacher_models import PUBLISHED, saved, saved_unet
 from teacher_models import one_thread as one_thread  # fixtures
 from teacher_models import small_diffusers_unet as small_diffusers_unet
 from test_state_dicts import OPTIONS, SMALL, weights_of
-from tiny import answer
+from tiny import DATA, answer
 
 from dsno_cluster import load_teacher
 from dsno_cluster.teachers.inspection import proposed_unet
@@ -54,6 +54,8 @@ def teachers(
             saved_unet(tmp_path / "edm.pt", SMALL, two_dimensional=True)
             heads = {"family": "openai-edm", "num_heads": 1, "image_size": 8}
             return str(tmp_path / "edm.pt"), heads | more
+        if family == "pipeline":
+            return str(DATA / "dit_pipeline"), more
         if family == "diffusers":
             return saved(unet, tmp_path / "folder")[0], more
         if family == "flax":
@@ -83,10 +85,12 @@ FAMILIES = {
     "adm": "betas linear, 1000 levels; sigma 0.01 to 157.4",
     "adm native": "solver ddim, 250 as a rule, from sigma",
     "consistency native": "U-Net of consistency_models",
-    "dit": 'classes      10, and class 10, which means "none"',
+    "dit": "the states are latents: name an AutoencoderKL's folder as teacher.decoder\nclasses      10, and class 10, which",
+    "dit native": 'classes      10, and class 10, which means "none"',
     "sit native": "solver ddim, 50 as a rule, from pure noise to sigma",
     "diffusers": "UNet2DModel",
     "diffusers native": "the noise eps",
+    "pipeline": "dit_pipeline/vae, for images of 32x32 in 3 channels\n",
     "function": "your own function",
     "closed": "the exact denoiser of a gaussian",
 }

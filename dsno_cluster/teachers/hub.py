@@ -95,9 +95,9 @@ def wanted_files(names: Sequence[str], repository: str) -> list[str]:
             f"{averaged}"
         )
     latents = [f"{part}/" for part in AUTOENCODERS if f"{part}/config.json" in there]
-    if latents and prefixes == ["unet/"]:
+    if latents and "vae/" not in latents and prefixes == ["unet/"]:
         raise UserError(
-            f"{repository}: is a latent diffusion model (it has {latents[0]}); U-Nets are read only as teachers of images"
+            f"{repository}: is a latent diffusion model (it has {latents[0]}), and only an AutoencoderKL in vae/ is supported"
         )
     fixed = [MODEL_INDEX, SCHEDULER_CONFIG, f"scheduler/{SCHEDULER_CONFIG}"]
     wanted = [name for name in fixed if name in there] + [name for name in names if _BESIDE.fullmatch(name)]

@@ -37,6 +37,14 @@ class OwnSteps:
 
 
 @dataclass(frozen=True)
+class FoundDecoder:
+    """What turns the teacher's states into images: its folder, and (C, H, W) of an image."""
+
+    folder: str
+    image_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Inspected:
     """A teacher as `inspect-teacher` found it.
 
@@ -58,6 +66,8 @@ class Inspected:
     own_steps: OwnSteps | None
     sha256: str | None
     clips: bool
+    latent: bool
+    decoder: FoundDecoder | None
     notes: tuple[str, ...]
     licences: tuple[LicenceNote, ...]
     sections: Sections
@@ -92,6 +102,10 @@ def inspect_teacher(path: str, options: Options, endpoint_url: str | None = None
         own_steps=_own_steps(facts),
         sha256=weights_sha256(info.identity),
         clips=info.clips,
+        latent=info.latent,
+        decoder=None
+        if info.decoder is None
+        else FoundDecoder(info.decoder.folder, info.decoder.image_shape(info.shape)),
         notes=info.notes,
         licences=licence_notes(Source(path, endpoint_url)),
         sections=_sections(path, options, info, facts),
@@ -204,6 +218,7 @@ def report(found: Inspected) -> str:
             found.network + ("" if found.parameters is None else f", {_count(found.parameters)} parameters"),
         ),
         ("states", f"{channels} channels of {height}x{width}"),
+        ("decoder", _decoder(found)),
         ("classes", _classes(found)),
         ("prediction", found.prediction),
         ("noise", _noise(found)),
@@ -253,6 +268,15 @@ def _classes(found: Inspected) -> str:
         return "none"
     null = f', and class {found.null_class}, which means "none"' if found.null_class is not None else ""
     return f"{found.num_classes}{null}"
+
+
+def _decoder(found: Inspected) -> str:
+    if found.decoder is not None:
+        channels, height, width = found.decoder.image_shape
+        return f"{found.decoder.folder}, for images of {height}x{width} in {channels} channels"
+    if found.latent:
+        return "not here, though the states are latents: name an AutoencoderKL's folder as teacher.decoder"
+    return "none: the states are images"
 
 
 def _noise(found: Inspected) -> str:

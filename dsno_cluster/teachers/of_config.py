@@ -231,6 +231,8 @@ def _find_guide(config: Config, teacher: TeacherInfo) -> ConfiguredGuide | None:
     except UserError as error:
         raise NoTeacher(f"teacher.guide: {error}") from None
     check_guide(teacher, info, settings.guide)
+    if teacher.decoder is not None and info.decoder is not None:
+        check_same_scale(info.decoder, teacher.decoder, "teacher.guide")
     return ConfiguredGuide(settings.guide, opened, info)
 
 

@@ -338,6 +338,10 @@ def check_guide(teacher: TeacherInfo, guide: TeacherInfo, path: str = "the guide
     if None not in (teacher.shape, guide.shape) and teacher.shape != guide.shape:
         ours, theirs = ("x".join(map(str, shape or ())) for shape in (teacher.shape, guide.shape))
         raise UserError(f"teacher.guide: {path} has states of {theirs}, the teacher that it guides of {ours}")
+    if teacher.standardised != guide.standardised:
+        raise UserError(
+            f"teacher.guide: {path} works on latents of another scale than the teacher that it guides"
+        )
     if guide.num_classes and teacher.num_classes not in (None, guide.num_classes):
         raise UserError(
             f"teacher.guide: {path} has {guide.num_classes} classes, the teacher that it guides {teacher.num_classes}; it needs "
