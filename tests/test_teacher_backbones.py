@@ -355,10 +355,11 @@ def solve_here(config: Config) -> None:
     commit_manifest(storage, plan.folder, make_manifest(plan.spec, shards, NOWHERE))
 
 
-def test_a_run_in_two_parts_is_one_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ddpmpp_cond", "edm2_cond"])
+def test_a_run_in_two_parts_is_one_run(name: str, tmp_path: Path) -> None:
     """A warm start, two steps, and two more: the bytes of four steps; and the student needs no teacher."""
-    words = [*words_of("ddpmpp_cond", tmp_path), "training.threads=1"]
-    teacher = opened("ddpmpp_cond", tmp_path).load("float32")
+    words = [*words_of(name, tmp_path), "training.threads=1"]
+    teacher = opened(name, tmp_path).load("float32")
     one, parts = tmp_path / "one", tmp_path / "parts"
     solve_here(load_config("configs/digits.yaml", [*words, f"storage.root={one}"]))
     link_data(one, parts)
@@ -366,7 +367,7 @@ def test_a_run_in_two_parts_is_one_run(tmp_path: Path) -> None:
         train(load_config("configs/digits.yaml", [*words, f"storage.root={out}", f"training.steps={steps}"]))
     file = "students/digits/step-000000004/model.safetensors"
     assert (one / file).read_bytes() == (parts / file).read_bytes()
-    (tmp_path / "ddpmpp_cond.pkl").unlink()
+    (tmp_path / f"{name}.pkl").unlink()
     student = load_student(str(parts / "students/digits"))
     noise, labels = asked(teacher)
     assert 1e-6 < relative(student.sample(noise, labels), teacher(noise, 1.0, labels)) < 0.05
@@ -421,21 +422,36 @@ def test_two_ranks_divide_a_teachers_network(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, found[0][key], rtol=1e-3, atol=1e-5, msg=f"{stage} {key}")
 
 
-@pytest.mark.slow  # compiling takes most of a minute
-@pytest.mark.parametrize("name", ["ddpmpp_cond", "dit"])
-def test_compiled_without_graph_breaks(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *[(name, form) for name in ("ddpmpp_cond", "edm2_cond", "adm") for form in (SERIES, CONVOLUTION)],
+        ("dit", SERIES),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given.operator,
+)
+@pytest.mark.slow
+def test_captured_without_graph_breaks(name: str, form: Form, tmp_path: Path) -> None:
+    """Once for each shape, in training too."""
     from torch._dynamo.utils import counters
 
+    student = student_of(opened(name, tmp_path), form)
+    noise, labels = asked(opened(name, tmp_path).load("float32"))
+    plain = [student.sample(noise[:count], None if labels is None else labels[:count]) for count in (3, 2)]
+    counters.clear()
+    student.backbone.compile(dynamic=False, fullgraph=True, backend="eager")  # captured, then run as it is
+    for count, expected in zip((3, 2, 3), (*plain, plain[0]), strict=True):
+        found = student.sample(noise[:count], None if labels is None else labels[:count])
+        assert relative(found, expected) < 1e-6
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
+    student.train()(noise, labels).mean().backward()
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"], counters
+
+
+@pytest.mark.slow  # compiling takes most of a minute
+@pytest.mark.parametrize("name", ["ddpmpp_cond", "dit"])
+def test_compiled_students_answer_the_same(name: str, tmp_path: Path) -> None:
     family = opened(name, tmp_path)
-    forms = [SERIES] if name in TRANSFORMERS else [SERIES, CONVOLUTION]
     noise, labels = asked(family.load("float32"))
-    for form in forms:
-        plain, compiled = student_of(family, form), student_of(family, form).accelerate(compile=True)
-        counters.clear()
-        for count in (3, 2, 3):
-            there = None if labels is None else labels[:count]
-            found = compiled.sample(noise[:count], there)
-            assert relative(found, plain.sample(noise[:count], there)) < 1e-4
-        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
-        compiled.train()(noise, labels).mean().backward()
-        assert not counters["graph_break"], counters
+    plain, compiled = student_of(family, SERIES), student_of(family, SERIES).accelerate(compile=True)
+    assert relative(compiled.sample(noise, labels), plain.sample(noise, labels)) < 1e-4

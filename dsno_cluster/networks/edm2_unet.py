@@ -129,7 +129,8 @@ class MPBlock(nn.Module):
         x = self.resample(x_NCHW)
         if self.encoder:
             x = normal_magnitude(self.conv_skip(x), 1)
-        scale = self.emb_linear(embedding_NE) * self.emb_gain + 1.0
+        embedded = self.emb_linear(embedding_NE)
+        scale = embedded * self.emb_gain.to(embedded.dtype) + 1.0
         h = silu(self.conv_res0(silu(x)) * scale[:, :, None, None])
         h = self.conv_res1(self.dropout(h))
         if not self.encoder:

@@ -122,7 +122,7 @@ class TeacherBackbone(nn.Module):
         own = self.network.state_dict()
         last = set(_last_layers(self.network))
         started = {
-            name: self._widened(tensor) if name.rpartition(".")[0] in last else tensor
+            name: self._widened(tensor) if name.rpartition(".")[0] in last else torch.atleast_1d(tensor)
             for name, tensor in weights.items()
         }
         if isinstance(self.network, EDM2UNet):  # filters of unit magnitude cannot vanish, their gains can
@@ -229,11 +229,14 @@ def _ends_apart(described: AnyNetwork) -> bool:
 
 
 def _make_all_weights(network: nn.Module) -> None:
-    """Turn every tensor of the state dict into a weight that is trained."""
+    """Turn every tensor of the state dict into a weight that is trained, with one axis or more, which DeepSpeed needs."""
     kept = network.state_dict().keys()
     for path, module in list(network.named_modules()):
         for name, buffer in list(module.named_buffers(recurse=False)):
             if f"{path}.{name}".lstrip(".") in kept:
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(buffer))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                module.register_parameter(name, nn.Parameter(parameter.detach().reshape(1)))
     network.requires_grad_(True)
