@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from edm_files import snapshot
-from teacher_models import PUBLISHED, saved, saved_unet
+from teacher_models import PUBLISHED, saved, saved_unet, weights_of
+from teacher_models import STATE_DICTS as OPTIONS
 from teacher_models import one_thread as one_thread  # fixtures
 from teacher_models import small_diffusers_unet as small_diffusers_unet
-from test_state_dicts import OPTIONS, SMALL, weights_of
+from test_state_dicts import SMALL
 from tiny import DATA, answer
 
 from dsno_cluster import load_teacher

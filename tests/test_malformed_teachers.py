@@ -16,10 +16,12 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from teacher_models import STATE_DICTS as OPTIONS
+from teacher_models import weights_of
+from test_bad_state_dicts import BAD, WRONG_OPTIONS
 from test_diffusers_files import FAULTS
 from test_hostile_pickles import CHANGED, HOSTILE
 from test_published_teachers import hostile
-from test_state_dicts import BAD, OPTIONS, WRONG_OPTIONS, weights_of
 from test_weight_files import BAD as BAD_WEIGHTS
 from test_weight_files import DIGITS_TEACHER
 from tiny import TINY, answer

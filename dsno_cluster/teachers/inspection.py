@@ -176,14 +176,14 @@ def _student(info: TeacherInfo, points: int) -> tuple[dict[str, Any], dict[str, 
     """The sizes of the student's U-Net, as keys of `network`, and the section `student`."""
     assert info.shape is not None
     form = {"operator": "series", "modes": points, "prediction": "data"}
-    if info.backbone is not None:
-        return {}, {"backbone": "diffusers", **form}
     own = getattr(info.identity, "network", None)
     if isinstance(own, Network):
         kept = own.model_dump(
             mode="json", include={*UNET_SIZES, "attention_resolutions", "heads", "head_dim"}
         )
         return {key: value for key, value in kept.items() if value is not None}, {"backbone": "unet", **form}
+    if info.backbone is not None:
+        return {}, {"backbone": "teacher", **form}
     return proposed_unet(*info.shape[1:]), {"backbone": "unet", **form, "warm_start": False}
 
 
