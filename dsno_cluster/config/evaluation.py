@@ -21,7 +21,7 @@ class Evaluation(Named):
     )
     threads: PositiveInt = Field(1, description="CPU threads of each actor")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="precision of the student's network"
+        "float32", description="precision of the student's network, and of the decoder of latents"
     )
     compile: bool | Literal["auto"] = Field(
         False,
