@@ -34,6 +34,12 @@ EXCUSED = {
     "trajectories of another trainer; test_foreign_trajectories.py writes some",
     "dsno-cluster train configs/digits.yaml trajectories.imported=NAME_OF_IMPORT teacher.path=null student.warm_start=false "
     "training.heldout_every=null": "needs the name that the import printed; test_imported_training.py trains so",
+    "dsno-cluster inspect-teacher FILE": "needs a file; test_inspect_teacher.py has one of each family",
+    "dsno-cluster inspect-teacher edm-cifar10-32x32-uncond-vp.pkl schedule=native": "needs a published file; "
+    "test_inspect_teacher.py has small ones",
+    "dsno-cluster fetch-teacher NAME": "needs the internet; test_fetch_teacher.py has a stand-in for the hub",
+    "dsno-cluster fetch-teacher google/ddpm-cifar10-32": "needs the internet; test_fetch_teacher.py has a stand-in for the hub",
+    "python benchmarks/teachers.py --edm DIR ...": "needs checkouts of the original code",
     "module load": "what a cluster may have; ours has none",
     "module load slurm": "what a cluster may have; ours has none",
     "aws sts get-caller-identity": "the AWS command line, which the package does not need; there is no AWS here",

@@ -207,7 +207,7 @@ def test_names_of_no_teacher(path: str, options: dict[str, Any], tmp_path: Path)
 
 
 def test_there_are_sixty_and_more_of_every_family() -> None:
-    """What docs/teachers.md counts."""
+    """What docs/teacher-files.md counts."""
     cases = {
         "EDM and EDM2": len(HOSTILE) + len(CHANGED),
         "state dicts": len(BAD) + len(WRONG_OPTIONS),

@@ -140,7 +140,7 @@ class TeacherConfig(Strict):
     )
     options: TeacherOptions = Field(
         default_factory=dict,
-        description="options of this kind of teacher (docs/teachers.md), e.g. {schedule: native, null_class: 10}",
+        description="options of this kind of teacher (docs/teacher-files.md), e.g. {schedule: native, null_class: 10}",
     )
     guide: TeacherPath | None = Field(
         None,

@@ -65,7 +65,7 @@ def official_place(name: str) -> Place:
         if fnmatchcase(name, place.pattern):
             return Place(place.pattern, place.url.format(name), place.options)
     near = closest(name, [place.pattern for place in PLACES])
-    hint = f"did you mean {near}?" if near else "the files known by name are listed in docs/teachers.md"
+    hint = f"did you mean {near}?" if near else "the files known by name are listed in docs/teacher-files.md"
     raise UserError(
         f"{name}: is no OWNER/NAME of a repository on the Hugging Face hub, no URL, and no published file known here; {hint}"
     )
