@@ -430,6 +430,7 @@ def training_of(batch: int, precision: str, compiled: bool) -> tuple[str, ...]:
     return (
         f"training.precision={precision}",
         f"training.batch_size={batch}",
+        "training.accumulation=1",
         f"training.compile={str(compiled).lower()}",
         "training.loss=l1",
     )
