@@ -51,6 +51,7 @@ from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO, Form
 from dsno_cluster.teachers import Teacher, find_teacher
 from dsno_cluster.teachers.identity import UNetDescription
+from dsno_cluster.training.choices import accelerate
 from dsno_cluster.training.ranks import join_ranks
 from dsno_cluster.trajectories.spec import solve_samples, solve_shard, spec_of
 
@@ -294,12 +295,10 @@ def training(bench: Bench) -> Iterator[Figure]:
             batch = 4 if bench.small else 256 if compiled else 128
             changes = training_of(batch, precision, compiled and bench.compile)
             config = bench.config("cifar10", form, *changes)
-            student = student_of(config).accelerate(precision=precision, compile=compiled and bench.compile)
-            value, memory = rate(bench, our_step(config, student), batch)
+            value, memory = rate(bench, step_of(config), batch)
             yield Figure(f"training, {name}{case}", value, "images/s", memory)
     config = bench.config("digits", *training_of(48, "bfloat16", bench.compile))
-    student = student_of(config).accelerate(precision="bfloat16", compile=bench.compile)
-    value, memory = rate(bench, our_step(config, student), 1)
+    value, memory = rate(bench, step_of(config), 1)
     yield Figure("training the digits student", value, "steps/s", memory)
 
 
@@ -424,6 +423,13 @@ def student_of(config: Config) -> DSNO:
     student = DSNO(config.network, form, config.trajectories.time_points)
     randomise(student)
     return student
+
+
+def step_of(config: Config) -> Callable[[], object]:
+    """A training step of the config's student, compiled and replayed as `train` does it."""
+    student = student_of(config)
+    accelerate(student, config, join_ranks(config))
+    return our_step(config, student)
 
 
 def training_of(batch: int, precision: str, compiled: bool) -> tuple[str, ...]:

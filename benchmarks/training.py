@@ -185,13 +185,14 @@ def our_step(config: Config, student: DSNO) -> Step:
     engine = make_engine(student.train(), config, ranks)
     ema = EMA(fragments_of(engine), config.training.ema_decays)
     batch, objective = data(config, ranks.world_size), make_objective(config, ranks.device)
+    batch = batch.pinned() if ranks.device.type == "cuda" else batch  # as the reader gives it
 
     def step() -> None:
         loss, figures = objective.loss(engine, batch, 0)
         engine.backward(loss)
         engine.step()
         ema.update(1000, True)
-        dist.all_reduce(torch.cat([figures, torch.zeros(2)]))
+        dist.all_reduce(torch.cat([figures, figures.new_zeros(2)]))
 
     return step
 
