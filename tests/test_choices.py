@@ -81,7 +81,7 @@ def test_a_gpu_compiles_what_is_worth_it(
 
 
 def fitted(config: Config, gigabytes: float, state: CheckpointState | None = None, **more: Any) -> int:
-    beginning = cast(Beginning, SimpleNamespace(diffusers=None, state=state))
+    beginning = cast(Beginning, SimpleNamespace(backbone=None, state=state))
     student = make_student(config, None)
     decided = choices.decide_accumulation(
         config, CPU, beginning, student, free=lambda device: int(gigabytes * 1e9), **more

@@ -313,6 +313,8 @@ for stop in (lambda: signal.raise_signal(signal.SIGTERM), lambda: signal.raise_s
             on_rank_0(ranks, stop)
         except BaseException as error:
             print(type(error).__name__, getattr(error, "code", ""), file=sys.stderr)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
