@@ -110,7 +110,8 @@ def test_the_numbers_are_those_of_a_training_that_waits(tiny_data: Path, tmp_pat
         pytest.param(
             "nan 4", "step 4: the loss is not finite; the batch: samples ", [], marks=pytest.mark.slow
         ),
-        ("signal", "stopped by a signal: saved at step 3", [3]),  # it came in step 2
+        # it came in step 2
+        pytest.param("signal", "stopped by a signal: saved at step 3", [3], marks=pytest.mark.slow),
     ],
 )
 def test_a_step_that_is_read_late_is_judged_before_anything_is_saved(

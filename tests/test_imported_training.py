@@ -45,6 +45,7 @@ def batches(root: Path, folder: str) -> Iterator[list[Any]]:
     return read_batches(reader, seed=0, first_sample=0, batch_size=16, rank=0, world_size=1)
 
 
+@pytest.mark.slow
 def test_training_reads_the_same_batches(imported: tuple[Path, Imported], tiny_data: Path) -> None:
     """Over two epochs: so a student gets the same losses."""
     root, found = imported

@@ -174,15 +174,10 @@ def test_goes_on_with_another_stage_on_other_ranks(
     assert float(apart.norm() / moved.norm()) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "stage"),
-    [
-        pytest.param("bfloat16", "1", marks=pytest.mark.slow),
-        ("float16", "2"),
-        pytest.param("bfloat16", "0", marks=pytest.mark.slow),
-        pytest.param("bfloat16", "3", marks=pytest.mark.slow),
-        pytest.param("float16", "0", marks=pytest.mark.slow),
-    ],
+    [("bfloat16", "1"), ("float16", "2"), ("bfloat16", "0"), ("bfloat16", "3"), ("float16", "0")],
 )
 def test_half_precision_keeps_the_last_bits_of_its_master_weights(
     precision: str, stage: str, tiny_data: Path, tmp_path: Path
