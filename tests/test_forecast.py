@@ -72,7 +72,7 @@ def test_what_bfloat16_would_gain_is_measured_beside_float32() -> None:
     found = measure_faster(plan, plan.teacher.load(), 4)
     assert found is not None and found.compiled and found.seconds_per_evaluation
     assert all(1e-4 < error < 0.05 for error in found.relative_error.values())
-    lines = report_precision(None, found, Found(COST, {"0.0": 0.5}))
+    lines = report_precision(None, found, Found(COST, dict.fromkeys(found.relative_error, 0.5)))
     assert lines[0].startswith("note          teacher.precision=bfloat16 takes ")
 
 
