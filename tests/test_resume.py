@@ -198,10 +198,8 @@ def test_half_precision_keeps_the_last_bits_of_its_master_weights(
     assert (lines[-1].get("loss_scale", 0) > 1) == (precision == "float16")
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGUSR2, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     number: int, whole_of_two: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
