@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsno_cluster.networks.edm_layers import UNetBlock, conv, group_norm, one_hot, positional_embedding
+from dsno_cluster.networks.edm_layers import (
+    UNetBlock,
+    conv,
+    decoder_blocks,
+    group_norm,
+    one_hot,
+    positional_embedding,
+)
 from dsno_cluster.networks.edm_settings import DhariwalSettings
 from dsno_cluster.networks.normalization import normalized
 
@@ -46,13 +53,10 @@ class DhariwalUNet(nn.Module):
                 skips.append(c)
         for level, (size, multiplier) in reversed(levels):
             at, lowest = f"{size}x{size}", level == len(levels) - 1
-            for inner in ("in0", "in1") if lowest else ("up",):
-                direction = "" if lowest else "up"
-                self.dec[f"{at}_{inner}"] = block(f"dec.{at}_{inner}", c, c, direction)
-            for i in range(settings.num_blocks + 1):
-                name = f"{at}_block{i}"
-                self.dec[name] = block(f"dec.{name}", c + skips.pop(), width * multiplier)
-                c = width * multiplier
+            blocks = decoder_blocks(at, c, width * multiplier, settings.num_blocks + 1, skips, lowest)
+            for name, c_in, c_out, resample in blocks:
+                self.dec[name] = block(f"dec.{name}", c_in, c_out, resample)
+            c = width * multiplier
         self.out_norm, self.out_conv = group_norm(c, EPS), conv(c, settings.out_channels, 3)
 
     def embedding(self, noise_N: Tensor, labels_N: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsno_cluster.networks.edm_layers import Resample, one_hot, to_images
+from dsno_cluster.networks.edm_layers import Resample, decoder_blocks, one_hot, to_images
 from dsno_cluster.networks.edm_settings import EDM2Settings
 
 EPS = 1e-4
@@ -22,7 +22,7 @@ SILU_GAIN = 1 / 0.596  # silu(n) of a normal n has magnitude 0.596 (equation 81)
 
 
 def normal_magnitude(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """x scaled so that its mean square over `dim` is 1, but for a small term; computed in float32."""
+    """x scaled so that its mean square over `dim` is 1, up to a small constant in the divisor; computed in float32."""
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     root = math.sqrt(x.numel() // length.numel())
     scale: Tensor = 1.0 / (EPS + length / root)
@@ -190,12 +190,10 @@ class EDM2UNet(nn.Module):
                 skips.append(c)
         for level, (size, width) in reversed(levels):
             at, lowest = f"{size}x{size}", level == len(levels) - 1
-            for inner in ("in0", "in1") if lowest else ("up",):
-                direction = "" if lowest else "up"
-                self.dec[f"{at}_{inner}"] = block(f"dec.{at}_{inner}", c, c, direction)
-            for i in range(settings.num_blocks + 1):
-                name = f"{at}_block{i}"
-                self.dec[name], c = block(f"dec.{name}", c + skips.pop(), width), width
+            blocks = decoder_blocks(at, c, width, settings.num_blocks + 1, skips, lowest)
+            for name, c_in, c_out, resample in blocks:
+                self.dec[name] = block(f"dec.{name}", c_in, c_out, resample)
+            c = width
         self.out_conv = MPLayer(c, out_channels or settings.img_channels, 3)
 
     def embedding(self, noise_N: Tensor, labels_N: Tensor | None, dtype: torch.dtype) -> Tensor:

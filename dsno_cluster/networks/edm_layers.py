@@ -8,7 +8,7 @@ Written from Karras et al. 2022 (*Elucidating the Design Space of Diffusion-Base
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +164,21 @@ class UNetBlock(nn.Module):
             change = attend(self.qkv(normalized(self.norm2, h, activate=False)), self.heads)
             h = (self.proj(change) + h) * self.skip_scale
         return h
+
+
+def decoder_blocks(
+    at: str, c: int, width: int, count: int, skips: list[int], lowest: bool
+) -> Iterator[tuple[str, int, int, str]]:
+    """The blocks of the level `at` of a decoder that is entered with `c` channels: name, channels in and out, resampling.
+
+    The lowest level begins with two blocks of its own, others with one that enlarges; `count` blocks of `width` channels
+    follow, each of which takes the channels of one of the `skips`, the last first.
+    """
+    for inner in ("in0", "in1") if lowest else ("up",):
+        yield f"{at}_{inner}", c, c, "" if lowest else "up"
+    for i in range(count):
+        yield f"{at}_block{i}", c + skips.pop(), width, ""
+        c = width
 
 
 def per_head(packed: Tensor, heads: int) -> Tensor:

@@ -18,6 +18,7 @@ from dsno_cluster.networks.edm_layers import (
     Resample,
     UNetBlock,
     conv,
+    decoder_blocks,
     group_norm,
     one_hot,
     positional_embedding,
@@ -98,13 +99,10 @@ class SongUNet(nn.Module):
                 skips.append(c)
         for level, (size, multiplier) in reversed(levels):
             at, lowest = f"{size}x{size}", level == len(levels) - 1
-            for inner in ("in0", "in1") if lowest else ("up",):
-                direction = "" if lowest else "up"
-                self.dec[f"{at}_{inner}"] = block(f"dec.{at}_{inner}", c, c, direction)
-            for i in range(settings.num_blocks + 1):
-                name = f"{at}_block{i}"
-                self.dec[name] = block(f"dec.{name}", c + skips.pop(), width * multiplier)
-                c = width * multiplier
+            blocks = decoder_blocks(at, c, width * multiplier, settings.num_blocks + 1, skips, lowest)
+            for name, c_in, c_out, resample in blocks:
+                self.dec[name] = block(f"dec.{name}", c_in, c_out, resample)
+            c = width * multiplier
             if settings.decoder_type == "skip" or level == 0:
                 if settings.decoder_type == "skip" and not lowest:
                     self.dec[f"{at}_aux_up"] = Resample("up", taps)
