@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import math
@@ -40,7 +39,7 @@ from inception import save_random_inception
 from dsno_cluster import console
 from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config, dump_config, load_config
-from dsno_cluster.device import compute_device, device_name, gpu_versions
+from dsno_cluster.device import compute_device, device_name, give_back_memory, gpu_versions, wait_for_gpu
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.evaluation.features import WeightsFile, file_sha256, load_extractor
 from dsno_cluster.evaluation.statistics import BlockMerger, moments_of
@@ -70,15 +69,16 @@ MARKS = {
 }
 # the largest relative error of a fast case against float32; random weights amplify rounding more than trained ones do
 LARGEST_ERROR = 0.02
-SMALL = {
-    "network": "network={state_size: 16, state_channels: 3, width: 32, multipliers: [1, 1], blocks_per_level: 1, "
-    "attention_resolutions: [8], heads: 1, embedding_dim: 64}",
-}
+# in place of the CIFAR-10 network
+SMALL_NETWORK = (
+    "network={state_size: 16, state_channels: 3, width: 32, multipliers: [1, 1], blocks_per_level: 1, "
+    "attention_resolutions: [8], heads: 1, embedding_dim: 64}"
+)
 FORMS = {
     "published form": "student={operator: convolution, modes: 2, prediction: state, temporal_init: published}",
     "series": "student={operator: series, modes: 4, prediction: data}",
 }
-# of a student: what is added to a figure's name, precision, compiled
+# cases of a student: the end of the figure's name, its precision, whether it is compiled
 CASES = (
     (", float32", "float32", False),
     (", bfloat16", "bfloat16", False),
@@ -121,14 +121,14 @@ class Bench:
     compile: bool
     folder: Path
     until: float
-    seconds: float  # of each timing
+    seconds: float  # that each timing takes, at least
     device: torch.device = field(default_factory=compute_device)
 
     def config(self, name: str, *changes: str) -> Config:
         """A shipped config with its teacher and storage in our folder."""
         words = [f"storage.root={self.folder / name}", f"teacher.path={self.folder / name / 'teachers/t'}"]
         words += ["training.threads=1"] if self.small else []
-        words += [SMALL["network"]] if self.small and name == "cifar10" else []
+        words += [SMALL_NETWORK] if self.small and name == "cifar10" else []
         return load_config(f"configs/{name}.yaml", [*words, *changes])
 
 
@@ -368,32 +368,26 @@ PARTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
 def rate(bench: Bench, call: Callable[[], object], items: int) -> tuple[float, int | None]:
     """Items a second of a call that makes `items`, warm, and the allocator's peak in bytes on a GPU."""
     call()  # compiles
+    wait_for_gpu()
     began = time.perf_counter()
     call()
-    synchronise(bench.device)
+    wait_for_gpu()
     calls = max(1, math.ceil(bench.seconds / (time.perf_counter() - began)))
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for _ in range(calls):
         call()
-    synchronise(bench.device)
+    wait_for_gpu()
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else None
     return items * calls / seconds, peak
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def release() -> None:
     """Give back the memory of the last case."""
-    gc.collect()
     torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory()
 
 
 def probes(teacher: Teacher, batch: int) -> list[Tensor]:

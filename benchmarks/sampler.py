@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.device import compute_device, device_name
+from dsno_cluster.device import compute_device, device_name, wait_for_gpu
 from dsno_cluster.diffusion.schedule import logsnr, time_points
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.students.dsno import DSNO, Form
@@ -157,8 +157,7 @@ def call_of(model: nn.Module, case: str, work: str, config: Config, batch: int) 
     target = torch.randn(batch, 1 if case == "T=1 U-Net" else 4, *shape, generator=generator).to(device)
 
     def synchronise(result: Tensor) -> Tensor:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for_gpu()
         return result
 
     if work == "sample":

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_cluster import console, load_teacher
-from dsno_cluster.device import compute_device, device_name
+from dsno_cluster.device import compute_device, device_name, wait_for_gpu
 
 CLASSES = 10
 Inputs = tuple[
@@ -121,8 +121,7 @@ def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for_gpu()
     return clock() - began
 
 

@@ -9,15 +9,18 @@ import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from dsno_cluster.errors import UserError
 
-# of torch 2.9 and later. The names that it prefers do not exist in earlier versions, and must not be mixed with the others
+# torch 2.9 and later says this. The names that it prefers do not exist in earlier versions, and must not be mixed with the others
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
 
-CONTEXT_BYTES = 1 << 30  # of a GPU's memory, for what a process holds beside torch's tensors, such as kernels
+CONTEXT_BYTES = (
+    1 << 30
+)  # a GPU's memory that a process holds beside torch's tensors, for kernels and the like
 
 
 def compute_device() -> torch.device:
@@ -58,6 +61,12 @@ def too_many_ranks(ranks: int, gpus: int) -> UserError:
         f"{ranks} training processes on {socket.gethostname()}, where they see {gpus} GPU(s): training runs one process per GPU, "
         f"so start {gpus} (--tasks-per-node, or CUDA_VISIBLE_DEVICES with more GPUs; empty, it trains on CPUs)"
     )
+
+
+def training_precision(device: torch.device) -> Literal["bfloat16", "float32"]:
+    """What `training.precision=auto` means on a device: bfloat16 if it is a GPU that computes in it, not one that emulates it."""
+    halves = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if halves else "float32"
 
 
 def wait_for_gpu() -> None:

@@ -169,16 +169,13 @@ def _training_seconds(
     """
     import torch
 
-    from dsno_cluster.device import allow_tf32
-    from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+    from dsno_cluster.device import allow_tf32, training_precision, wait_for_gpu
     from dsno_cluster.training.beginning import make_student
-    from dsno_cluster.training.memory import most_points
+    from dsno_cluster.training.memory import one_pass
     from dsno_cluster.training.objectives.losses import distance_of_shapes
 
-    settings, network, points = config.training, config.network, most_points(config)
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    settings = config.training
+    precision = training_precision(device) if settings.precision == "auto" else settings.precision
     student = make_student(config, backbone).accelerate(precision=precision)
     student.recompute(settings.recompute)
     student.to(device).train()
@@ -187,11 +184,8 @@ def _training_seconds(
         distance.to(device)
 
     def train(count: int) -> None:
-        noise = sample_noise(0, range(count), network.state_shape).to(device)
-        labels = sample_labels(0, range(count), network.num_classes) if network.num_classes else None
-        target = torch.zeros(count, len(points), *network.state_shape, device=device)
-        distance(student(noise, labels, points).float(), target).mean().backward()
-        _wait(device)
+        one_pass(student, distance, config, count, device)
+        wait_for_gpu()
 
     allow_tf32(precision == "tf32")
     try:
@@ -238,6 +232,7 @@ def _sample_seconds(
 ) -> float:
     import torch
 
+    from dsno_cluster.device import wait_for_gpu
     from dsno_cluster.diffusion.noise import sample_labels, sample_noise
     from dsno_cluster.training.beginning import make_student
 
@@ -250,7 +245,7 @@ def _sample_seconds(
         noise = sample_noise(1, range(count), network.state_shape).to(device)
         labels = sample_labels(1, range(count), network.num_classes) if network.num_classes else None
         student.sample(noise, labels)
-        _wait(device)
+        wait_for_gpu()
 
     return seconds_of_one(draw, settings.batch_size)
 
@@ -261,12 +256,14 @@ def _decoding_seconds(config: Config, states: States, device: torch.device) -> f
         return 0.0
     import torch
 
+    from dsno_cluster.device import wait_for_gpu
+
     decoder = states.decoder.load(device, config.evaluation.precision)
 
     def decode(count: int) -> None:
         for _ in decoder.parts(torch.zeros(count, *states.shape, device=device)):
             pass
-        _wait(device)
+        wait_for_gpu()
 
     return seconds_of_one(decode, config.evaluation.batch_size)
 
@@ -277,7 +274,7 @@ def _feature_seconds(config: Config, shape: Sequence[int]) -> float | None:
         return None
     import torch
 
-    from dsno_cluster.device import compute_device
+    from dsno_cluster.device import wait_for_gpu
     from dsno_cluster.evaluation.features import BATCH, find_readings, load_extractor, weights_at_hand
 
     readings = find_readings(config.evaluation)
@@ -296,7 +293,7 @@ def _feature_seconds(config: Config, shape: Sequence[int]) -> float | None:
         images = torch.zeros(count, *shape, dtype=torch.uint8)
         for extractor in extractors:
             extractor(images)
-        _wait(compute_device())
+        wait_for_gpu()
 
     return seconds_of_one(extract, BATCH)
 
@@ -317,13 +314,6 @@ def _seconds(call: Callable[[int], None], count: int) -> float:
     began = time.perf_counter()
     call(count)
     return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dsno_cluster import console
 from dsno_cluster.config import Config
+from dsno_cluster.device import training_precision
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.torch_internals import run_what_cannot_be_compiled
 from dsno_cluster.training.beginning import Beginning
@@ -25,7 +26,7 @@ from dsno_cluster.training.objectives.losses import distance_of_shapes
 from dsno_cluster.training.ranks import Ranks
 from dsno_cluster.trajectories.generate import kernels_folder
 
-SPARE = 0.1  # of the free memory: fragments between tensors, and what libraries take for themselves
+SPARE = 0.1  # share of the free memory that is left for fragments between tensors and for other libraries
 WORTH_COMPILING = 1000  # steps that a run must still have before it
 
 Budget = Callable[[torch.device], int]
@@ -35,9 +36,8 @@ def decide(config: Config, ranks: Ranks, state: CheckpointState | None) -> Confi
     """The config with its precision and compilation chosen; that of micro-batches is left (`decide_accumulation`)."""
     settings = config.training
     if settings.precision == "auto":
-        halves = ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        fresh = "bfloat16" if halves else "float32"
-        config = _with(config, precision=fresh if state is None else state.precision)
+        precision = training_precision(ranks.device) if state is None else state.precision
+        config = _with(config, precision=precision)
     compile = settings.compile
     if compile == "auto":
         begun = 0 if state is None else state.step

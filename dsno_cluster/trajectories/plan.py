@@ -174,7 +174,8 @@ def _timed(spec: TrajectorySpec, teacher: Teacher, noise: Tensor, labels: Tensor
 
     import torch
 
-    device = teacher.device
+    from dsno_cluster.device import wait_for_gpu
+
     seconds: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
@@ -182,8 +183,7 @@ def _timed(spec: TrajectorySpec, teacher: Teacher, noise: Tensor, labels: Tensor
         for _ in range(100):
             began = time.perf_counter()
             teacher(noise, 0.5, labels)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for_gpu()
             seconds.append(time.perf_counter() - began)
             if len(seconds) > 3 and sum(seconds[1:]) > 2.0:  # the first may compile
                 break
