@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HEAD = 1 << 20  # bytes that are read first; they hold the header of nearly every safetensors file
 _ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
+_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a number, pickled, with which torch.save began before it wrote zips
 _MARKUP = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<!--", b"<script")
 _AGAIN = "download or copy it again"
 
@@ -61,6 +62,11 @@ def container(head: bytes) -> str:
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
     return "unknown"
+
+
+def is_torch_file(head: bytes) -> bool:
+    """Whether a file begins as `torch.save` begins its files."""
+    return head.startswith((_ZIP, _TORCH))
 
 
 def check_safetensors(storage: Storage, key: str, where: str) -> None:

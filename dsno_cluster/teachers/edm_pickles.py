@@ -41,7 +41,7 @@ from dsno_cluster.teachers.teacher import (
     check_schedule,
 )
 from dsno_cluster.teachers.warm_start import no_unet
-from dsno_cluster.weight_files import NotWeights, check_fit, container
+from dsno_cluster.weight_files import NotWeights, check_fit, container, is_torch_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,13 +49,8 @@ if TYPE_CHECKING:
     Settings = SongSettings | DhariwalSettings | EDM2Settings
     Precondition = Callable[[Tensor], preconditioning.Scalings]
 
-TORCH_MAGIC = (
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save's older format: a state dict, not a snapshot
-)
-SIGMA_MIN, SIGMA_MAX = (
-    0.002,
-    80.0,
-)  # between which EDM samples, if the network permits it (Karras et al. 2022, table 1)
+# between which EDM samples, if the network permits it (Karras et al. 2022, table 1)
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 # The classes of networks in a snapshot, and what describes each of them.
 NETWORKS: dict[str, type[SongSettings] | type[DhariwalSettings] | type[EDM2Settings]] = {
     "SongUNet": SongSettings,
@@ -124,7 +119,7 @@ class EDMPickle:
     def recognises(cls, source: Source) -> bool:
         if not source.is_file:
             return False
-        return container(source.head) == "pickle" and not source.head.startswith(TORCH_MAGIC)
+        return container(source.head) == "pickle" and not is_torch_file(source.head)
 
     def info(self) -> TeacherInfo:
         return self._snapshot.info

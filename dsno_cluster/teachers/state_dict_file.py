@@ -13,17 +13,13 @@ from dsno_cluster.files import in_home
 from dsno_cluster.storage import read_file
 from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.teacher import Options, Source, TeacherInfo
-from dsno_cluster.weight_files import NotWeights, parse_torch
+from dsno_cluster.weight_files import NotWeights, is_torch_file, parse_torch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-# torch.save began its files with this number, pickled, before they became zips
-_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-_ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Reading:
 
 def is_state_dict(source: Source) -> bool:
     """Whether a file begins as `torch.save` begins its files."""
-    return source.is_file and source.head.startswith((_ZIP, _LEGACY))
+    return source.is_file and is_torch_file(source.head)
 
 
 def read_state_dict(source: Source) -> StateDict:
