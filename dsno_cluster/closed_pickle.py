@@ -277,7 +277,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("c"): lambda m: m.name(m.line(), m.line()),
     0x93: _Machine.name_of_stack,
     ord("R"): _Machine.call,
-    0x81: _Machine.call,  # of a class: the same here
+    0x81: _Machine.call,  # NEWOBJ, which calls a class; here it is the same
     ord("b"): _Machine.build,
     ord("Q"): _Machine.persistent_id,
 }

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ROUNDING = 1e-6  # of a share such as 1/3, of which three are one
+ROUNDING = 1e-6  # so that three shares of 1/3 fill a GPU
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-FORMATS = ("webdataset", "lmdb", "npz")  # of exchanged trajectories
+FORMATS = ("webdataset", "lmdb", "npz")  # in which trajectories are exchanged
 SCALES = ("vp", "edm", "flow")
 DTYPES = ("float16", "float32")
 

@@ -54,7 +54,7 @@ class Trajectories(Strict):
     )
     guidance_interval: tuple[float, float] | None = Field(
         None,
-        description="[low, high]: only at noise levels sigma above low and up to high is there guidance, and at others one "
+        description="[low, high]: guides only at noise levels sigma above low and up to high; at others there is one "
         "evaluation; sigma is relative to the image, as in EDM; null: at all levels",
     )
     guidance_channels: PositiveInt | None = Field(

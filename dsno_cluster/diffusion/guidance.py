@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     Denoiser = Callable[[Tensor, float], Tensor]  # (x_NCHW, t) -> predicted clean x0, the shape of x
 
-LEVEL_TOLERANCE = (
-    1e-6  # relative; a level that equals an end of the interval up to rounding counts as equal to it
-)
+# relative: a level that differs from an end of the interval by rounding counts as equal to it
+LEVEL_TOLERANCE = 1e-6
 
 
 class TeacherLike(Protocol):

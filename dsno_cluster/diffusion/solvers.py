@@ -212,7 +212,7 @@ def count_evaluations(
 def evaluation_times(
     solver: str, steps: int, times: Sequence[float] = (0.0,), grid: str | Sequence[float] = "auto"
 ) -> list[float]:
-    """The times at which `solve` asks for x0, descending; one that is asked for twice is there twice."""
+    """The times at which `solve` asks for x0, descending; a time that is asked for twice occurs twice."""
     points = grid_points(times, solver, steps, grid)
     intervals = next(i for i, point in enumerate(points) if same_time(point, float(times[-1])))
     to_the_end = intervals == len(points) - 1

@@ -92,7 +92,7 @@ def _measure(comparison: Comparison, crew: Crew) -> Findings:
     evaluation has them.
     """
     config, kept_rows = comparison.config, comparison.kept_rows
-    kept_rows.drop(comparison.known)  # of a run that was stopped just before it did so itself
+    kept_rows.drop(comparison.known)  # left by a run that stopped before it dropped them
     kept = kept_rows.count(comparison.missing)
     if kept:
         console.say(

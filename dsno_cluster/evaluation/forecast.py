@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dsno_cluster.networks.diffusers_model import DiffusersModel
 
 NUMBER_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
-WORKSPACE = 2  # of convolutions and copies, as a multiple of what lives together
+WORKSPACE = 2  # peak with the workspace of convolutions and copies, as a multiple of what lives together
 LONG_ENOUGH = 0.5  # seconds of a call that is timed
 
 

@@ -22,7 +22,7 @@ from dsno_cluster.networks.backbones import (
 )
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 
-MOST_ELEMENTS = 2**31 - 1  # of a tensor
+MOST_ELEMENTS = 2**31 - 1  # largest size of a tensor
 
 
 @dataclass(frozen=True)

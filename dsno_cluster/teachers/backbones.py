@@ -16,7 +16,7 @@ from dsno_cluster.networks.backbones import TRANSFORMERS, AnyNetwork, Backbone, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KNOTS = 1025  # of times that are not linear in the log-SNR
+KNOTS = 1025  # points of a table of times that are not linear in the log-SNR
 
 
 def of_scalings(

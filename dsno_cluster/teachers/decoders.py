@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KIND: Literal["AutoencoderKL"] = "AutoencoderKL"
-MOST_ELEMENTS = 2**26  # of the largest tensor that a decoder makes at a time: 256 MiB, an image of 512x512
+MOST_ELEMENTS = (
+    2**26
+)  # elements of the largest tensor that a decoder may make: 256 MiB, enough for an image of 512x512
 MOST_COLOURS = 3  # states of more channels are no images
 
 DecoderPrecision = Literal["float32", "bfloat16"]

@@ -42,7 +42,7 @@ TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "bert")
 class Autoencoder:
     """What turns the states of a latent diffusion model into images: its folder below `root`, and its config.
 
-    `has_files`: its config is there, and not only named in `model_index.json`.
+    `has_files`: its config exists, and is not only named in `model_index.json`.
     """
 
     root: str

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREDICTED = {"x": "the clean image x0", "eps": "the noise eps", "v": "v", "both": "x0 and eps, combined"}
-ALL_SIGMAS = (math.exp(-LOGSNR_MAX / 2), math.exp(-LOGSNR_MIN / 2))  # of the cosine schedule, from t=0 to t=1
+ALL_SIGMAS = (
+    math.exp(-LOGSNR_MAX / 2),
+    math.exp(-LOGSNR_MIN / 2),
+)  # range of the cosine schedule, from t=0 to t=1
 
 
 @dataclass(frozen=True)

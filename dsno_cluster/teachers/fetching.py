@@ -192,7 +192,7 @@ def _fetched(file: Path) -> FetchedFile:
 
 
 def _fetch_file(name: str, place: Place, folder: Path, known: Fetched | None) -> Fetched:
-    """Download a file by its URL. A part that is there is continued if the server still has the same version."""
+    """Download a file by its URL. A part that exists is continued if the server still has the same version."""
     key = _file_name(place, name)
     part = folder / (key + PART)
     have = part.stat().st_size if known is not None and known.revision and part.is_file() else 0

@@ -24,7 +24,7 @@ Sections = dict[str, dict[str, Any]]
 POINTS = 4  # time points of a proposal
 NUM_SAMPLES, PER_SHARD = 100_000, 500
 LARGE_STATE = 3 * 32 * 32  # numbers of a state above which a proposal's batches are small
-LEVELS = 4  # of a proposed U-Net, at most
+LEVELS = 4  # most levels of a proposed U-Net
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dsno_cluster.yaml_text import parse_yaml
 NAMES = ("LICENSE", "LICENCE", "COPYING", "license", "licence")  # how the names of such files begin
 CARD = "README.md"  # a model card, with YAML between lines of hyphens
 MOST_BYTES = 65536  # that are read of a file
-LONGEST = 120  # of a line that is shown
+LONGEST = 120  # characters of a line that is shown
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def import_deepspeed() -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     # it uses names that torch has deprecated
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # of its barriers with a single rank, whose device is set but not bound to the group
+    # its barriers say this if a single rank has set its device but not bound it to the group
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     import deepspeed
 

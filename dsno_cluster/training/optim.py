@@ -11,7 +11,7 @@ from torch import nn
 
 from dsno_cluster.config import Training
 
-FUSED = ("adam", "adamw")  # those that torch has as one kernel
+FUSED = ("adam", "adamw")  # optimisers that torch can run as one kernel
 
 
 def make_optimizer(model: nn.Module, settings: Training, *, fused: bool = False) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dsno_cluster.teachers import Teacher
 
-SHARE = 0.1  # of another error, below which one does not matter beside it
+SHARE = 0.1  # an error below this share of another one does not matter beside it
 FAST = "bfloat16"
 
 

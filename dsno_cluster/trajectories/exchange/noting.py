@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dsno_cluster.errors import WorkError
 
 _CHEAP_SECONDS = 0.1  # a note that takes no longer is made after every piece
-_SHARE = 0.05  # of the time may go into longer ones: a note names all that is finished, so each is longer than the last
+_SHARE = 0.05  # largest share of the time for notes: each names all that is finished, so it is longer than the last
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ class TarPart:
         if kind not in _READ:
             return
         if kind in members:
-            raise BadPart(f"{where}: is there twice")
+            raise BadPart(f"{where}: occurs twice")
         members[kind] = member
 
     def _check_end(self, file: PartFile) -> None:
