@@ -122,13 +122,13 @@ def test_a_training_that_diverges_stops(tiny_data: Path, tmp_path: Path) -> None
 
 
 def test_divergence_is_told_by_time_point_and_not_at_once() -> None:
-    watch = DivergenceWatch(5.0, 2)
+    watch = DivergenceWatch(5.0, ["distance at time point 0", "distance at time point 1"])
     assert all(watch.problem([1.0, None]) is None for _ in range(49))
     assert watch.problem([1.0, 0.1]) is None
     assert watch.problem([4.9, 3.0]) is None  # of the second point it has seen nothing yet
     found = watch.problem([6.0, 0.1])
     assert found is not None and "time point 0" in found
-    assert DivergenceWatch(0.0, 1).problem([1e9]) is None
+    assert DivergenceWatch(0.0, ["distance at time point 0"]).problem([1e9]) is None
 
 
 @pytest.mark.slow

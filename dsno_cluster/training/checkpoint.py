@@ -28,14 +28,13 @@ from dsno_cluster.records import SparseRecord, first_mistake, record_bytes
 from dsno_cluster.storage import FolderStorage, MissingObject
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.deepspeed_internals import (
-    fragments_of,
     loss_scaler_state,
     optimizer_steps,
     set_loss_scaler_state,
     set_optimizer_steps,
 )
 from dsno_cluster.training.divergence import NormalDistances
-from dsno_cluster.training.engine import EMA, ema_kind
+from dsno_cluster.training.engine import EMA, Engines, ema_kind
 from dsno_cluster.training.fragments import SavedFragments, write_fragments
 from dsno_cluster.training.identity import (
     RunIdentity,
@@ -59,6 +58,14 @@ class Best(BaseModel):
     error: float
 
 
+class CompanionState(BaseModel):
+    """The optimiser's steps and the loss scaling of a companion, as those of the student in `CheckpointState`."""
+
+    model_config = ConfigDict(frozen=True)
+    optimizer_steps: int
+    loss_scaler: dict[str, float] = Field(default_factory=dict)
+
+
 class CheckpointState(SparseRecord):
     """`state.json`, beside the fragments. Older files may lack everything from `loss_scaler` on."""
 
@@ -76,6 +83,7 @@ class CheckpointState(SparseRecord):
     divergence: NormalDistances | None = None
     settings: Settings | None = None
     changes: tuple[SettingChange, ...] = ()
+    companions: dict[str, CompanionState] = Field(default_factory=dict)
 
 
 @dataclass
@@ -113,7 +121,7 @@ def _saved_steps(config: Config) -> list[int]:
 
 
 def save(
-    engine: Any,
+    engines: Engines,
     ema: EMA,
     config: Config,
     ranks: Ranks,
@@ -140,7 +148,7 @@ def save(
             FolderStorage(aside).write("begun", b"")  # makes the folder, or raises the reason why not
     with _agreed(ranks, good):
         file = aside / f"rank-{ranks.rank:05d}.safetensors"
-        write_fragments(file, ema.fragments, averages)
+        write_fragments(file, engines.fragments(), averages)
         sync(file)
     with _agreed(ranks, good):
         if publisher is not None:  # rank 0
@@ -152,7 +160,7 @@ def save(
             # before the state becomes visible: a finished run always has its student
             about = notes.about.model_copy(update={"train_seconds": round(notes.seconds, 1), "step": step})
             publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
-            state = _state(engine, config, ranks, step, notes)
+            state = _state(engines, config, ranks, step, notes)
             FolderStorage(aside).write(STATE, record_bytes(state))
             (aside / "begun").unlink()
             final = folder / step_name(step)
@@ -162,7 +170,7 @@ def save(
             _drop_old(config, notes.best)
 
 
-def _state(engine: Any, config: Config, ranks: Ranks, step: int, notes: RunNotes) -> CheckpointState:
+def _state(engines: Engines, config: Config, ranks: Ranks, step: int, notes: RunNotes) -> CheckpointState:
     assert notes.about.trajectories is not None
     return CheckpointState(
         identity=run_identity(config, notes.about.trajectories),
@@ -171,13 +179,19 @@ def _state(engine: Any, config: Config, ranks: Ranks, step: int, notes: RunNotes
         world_size=ranks.world_size,
         precision=config.training.precision,
         accumulation=config.training.micro_batches,
-        optimizer_steps=optimizer_steps(engine),
-        loss_scaler=loss_scaler_state(engine),
+        optimizer_steps=optimizer_steps(engines.student),
+        loss_scaler=loss_scaler_state(engines.student),
         seconds=notes.seconds,
         best=notes.best,
         divergence=notes.divergence,
         settings=settings_of(config),
         changes=notes.about.changes,
+        companions={
+            name: CompanionState(
+                optimizer_steps=optimizer_steps(engine), loss_scaler=loss_scaler_state(engine)
+            )
+            for name, engine in engines.companions.items()
+        },
     )
 
 
@@ -276,10 +290,16 @@ def open_fragments(config: Config, step: int) -> SavedFragments:
     return SavedFragments(resume_dir(config) / step_name(step))
 
 
-def load(engine: Any, ema: EMA, saved: SavedFragments, state: CheckpointState) -> None:
-    """Load a checkpoint of any stage and number of ranks; the engine's model has its weights already."""
-    saved.load(fragments_of(engine, replicas=True))
+def load(engines: Engines, ema: EMA, saved: SavedFragments, state: CheckpointState) -> None:
+    """Load a checkpoint of any stage and number of ranks; the engines' models have their weights already."""
+    saved.load(engines.fragments(replicas=True))
     ema.load(saved)
+    _load_optimizer(engines.student, state)
+    for name, engine in engines.companions.items():
+        _load_optimizer(engine, state.companions[name])
+
+
+def _load_optimizer(engine: Any, state: CheckpointState | CompanionState) -> None:
     set_optimizer_steps(engine, state.optimizer_steps)
     if state.loss_scaler:
         set_loss_scaler_state(engine, state.loss_scaler)

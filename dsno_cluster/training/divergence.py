@@ -1,4 +1,4 @@
-"""Detection of divergence: a loss that is not finite, or far above its running mean."""
+"""Detection of divergence: a figure of a step that is not finite, or far above its running mean."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dsno_cluster.trajectories.reader import Batch
 from dsno_cluster.trajectories.shards import Manifest
 
 NAMED = 8  # samples and shards of a bad batch
-SETTLED = 50  # steps that must have seen a time point before its running mean counts as normal
+SETTLED = 50  # steps that must have computed a figure before its running mean counts as normal
 
 
 class NormalDistances(BaseModel):
-    """The running mean of the distance at each time point, and the number of steps that saw it."""
+    """The running mean of each figure of a step, and the number of steps that computed it."""
 
     model_config = ConfigDict(frozen=True)
     means: tuple[float, ...]
@@ -26,29 +26,31 @@ class NormalDistances(BaseModel):
 
 
 class DivergenceWatch:
-    """Tracks the normal distance at each of `points` time points; `before` is the state from a checkpoint."""
+    """Tracks what is normal of the figures with these `names`; `before` is the state from a checkpoint."""
 
-    def __init__(self, factor: float, points: int, before: NormalDistances | None = None) -> None:
-        before = before or NormalDistances(means=(0.0,) * points, seen=(0,) * points)
-        self.factor, self.means, self.seen = factor, list(before.means), list(before.seen)
+    def __init__(self, factor: float, names: Sequence[str], before: NormalDistances | None = None) -> None:
+        count = len(names)
+        before = before or NormalDistances(means=(0.0,) * count, seen=(0,) * count)
+        self.factor, self.names = factor, names
+        self.means, self.seen = list(before.means), list(before.seen)
 
     def normal(self) -> NormalDistances:
         return NormalDistances(means=tuple(self.means), seen=tuple(self.seen))
 
-    def problem(self, distances: Sequence[float | None]) -> str | None:
-        """What is wrong with a step's distances (None at points that it did not see), or None if nothing is."""
-        if not all(math.isfinite(distance) for distance in distances if distance is not None):
+    def problem(self, figures: Sequence[float | None]) -> str | None:
+        """What is wrong with a step's figures (None for those that it did not compute), or None if nothing is."""
+        if not all(math.isfinite(figure) for figure in figures if figure is not None):
             return "the loss is not finite"
-        for i, distance in enumerate(distances):
-            if distance is None:
+        for i, figure in enumerate(figures):
+            if figure is None:
                 continue
-            if self.factor and self.seen[i] >= SETTLED and distance > self.factor * self.means[i]:
+            if self.factor and self.seen[i] >= SETTLED and figure > self.factor * self.means[i]:
                 return (
-                    f"the distance at time point {i} is {distance:.3g}, {distance / self.means[i]:.0f} times its running mean "
+                    f"the {self.names[i]} is {figure:.3g}, {figure / self.means[i]:.0f} times its running mean "
                     f"(training.divergence_factor {self.factor:g})"
                 )
             weight = max(0.02, 1.0 / (self.seen[i] + 1))
-            self.means[i] += weight * (distance - self.means[i])
+            self.means[i] += weight * (figure - self.means[i])
             self.seen[i] += 1
         return None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.deepspeed_internals import (
     begin_moments,
+    fragments_of,
     import_deepspeed,
     scale_losses,
     whole_shape,
@@ -78,6 +80,38 @@ def make_engine(model: nn.Module, config: Config, ranks: Ranks) -> Any:
     begin_moments(engine)
     keep_waiting()
     return engine
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines of a training: the student's and, by name, those of the companions that its objective trains."""
+
+    student: Any
+    companions: Mapping[str, Any]
+
+    @property
+    def by_prefix(self) -> dict[str, Any]:
+        """All of them by what the names of their parameters begin with in a checkpoint."""
+        return {"": self.student, **{companion_prefix(name): e for name, e in self.companions.items()}}
+
+    def fragments(self, *, replicas: bool = False) -> dict[str, Fragment]:
+        """This rank's fragments of the parameters of all (`fragments_of`), by their names in a checkpoint."""
+        return {
+            prefix + name: fragment
+            for prefix, engine in self.by_prefix.items()
+            for name, fragment in fragments_of(engine, replicas=replicas).items()
+        }
+
+    def gradient_norm(self) -> Tensor | float | None:
+        """The sum of the global norms of their gradients, None if nobody computed any; finite only if all of them are."""
+        norms = [engine.get_global_grad_norm() for engine in self.by_prefix.values()]
+        known = [norm for norm in norms if norm is not None]
+        return sum(known[1:], start=known[0]) if known else None
+
+
+def companion_prefix(name: str) -> str:
+    """What the names of a companion's parameters begin with in a checkpoint."""
+    return f"{name}:"
 
 
 class EMA:

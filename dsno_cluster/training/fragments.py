@@ -39,14 +39,21 @@ class Fragment:
 def write_fragments(
     file: Path, fragments: dict[str, Fragment], averages: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Write this rank's fragments, and the same elements of each moving average by name, as safetensors.
+    """Write this rank's fragments, and the same elements of each moving average, by name, as safetensors.
+
+    What no average has, such as a companion's parameters, has none.
 
     Tensors are called KIND/PARAMETER; the file's metadata has the start of each parameter's fragment. Raises
     WorkError if the file cannot be written.
     """
     held = {name: fragment for name, fragment in fragments.items() if fragment.count}
     tensors = {f"{kind}/{name}": t for name, part in held.items() for kind, t in part.tensors.items()}
-    tensors |= {f"{kind}/{name}": average[name] for kind, average in averages.items() for name in held}
+    tensors |= {
+        f"{kind}/{name}": tensor
+        for kind, average in averages.items()
+        for name, tensor in average.items()
+        if name in held
+    }
     starts = json.dumps({name: fragment.start for name, fragment in held.items()})
     try:
         safetensors.torch.save_file(
@@ -95,7 +102,10 @@ class SavedFragments:
                 tensor.copy_(self.read(kind, name, fragment.start, fragment.count))
 
     @torch.no_grad()
-    def load_weights(self, model: nn.Module) -> None:
-        """Copy the whole saved master weights into a model that no engine has partitioned yet."""
+    def load_weights(self, model: nn.Module, prefix: str = "") -> None:
+        """Copy the whole saved master weights into a model that no engine has partitioned yet.
+
+        `prefix` is what its parameters' names begin with in the checkpoint.
+        """
         for name, parameter in model.named_parameters():
-            parameter.copy_(self.read(MASTER, name, 0, parameter.numel()).view(parameter.shape))
+            parameter.copy_(self.read(MASTER, prefix + name, 0, parameter.numel()).view(parameter.shape))

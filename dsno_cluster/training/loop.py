@@ -31,7 +31,7 @@ from dsno_cluster.training.beginning import (
 from dsno_cluster.training.choices import accelerate, decide, decide_accumulation
 from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_state, whole_shape
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
-from dsno_cluster.training.engine import EMA, make_engine
+from dsno_cluster.training.engine import EMA, Engines, companion_prefix, make_engine
 from dsno_cluster.training.failures import failures_in_a_line
 from dsno_cluster.training.heldout import HeldOut
 from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog
@@ -88,20 +88,23 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         config = decide_accumulation(config, ranks, beginning, student)
         settings = config.training
         accelerate(student, config, ranks)
-        engine = make_engine(student, config, ranks)
+        objective = make_objective(config, ranks.device)
+        engines = _make_engines(student, objective, config, beginning, ranks)
+        engine = engines.student
         ema = EMA(fragments_of(engine), settings.ema_decays)
         if beginning.state is not None:
             saved = checkpoint.open_fragments(config, start)
-            checkpoint.load(engine, ema, saved, beginning.state)
-        objective = make_objective(config, ranks.device)
+            checkpoint.load(engines, ema, saved, beginning.state)
         batches = resources.enter_context(_batches(config, beginning, ranks))
         notes = checkpoint.begin_notes(student, config, beginning.folder, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
         publisher = Publisher(asked, beginning.folder) if main else None
-        divergence = DivergenceWatch(settings.divergence_factor, objective.num_figures, notes.divergence)
+        divergence = DivergenceWatch(settings.divergence_factor, objective.figure_names, notes.divergence)
         pace, readback = Pace(notes.seconds), Readback(ranks)
-        seen = objective.summary([0.0] * objective.num_figures, start)  # until the first step has been read
+        seen = objective.summary(
+            [0.0] * len(objective.figure_names), start
+        )  # until the first step has been read
 
         def judge(taken: Taken) -> StepFigures:
             figures = objective.summary(taken.figures, taken.step)
@@ -117,9 +120,9 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             for step in range(start, settings.steps):
                 with pace.waiting():
                     micro_batches = next(batches)
-                figures = _take_step(engine, objective, micro_batches, config, ranks, step)
+                figures = _take_step(engines, objective, micro_batches, config, ranks, step)
                 ema.update(step, settings.ema_ramp)
-                readback.send(step, micro_batches, figures, engine.get_global_grad_norm(), stop)
+                readback.send(step, micro_batches, figures, engines.gradient_norm(), stop)
 
                 done = step + 1
                 last, signals = done == settings.steps, Signals()
@@ -138,7 +141,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                 advance(1, **_shown(seen, pace, ranks))
                 if due.checkpoint:
                     notes.compare(done, errors)
-                    checkpoint.save(engine, ema, config, ranks, done, notes, students, publisher)
+                    checkpoint.save(engines, ema, config, ranks, done, notes, students, publisher)
                 if signals.any and not last:
                     leave(ranks, done, preempted=not signals.interrupt)
         if publisher is not None:
@@ -177,6 +180,19 @@ def _held_out(
     if config.training.heldout_every is None and config.training.picture_every is None:
         return None
     return HeldOut(config, teacher, copy.deepcopy(student), beginning.manifest, ranks.device)
+
+
+def _make_engines(
+    student: DSNO, objective: Objective, config: Config, beginning: Beginning, ranks: Ranks
+) -> Engines:
+    """The engines of the student and of the objective's companions, these with the weights of the checkpoint; collective."""
+    companions = {}
+    for name, companion in objective.companions.items():
+        if beginning.state is not None:
+            saved = checkpoint.open_fragments(config, beginning.step)
+            saved.load_weights(companion.network, companion_prefix(name))
+        companions[name] = make_engine(companion.network, config, ranks)
+    return Engines(make_engine(student, config, ranks), companions)
 
 
 @contextlib.contextmanager
@@ -242,28 +258,52 @@ def _say_beginning(
 
 
 def _take_step(
-    engine: Any, objective: Objective, micro_batches: list[Batch], config: Config, ranks: Ranks, step: int
+    engines: Engines,
+    objective: Objective,
+    micro_batches: list[Batch],
+    config: Config,
+    ranks: Ranks,
+    step: int,
 ) -> Tensor:
-    """Optimiser step `step` (0-based) on this rank's micro-batches; the mean of their figures, (num_figures,)."""
-    settings = config.training
-    rate = _rate(settings, step)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    # for dropout: its masks differ between ranks and do not depend on where a run was resumed
-    torch.manual_seed(((config.seed << 20) + step) * 4096 % 2**63 + ranks.rank)
-    figures = torch.zeros(objective.num_figures, device=ranks.device)
+    """Optimiser step `step` (0-based) on this rank's micro-batches, after the updates of the objective's companions.
+
+    Returns the mean of their figures, (F,).
+    """
+    settings, student = config.training, engines.student
+    figures = torch.zeros(len(objective.figure_names), device=ranks.device)
+    for name, companion in objective.companions.items():
+        engine, updates = engines.companions[name], companion.updates(step)
+        for update in range(updates):
+            _begin_update(engine, companion.lr, config, ranks, step, update + 1)
+            for batch in micro_batches:
+                loss, seen = companion.loss(student, batch, step, update)
+                engine.backward(loss)
+                engine.step()
+                figures += seen / (settings.micro_batches * updates)
+    _begin_update(student, settings.lr, config, ranks, step)
     for batch in micro_batches:
-        loss, seen = objective.loss(engine, batch, step)
-        engine.backward(loss)
-        engine.step()
+        loss, seen = objective.loss(student, batch, step)
+        student.backward(loss)
+        student.step()
         figures += seen / settings.micro_batches
     return figures
 
 
-def _rate(settings: Training, step: int) -> float:
-    return learning_rate(
-        step, settings.steps, settings.lr, settings.warmup, settings.lr_decay, settings.halve_at
-    )
+def _begin_update(engine: Any, lr: float, config: Config, ranks: Ranks, step: int, update: int = 0) -> None:
+    """Set the rate of an optimiser's step, and the seed of what its passes draw.
+
+    That is for dropout: its masks differ between ranks and do not depend on where a run was resumed.
+    """
+    rate = _rate(config.training, step, lr)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed((((config.seed << 20) + step) * 4096 + (update << 44)) % 2**63 + ranks.rank)
+
+
+def _rate(settings: Training, step: int, lr: float | None = None) -> float:
+    """The learning rate of optimiser step `step`, by the schedule; `lr` is that after the warm-up (default: the student's)."""
+    lr = settings.lr if lr is None else lr
+    return learning_rate(step, settings.steps, lr, settings.warmup, settings.lr_decay, settings.halve_at)
 
 
 def _problem(settings: Training, taken: Taken, seen: StepFigures, divergence: DivergenceWatch) -> str | None:
@@ -273,7 +313,7 @@ def _problem(settings: Training, taken: Taken, seen: StepFigures, divergence: Di
     """
     # gradients of float16 that are not finite are handled by its loss scaler, which skips the step
     sound = settings.precision == "float16" or taken.finite
-    problem = divergence.problem(seen.distance_per_time)
+    problem = divergence.problem(seen.watched)
     return problem or (None if sound else "the gradient is not finite")
 
 

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsno_cluster.config import Config
 from dsno_cluster.trajectories.reader import Batch
@@ -21,21 +21,45 @@ Student = Callable[[Tensor, Tensor | None, Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """A step's loss, and its distance at each time point, None at those that it did not see."""
+    """A step's loss, its distance at each time point, None at those that it did not see, and other figures by name.
+
+    `watched` are the values of `Objective.figure_names`, None for those that the step did not compute.
+    """
 
     loss: float
     distance_per_time: tuple[float | None, ...]
+    watched: tuple[float | None, ...]
+    others: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A further network that an objective trains, on the same batches: it is updated before each step of the student.
+
+    `lr` is its learning rate after the warm-up. `updates` gives the number of its updates before optimiser step `step`, and
+    `loss` what update `update` of these minimises, and its figures, as `Objective.loss`.
+    """
+
+    network: nn.Module
+    lr: float
+    updates: Callable[[int], int]
+    loss: Callable[[Student, Batch, int, int], tuple[Tensor, Tensor]]
 
 
 class Objective(Protocol):
-    """The computation of a step, with the further networks, optimisers and state that it needs."""
+    """The computation of a step, with the further networks that it trains, by name.
 
-    num_figures: int
+    `figure_names` say what a step's figures are; all of them are positive, and a jump of one is a sign of divergence.
+    """
+
+    figure_names: tuple[str, ...]
+    companions: Mapping[str, Companion]
 
     def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """The scalar that optimiser step `step` (0-based) minimises on a micro-batch, and its figures, (num_figures,).
+        """The scalar that optimiser step `step` (0-based) minimises on a micro-batch, and its figures, (F,).
 
-        The figures carry no gradient; the loop averages them over the micro-batches and ranks of a step.
+        The figures carry no gradient; the loop averages them over the micro-batches and ranks of a step, and adds those of the
+        companions, which are 0 here.
         """
         ...
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import loss_weights
-from dsno_cluster.training.objectives import StepFigures, Student
+from dsno_cluster.training.objectives import Companion, StepFigures, Student
 from dsno_cluster.training.objectives.losses import make_distance, weighted
 from dsno_cluster.training.optim import drawn_points
 from dsno_cluster.trajectories.reader import Batch
@@ -26,7 +26,9 @@ class TrajectoryObjective:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         settings, times = config.training, config.trajectories.time_points
-        self.config, self.device, self.num_figures = config, device, len(times)
+        self.config, self.device = config, device
+        self.figure_names = tuple(f"distance at time point {i}" for i in range(len(times)))
+        self.companions: Mapping[str, Companion] = {}
         self.distance = make_distance(settings.loss, settings.lpips_weights, settings.lpips_sha256)
         if isinstance(self.distance, nn.Module):
             self.distance.to(device)
@@ -37,15 +39,15 @@ class TrajectoryObjective:
         """Positions of the time points that optimiser step `step` sees, ascending: all, or those drawn for it."""
         settings = self.config.training
         if self.config.student.points == "all":
-            return list(range(self.num_figures))
+            return list(range(len(self.figure_names)))
         return drawn_points(
-            self.config.seed, step, self.num_figures, settings.end_share, settings.most_points
+            self.config.seed, step, len(self.figure_names), settings.end_share, settings.most_points
         )
 
     def distances(self, student: Student, batch: Batch, points: Sequence[int]) -> Tensor:
         """The distance at each of `points`, (len(points),), the mean over samples and pixels."""
         wanted = batch.states
-        if len(points) < self.num_figures:
+        if len(points) < len(self.figure_names):
             wanted = wanted[:, points]
             wanted = wanted.pin_memory() if batch.noise.is_pinned() else wanted
         noise, target = (x.to(self.device, non_blocking=True) for x in (batch.noise, wanted))
@@ -57,13 +59,16 @@ class TrajectoryObjective:
         points = self.points(step)
         distances = self.distances(student, batch, points)
         at = _positions(tuple(points), self.device)
-        distances_M = torch.zeros(self.num_figures, device=self.device).index_copy(0, at, distances.detach())
+        distances_M = torch.zeros(len(self.figure_names), device=self.device).index_copy(
+            0, at, distances.detach()
+        )
         return weighted(distances, self.weights_on_device_M.index_select(0, at)), distances_M
 
     def summary(self, figures: Sequence[float], step: int) -> StepFigures:
         points = self.points(step)
-        seen = tuple(figures[i] if i in points else None for i in range(self.num_figures))
-        return StepFigures(float(weighted(torch.tensor(figures)[points], self.weights_M[points])), seen)
+        loss = float(weighted(torch.tensor(figures)[points], self.weights_M[points]))
+        seen = tuple(figures[i] if i in points else None for i in range(len(self.figure_names)))
+        return StepFigures(loss, seen, watched=seen)
 
 
 @functools.lru_cache(maxsize=4096)
