@@ -224,8 +224,10 @@ def is_published(weights: WeightsFile) -> bool:
     return url is not None and weights.sha256.startswith(_digits_in(url))
 
 
-def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
-    """The extractor, giving `layers`, on this process's device.
+def load_extractor(
+    weights: WeightsFile, layers: Iterable[str], device: torch.device | None = None
+) -> Extractor:
+    """The extractor, giving `layers`, on `device` (default: the GPU that this process uses, or the CPU).
 
     Raises WorkError if the file has changed, and UserError if its weights are not this extractor's.
     """
@@ -236,7 +238,7 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
         network = create_feature_extractor(
             weights.extractor,
             list(layers),
-            cuda=torch.cuda.is_available(),
+            cuda=False,
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
         )
@@ -246,6 +248,7 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
         raise UserError(
             f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
         ) from error
+    network.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
 
 
