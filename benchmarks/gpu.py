@@ -41,9 +41,10 @@ from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config, dump_config, load_config
 from dsno_cluster.device import compute_device, device_name, give_back_memory, gpu_versions, wait_for_gpu
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.evaluation.features import WeightsFile, file_sha256, load_extractor
-from dsno_cluster.evaluation.statistics import BlockMerger, moments_of
-from dsno_cluster.evaluation.table import INCEPTION
+from dsno_cluster.features import INCEPTION
+from dsno_cluster.features.extractors import WeightsFile, load_extractor
+from dsno_cluster.features.statistics import BlockMerger, moments_of
+from dsno_cluster.files import file_sha256
 from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.storage import open_storage

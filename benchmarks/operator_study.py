@@ -33,9 +33,9 @@ from dsno_cluster.config import Config, load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.schedule import time_points
-from dsno_cluster.evaluation.classifiers import DigitsFeatures
-from dsno_cluster.evaluation.features import find_weights, load_extractor
-from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
+from dsno_cluster.features.classifiers import DigitsFeatures
+from dsno_cluster.features.extractors import find_weights, load_extractor
+from dsno_cluster.features.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO

@@ -22,10 +22,10 @@ from dsno_cluster import console, load_student, load_teacher, solve
 from dsno_cluster.data import load_data
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.evaluation.classifiers import DigitsFeatures
-from dsno_cluster.evaluation.features import find_weights, load_extractor
 from dsno_cluster.evaluation.refine import refine
-from dsno_cluster.evaluation.statistics import frechet_distance, moments_of
+from dsno_cluster.features.classifiers import DigitsFeatures
+from dsno_cluster.features.extractors import find_weights, load_extractor
+from dsno_cluster.features.statistics import frechet_distance, moments_of
 from dsno_cluster.images import to_uint8
 
 BATCH, SEED = 250, 1

@@ -105,10 +105,10 @@ def allow_tf32(allowed: bool) -> None:
 
 
 @contextlib.contextmanager
-def allowing_tf32() -> Iterator[None]:
-    """In this context GPUs may round inputs to TensorFloat-32, in the whole process."""
+def allowing_tf32(allowed: bool = True) -> Iterator[None]:
+    """In this context GPUs may round inputs to TensorFloat-32 or, if not `allowed`, may not, in the whole process."""
     before = torch.backends.cudnn.allow_tf32
-    allow_tf32(True)
+    allow_tf32(allowed)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Local files: how paths are shown, atomic writes, locks between processes."""
+"""Local files: how paths are shown, their hashes, atomic writes, locks between processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -111,6 +112,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal. Raises OSError."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dsno_cluster.evaluation.features import Reading
 from dsno_cluster.evaluation.measure import ImagesOf
-from dsno_cluster.evaluation.neighbours import precision_recall_on
 from dsno_cluster.evaluation.sources import STUDENT, ImageSource
-from dsno_cluster.evaluation.statistics import BlockMerger, Moments, _moments_by_torch, moments_of
+from dsno_cluster.features.extractors import Reading
+from dsno_cluster.features.neighbours import precision_recall_on
+from dsno_cluster.features.statistics import BlockMerger, Moments, _moments_by_torch, moments_of
 
 COUNT, WIDTH = 50_000, 12
 ROWS = (np.random.default_rng(3).standard_normal((COUNT, WIDTH)) * np.linspace(0.1, 3, WIDTH) + 1000).astype(

@@ -24,9 +24,9 @@ from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.device import device_name
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.classifiers import DigitsFeatures
-from dsno_cluster.evaluation.features import Extractor, find_weights, load_extractor
-from dsno_cluster.evaluation.statistics import frechet_distance, merge, moments_of
+from dsno_cluster.features.classifiers import DigitsFeatures
+from dsno_cluster.features.extractors import Extractor, find_weights, load_extractor
+from dsno_cluster.features.statistics import frechet_distance, merge, moments_of
 from dsno_cluster.images import to_uint8
 
 EXPECTED = safetensors.torch.load_file(DATA / "digits-features-expected.safetensors")

@@ -23,7 +23,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.image_sets import DataIdentity, open_images
 from dsno_cluster.evaluation.metrics import Reference, fid
 from dsno_cluster.evaluation.reference import imported
-from dsno_cluster.evaluation.statistics import moments_of
+from dsno_cluster.features.statistics import moments_of
 from dsno_cluster.images import to_uint8
 
 SIZE = 16

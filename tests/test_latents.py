@@ -24,13 +24,13 @@ from dsno_cluster import load_student
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.features import file_sha256
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.look_up import check_comparison
 from dsno_cluster.evaluation.pictures import layout, pictures, solve_pictured
 from dsno_cluster.evaluation.records import Metrics
 from dsno_cluster.evaluation.sample_shards import SampleSpec
 from dsno_cluster.evaluation.watch import settings_hashes
+from dsno_cluster.files import file_sha256
 from dsno_cluster.images import to_uint8
 from dsno_cluster.provenance import environment
 from dsno_cluster.storage import FolderStorage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -27,20 +28,30 @@ from training_runs import train
 from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation import features
-from dsno_cluster.evaluation.classifiers import DigitsFeatures
 from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
 from dsno_cluster.evaluation.sample_shards import SampleSpec
-from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
+from dsno_cluster.features import INCEPTION, extractors
+from dsno_cluster.features.classifiers import DigitsFeatures
+from dsno_cluster.features.extractors import (
+    WEIGHT_FILE,
+    Reading,
+    find_all_weights,
+    find_readings,
+    find_weights,
+    is_published,
+    load_extractor,
+)
+from dsno_cluster.features.statistics import BlockMerger, merge, moments_of
+from dsno_cluster.files import file_sha256
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.shards import commit_manifest, make_manifest, write_shard
 
-DIGITS_WEIGHTS = Path(package_path("package:digits-features")) / features.WEIGHT_FILE
+DIGITS_WEIGHTS = Path(package_path("package:digits-features")) / WEIGHT_FILE
 EVERY = "evaluation.metrics=[fid, kid, inception_score, precision_recall]"
 KNOBS = {"kid_subsets": 12, "kid_subset_size": 90, "isc_splits": 7, "prc_neighborhood": 4, "rng_seed": 11}
 TWO_AVERAGES = "training.ema_decay=[0.9, 0.5]"
@@ -93,9 +104,7 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
         "feature_extractor_weights_path": str(DIGITS_WEIGHTS),
     }
     wanted = torch_fidelitys(samples, real, fid=True, kid=True, isc=True, prc=True, **options, **KNOBS)
-    yardstick = features.load_extractor(
-        features.find_weights(DigitsFeatures.NAME, "package:digits-features", None), ["logits"]
-    )
+    yardstick = load_extractor(find_weights(DigitsFeatures.NAME, "package:digits-features", None), ["logits"])
     labels = held_out.labels.clone()
     labels[::3] = (labels[::3] + 1) % 10  # a third of them wrong
     wanted["agreement"] = float((yardstick(samples)["logits"].argmax(1) == labels).double().mean())
@@ -153,7 +162,7 @@ def test_inception_is_torch_fidelitys_own(tmp_path: Path) -> None:
         return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear").clamp(0, 255).to(torch.uint8)
 
     samples, real = images(72, 0.7), images(80, 0.8)
-    options = {"feature_extractor": features.INCEPTION, "feature_extractor_weights_path": str(weights)}
+    options = {"feature_extractor": INCEPTION, "feature_extractor_weights_path": str(weights)}
     knobs = KNOBS | {"kid_subset_size": 50}
     wanted = torch_fidelitys(samples, real, fid=True, kid=True, isc=True, prc=True, **options, **knobs)
     np.savez(tmp_path / "samples.npz", images=samples.numpy())
@@ -162,7 +171,7 @@ def test_inception_is_torch_fidelitys_own(tmp_path: Path) -> None:
         *["eval", *WORDS, f"storage.root={tmp_path}", "evaluation.batch_size=30"],
         *["evaluation.kid_subset_size=50", "evaluation.feature_extractor=inception-v3-compat"],
         *[f"evaluation.weights_path={weights}", f"evaluation.reference={tmp_path / 'real.npz'}"],
-        f"evaluation.weights_sha256={features.file_sha256(weights)}",
+        f"evaluation.weights_sha256={file_sha256(weights)}",
         *["--actors", "2", "--samples", str(tmp_path / "samples.npz"), "--launcher", "local", "--json"],
         timeout=390,
     )
@@ -316,8 +325,8 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
 
     def real(name: str, *words: str) -> Any:
         config = digits_config(tmp_path, f"evaluation.reference={tmp_path / name}", *words)
-        weights = features.find_all_weights(config.evaluation)
-        return find_real_data(config, storage, features.find_readings(config.evaluation), weights)
+        weights = find_all_weights(config.evaluation)
+        return find_real_data(config, storage, find_readings(config.evaluation), weights)
 
     edm = real("edm.npz", "evaluation.reference_count=50000", "evaluation.reference_resolution=8")
     assert edm.images is None and edm.statistics.count == 50000 and edm.statistics.resolution == 8
@@ -337,7 +346,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             real("adm.npz", *words)
     with pytest.raises(UserError, match="mu of 64 features, the extractor gives 2048"):
-        check_width(mean, features.Reading(features.INCEPTION, "2048"))
+        check_width(mean, Reading(INCEPTION, "2048"))
     np.savez(tmp_path / "wide.npz", mu=np.arange(2048.0), sigma=np.eye(2048))
     with pytest.raises(UserError, match="mu of 2048 features, the extractor gives 64"):
         real("wide.npz")
@@ -401,26 +410,26 @@ def test_published_weights_are_downloaded_once_and_checked(
     url, folder = server
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     content = b"weights"
-    digits = features.hashlib.sha256(content).hexdigest()[:8]
+    digits = hashlib.sha256(content).hexdigest()[:8]
     name = f"weights-{digits}.pth"
-    monkeypatch.setattr(features, "published_url", lambda extractor: f"{url}/{name}")
+    monkeypatch.setattr(extractors, "published_url", lambda extractor: f"{url}/{name}")
     (folder / name).write_bytes(b"something else")
     with pytest.raises(WorkError, match="it was not kept"):
-        features.find_weights(features.INCEPTION, None, None)
+        find_weights(INCEPTION, None, None)
     (folder / name).write_bytes(content)
-    found = features.find_weights(features.INCEPTION, None, None)
-    assert found.path.read_bytes() == content and features.is_published(found)
+    found = find_weights(INCEPTION, None, None)
+    assert found.path.read_bytes() == content and is_published(found)
     (folder / name).unlink()
-    assert features.find_weights(features.INCEPTION, None, None) == found  # from the cache
+    assert find_weights(INCEPTION, None, None) == found  # from the cache
     # a copy elsewhere needs no sha256: it is the published file
     (tmp_path / "copy.pth").write_bytes(content)
-    assert features.find_weights(features.INCEPTION, str(tmp_path / "copy.pth"), None).sha256 == found.sha256
+    assert find_weights(INCEPTION, str(tmp_path / "copy.pth"), None).sha256 == found.sha256
     found.path.write_bytes(b"damaged")
     with pytest.raises(WorkError, match="delete it"):
-        features.find_weights(features.INCEPTION, None, None)
+        find_weights(INCEPTION, None, None)
     found.path.unlink()
     with pytest.raises(WorkError, match=rf"cannot be downloaded .*put {url}/{name} at {found.path}"):
-        features.find_weights(features.INCEPTION, None, None)
+        find_weights(INCEPTION, None, None)
     assert not [p for p in found.path.parent.iterdir() if p.name.startswith(".")]
 
 
@@ -428,7 +437,7 @@ def test_without_a_home_folder_weights_are_not_downloaded(monkeypatch: pytest.Mo
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "")
     with pytest.raises(UserError, match=r"evaluation\.weights_path: .* no home folder"):
-        features.find_weights(features.INCEPTION, None, None)
+        find_weights(INCEPTION, None, None)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tiny import DATA, dsno
 
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.features import find_weights, load_extractor
+from dsno_cluster.features.extractors import find_weights, load_extractor
 
 MNIST = DATA / "mnist" / "mnist.npz"  # the first 96 training and 48 test images
 

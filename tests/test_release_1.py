@@ -15,7 +15,10 @@ from torch import Tensor
 from dsno_cluster import load_student, load_teacher, solve
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import AboutModel
 from dsno_cluster.provenance import environment
+from dsno_cluster.records import record_bytes
+from dsno_cluster.training.checkpoint import CheckpointState, RunNotes
 from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import make_plan
 
@@ -198,3 +201,24 @@ def test_its_student_is_evaluated(release: Path) -> None:
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
     assert metrics["checkpoint"]["step"] == 20 and 0 < metrics["student"]["trajectory_error"]["0.0"] < 1
+
+
+def test_the_best_of_its_checkpoints_is_known_by_its_figure() -> None:
+    """Which it called `error`; a smaller figure takes its place, an equal one or none does not."""
+    found = CheckpointState.model_validate_json(
+        (RELEASE / STUDENTS / "resume/step-000000010/state.json").read_bytes()
+    )
+    assert found.best is not None and (found.best.step, found.best.figure) == (10, 0.3377883805403106)
+    notes = RunNotes(AboutModel.model_construct(), best=found.best)
+    kept = [(11, None), (12, 0.34), (13, 0.3377883805403106)]
+    for step, figure in [*kept, (14, 0.25), (15, 0.3)]:
+        notes.compare(step, figure)
+        assert notes.best is not None and notes.best.step == (10 if step < 14 else 14)
+    newer = found.model_copy(update={"best": notes.best})
+    again = CheckpointState.model_validate_json(record_bytes(newer))
+    assert again == newer and again.best is not None and again.best.figure == 0.25
+    first = RunNotes(AboutModel.model_construct())
+    first.compare(1, None)
+    assert first.best is None
+    first.compare(2, 9.5)
+    assert first.best is not None and (first.best.step, first.best.figure) == (2, 9.5)

@@ -170,6 +170,23 @@ def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
     )
 
 
+def test_held_out_distances_of_a_training(tmp_path: Path) -> None:
+    """They have a chart if a run measured them; lines of older trainings have none."""
+    lines = curve()
+    for step, distance in ((100, 7.5), (200, 3.25), (300, 4.125)):
+        lines[step // 10 - 1]["heldout_distance"] = distance
+    write_curve(tmp_path, lines)
+    title = "Held-out Frechet distance during training"
+    said = "The distance falls from 7.5 at step 100 to 4.12 at step 300. It is lowest at step 200, with 3.25."
+    page = report(tmp_path)
+    assert page.problems == [] and title in page.text and said in page.text
+    inception = "evaluation.feature_extractor=inception-v3-compat"
+    words = [inception, "evaluation.weights_path=null", "evaluation.metrics=[fid]"]
+    assert "Held-out FID during training" in report(tmp_path, *words).text
+    write_curve(tmp_path / "older", curve())
+    assert title not in report(tmp_path / "older").text
+
+
 def test_only_inceptions_distance_is_called_fid(tmp_path: Path) -> None:
     extractor = {"name": "inception-v3-compat", "weights_sha256": "6726825d"}
     write_evaluation(tmp_path, metrics(feature_extractor=extractor))

@@ -187,7 +187,15 @@ def test_tensorboard_takes_a_line_without_a_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         log.write(line)
+        log.write(line.model_copy(update={"step": 2, "heldout_distance": 1.5}))
         line.model_dump()
+    written = [json.loads(text) for text in metrics_file(config).read_text().splitlines()]
+    assert [line.get("heldout_distance", "none") for line in written] == ["none", 1.5]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(metrics_file(config).parent / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("heldout_distance")] == [(2, 1.5)]
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_once(tiny_data: Path, tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from tiny import TINY, answer, dsno
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.classifiers import DigitsFeatures
-from dsno_cluster.evaluation.features import INCEPTION, file_sha256, find_weights
+from dsno_cluster.features import INCEPTION
+from dsno_cluster.features.classifiers import DigitsFeatures
+from dsno_cluster.features.extractors import find_weights
+from dsno_cluster.files import file_sha256
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.teachers.importing import import_weights

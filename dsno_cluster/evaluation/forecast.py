@@ -275,7 +275,7 @@ def _feature_seconds(config: Config, shape: Sequence[int]) -> float | None:
     import torch
 
     from dsno_cluster.device import wait_for_gpu
-    from dsno_cluster.evaluation.features import BATCH, find_readings, load_extractor, weights_at_hand
+    from dsno_cluster.features.extractors import BATCH, find_readings, load_extractor, weights_at_hand
 
     readings = find_readings(config.evaluation)
     try:

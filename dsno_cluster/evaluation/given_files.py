@@ -55,9 +55,9 @@ def _check_lpips(config: Config) -> None:
 
 
 def _check_reference(config: Config) -> None:
-    from dsno_cluster.evaluation.features import find_readings
     from dsno_cluster.evaluation.metrics import OF_REFERENCE
     from dsno_cluster.evaluation.reference import compared_data
+    from dsno_cluster.features.extractors import find_readings
 
     readings = find_readings(config.evaluation)
     compared = {metric: reading for metric, reading in readings.items() if metric in OF_REFERENCE}
@@ -67,6 +67,6 @@ def _check_reference(config: Config) -> None:
 
 
 def _check_extractors(config: Config) -> None:
-    from dsno_cluster.evaluation.features import check_given_weights
+    from dsno_cluster.features.extractors import check_given_weights
 
     check_given_weights(config.evaluation)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.records import Best, History, HistoryRow, read_file
-from dsno_cluster.evaluation.table import INCEPTION, Figure, known_figures
+from dsno_cluster.evaluation.table import Figure, known_figures
+from dsno_cluster.features import INCEPTION
 from dsno_cluster.storage import Storage
 
 # the figure by which a metric of the config is judged, if it has another name

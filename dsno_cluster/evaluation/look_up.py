@@ -13,13 +13,6 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.actor import StudentAtWork
-from dsno_cluster.evaluation.features import (
-    Readings,
-    WeightsFile,
-    check_shape,
-    find_all_weights,
-    find_readings,
-)
 from dsno_cluster.evaluation.image_sets import ImageSet, open_images
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.measure import ImagesOf
@@ -34,6 +27,13 @@ from dsno_cluster.evaluation.reference import (
 from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
 from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec, known_rows
+from dsno_cluster.features.extractors import (
+    Readings,
+    WeightsFile,
+    check_shape,
+    find_all_weights,
+    find_readings,
+)
 from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model

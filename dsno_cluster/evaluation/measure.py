@@ -25,12 +25,12 @@ from dsno_cluster.cluster.ray_pool import (
 from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.actor import EvaluationActor, StudentAtWork
-from dsno_cluster.evaluation.features import BATCH, Readings, WeightsFile
 from dsno_cluster.evaluation.metrics import Collected, Reference, figures
 from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.records import Cost, Figures
 from dsno_cluster.evaluation.reference import RealData, finished_reference
 from dsno_cluster.evaluation.sources import STUDENT, Block, ImageSource, MeasuredBlock, TrajectoryError
+from dsno_cluster.features.extractors import BATCH, Readings, WeightsFile
 from dsno_cluster.provenance import Environment
 from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.trajectories.generate import check_alike

@@ -17,11 +17,11 @@ from dsno_cluster.config import Evaluation
 from dsno_cluster.config.base import Named
 from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.features import Reading, Readings
 from dsno_cluster.evaluation.image_sets import DataIdentity
-from dsno_cluster.evaluation.neighbours import precision_recall_on
 from dsno_cluster.evaluation.records import Figures
-from dsno_cluster.evaluation.statistics import BlockMerger, Moments, frechet_distance
+from dsno_cluster.features.extractors import Reading, Readings
+from dsno_cluster.features.neighbours import precision_recall_on
+from dsno_cluster.features.statistics import BlockMerger, Moments, distance_from
 
 BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
 OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images
@@ -145,12 +145,7 @@ def fid(moments: Moments, reference: Reference) -> float:
     """
     assert reference.mean is not None and reference.covariance is not None
     _check_width(reference.mean, len(moments.mean))
-    for what, covariance in (("the samples", moments.m2), ("the reference", reference.covariance)):
-        if not np.isfinite(covariance).all():
-            raise UserError(
-                f"evaluation.feature_extractor: its features of {what} are not finite; are its weights damaged?"
-            )
-    return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+    return distance_from(moments, reference.mean, reference.covariance)
 
 
 def check_width(mean: np.ndarray, reading: Reading) -> None:

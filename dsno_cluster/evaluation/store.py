@@ -10,7 +10,6 @@ from typing import TypedDict
 from dsno_cluster import console
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import pictures
-from dsno_cluster.evaluation.features import Readings, WeightsFile
 from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
 from dsno_cluster.evaluation.records import (
@@ -28,6 +27,7 @@ from dsno_cluster.evaluation.records import (
     read_file,
 )
 from dsno_cluster.evaluation.reference import warnings_of
+from dsno_cluster.features.extractors import Readings, WeightsFile
 from dsno_cluster.provenance import Code, Environment, code_version
 from dsno_cluster.records import Values, canonical_hash, record_bytes
 from dsno_cluster.storage import Stat, Storage, only_writer

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsno_cluster.evaluation.records import Figures, Metrics
-
-INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the field calls FID
+from dsno_cluster.features import INCEPTION
 
 
 @dataclass(frozen=True)

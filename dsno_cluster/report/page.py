@@ -13,6 +13,7 @@ from dsno_cluster.report import parts
 from dsno_cluster.report.markup import Markup, tag, together
 from dsno_cluster.report.run_charts import (
     cost_chart,
+    distance_chart,
     heldout_chart,
     history_chart,
     history_figures,
@@ -254,7 +255,8 @@ def _training(files: RunFiles, words: str) -> Markup:
     if chart is None:
         where = f"No training curve at {files.places['curve']}"
         return parts.missing(where, f"dsno-cluster train {words}")
-    return parts.chart_figure(chart)
+    distance = distance_chart(files.curve, files.config.evaluation.feature_extractor)
+    return together(parts.chart_figure(chart), None if distance is None else parts.chart_figure(distance))
 
 
 def _history(files: RunFiles, words: str) -> Markup:

@@ -95,6 +95,24 @@ def heldout_chart(curve: Sequence[CurveLine], times: Sequence[float]) -> Chart |
     )
 
 
+def distance_chart(curve: Sequence[CurveLine], extractor: str) -> Chart | None:
+    """The distance of samples from real images during training, on noise that neither training nor `eval` sees."""
+    points = _points((line.step, line.heldout_distance) for line in curve)
+    if not points:
+        return None
+    title = judging_figures(extractor)["fid"].title
+    step, lowest = min(points, key=lambda point: point[1])
+    best = f" It is lowest at step {number(step)}, with {number_3(lowest)}." if len(points) > 1 else ""
+    return Chart(
+        title=f"Held-out {title} during training",
+        x="step",
+        y=f"{title} (lower is better)",
+        series=[Series("student", points, STUDENT)],
+        log_y=True,
+        summary=_fall("The distance", points) + best,
+    )
+
+
 def history_figures(history: History, extractor: str) -> list[Figure]:
     """The figures of a history to draw: the distance, and the one that chooses the best."""
     known = judging_figures(extractor)

@@ -34,6 +34,7 @@ class CurveLine(Record):
     data_wait: float | None = None
     memory_gb: float | None = None
     heldout_error_per_time: tuple[float | None, ...] = ()
+    heldout_distance: float | None = None
 
 
 @dataclass(frozen=True)

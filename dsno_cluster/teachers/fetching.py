@@ -7,7 +7,6 @@ with another revision, is never written to. An interrupted download is continued
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import shutil
 import urllib.error
@@ -21,7 +20,7 @@ from pydantic import Field
 
 from dsno_cluster import console
 from dsno_cluster.errors import UserError, WorkError, without_passwords
-from dsno_cluster.files import locked_if_possible, replace_file, shown_path
+from dsno_cluster.files import file_sha256, locked_if_possible, replace_file, shown_path
 from dsno_cluster.records import Record, read_record, record_bytes
 from dsno_cluster.teachers import hub
 from dsno_cluster.teachers.identity import weights_sha256
@@ -184,8 +183,7 @@ def _finished(fetched: Fetched, folder: Path) -> Fetched:
 
 
 def _fetched(file: Path) -> FetchedFile:
-    with file.open("rb") as opened:
-        return FetchedFile(size=file.stat().st_size, sha256=hashlib.file_digest(opened, "sha256").hexdigest())
+    return FetchedFile(size=file.stat().st_size, sha256=file_sha256(file))
 
 
 # ---- a single file -------------------------------------------------------------------------------------------

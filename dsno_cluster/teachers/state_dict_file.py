@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import UserError
-from dsno_cluster.files import in_home
+from dsno_cluster.files import file_sha256, in_home
 from dsno_cluster.storage import read_file
 from dsno_cluster.teachers.facts import Facts
 from dsno_cluster.teachers.teacher import Options, Source, TeacherInfo
@@ -80,9 +80,7 @@ def read_state_dict(source: Source) -> StateDict:
         sha256, size = hashlib.sha256(file).hexdigest(), len(file)
     else:
         file = Path(in_home(source.path))
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        sha256, size = file_sha256(file), file.stat().st_size
     found = parse_torch(file, source.path, [Namespace])  # DiT's own checkpoints keep their arguments in one
     if isinstance(found, dict) and isinstance(found.get("ema"), dict):
         found = found["ema"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dsno_cluster.config import Config, validate
@@ -51,11 +51,15 @@ STATE = "state.json"
 
 
 class Best(BaseModel):
-    """The checkpoint with the smallest held-out error at t=0 so far."""
+    """The checkpoint with the smallest held-out figure so far.
+
+    The figure is the relative error at t=0 of a student that learns trajectories, and the distance from real
+    images of one that learns by distribution matching. Older files call it `error`.
+    """
 
     model_config = ConfigDict(frozen=True)
     step: int
-    error: float
+    figure: float = Field(validation_alias=AliasChoices("figure", "error"))
 
 
 class CompanionState(BaseModel):
@@ -95,13 +99,10 @@ class RunNotes:
     best: Best | None = None
     divergence: NormalDistances | None = None
 
-    def compare(self, step: int, errors: Sequence[float] | None) -> None:
-        """Record the checkpoint of `step` as the best if it has the smallest held-out error at t=0.
-
-        `errors` by time.
-        """
-        if errors is not None and (self.best is None or errors[-1] < self.best.error):
-            self.best = Best(step=step, error=errors[-1])
+    def compare(self, step: int, figure: float | None) -> None:
+        """Record the checkpoint of `step` as the best if it has the smallest held-out `figure`; None: not measured."""
+        if figure is not None and (self.best is None or figure < self.best.figure):
+            self.best = Best(step=step, figure=figure)
 
 
 def resume_dir(config: Config) -> Path:

@@ -140,7 +140,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                     log.write(_line(engine, settings, done, seen, errors, pace, ranks))
                 advance(1, **_shown(seen, pace, ranks))
                 if due.checkpoint:
-                    notes.compare(done, errors)
+                    notes.compare(done, None if errors is None else errors[-1])
                     checkpoint.save(engines, ema, config, ranks, done, notes, students, publisher)
                 if signals.any and not last:
                     leave(ranks, done, preempted=not signals.interrupt)

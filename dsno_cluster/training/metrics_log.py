@@ -31,6 +31,7 @@ class MetricsLine(SparseRecord):
     memory_gb: float
     loss_scale: float | None = None  # of float16
     heldout_error_per_time: tuple[float, ...] | None = None
+    heldout_distance: float | None = None  # Frechet distance of held-out samples from real images
 
 
 def metrics_file(config: Config) -> Path:

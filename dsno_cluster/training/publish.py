@@ -1,7 +1,7 @@
 """Publishing of the averaged students: written at each checkpoint, uploaded in the background.
 
 They are below `<storage.root>/students/<name>/step-000001000/`. The text file `latest` names the newest, and
-`best` the best one if held-out errors are measured. If the storage is not the run's own folder, they are
+`best` the best one if a held-out figure is measured. If the storage is not the run's own folder, they are
 first written below `run.dir`, so that nothing is lost while the storage does not answer, and training never
 waits for it.
 """

@@ -6,7 +6,6 @@ is the mean over points of weight times distance (Zheng et al. 2023, section 4).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from dsno_cluster.config import Training
 from dsno_cluster.errors import UserError
-from dsno_cluster.files import not_there
+from dsno_cluster.files import file_sha256, not_there
 from dsno_cluster.weight_files import check_fit, parse_weights
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -109,8 +108,7 @@ def _read_vgg(path: str, sha256: str | None) -> dict[str, Tensor]:
             "(vgg16-397923af.pth) there, or take training.loss=l1"
         )
     if sha256:
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        found = file_sha256(file)
         if not found.startswith(sha256):
             raise UserError(f"{key}: {path} has sha256 {found}, training.lpips_sha256 says {sha256}")
     weights = parse_weights(file, f"{key}: {path}")

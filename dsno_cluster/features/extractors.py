@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import urllib.request
@@ -20,9 +19,9 @@ from torch_fidelity.utils import create_feature_extractor
 from dsno_cluster import console
 from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError, said_by
-from dsno_cluster.evaluation.classifiers import CLASSIFIERS
-from dsno_cluster.evaluation.table import INCEPTION
-from dsno_cluster.files import cache_folder, not_there, written_aside
+from dsno_cluster.features import INCEPTION
+from dsno_cluster.features.classifiers import CLASSIFIERS
+from dsno_cluster.files import cache_folder, file_sha256, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
@@ -225,8 +224,10 @@ def is_published(weights: WeightsFile) -> bool:
     return url is not None and weights.sha256.startswith(_digits_in(url))
 
 
-def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
-    """The extractor, giving `layers`, on this process's device.
+def load_extractor(
+    weights: WeightsFile, layers: Iterable[str], device: torch.device | None = None
+) -> Extractor:
+    """The extractor, giving `layers`, on `device` (default: the GPU that this process uses, or the CPU).
 
     Raises WorkError if the file has changed, and UserError if its weights are not this extractor's.
     """
@@ -237,7 +238,7 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
         network = create_feature_extractor(
             weights.extractor,
             list(layers),
-            cuda=torch.cuda.is_available(),
+            cuda=False,
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
         )
@@ -247,12 +248,8 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
         raise UserError(
             f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
         ) from error
+    network.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _check_known(name: str) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsno_cluster.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -105,6 +107,19 @@ class BlockMerger:
         if len(self.waiting) != 1 or 1 << next(iter(self.waiting))[0] < self.blocks:
             raise ValueError("blocks are missing")
         return next(iter(self.waiting.values()))
+
+
+def distance_from(samples: Moments, mean: np.ndarray, covariance: np.ndarray) -> float:
+    """The Frechet distance of samples from a reference of that mean (D,) and covariance (D, D).
+
+    Raises UserError if features on either side are not finite.
+    """
+    for what, spread in (("the samples", samples.m2), ("the reference", covariance)):
+        if not np.isfinite(spread).all():
+            raise UserError(
+                f"evaluation.feature_extractor: its features of {what} are not finite; are its weights damaged?"
+            )
+    return frechet_distance(samples.mean, samples.covariance, mean, covariance)
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
