@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,44 @@ def test_pieces_of_the_exact_flow_are_one_flow() -> None:
     noise = noise_of(2, 1, 2, 2)
     pieces = exact_steps(noise, [(t, MEAN) for t in (0.75, 0.5, 0.0)])
     assert relative(pieces, gaussian_trajectory(noise, 0.0, MEAN, STD)) < 1e-5
+
+
+# ---- a time for each sample -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(2.5),
+        Guidance(2.5, joint=True),
+        Guidance(2.5, (0.4, 3.0)),
+        Guidance(2.5, (0.4, 3.0), channels=1, joint=True),
+        Guidance(1.0),
+    ],
+    ids=["apart", "joint", "interval", "interval and joint", "none"],
+)
+@pytest.mark.parametrize("by_guide", [False, True])
+def test_samples_at_times_of_their_own(guidance: Guidance, by_guide: bool) -> None:
+    """One call with a time for each sample gives what each sample gets by itself."""
+    teacher = load_teacher("package:digits-teacher")
+    if by_guide:
+        teacher = teacher.guided_by(gaussian_teacher(OTHER, STD, (1, 8, 8)))
+    times = [0.0, 0.1, time_of_angle(math.atan(0.4)), 0.3, 0.6, time_of_angle(math.atan(3.0)), 0.9, 1.0]
+    noise, labels = noise_of(8, 1, 8, 8), torch.arange(8)
+    together = guided(teacher, labels, guidance)(noise, torch.tensor(times, dtype=torch.float64))
+    for i, t in enumerate(times):
+        by_itself = guided(teacher, labels[i : i + 1], guidance)(noise[i : i + 1], t)
+        torch.testing.assert_close(together[i : i + 1], by_itself, rtol=1e-6, atol=1e-5)
+    if guidance.interval is not None:  # of these eight it guides the three in the middle
+        plain = guided(teacher, labels, Guidance())(noise, torch.tensor(times, dtype=torch.float64))
+        moved = (together - plain).flatten(1).norm(dim=1) > 1e-3
+        assert moved.tolist() == [False, False, False, True, True, True, False, False]
+
+
+def test_a_time_for_each_sample_in_closed_form() -> None:
+    """The guided Gaussian is the exact denoiser of a Gaussian at the moved mean, where guidance acts."""
+    t_N = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    x, interval = noise_of(3, 1, 2, 2), (noise_level(0.3), noise_level(0.6))
+    found = guided(guided_gaussian(), None, Guidance(SCALE, interval))(x, t_N)
+    moved, still = (gaussian_teacher(mean, STD, (1, 2, 2))(x, t_N) for mean in (MOVED, MEAN))
+    torch.testing.assert_close(found, torch.stack([still[0], moved[1], still[2]]), rtol=1e-5, atol=1e-6)

@@ -10,19 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from dsno_cluster.diffusion.schedule import noise_level
+from dsno_cluster.diffusion.schedule import logsnr, noise_level
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Denoiser = Callable[[Tensor, float], Tensor]  # (x_NCHW, t) -> predicted clean x0, the shape of x
+    Time = float | Tensor  # the cosine time of all samples, or that of each, (N,)
+    Denoiser = Callable[[Tensor, Time], Tensor]  # (x_NCHW, t) -> predicted clean x0, the shape of x
 
 # relative: a level that differs from an end of the interval by rounding counts as equal to it
 LEVEL_TOLERANCE = 1e-6
 
 
 class TeacherLike(Protocol):
-    def __call__(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Time, labels: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,21 @@ class Guidance:
             return False
         if self.interval is None:
             return True
-        low, high = (end * (1.0 + LEVEL_TOLERANCE) for end in self.interval)
+        low, high = self._ends(self.interval)
         return low < noise_level(t) <= high
+
+    def combine_where_it_acts(self, x0: Tensor, other: Tensor, t_N: Tensor) -> Tensor:
+        """`combine` for the samples that are guided at their own cosine times; the others keep the denoiser's `x0`."""
+        guided = self.combine(x0, other)
+        if self.interval is None:
+            return guided
+        low, high = self._ends(self.interval)
+        level_N = (-0.5 * logsnr(t_N)).exp().to(x0.device)
+        return guided.where(((low < level_N) & (level_N <= high))[:, None, None, None], x0)
+
+    def _ends(self, interval: tuple[float, float]) -> tuple[float, float]:
+        low, high = (end * (1.0 + LEVEL_TOLERANCE) for end in interval)
+        return low, high
 
     def combine(self, x0: Tensor, other: Tensor) -> Tensor:
         """The guided x0 (N, C, H, W) of the denoiser's `x0` and the `other`'s."""
@@ -83,25 +97,31 @@ def check_guidance(guidance: Guidance) -> None:
 def guided(teacher: TeacherLike, labels: Tensor | None, guidance: Guidance) -> Denoiser:
     """The teacher as a denoiser of (x, t), guided by its `guide` if it has one (see `Teacher`), else by its null class.
 
-    A guide is evaluated with the same labels, or without any if it has no classes. Raises ValueError for guidance of a teacher
-    that has no guide and either no null class or no labels to leave out.
+    `t` is one cosine time for all samples, or that of each, (N,); then guidance costs two evaluations of all samples, of
+    which an interval guides those at levels within it. A guide is evaluated with the same labels, or without any if it has no
+    classes. Raises ValueError for guidance of a teacher that has no guide and either no null class or no labels to leave out.
     """
     check_guidance(guidance)
 
-    def plain(x: Tensor, t: float) -> Tensor:
+    def plain(x: Tensor, t: Time) -> Tensor:
         return teacher(x, t, labels)
 
     if guidance.scale == 1.0:
         return plain
+    import torch
+
     both = _by_guide(teacher, labels) or _by_null_class(teacher, labels, guidance)
 
-    def denoise(x: Tensor, t: float) -> Tensor:
-        return guidance.combine(*both(x, t)) if guidance.acts(t) else plain(x, t)
+    def denoise(x: Tensor, t: Time) -> Tensor:
+        if isinstance(t, torch.Tensor) and t.ndim == 1:
+            return guidance.combine_where_it_acts(*both(x, t), t)
+        time = float(t)
+        return guidance.combine(*both(x, time)) if guidance.acts(time) else plain(x, time)
 
     return denoise
 
 
-Both = Callable[["Tensor", float], "tuple[Tensor, Tensor]"]  # (x_NCHW, t) -> the denoiser's x0, the other's
+Both = Callable[["Tensor", "Time"], "tuple[Tensor, Tensor]"]  # (x_NCHW, t) -> the denoiser's x0, the other's
 
 
 def _by_guide(teacher: TeacherLike, labels: Tensor | None) -> Both | None:
@@ -121,15 +141,16 @@ def _by_null_class(teacher: TeacherLike, labels: Tensor | None, guidance: Guidan
     nulls = labels.new_full(labels.shape, null_class)
     if not guidance.joint:
 
-        def apart(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        def apart(x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
             without = teacher(x, t, nulls)
             return teacher(x, t, labels), without
 
         return apart
     labels_2N = torch.cat([nulls, labels])
 
-    def joint(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        without, with_label = teacher(torch.cat([x, x]), t, labels_2N).chunk(2)
+    def joint(x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        of_both = torch.cat([t, t]) if isinstance(t, torch.Tensor) else t
+        without, with_label = teacher(torch.cat([x, x]), of_both, labels_2N).chunk(2)
         return with_label, without
 
     return joint

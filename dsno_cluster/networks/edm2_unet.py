@@ -79,6 +79,19 @@ def fix_filters(network: nn.Module) -> None:
             module.fixed = True
 
 
+def train_filters(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Undo `fix_filters`, with the network's own weights: each filter is normalised again whenever it is used.
+
+    EDM2's own training also overwrites the weights by the normalised filters at each step, which keeps the effective learning
+    rate from falling as the weights grow (section 2.3). That is left out: DeepSpeed trains other copies of the weights. The
+    function of the network does not depend on their magnitudes.
+    """
+    network.load_state_dict(weights)
+    for module in network.modules():
+        if isinstance(module, MPLayer):
+            module.fixed = False
+
+
 class MPFourier(nn.Module):
     """Cosines of random frequencies and phases, which belong to the checkpoint; float32 (equation 75)."""
 

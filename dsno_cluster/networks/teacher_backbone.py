@@ -34,6 +34,7 @@ from dsno_cluster.networks.mixed_blocks import mix_after, set_basis
 from dsno_cluster.networks.normalization import repeat
 from dsno_cluster.networks.song_unet import SongUNet
 from dsno_cluster.networks.temporal import FourierBasis
+from dsno_cluster.networks.trainable import give_weights_an_axis
 from dsno_cluster.networks.transformer import Transformer
 from dsno_cluster.networks.unet import UNet
 
@@ -229,14 +230,12 @@ def _ends_apart(described: AnyNetwork) -> bool:
 
 
 def _make_all_weights(network: nn.Module) -> None:
-    """Turn every tensor of the state dict into a weight that is trained, with one axis or more, which DeepSpeed needs."""
+    """Turn every tensor of the state dict into a weight that is trained, with one axis or more."""
     kept = network.state_dict().keys()
     for path, module in list(network.named_modules()):
         for name, buffer in list(module.named_buffers(recurse=False)):
             if f"{path}.{name}".lstrip(".") in kept:
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(buffer))
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dim() == 0:
-                module.register_parameter(name, nn.Parameter(parameter.detach().reshape(1)))
+    give_weights_an_axis(network)
     network.requires_grad_(True)

@@ -100,14 +100,26 @@ class ConfiguredTeacher:
             raise WorkError(f"{self.guide.path}: the guide has changed since this command began")
         return loaded.guided_by(_load_guide(precision, self.guide.opened, compile=compile))
 
+    def load_to_train(self) -> Teacher:
+        """The teacher by itself, without its guide, in float32 and not compiled, whatever the config says.
+
+        Raises UserError and WorkError as `load`.
+        """
+        loaded = load_in("float32", self._unchanged(), compile=False)
+        check_fits(self.config.network, loaded.info, self.path)
+        return loaded
+
+    def network_weights(self) -> dict[str, Tensor]:
+        """The state dict of the network that `info.backbone` describes, float32. Raises UserError and WorkError as `load`."""
+        return self._unchanged().network_weights()
+
     def warm_start(self) -> dict[str, Tensor]:
         """The weights that the config's student starts from, as `DSNO.warm_start` takes them.
 
         Raises UserError if it cannot start from this teacher, and WorkError as `load` does.
         """
-        opened = self._unchanged()
         own = self.config.student.backbone == "teacher"
-        return opened.network_weights() if own else opened.warm_start()
+        return self.network_weights() if own else self._unchanged().warm_start()
 
     def forget(self) -> None:
         """Drop its weights and files from memory; `info` stays, and `load` reads them again."""

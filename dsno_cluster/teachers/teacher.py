@@ -180,12 +180,7 @@ class Teacher:
 
         device, count = self.device, len(x)
         liveness.moved()
-        if labels is None and self.null_class is not None:
-            labels = torch.full((count,), self.null_class, device=device)
-        if (labels is None) != (self.num_classes == 0):
-            raise ValueError(
-                f"this teacher has {self.num_classes} classes; labels given: {labels is not None}"
-            )
+        labels = self.labels_or_null(labels, count)
         if isinstance(t, torch.Tensor):
             t_N = t.to(device, torch.float64).expand(count)
         else:  # filled on the device: a copy from the host would be waited for
@@ -202,6 +197,21 @@ class Teacher:
                 for part in (slice(i, i + most) for i in range(0, count, most))
             ]
             return torch.cat(parts)
+
+    def labels_or_null(self, labels: Tensor | None, count: int) -> Tensor | None:
+        """The labels that `denoise` wants for so many samples: those given, or else the null class, if there is one.
+
+        Raises ValueError if labels are missing or not wanted.
+        """
+        import torch
+
+        if labels is None and self.null_class is not None:
+            labels = torch.full((count,), self.null_class, device=self.device)
+        if (labels is None) != (self.num_classes == 0):
+            raise ValueError(
+                f"this teacher has {self.num_classes} classes; labels given: {labels is not None}"
+            )
+        return labels
 
     @functools.cached_property
     def _largest(self) -> int:

@@ -14,7 +14,11 @@ from dsno_cluster.teachers.teacher import Teacher, TeacherInfo, check_schedule, 
 from dsno_cluster.weight_files import check_fit
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from dsno_cluster.networks.unet import UNet
+    from dsno_cluster.teachers.state_dict_file import Denoise
 
 
 def unet_info(path: str, description: UNetDescription, sha256: str, schedule: Any) -> TeacherInfo:
@@ -75,7 +79,6 @@ def unet_teacher(
     """
     import torch
 
-    from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
     from dsno_cluster.networks.unet import UNet
 
     network, prediction, dtype = description.network, description.prediction, getattr(torch, precision)
@@ -90,10 +93,16 @@ def unet_teacher(
     unet.load_state_dict(weights)
     unet.to(memory_format=torch.channels_last)
     unet.eval().requires_grad_(False).to(dtype)
+    return Teacher(info, denoiser(unet, prediction, dtype), unet)
+
+
+def denoiser(unet: UNet, prediction: str, dtype: torch.dtype) -> Denoise:
+    """The denoiser (x, t_N, labels) -> x0 of a U-Net whose layers are in `dtype`, on the cosine schedule."""
+    from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 
     def denoise(x: Tensor, t_N: Tensor, labels: Tensor | None) -> Tensor:
         alpha, sigma = (s.to(x.dtype)[:, None, None, None] for s in alpha_sigma(t_N))
         output = unet(x.to(dtype), logsnr(t_N).float()[:, None], labels)[:, 0].to(x.dtype)
         return clean_images(prediction, output, x, alpha, sigma)
 
-    return Teacher(info, denoise, unet)
+    return denoise
