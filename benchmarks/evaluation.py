@@ -33,8 +33,9 @@ from inception import Images, save_random_inception
 from dsno_cluster import console
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.config import Config, load_config
-from dsno_cluster.evaluation.features import Reading, file_sha256, find_all_weights, find_readings
+from dsno_cluster.evaluation.features import Reading, find_all_weights, find_readings
 from dsno_cluster.evaluation.table import INCEPTION
+from dsno_cluster.weight_files import file_sha256
 
 SIZE = 64  # pixels
 WIDTH, LOGITS = 2048, 1008
@@ -176,9 +177,9 @@ def merge_time() -> None:
 
 def memory() -> None:
     """Peak memory of the driver's part for 50 000 samples and 50 000 real images."""
-    from dsno_cluster.evaluation.image_sets import DataIdentity
     from dsno_cluster.evaluation.metrics import BlockResult, Collected, Reference, figures
     from dsno_cluster.evaluation.statistics import moments_of
+    from dsno_cluster.image_sets.image_set import DataIdentity
 
     settings = load_config(
         "configs/cifar10.yaml", ["evaluation.metrics=[fid, kid, inception_score, precision_recall]"]

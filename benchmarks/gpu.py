@@ -41,7 +41,7 @@ from dsno_cluster.cluster.rendezvous import free_ports
 from dsno_cluster.config import Config, dump_config, load_config
 from dsno_cluster.device import compute_device, device_name, give_back_memory, gpu_versions, wait_for_gpu
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
-from dsno_cluster.evaluation.features import WeightsFile, file_sha256, load_extractor
+from dsno_cluster.evaluation.features import WeightsFile, load_extractor
 from dsno_cluster.evaluation.statistics import BlockMerger, moments_of
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
@@ -53,6 +53,7 @@ from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.training.choices import accelerate
 from dsno_cluster.training.ranks import join_ranks
 from dsno_cluster.trajectories.spec import solve_samples, solve_shard, spec_of
+from dsno_cluster.weight_files import file_sha256
 
 MARKED_DEVICE = "H200"
 # images, evaluations or steps a second

@@ -6,6 +6,7 @@ cut off. Each is reported in one line that names the file.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -50,6 +51,12 @@ def disguise(head: bytes) -> str | None:
     if re.fullmatch(rb"[\t\r\n\x20-\x7e]+", head):
         return f"is text that begins with {head[:40].decode().strip()!r}; {_AGAIN}"
     return None
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def container(head: bytes) -> str:

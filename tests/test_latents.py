@@ -24,7 +24,6 @@ from dsno_cluster import load_student
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.features import file_sha256
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.look_up import check_comparison
 from dsno_cluster.evaluation.pictures import layout, pictures, solve_pictured
@@ -48,6 +47,7 @@ from dsno_cluster.teachers.decoders import Decoder, open_decoder
 from dsno_cluster.teachers.identity import GaussianIdentity
 from dsno_cluster.training.beginning import new_student
 from dsno_cluster.trajectories.spec import spec_of
+from dsno_cluster.weight_files import file_sha256
 
 PIPELINE = DATA / "dit_pipeline"
 STATE_DICT = DATA / "state_dicts/dit/weights.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -29,16 +30,17 @@ from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import features
 from dsno_cluster.evaluation.classifiers import DigitsFeatures
-from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
 from dsno_cluster.evaluation.sample_shards import SampleSpec
 from dsno_cluster.evaluation.statistics import BlockMerger, merge, moments_of
+from dsno_cluster.image_sets.image_set import open_images
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import open_storage
 from dsno_cluster.trajectories.shards import commit_manifest, make_manifest, write_shard
+from dsno_cluster.weight_files import file_sha256
 
 DIGITS_WEIGHTS = Path(package_path("package:digits-features")) / features.WEIGHT_FILE
 EVERY = "evaluation.metrics=[fid, kid, inception_score, precision_recall]"
@@ -162,7 +164,7 @@ def test_inception_is_torch_fidelitys_own(tmp_path: Path) -> None:
         *["eval", *WORDS, f"storage.root={tmp_path}", "evaluation.batch_size=30"],
         *["evaluation.kid_subset_size=50", "evaluation.feature_extractor=inception-v3-compat"],
         *[f"evaluation.weights_path={weights}", f"evaluation.reference={tmp_path / 'real.npz'}"],
-        f"evaluation.weights_sha256={features.file_sha256(weights)}",
+        f"evaluation.weights_sha256={file_sha256(weights)}",
         *["--actors", "2", "--samples", str(tmp_path / "samples.npz"), "--launcher", "local", "--json"],
         timeout=390,
     )
@@ -401,7 +403,7 @@ def test_published_weights_are_downloaded_once_and_checked(
     url, folder = server
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     content = b"weights"
-    digits = features.hashlib.sha256(content).hexdigest()[:8]
+    digits = hashlib.sha256(content).hexdigest()[:8]
     name = f"weights-{digits}.pth"
     monkeypatch.setattr(features, "published_url", lambda extractor: f"{url}/{name}")
     (folder / name).write_bytes(b"something else")

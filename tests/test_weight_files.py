@@ -27,7 +27,7 @@ from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.classifiers import DigitsFeatures
-from dsno_cluster.evaluation.features import INCEPTION, file_sha256, find_weights
+from dsno_cluster.evaluation.features import INCEPTION, find_weights
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.teachers.importing import import_weights
@@ -35,7 +35,7 @@ from dsno_cluster.training.heldout import heldout_states
 from dsno_cluster.training.objectives.losses import check_lpips_weights
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.trajectories.plan import make_plan
-from dsno_cluster.weight_files import parse_safetensors
+from dsno_cluster.weight_files import file_sha256, parse_safetensors
 
 DIGITS_TEACHER = Path(package_path("package:digits-teacher"))
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 132735322\n"

@@ -20,13 +20,13 @@ from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.features import Extractor, Readings, WeightsFile, load_extractor
-from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
 from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
 from dsno_cluster.evaluation.records import Cost
 from dsno_cluster.evaluation.sources import Block, ImageSource, MeasuredBlock, TrajectoryError
 from dsno_cluster.evaluation.statistics import moments_on_device
+from dsno_cluster.image_sets.image_set import open_images
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import urllib.request
@@ -24,7 +23,7 @@ from dsno_cluster.evaluation.classifiers import CLASSIFIERS
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.files import cache_folder, not_there, written_aside
 from dsno_cluster.model_folder import package_path
-from dsno_cluster.weight_files import HEAD, disguise, parse_weights
+from dsno_cluster.weight_files import HEAD, disguise, file_sha256, parse_weights
 
 VGG = "vgg16"
 # extractors whose weights are tensors by name; others' may hold programs
@@ -248,11 +247,6 @@ def load_extractor(weights: WeightsFile, layers: Iterable[str]) -> Extractor:
             f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
         ) from error
     return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _check_known(name: str) -> None:

@@ -20,7 +20,6 @@ from dsno_cluster.evaluation.features import (
     find_all_weights,
     find_readings,
 )
-from dsno_cluster.evaluation.image_sets import ImageSet, open_images
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.measure import ImagesOf
 from dsno_cluster.evaluation.metrics import OF_REFERENCE, check_count, fewest
@@ -34,6 +33,7 @@ from dsno_cluster.evaluation.reference import (
 from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
 from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec, known_rows
+from dsno_cluster.image_sets.image_set import ImageSet, open_images
 from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model

@@ -18,10 +18,10 @@ from dsno_cluster.config.base import Named
 from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import Reading, Readings
-from dsno_cluster.evaluation.image_sets import DataIdentity
 from dsno_cluster.evaluation.neighbours import precision_recall_on
 from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.evaluation.statistics import BlockMerger, Moments, frechet_distance
+from dsno_cluster.image_sets.image_set import DataIdentity
 
 BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
 OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images

@@ -18,8 +18,7 @@ import safetensors.numpy
 from dsno_cluster.config import Config, Evaluation, files_not_there
 from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.features import Readings, WeightsFile, check_shape, file_sha256, is_published
-from dsno_cluster.evaluation.image_sets import DataIdentity, ImageSet, open_images
+from dsno_cluster.evaluation.features import Readings, WeightsFile, check_shape, is_published
 from dsno_cluster.evaluation.metrics import (
     BY_ROW,
     OF_REFERENCE,
@@ -29,12 +28,14 @@ from dsno_cluster.evaluation.metrics import (
     check_count,
     check_width,
 )
-from dsno_cluster.evaluation.npz_file import array_names, find_images, npz_file, read_arrays
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.files import not_there
+from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet, open_images
+from dsno_cluster.image_sets.npz_file import array_names, find_images, npz_file, read_arrays
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
+from dsno_cluster.weight_files import file_sha256
 
 ENOUGH = 10_000  # images; the FID of fewer is far above that of 50 000, and such figures are not published
 ALIKE = 1e-3  # by how much of its largest number a stored covariance may miss being one

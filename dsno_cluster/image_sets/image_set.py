@@ -28,13 +28,13 @@ from dsno_cluster.config import DataConfig
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.features import file_sha256
-from dsno_cluster.evaluation.npz_file import IMAGES, array_names, find_images, npz_file, read_arrays
-from dsno_cluster.evaluation.picture_files import PICTURES, READING, find_pictures, read_picture
 from dsno_cluster.files import not_there, shown_path
+from dsno_cluster.image_sets.npz_file import IMAGES, array_names, find_images, npz_file, read_arrays
+from dsno_cluster.image_sets.picture_files import PICTURES, READING, find_pictures, read_picture
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, read_shard
+from dsno_cluster.weight_files import file_sha256
 
 READERS = 4  # pictures decoded at a time
 
