@@ -23,7 +23,8 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.metrics import Reference, fid
 from dsno_cluster.evaluation.reference import imported
 from dsno_cluster.evaluation.statistics import moments_of
-from dsno_cluster.image_sets.image_set import DataIdentity, open_images
+from dsno_cluster.image_sets.image_set import DataIdentity
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.images import to_uint8
 
 SIZE = 16

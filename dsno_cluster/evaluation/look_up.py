@@ -33,7 +33,8 @@ from dsno_cluster.evaluation.reference import (
 from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
 from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec, known_rows
-from dsno_cluster.image_sets.image_set import ImageSet, open_images
+from dsno_cluster.image_sets.image_set import ImageSet
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
@@ -277,7 +278,7 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
     readings = {
         metric: reading
         for metric, reading in find_readings(settings).items()
-        if metric != "agreement" or images.labels is not None
+        if metric != "agreement" or images.labels_at is not None
     }
     if not readings:
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} needs only images")

@@ -31,8 +31,9 @@ from dsno_cluster.evaluation.metrics import (
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.evaluation.table import INCEPTION
 from dsno_cluster.files import not_there
-from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet, open_images
+from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet
 from dsno_cluster.image_sets.npz_file import array_names, find_images, npz_file, read_arrays
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
 from dsno_cluster.weight_files import file_sha256
