@@ -13,6 +13,7 @@ from dsno_cluster import console
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.files import shown_path
 
+Shape = tuple[int, int, int]  # (C, H, W)
 Rows = Callable[[Sequence[int]], Tensor]  # the rows of these indices, in their order
 
 
@@ -35,15 +36,18 @@ class ImageSet:
     """`count` images uint8 (C, H, W) of one shape: `at` gives those of some indices, `labels_at` their classes (N,) int64.
 
     `labels_at` is None if the classes are not known. `note`: which files of a folder were left out, if any were.
+    With `dtype` float32 they are states of a model, latents for example, which are no images.
     """
 
     address: str
     count: int
-    shape: tuple[int, int, int]
+    shape: Shape
     identify: Callable[[], DataIdentity]
     at: Rows
     labels_at: Rows | None = None
     note: str | None = None
+    dtype: torch.dtype = torch.uint8
+    classes_in: str = "its manifest"  # where their classes are looked for
 
     def read(self, start: int, stop: int) -> Tensor:
         """Images [start, stop)."""
@@ -69,7 +73,12 @@ def rows_of(rows: Tensor) -> Rows:
     return lambda indices: rows[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-def shape_of(image: Tensor) -> tuple[int, int, int]:
+def among(rows: Rows, chosen: Tensor) -> Rows:
+    """The rows of the `chosen` indices, numbered anew."""
+    return lambda indices: rows(chosen[torch.as_tensor(indices, dtype=torch.int64)].tolist())
+
+
+def shape_of(image: Tensor) -> Shape:
     """(C, H, W) of an image."""
     channels, height, width = image.shape
     return int(channels), int(height), int(width)
