@@ -177,9 +177,9 @@ def merge_time() -> None:
 
 def memory() -> None:
     """Peak memory of the driver's part for 50 000 samples and 50 000 real images."""
-    from dsno_cluster.evaluation.image_sets import DataIdentity
     from dsno_cluster.evaluation.metrics import BlockResult, Collected, Reference, figures
     from dsno_cluster.features.statistics import moments_of
+    from dsno_cluster.image_sets.image_set import DataIdentity
 
     settings = load_config(
         "configs/cifar10.yaml", ["evaluation.metrics=[fid, kid, inception_score, precision_recall]"]

@@ -122,7 +122,7 @@ def _find_evaluated(config: Config, options: EvaluationOptions) -> tuple[str, Co
     """A description of what is evaluated, and its teacher. Raises UserError if it does not exist."""
     samples = config.evaluation.num_samples
     if options.samples is not None:
-        from dsno_cluster.evaluation.image_sets import open_images
+        from dsno_cluster.image_sets.opening import open_images
 
         images = open_images(options.samples, config.storage.endpoint_url, config.data)
         note = f" ({images.note})" if images.note else ""

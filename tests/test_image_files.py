@@ -20,10 +20,11 @@ from tiny import answer
 from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.image_sets import DataIdentity, open_images
 from dsno_cluster.evaluation.metrics import Reference, fid
 from dsno_cluster.evaluation.reference import imported
 from dsno_cluster.features.statistics import moments_of
+from dsno_cluster.image_sets.image_set import DataIdentity
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.images import to_uint8
 
 SIZE = 16

@@ -146,6 +146,33 @@ def test_scales_of_latents(form: str, own_vae: Path) -> None:
     assert (found - EXPECTED["decoded"]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("form", ["shift", "by channel"])
+def test_encoding_is_the_inverse_of_decoding(
+    form: str, own_vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A latent is diffusers' posterior mean, scaled as its image-to-image pipelines do: StableDiffusion3's for a shift,
+    StableDiffusionXL's by channel. Decoded, it gives diffusers' own reconstruction."""
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.4]), torch.tensor([1.5, 0.5, 2.0, 1.0])
+    values: dict[str, Any] = {"scaling_factor": 0.36, "shift_factor": 0.12}
+    if form == "by channel":
+        values = {"scaling_factor": 0.7, "latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    rewritten(own_vae, **values)
+    vae = diffusers.AutoencoderKL.from_pretrained(own_vae).eval()
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+        reconstructed = vae.decode(posterior.mean).sample
+    expected = (posterior.mean - 0.12) * 0.36
+    if form == "by channel":
+        expected = (posterior.mean - mean[:, None, None]) * 0.7 / std[:, None, None]
+    decoder = open_decoder(str(own_vae), None, 4, "x")
+    monkeypatch.setattr(decoders, "MOST_ELEMENTS", 2 * 8 * 32 * 32)  # two images at a time
+    latents = decoder.load_encoder()(images)
+    assert latents.shape == (3, 4, 8, 8)
+    assert torch.allclose(latents, expected, atol=1e-5)
+    assert torch.allclose(decoder.load()(latents), reconstructed, atol=1e-4)
+
+
 def test_latents_of_any_sides_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded one after the other if more do not fit, with the same images."""
     decoder = decoder_of(PIPELINE)

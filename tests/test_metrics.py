@@ -28,7 +28,6 @@ from training_runs import train
 from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.metrics import check_width
 from dsno_cluster.evaluation.reference import find_real_data
 from dsno_cluster.evaluation.sample_shards import SampleSpec
@@ -45,6 +44,7 @@ from dsno_cluster.features.extractors import (
 )
 from dsno_cluster.features.statistics import BlockMerger, merge, moments_of
 from dsno_cluster.files import file_sha256
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.images import to_uint8
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import NOWHERE
@@ -222,7 +222,7 @@ def test_images_are_read_from_wherever_they_are(tmp_path: Path) -> None:
         assert images.count == 5 and images.shape == (3, 6, 6), name
         assert torch.equal(images.read(0, 5), pixels) and torch.equal(images.read(3, 5), pixels[3:]), name
     assert len({images.identity.model_dump_json() for images in found.values()}) == 4
-    known = {name: images.labels and images.labels(2, 4).tolist() for name, images in found.items()}
+    known = {name: images.labels_at and images.labels_at([2, 3]).tolist() for name, images in found.items()}
     assert known == {"ours.npz": [2, 3], "adm.npz": None, "small.npz": None, "pictures": None}
     Image.fromarray(rows[0][:4]).save(tmp_path / "pictures/1/9.png")
     with pytest.raises(UserError, match=r"9\.png: is \(3, 4, 6\)"):

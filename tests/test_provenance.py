@@ -10,11 +10,11 @@ import torch
 from dsno_cluster import device
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.image_sets import DataIdentity
 from dsno_cluster.evaluation.look_up import ImagesComparison
 from dsno_cluster.evaluation.measure import Surroundings
 from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.evaluation.store import store_images
+from dsno_cluster.image_sets.image_set import DataIdentity
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.records import read_record
 from dsno_cluster.storage import open_storage

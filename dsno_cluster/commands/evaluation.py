@@ -57,7 +57,7 @@ def _samples(arguments: Arguments, config: Config) -> str | None:
     """The address of --samples, for a job that may start in another folder. Raises UserError if there are no images."""
     if not arguments.options.samples:
         return None
-    from dsno_cluster.evaluation.image_sets import open_images
+    from dsno_cluster.image_sets.opening import open_images
 
     return open_images(arguments.options.samples, config.storage.endpoint_url, config.data).address
 

@@ -95,7 +95,7 @@ def evaluated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         metavar="ADDRESS",
-        help="measure existing images instead of a student's: sample shards, a folder of pictures, an .npz batch",
+        help="measure existing images instead of a student's: sample shards, a folder of pictures, .tar shards, an .npz batch",
     )
     parser.add_argument(
         "--watch",

@@ -28,9 +28,8 @@ def train_teacher(arguments: Arguments) -> None:
     config = arguments.config()
     if arguments.options.dry_run:
         settings = config.teacher_training
-        print(
-            f"would train a teacher on {config.data.name} for {settings.steps} steps of batch {settings.batch_size}"
-        )
+        data = config.data.name or config.data.images
+        print(f"would train a teacher on {data} for {settings.steps} steps of batch {settings.batch_size}")
         return
     from dsno_cluster import console
     from dsno_cluster.training import train_teacher as training

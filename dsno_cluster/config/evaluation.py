@@ -70,9 +70,8 @@ class Evaluation(Named):
     neighborhood: PositiveInt = Field(3, description="nearest neighbours that precision and recall look at")
     metric_seed: Seed = Field(2020, description="determines KID's subsets and the Inception Score's parts")
     reference: ReferencePath = Field(
-        description="the real data: 'data' for that of data.name, an .npz with mu and sigma (EDM, ADM, pytorch-fid), or "
-        "images: "
-        "a folder, sample shards, an .npz batch"
+        description="the real data: 'data' for that of data.name or data.images, an .npz with mu and sigma (EDM, ADM, "
+        "pytorch-fid), or images: a folder, sample shards, an .npz batch"
     )
     reference_count: PositiveInt | None = Field(
         None,

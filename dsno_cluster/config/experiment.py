@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
 from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
-from dsno_cluster.config.paths import LocalPath
+from dsno_cluster.config.paths import ImagesPath, LocalPath
 from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
@@ -39,7 +39,7 @@ class DataConfig(Strict):
     name: Literal["digits", "mnist"] | None = Field(
         None,
         description="the real images, for `train-teacher` and as the reference of the evaluation: scikit-learn's digits of 8x8, "
-        "MNIST at 32x32; null: none",
+        "MNIST at 32x32; null: none, or those of data.images",
     )
     path: LocalPath | None = Field(
         None,
@@ -47,8 +47,16 @@ class DataConfig(Strict):
         "downloaded once, to ~/.cache/dsno-cluster/data",
     )
 
+    images: ImagesPath | None = Field(
+        None,
+        description="real images of one's own, in place of data.name: a folder of pictures, an .npz, or WebDataset .tar shards "
+        "(a folder of them, or a name with `*` and `{000..146}`); on a disk or s3://; see docs/training.md",
+    )
+
     @model_validator(mode="after")
     def _fits_together(self) -> DataConfig:
+        if self.images is not None and self.name is not None:
+            raise ValueError(f"images takes the place of name={self.name}; set one of the two to null")
         if self.path is not None and self.name != "mnist":
             raise ValueError("path is for name=mnist; the other images are not made of files")
         return self
@@ -138,8 +146,8 @@ class Config(Strict):
             self.network.state_channels != 3 or min(self.network.sides) < 16
         ):
             raise ValueError("training.loss lpips needs colour images of 16x16 or more")
-        if self.evaluation.reference == "data" and self.data.name is None:
-            raise ValueError("evaluation.reference data needs data.name")
+        if self.evaluation.reference == "data" and self.data.name is None and self.data.images is None:
+            raise ValueError("evaluation.reference data needs data.name or data.images")
         return self
 
     def _check_guidance(self) -> None:

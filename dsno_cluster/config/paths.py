@@ -78,6 +78,9 @@ TeacherPath = Annotated[str, AfterValidator(_teacher)]
 ReferencePath = Annotated[str, AfterValidator(_reference)]
 """Files, a folder or an address; or one of NAMED_IMAGES."""
 
+ImagesPath = Annotated[str, AfterValidator(resolved)]
+"""A file, a folder or an address; a name of tars may have `*`, `?`, `{a,b}` and `{000..146}` in it."""
+
 NodePath = Annotated[str, AfterValidator(_node_path)]
 """A folder whose `$VARIABLES` belong to the node that uses it: they are expanded only by `on_this_node`."""
 

@@ -19,7 +19,6 @@ from dsno_cluster.config import Config
 from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
-from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
 from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
@@ -27,6 +26,7 @@ from dsno_cluster.evaluation.records import Cost
 from dsno_cluster.evaluation.sources import Block, ImageSource, MeasuredBlock, TrajectoryError
 from dsno_cluster.features.extractors import Extractor, Readings, WeightsFile, load_extractor
 from dsno_cluster.features.statistics import moments_on_device
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
@@ -150,7 +150,7 @@ class EvaluationActor(PoolActor):
         source, size = block.source, self.config.evaluation.batch_size
         if source.kind == "images":
             found = self.images(source.address)
-            known = found.labels and found.labels(block.start, block.stop)
+            known = found.labels(block.start, block.stop)
             return [Images(block.start, found.read(block.start, block.stop), known)], []
         batches, keeping = [], []
         for start in range(block.start, block.stop, size):

@@ -15,7 +15,6 @@ import torch
 from dsno_cluster import console
 from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
 from dsno_cluster.config import Config
-from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.look_up import (
     Comparison,
     ImagesComparison,
@@ -29,6 +28,7 @@ from dsno_cluster.evaluation.records import Figures, HeldOut, ImagesMetrics, Met
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT
 from dsno_cluster.evaluation.store import Findings, say_replaced, store, store_images
 from dsno_cluster.evaluation.teacher_rows import keep_row
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.trajectories.generate import kernels_folder, say_compiling
 
 
@@ -65,7 +65,7 @@ def decided(config: Config) -> Config:
 
 
 def evaluate_images(config: Config, address: str, crew: Crew = ANY_CREW) -> ImagesMetrics:
-    """Measure the images at `address` (see `image_sets`) by the config's metrics, without sampling.
+    """Measure the images at `address` (see `image_sets.opening`) by the config's metrics, without sampling.
 
     Writes `<storage.root>/evaluation/<name>/samples-<hash of the images>.json`; returns its content. Raises UserError
     without images, weights or reference.

@@ -13,7 +13,6 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.actor import StudentAtWork
-from dsno_cluster.evaluation.image_sets import ImageSet, open_images
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.measure import ImagesOf
 from dsno_cluster.evaluation.metrics import OF_REFERENCE, check_count, fewest
@@ -34,6 +33,8 @@ from dsno_cluster.features.extractors import (
     find_all_weights,
     find_readings,
 )
+from dsno_cluster.image_sets.image_set import ImageSet
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.model_folder import find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
@@ -277,7 +278,7 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
     readings = {
         metric: reading
         for metric, reading in find_readings(settings).items()
-        if metric != "agreement" or images.labels is not None
+        if metric != "agreement" or images.labels_at is not None
     }
     if not readings:
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} needs only images")

@@ -17,11 +17,11 @@ from dsno_cluster.config import Evaluation
 from dsno_cluster.config.base import Named
 from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.image_sets import DataIdentity
 from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.features.extractors import Reading, Readings
 from dsno_cluster.features.neighbours import precision_recall_on
 from dsno_cluster.features.statistics import BlockMerger, Moments, distance_from
+from dsno_cluster.image_sets.image_set import DataIdentity
 
 BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
 OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images

@@ -18,7 +18,6 @@ import safetensors.numpy
 from dsno_cluster.config import Config, Evaluation, files_not_there
 from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.image_sets import DataIdentity, ImageSet, open_images
 from dsno_cluster.evaluation.metrics import (
     BY_ROW,
     OF_REFERENCE,
@@ -28,11 +27,13 @@ from dsno_cluster.evaluation.metrics import (
     check_count,
     check_width,
 )
-from dsno_cluster.evaluation.npz_file import array_names, find_images, npz_file, read_arrays
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.extractors import Readings, WeightsFile, check_shape, is_published
 from dsno_cluster.files import file_sha256, not_there
+from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet
+from dsno_cluster.image_sets.npz_file import array_names, find_images, npz_file, read_arrays
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
 

@@ -12,11 +12,11 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.image_sets import DataIdentity
 from dsno_cluster.evaluation.metrics import ReferenceParts
 from dsno_cluster.evaluation.records import TeacherRow, rewrite
 from dsno_cluster.evaluation.reference import RealData
 from dsno_cluster.features.extractors import Readings, WeightsFile
+from dsno_cluster.image_sets.image_set import DataIdentity
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record

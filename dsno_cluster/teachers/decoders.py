@@ -1,7 +1,7 @@
 """How states become images: they are images, or latents that an autoencoder decodes (AutoencoderKL of diffusers).
 
-A decoder is found without its weights (`Decoder`); `load` reads them. What a state is, and what decodes it, is one record,
-`States`, which whoever draws or measures images asks.
+A decoder is found without its weights (`Decoder`); `load` reads them, and `load_encoder` those of the way back. What a
+state is, and what decodes it, is one record, `States`, which whoever draws or measures images asks.
 """
 
 from __future__ import annotations
@@ -107,6 +107,27 @@ class Decoder:
         """
         import torch
 
+        network = self._autoencoder()
+        network.encoder = network.quant_conv = None  # nothing is encoded
+        network.to(device or torch.device("cpu"))
+        for (
+            parameter
+        ) in network.parameters():  # not network.to(dtype), whose warnings do not apply to this model
+            parameter.data = parameter.data.to(getattr(torch, precision))
+        if device is not None and device.type == "cuda":
+            network.to(memory_format=torch.channels_last)
+        return LoadedDecoder(self, network, precision)
+
+    def load_encoder(self, device: torch.device | None = None) -> LoadedEncoder:
+        """The encoder of the same autoencoder on `device` (default: the CPU), in float32. Raises as `load` does."""
+        import torch
+
+        network = self._autoencoder()
+        network.decoder = network.post_quant_conv = None  # nothing is decoded
+        return LoadedEncoder(self, network.to(device or torch.device("cpu")))
+
+    def _autoencoder(self) -> Any:
+        """diffusers' autoencoder with its weights, which are not trained."""
         from dsno_cluster.networks.diffusers_backbone import autoencoder_model
         from dsno_cluster.teachers.diffusers_networks import fitting_weights
 
@@ -115,15 +136,20 @@ class Decoder:
             raise WorkError(f"{self.folder}: the decoder's weights have changed since this command began")
         network = autoencoder_model(self.config, self.folder)
         network.load_state_dict(fitting_weights(network, weights.tensors(self.folder), self.folder))
-        network.encoder = network.quant_conv = None  # nothing is encoded
-        network.eval().requires_grad_(False).to(device or torch.device("cpu"))
-        for (
-            parameter
-        ) in network.parameters():  # not network.to(dtype), whose warnings do not apply to this model
-            parameter.data = parameter.data.to(getattr(torch, precision))
-        if device is not None and device.type == "cuda":
-            network.to(memory_format=torch.channels_last)
-        return LoadedDecoder(self, network, precision)
+        return network.eval().requires_grad_(False)
+
+    def scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How a latent becomes what the autoencoder decodes: latent * scale + shift, each (C, 1, 1) or (1, 1, 1)."""
+        import torch
+
+        def by_channel(values: tuple[float, ...] | None, otherwise: float) -> Tensor:
+            return torch.tensor(values or (otherwise,), device=device)[:, None, None]
+
+        return by_channel(self.std, 1.0) / self.scaling_factor, by_channel(self.mean, 0.0) + self.shift_factor
+
+    def at_a_time(self, pixels: int) -> int:
+        """How many images of so many `pixels` its networks take, whose largest tensor is of the images' size."""
+        return max(1, MOST_ELEMENTS // (max(_widths(self.config)[:2]) * pixels))
 
 
 @dataclass(frozen=True)
@@ -144,25 +170,40 @@ class LoadedDecoder:
         """The images of so few latents at a time that the decoder's largest tensor stays below `MOST_ELEMENTS`."""
         import torch
 
-        decoder = self.decoder
         parameter = next(self.network.parameters())
-
-        def by_channel(values: tuple[float, ...] | None, otherwise: float) -> Tensor:
-            return torch.tensor(values or (otherwise,), device=parameter.device)[:, None, None]
-
-        factor = by_channel(decoder.std, 1.0) / decoder.scaling_factor
-        shift = by_channel(decoder.mean, 0.0) + decoder.shift_factor
+        scale, shift = self.decoder.scale_and_shift(parameter.device)
+        pixels = latents_NCHW.shape[-2] * latents_NCHW.shape[-1] * self.decoder.factor**2
         with torch.no_grad():
-            for part in latents_NCHW.split(self._at_a_time(latents_NCHW)):
-                scaled = part.to(parameter.device, torch.float32) * factor + shift
+            for part in latents_NCHW.split(self.decoder.at_a_time(pixels)):
+                scaled = part.to(parameter.device, torch.float32) * scale + shift
                 image = self.network.decode(scaled.to(parameter.dtype), return_dict=False)[0]
                 yield image.float().to(latents_NCHW.device)
 
-    def _at_a_time(self, latents_NCHW: Tensor) -> int:
-        """The largest tensor of a decoder is the input of its last level, at the image's size."""
-        widths = _widths(self.decoder.config)
-        pixels = latents_NCHW.shape[-2] * latents_NCHW.shape[-1] * self.decoder.factor**2
-        return max(1, MOST_ELEMENTS // (max(widths[:2]) * pixels))
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """The encoder of an autoencoder with its weights: images (N, C, H, W) in [-1, 1] give latents (N, C, h, w) float32.
+
+    A latent is the mean of the posterior, not a draw from it, and scaled so that decoding is its inverse:
+    (z - mean - shift_factor) * scaling_factor / std, as the image-to-image pipelines of diffusers encode.
+    """
+
+    decoder: Decoder
+    network: Any
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        """The latents, on the device of the images; some images at a time, as for decoding."""
+        import torch
+
+        device = next(self.network.parameters()).device
+        scale, shift = self.decoder.scale_and_shift(device)
+        pixels = images_NCHW.shape[-2] * images_NCHW.shape[-1]
+        found = []
+        with torch.no_grad():
+            for part in images_NCHW.split(self.decoder.at_a_time(pixels)):
+                posterior = self.network.encode(part.to(device, torch.float32), return_dict=False)[0]
+                found.append(((posterior.mode() - shift) / scale).to(images_NCHW.device))
+        return torch.cat(found)
 
 
 @dataclass(frozen=True)

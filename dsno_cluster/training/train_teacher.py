@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import time
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dsno_cluster import console
 from dsno_cluster.config import Config, Network, TeacherTraining, dump_config, validate
-from dsno_cluster.config.base import Strict
-from dsno_cluster.data import DATA_SETS, Split, load_data
+from dsno_cluster.config.base import Named, later
+from dsno_cluster.data import DATA_SETS, Split
 from dsno_cluster.device import allow_tf32, compute_device
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
@@ -24,21 +25,28 @@ from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.optim import ema_decay_at, learning_rate
 from dsno_cluster.training.ownership import only_run, teacher_claim
+from dsno_cluster.training.real_images import RealImages, real_images
 from dsno_cluster.weight_files import NotWeights, parse_torch
 
+OF_RUN = ("seed", "network", "images")  # what identifies a run besides the keys of teacher_training
+MOST_BYTES = 2**32  # of the images, which are kept on the device
 SHOWN_EVERY = 10  # steps: to show the loss, a GPU must be waited for
 
 
-class TeacherRun(Strict):
-    """The values that identify a run: if one differs, the resume state must not be continued."""
+class TeacherRun(Named):
+    """The values that identify a run: if one differs, the resume state must not be continued.
+
+    `images` is the identity of those of `data.images`; None for data that has a name.
+    """
 
     seed: int
     network: Network
     training: TeacherTraining
+    images: str | None = later(None)
 
     def differing(self, other: TeacherRun) -> list[str]:
         """The keys of the config in which two runs differ."""
-        found = [key for key in ("seed", "network") if getattr(self, key) != getattr(other, key)]
+        found = [key for key in OF_RUN if getattr(self, key) != getattr(other, key)]
         of_training = TeacherTraining.model_fields
         found += [k for k in of_training if getattr(self.training, k) != getattr(other.training, k)]
         return sorted(found)
@@ -50,30 +58,36 @@ def train_teacher(config: Config, command: str) -> str:
     An interrupted run is continued. Raises UserError if the config names no data, its shape is not the network's, or the
     name belongs to another training, and WorkError if another process continues the same one.
     """
-    data = _checked_data(config)
+    real = _checked_images(config)
     with only_run(config.run_dir / "teachers", f".{config.name}.lock"):
-        return _train(config, data, command)
+        return _train(config, real, command)
 
 
-def _train(config: Config, data: Split, command: str) -> str:
+def _train(config: Config, real: RealImages, command: str) -> str:
     """`train_teacher` on checked data, undisturbed."""
     network, settings = config.network, config.teacher_training
     folder = f"teachers/{config.name}/"
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    claim = teacher_claim(config, canonical_hash(_run(config).model_dump(mode="json")), storage)
+    run = TeacherRun(
+        seed=config.seed,
+        network=network,
+        training=settings,
+        images=None if config.data.images is None else real.identity,
+    )
+    claim = teacher_claim(config, canonical_hash(run.model_dump(mode="json")), storage)
     claim.hold()
     # beside the model's folder, which appears complete
     resume, resume_key = FolderStorage(config.run_dir), f"teachers/{config.name}-resume.pt"
     device = compute_device()
     allow_tf32(settings.precision == "tf32")
-    data = Split(data.images.to(device), data.labels.to(device))
+    data = _on_device(real, device)
     torch.manual_seed(config.seed)
     unet = UNet(network).to(device)
     ema = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     optimizer = torch.optim.Adam(unet.parameters())
     start, seconds = 0, 0.0
     with contextlib.suppress(MissingObject):
-        start, seconds = _load_resume_state(config, resume, resume_key, unet, optimizer, ema)
+        start, seconds = _load_resume_state(run, resume, resume_key, unet, optimizer, ema)
 
     parameters = sum(p.numel() for p in unet.parameters())
     console.say(
@@ -96,7 +110,7 @@ def _train(config: Config, data: Split, command: str) -> str:
                 advance(step + 1 - shown, loss=float(loss.detach()))
                 shown = step + 1
             if (step + 1) % settings.checkpoint_every == 0 and step + 1 < settings.steps:
-                state = _resume_state(config, unet, optimizer, ema, step + 1, time.perf_counter() - began)
+                state = _resume_state(run, unet, optimizer, ema, step + 1, time.perf_counter() - began)
                 resume.write(resume_key, state)
 
     about = AboutModel(
@@ -113,22 +127,31 @@ def _train(config: Config, data: Split, command: str) -> str:
     return f"{storage.url}/{folder.rstrip('/')}"
 
 
-def _checked_data(config: Config) -> Split:
-    """The images to train on. Raises UserError if they are not those of the config's network."""
-    if config.data.name is None:
-        raise UserError(f"data.name: train-teacher needs real images, of: {', '.join(DATA_SETS)}")
-    name, of_data, network = config.data.name, DATA_SETS[config.data.name], config.network
-    if of_data.shape != network.state_shape:
-        theirs, ours = ("x".join(map(str, shape)) for shape in (of_data.shape, network.state_shape))
-        raise UserError(f"network: images of {name} are {theirs}, the network's {ours}")
-    if network.num_classes not in (0, of_data.num_classes):
-        raise UserError(
-            f"network.num_classes: {name} has {of_data.num_classes} classes, the network {network.num_classes}"
-        )
-    if config.teacher_training.label_dropout and not network.null_class:
+def _checked_images(config: Config) -> RealImages:
+    """The images to train on. Raises UserError if they are not those of the config's network, or too many to keep."""
+    if config.teacher_training.label_dropout and not config.network.null_class:
         raise UserError("teacher_training.label_dropout: needs network.null_class true, or set it to 0")
-    train, _ = load_data(name, config.data.path)
-    return train
+    real = real_images(config)
+    if real is None:
+        raise UserError(
+            f"data.name: train-teacher needs real images, of: {', '.join(DATA_SETS)}; or name your own in data.images"
+        )
+    size = 4 * math.prod(config.network.state_shape)
+    if real.count * size > MOST_BYTES:
+        raise UserError(
+            f"data.images: {real.count} images are too many for train-teacher, which keeps at most {MOST_BYTES // size} of them"
+        )
+    return real
+
+
+def _on_device(real: RealImages, device: torch.device) -> Split:
+    """All training images and their classes, which are 0 if the network has none."""
+    every = range(real.count)
+    labels = real.labels(every)
+    return Split(
+        real.states(every).to(device),
+        (torch.zeros(real.count, dtype=torch.int64) if labels is None else labels).to(device),
+    )
 
 
 def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
@@ -159,20 +182,16 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-def _run(config: Config) -> TeacherRun:
-    return TeacherRun(seed=config.seed, network=config.network, training=config.teacher_training)
-
-
 def _saved_run(settings: Values, where: str) -> TeacherRun:
     """The run of a resume state, whose settings are in one mapping."""
-    parts = {key: settings[key] for key in ("seed", "network")}
+    parts = {key: settings[key] for key in OF_RUN if key in settings}
     return validate(
         TeacherRun, {**parts, "training": {k: v for k, v in settings.items() if k not in parts}}, where
     )
 
 
 def _load_resume_state(
-    config: Config,
+    run: TeacherRun,
     resume: FolderStorage,
     key: str,
     unet: UNet,
@@ -188,7 +207,7 @@ def _load_resume_state(
         state = parse_torch(resume.read(key), where)
     except NotWeights as error:
         raise UserError(f"{error}; delete that file to begin anew") from None
-    if changed := _run(config).differing(_saved_run(state["settings"], where)):
+    if changed := run.differing(_saved_run(state["settings"], where)):
         raise UserError(
             f"{where}: an unfinished run with another {', '.join(changed)}; "
             "go back to those values, choose another name=, or delete that file"
@@ -200,15 +219,15 @@ def _load_resume_state(
 
 
 def _resume_state(
-    config: Config,
+    run: TeacherRun,
     unet: UNet,
     optimizer: torch.optim.Optimizer,
     ema: dict[str, Tensor],
     step: int,
     seconds: float,
 ) -> bytes:
-    run = _run(config)
-    settings = {"seed": run.seed, "network": run.network.model_dump(mode="json"), **run.training.model_dump()}
+    values = run.model_dump(mode="json")
+    settings = {**values.pop("training"), **values}
     buffer = io.BytesIO()
     state = {"model": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
     torch.save({**state, "step": step, "seconds": seconds, "settings": settings}, buffer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster.errors import said_by
@@ -70,49 +71,74 @@ def _saved(tensor: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-class TarPart:
-    """An open tar. Only regular members are read, into memory; nothing is unpacked to the disk.
+TarSamples = list[tuple[str, dict[str, tarfile.TarInfo]]]  # key, and members by the end of their names
+
+
+def open_tar(file: PartFile, where: str, kinds: Collection[str]) -> tuple[tarfile.TarFile, TarSamples]:
+    """A tar and its samples in order, each with its members KEY.KIND of these `kinds`.
 
     Raises BadPart for a tar that is damaged or cut off, and for members whose names or kinds no WebDataset has.
     """
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed with its file)
+        for member in tar:
+            _note(member, found, kinds, where)
+        _check_end(tar, file, where)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        raise BadPart(f"{where}: is cut off, or not a tar: {said_by('tarfile', error)}") from None
+    return tar, [(key, members) for key, members in found.items() if members]
+
+
+def _note(
+    member: tarfile.TarInfo,
+    found: dict[str, dict[str, tarfile.TarInfo]],
+    kinds: Collection[str],
+    tar: str,
+) -> None:
+    name, where = member.name, f"{tar}: {member.name[:100]}"
+    if name.startswith("/") or ".." in name.split("/"):
+        raise BadPart(f"{where}: a name that leads out of the archive; no WebDataset has one")
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        raise BadPart(f"{where}: is a link, a device or a sparse file; no WebDataset has one")
+    folder, _, base = name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    members = found.setdefault(f"{folder}/{stem}", {})
+    if kind not in kinds:
+        return
+    if kind in members:
+        raise BadPart(f"{where}: occurs twice")
+    members[kind] = member
+
+
+def _check_end(tar: tarfile.TarFile, file: PartFile, where: str) -> None:
+    """A tar that is cut off between two members looks whole, except that its end mark is missing."""
+    file.seek(tar.offset)
+    mark = file.read(_BLOCK)
+    if len(mark) < _BLOCK or mark.strip(b"\0"):
+        raise BadPart(f"{where}: is cut off: the end mark of a tar is missing")
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> bytes:
+    """The bytes of a regular member. Raises BadPart."""
+    file = tar.extractfile(member)
+    assert file is not None  # it is a regular one
+    try:
+        return file.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise BadPart(f"{where}: {member.name}: cannot be read: {said_by('tarfile', error)}") from None
+
+
+class TarPart:
+    """An open tar. Only regular members are read, into memory; nothing is unpacked to the disk. Raises as `open_tar`."""
 
     def __init__(self, file: PartFile, where: str) -> None:
-        self.where, self.samples = where, list[tuple[str, dict[str, tarfile.TarInfo]]]()
-        found: dict[str, dict[str, tarfile.TarInfo]] = {}
-        try:
-            self.tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed with its file)
-            for member in self.tar:
-                self._note(member, found)
-            self._check_end(file)
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-            raise BadPart(f"{where}: is cut off, or not a tar: {said_by('tarfile', error)}") from None
-        self.samples = [(key, members) for key, members in found.items() if members]
+        self.where = where
+        self.tar, self.samples = open_tar(file, where, _READ)
         if not self.samples:
             raise BadPart(f"{where}: holds no sample with {', '.join(_TENSORS[:3])}")
-
-    def _note(self, member: tarfile.TarInfo, found: dict[str, dict[str, tarfile.TarInfo]]) -> None:
-        name, where = member.name, f"{self.where}: {member.name[:100]}"
-        if name.startswith("/") or ".." in name.split("/"):
-            raise BadPart(f"{where}: a name that leads out of the archive; no WebDataset has one")
-        if member.isdir():
-            return
-        if not member.isreg() or member.issparse():
-            raise BadPart(f"{where}: is a link, a device or a sparse file; no WebDataset has one")
-        folder, _, base = name.rpartition("/")
-        stem, _, kind = base.partition(".")
-        members = found.setdefault(f"{folder}/{stem}", {})
-        if kind not in _READ:
-            return
-        if kind in members:
-            raise BadPart(f"{where}: occurs twice")
-        members[kind] = member
-
-    def _check_end(self, file: PartFile) -> None:
-        """A tar that is cut off between two members looks whole, except that its end mark is missing."""
-        file.seek(self.tar.offset)
-        mark = file.read(_BLOCK)
-        if len(mark) < _BLOCK or mark.strip(b"\0"):
-            raise BadPart(f"{self.where}: is cut off: the end mark of a tar is missing")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -128,27 +154,17 @@ class TarPart:
             (None, None) if condition is None else class_of(condition, f"{where}.txt_emb.pth")
         )
         if "cls" in members:
-            number = class_number(self._bytes(members["cls"]), f"{where}.cls")
+            number = class_number(read_member(self.tar, members["cls"], self.where), f"{where}.cls")
             if label is not None and label != number:
                 raise BadPart(f"{where}: txt_emb.pth says class {label}, cls says {number}")
             label = number
         path, noise, latent = (tensors.get(name) for name in _TENSORS[:3])
         return ForeignSample(where, path, noise, latent, label, num_classes)
 
-    def _bytes(self, member: tarfile.TarInfo) -> bytes:
-        file = self.tar.extractfile(member)
-        assert file is not None  # it is a regular one
-        try:
-            return file.read()
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise BadPart(
-                f"{self.where}: {member.name}: cannot be read: {said_by('tarfile', error)}"
-            ) from None
-
     def _tensor(self, member: tarfile.TarInfo, where: str) -> Tensor:
         import torch
 
-        data = self._bytes(member)
+        data = read_member(self.tar, member, self.where)
         if zipfile.is_zipfile(io.BytesIO(data)) and (unpacked := _unpacked(data, where)) > len(data):
             raise BadPart(
                 f"{where}: unpacks to {unpacked:,} bytes from {len(data):,}; torch.save does not compress"

@@ -7,7 +7,7 @@ no figure may depend on a background or a colour profile that nobody chose.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import struct
 import warnings
@@ -43,9 +43,13 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class FoundPictures:
-    """The pictures of a folder, and how many of its files were left out, by reason."""
+    """The pictures of a folder, and how many of its files were left out, by reason.
+
+    `names` are their paths below the folder as they were found, which differ from `files` if there are links.
+    """
 
     files: tuple[Path, ...]
+    names: tuple[str, ...]
     left_out: dict[str, int]
 
     @property
@@ -62,14 +66,12 @@ def find_pictures(folder: Path) -> FoundPictures:
 
     Raises UserError for a folder that cannot be listed.
     """
-    # in whatever thread a picture is read: a bomb is an error, and what is damaged is said by us
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+    refuse_bombs()
 
     def unlisted(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed: {error.strerror}")
 
-    files: list[str] = []
+    files: list[tuple[str, str]] = []
     left_out: Counter[str] = Counter()
     root = os.path.realpath(folder)
     seen = {root}
@@ -90,8 +92,15 @@ def find_pictures(folder: Path) -> FoundPictures:
             if reason := _why_not(path, name):
                 left_out[reason] += 1
             else:
-                files.append(os.path.realpath(path))
-    return FoundPictures(tuple(map(Path, sorted(files))), dict(left_out))
+                files.append((os.path.realpath(path), os.path.relpath(path, folder)))
+    files.sort()
+    return FoundPictures(tuple(Path(f) for f, _ in files), tuple(name for _, name in files), dict(left_out))
+
+
+def refuse_bombs() -> None:
+    """In whatever thread a picture is read from now on: a bomb is an error, and what is damaged is said by us."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def _why_not(path: str, name: str) -> str | None:
@@ -105,46 +114,53 @@ def _why_not(path: str, name: str) -> str | None:
 
 
 def read_picture(file: Path) -> np.ndarray:
+    """A picture as `decode_picture` gives it. Raises UserError, naming the file, as that does."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    return decode_picture(data, str(file))
+
+
+def decode_picture(data: bytes, where: str) -> np.ndarray:
     """A picture as 8-bit RGB (H, W, 3), upright as its EXIF orientation says.
 
-    16 bits are reduced to their upper eight. Raises UserError, naming the file, for a picture that is animated,
+    16 bits are reduced to their upper eight. Raises UserError, beginning with `where`, for a picture that is animated,
     transparent or of a mode without certain RGB, and for one that cannot be read.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(data)) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # in an MPO they are a photograph's previews
                 raise UserError(
-                    f"{file}: has {frames} frames or pages; save the one that is meant as a picture"
+                    f"{where}: has {frames} frames or pages; save the one that is meant as a picture"
                 )
-            return _as_rgb(file, ImageOps.exif_transpose(image), image.format)
+            return _as_rgb(where, ImageOps.exif_transpose(image), image.format)
     except _DAMAGED as error:
-        problem = f"cannot be read: {said_by('Pillow', error)}"
-        with contextlib.suppress(OSError), file.open("rb") as opened:
-            problem = disguise(opened.read(HEAD)) or problem
-        raise UserError(f"{file}: {problem}") from None
+        problem = disguise(data[:HEAD]) or f"cannot be read: {said_by('Pillow', error)}"
+        raise UserError(f"{where}: {problem}") from None
 
 
-def _as_rgb(file: Path, image: Image.Image, form: str | None) -> np.ndarray:
+def _as_rgb(where: str, image: Image.Image, form: str | None) -> np.ndarray:
     deep = image.mode.startswith("I;16") or (image.mode == "I" and form == "PNG")
     key = image.info.get("transparency")
     if image.mode in WITH_ALPHA or (key is not None and not deep):
         opaque = image.convert("RGBA")
         if opaque.getchannel("A").getextrema()[0] != 255:
-            raise _transparent(file, image)
+            raise _transparent(where, image)
         return np.array(opaque.convert("RGB"))
     if deep:
         grey = np.asarray(image)
         if key is not None and (grey == key).any():
-            raise _transparent(file, image)
+            raise _transparent(where, image)
         return np.repeat((grey.astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode not in MODES:
         what = f" ({_WHAT[image.mode]})" if image.mode in _WHAT else ""
-        raise UserError(f"{file}: is of mode {image.mode}{what}; convert it to 8-bit RGB first")
+        raise UserError(f"{where}: is of mode {image.mode}{what}; convert it to 8-bit RGB first")
     return np.array(image.convert("RGB"))
 
 
-def _transparent(file: Path, image: Image.Image) -> UserError:
+def _transparent(where: str, image: Image.Image) -> UserError:
     return UserError(
-        f"{file}: has transparent pixels (mode {image.mode}); put it on the background that is meant, and save it as RGB"
+        f"{where}: has transparent pixels (mode {image.mode}); put it on the background that is meant, and save it as RGB"
     )

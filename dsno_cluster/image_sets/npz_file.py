@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -76,35 +79,68 @@ def find_images(file: Path) -> tuple[str, np.ndarray] | None:
 
     Raises UserError as `array_names` does, and if the images are not uint8 of four axes or there are none.
     """
-    name = next((name for name in IMAGES if name in array_names(file)), None)
+    if (found := find_array(file, IMAGES)) is None:
+        return None
+    check_images(file, *found)
+    return found
+
+
+def check_images(file: Path, name: str, images: np.ndarray) -> None:
+    """Raises UserError unless an array of an .npz is of images, uint8 of four axes."""
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(f"{file}: {name} is {images.dtype} of {images.shape}; images are uint8 of four axes")
+    if 0 in images.shape:
+        raise UserError(f"{file}: {name} is empty: its shape is {images.shape}")
+
+
+def find_array(file: Path, names: Sequence[str]) -> tuple[str, np.ndarray] | None:
+    """The first of these names that an .npz has, and its array, memory-mapped if uncompressed; None if it has none.
+
+    Raises UserError as `array_names` does, and for an array of objects, which would have to be unpickled.
+    """
+    there = array_names(file)
+    name = next((name for name in names if name in there), None)
     if name is None:
         return None
     try:
         with zipfile.ZipFile(file) as archive:
             info = archive.getinfo(f"{name}.npy")
             with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, fortran, dtype = header(member)
+                shape, fortran, dtype = _header(member)
                 before = member.tell()
-    except _DAMAGED as error:
-        raise UserError(f"{file}: {name} cannot be read: {said_by('numpy', error)}") from None
-    if dtype != np.uint8 or len(shape) != 4:
-        raise UserError(f"{file}: {name} is {dtype} of {shape}; images are uint8 of four axes")
-    if 0 in shape:
-        raise UserError(f"{file}: {name} is empty: its shape is {shape}")
-    if info.compress_type != zipfile.ZIP_STORED:
-        return name, read_arrays(file, [name])[0]
-    try:
+        if dtype.hasobject:
+            raise UserError(f"{file}: {name} is an array of objects, which is not read")
+        if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
+            return name, read_arrays(file, [name])[0]
         with file.open("rb") as raw:  # the lengths in the local header give the offset of the member's bytes
             raw.seek(info.header_offset)
             local = raw.read(30)
         skip = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         start = info.header_offset + skip + before
-        return name, np.memmap(file, np.uint8, "r", start, shape, "F" if fortran else "C")
+        return name, np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
     except _DAMAGED as error:
         raise UserError(f"{file}: {name} cannot be read: {said_by('numpy', error)}") from None
+
+
+def parse_npy(data: bytes, shape: Sequence[int], where: str) -> np.ndarray:
+    """The floating-point array of that `shape` in an .npy, as float32.
+
+    Raises UserError, beginning with `where`, for anything else; the header is judged before any array is made.
+    """
+    opened = io.BytesIO(data)
+    try:
+        found, fortran, dtype = _header(opened)
+        if found != tuple(shape) or dtype.kind != "f":
+            wanted = "x".join(map(str, shape))
+            raise UserError(f"{where}: is {dtype} of {found}, not floating-point numbers of {wanted}")
+        flat = np.frombuffer(data, dtype, int(np.prod(found)), opened.tell())
+        return flat.reshape(found, order="F" if fortran else "C").astype(np.float32)
+    except _DAMAGED as error:
+        raise UserError(f"{where}: cannot be read: {said_by('numpy', error)}") from None
+
+
+def _header(opened: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is in Fortran's order, and dtype of an .npy, which is read up to its numbers."""
+    version = np.lib.format.read_magic(opened)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return header(opened)
