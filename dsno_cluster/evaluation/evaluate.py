@@ -139,18 +139,17 @@ def _measure(comparison: Comparison, crew: Crew) -> Findings:
 def _measure_images(comparison: ImagesComparison, crew: Crew) -> tuple[Figures, Surroundings]:
     figures: Figures | None = None
     surroundings: Surroundings | None = None
-    images = [comparison.set]
     measuring = measure(
         comparison.config,
         comparison.weights,
-        images,
+        comparison.sets(),
         comparison.real,
         crew=crew,
     )
     with contextlib.closing(measuring):
         for part in measuring:
             match part:
-                case MeasuredSet():
+                case MeasuredSet() if part.images.source == comparison.source:
                     figures = part.figures
                 case Surroundings():
                     surroundings = part

@@ -13,7 +13,7 @@ from dsno_cluster.evaluation.table import INCEPTION, Figure, known_figures
 from dsno_cluster.storage import Storage
 
 # the figure by which a metric of the config is judged, if it has another name
-_FIGURES = {"precision_recall": "f_score"}
+_FIGURES = {"precision_recall": "f_score", "nearest": "copies"}
 
 
 def history_key(config: Config) -> str:
@@ -41,7 +41,11 @@ def judging_figures(extractor: str) -> dict[str, Figure]:
     Titles depend on the extractor.
     """
     names = {key: metric for metric, key in _FIGURES.items()}
-    known = {names.get(figure.key, figure.key): figure for figure in known_figures(extractor)}
+    known = {
+        names.get(figure.key, figure.key): figure
+        for figure in known_figures(extractor)
+        if figure.key not in _FIGURES  # not what the metric of that name is judged by
+    }
     known["trajectory_error"] = Figure("trajectory_error", "mean trajectory error", 4, "lower")
     return known
 

@@ -153,10 +153,7 @@ class Comparison:
         if self.readings or self.keep is not None:
             found.append(ImagesOf(STUDENT, count, self.readings, shape))
         if self.config.data.name is not None and self.readings:
-            there = open_images(HELD_OUT.address, None, self.config.data)
-            needed = fewest(self.config.evaluation)
-            possible = {m: reading for m, reading in self.readings.items() if needed.get(m, 0) <= there.count}
-            found.append(ImagesOf(HELD_OUT, there.count, possible, there.shape))
+            found.append(_held_out(self.config, self.readings))
         return found
 
 
@@ -173,10 +170,26 @@ class ImagesComparison:
     real: RealData
 
     @property
-    def set(self) -> ImagesOf:
-        """The images to measure."""
-        source = ImageSource("images", address=self.images.address)
-        return ImagesOf(source, self.images.count, self.readings, self.images.shape)
+    def source(self) -> ImageSource:
+        return ImageSource("images", address=self.images.address)
+
+    def sets(self) -> list[ImagesOf]:
+        """The images to measure, and the held-out real ones if copies are counted by them."""
+        found = [ImagesOf(self.source, self.images.count, self.readings, self.images.shape)]
+        nearest = {metric: reading for metric, reading in self.readings.items() if metric == "nearest"}
+        if self.config.data.name is not None and nearest and self.source != HELD_OUT:
+            found.append(_held_out(self.config, nearest))
+        return found
+
+
+def _held_out(config: Config, readings: Readings) -> ImagesOf:
+    """The held-out real images of the config's data, for those of the metrics for which they are enough."""
+    images = open_images(HELD_OUT.address, None, config.data)
+    needed = fewest(config.evaluation)
+    possible = {
+        metric: reading for metric, reading in readings.items() if needed.get(metric, 0) <= images.count
+    }
+    return ImagesOf(HELD_OUT, images.count, possible, images.shape)
 
 
 def find_student(config: Config, student_path: str | None = None) -> Student:

@@ -31,6 +31,9 @@ class Figures(SparseRecord):
     precision: float | None = None
     recall: float | None = None
     f_score: float | None = None
+    nearest: float | None = None
+    nearest_low: float | None = None
+    copies: float | None = None
     agreement: float | None = None
 
     def figure(self, name: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dsno_cluster.evaluation.records import Figures, Metrics
 
@@ -12,12 +13,12 @@ INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the fiel
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of rows of metrics.json: key, title, decimals, and whether lower or higher is better."""
+    """A figure of rows of metrics.json: key, title, decimals, and what is better: as real images have it, for some figures."""
 
     key: str
     title: str
     decimals: int
-    better: str  # "lower" or "higher"
+    better: Literal["lower", "higher", "as real"]
 
     def text(self, row: Figures) -> str:
         """The figure of a row, with its standard deviation if the row has one; empty if it has no such figure."""
@@ -37,6 +38,8 @@ def known_figures(extractor: str) -> list[Figure]:
         Figure("precision", "precision", 3, "higher"),
         Figure("recall", "recall", 3, "higher"),
         Figure("f_score", "F-score", 3, "higher"),
+        Figure("nearest", "nearest training image", 3, "as real"),
+        Figure("copies", "copies", 3, "lower"),
         Figure("agreement", "right class", 3, "higher"),
     ]
 

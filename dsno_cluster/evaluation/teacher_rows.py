@@ -13,10 +13,11 @@ from dsno_cluster.config import Config
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.features import Readings, WeightsFile
-from dsno_cluster.evaluation.image_sets import DataIdentity
+from dsno_cluster.evaluation.image_sets import DataIdentity, open_images
 from dsno_cluster.evaluation.metrics import ReferenceParts
 from dsno_cluster.evaluation.records import TeacherRow, rewrite
 from dsno_cluster.evaluation.reference import RealData
+from dsno_cluster.evaluation.sources import HELD_OUT
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record
@@ -66,6 +67,7 @@ class ComparisonSpec(Named):
     neighborhood: int | None = later(None)
     metric_seed: int | None = later(None)
     decoder: DecoderIdentity | None = later(None)
+    held_out: DataIdentity | None = later(None)  # the real images by which copies are counted
 
 
 class TeacherRowsFile(Record):
@@ -120,8 +122,13 @@ def comparison_spec(
         precision=config.teacher.precision,
         other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
         decoder=teacher.states.identity(settings.precision),
+        held_out=_held_out(config) if "nearest" in readings else None,
         **knobs,
     )
+
+
+def _held_out(config: Config) -> DataIdentity | None:
+    return None if config.data.name is None else open_images(HELD_OUT.address, None, config.data).identity
 
 
 def _parts_of(real: RealData) -> ReferenceParts:

@@ -12,7 +12,11 @@ from dsno_cluster.report.markup import Markup, tag, together
 from dsno_cluster.report.run_charts import chart_table
 from dsno_cluster.trajectories.plan import Size
 
-_ARROWS = {"lower": ("↓", "lower is better"), "higher": ("↑", "higher is better")}
+_ARROWS = {
+    "lower": ("↓", "lower is better"),
+    "higher": ("↑", "higher is better"),
+    "as real": ("≈", "best as held-out real images have it"),
+}
 
 
 def missing(what: str, command: str | None = None) -> Markup:
