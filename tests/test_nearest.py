@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from tiny import TINY, answer, dsno
 from training_runs import link_data, train
@@ -18,12 +21,15 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation import features
 from dsno_cluster.evaluation.classifiers import DigitsFeatures
 from dsno_cluster.evaluation.history import best_of, judging_figures
+from dsno_cluster.evaluation.image_sets import open_images
 from dsno_cluster.evaluation.look_up import Comparison, Student, Subject, look_up
 from dsno_cluster.evaluation.nearest import copy_distance, nearest_figures, nearest_training
+from dsno_cluster.evaluation.nearest_picture import nearest_picture, shown_samples, tile_place
 from dsno_cluster.evaluation.neighbours import nearest
+from dsno_cluster.evaluation.pictures import layout
 from dsno_cluster.evaluation.records import HistoryRow
 from dsno_cluster.evaluation.reference import find_real_data
-from dsno_cluster.images import to_uint8
+from dsno_cluster.images import GAP, pixel_scale, to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.teachers import find_teacher
 
@@ -122,6 +128,33 @@ def test_checkpoints_are_judged_by_their_copies() -> None:
     assert judging_figures("digits-features")["nearest"].key == "copies"
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 24, 12)])
+def test_each_sample_lies_beside_its_nearest_training_image(
+    shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    config = load_config("configs/digits.yaml", ["evaluation.picture_columns=5"])
+    plain, generator = layout(config), torch.Generator().manual_seed(0)
+    training = torch.randint(0, 256, (40, *shape), generator=generator, dtype=torch.uint8)
+    np.savez(tmp_path / "training.npz", images=training.numpy())
+    drawn = torch.rand(50, *shape, generator=generator) * 2 - 1
+    shown = shown_samples(plain, drawn)
+    of_each_class = [5 * row + column for row in range(10) for column in range(3)]
+    assert torch.equal(shown, drawn[of_each_class])
+    # features on a line: those of sample k are 0.25 from those of training image 39 - k
+    features, of_training = 38.75 - np.arange(30.0)[:, None], np.arange(40.0)[:, None]
+    images = open_images(str(tmp_path / "training.npz"))
+    png = nearest_picture(
+        plain, shown, features.astype(np.float32), images, of_training.astype(np.float32), None
+    )
+    sheet, scale = np.asarray(Image.open(io.BytesIO(png))), pixel_scale(shown)
+    height, width = (side * scale for side in shape[1:])
+    for k in range(30):
+        x, y = tile_place(plain, shown, k)
+        for left, image in ((x, to_uint8(shown[k])), (x + width + GAP, training[39 - k])):
+            tile = sheet[y : y + height : scale, left : left + width : scale]
+            assert (tile == image.expand(3, -1, -1).permute(1, 2, 0).numpy()).all(), k
+
+
 @pytest.mark.slow
 def test_student_teacher_and_real_images_have_the_figures(tiny_data: Path, tmp_path: Path) -> None:
     root = link_data(tiny_data, tmp_path)
@@ -142,6 +175,14 @@ def test_student_teacher_and_real_images_have_the_figures(tiny_data: Path, tmp_p
     assert found["nearest_low"] == pytest.approx(np.percentile(distances, 5), rel=1e-5)
     assert found["copies"] == 3 / 297  # 1 %, by its definition
     assert len(metrics["teacher_rows"]) == 3
+    with Image.open(root / "evaluation/digits/nearest.png") as picture:
+        assert picture.height == 84 + 10 * (48 + 26) + 4  # a row for each class
+    page = root / "report-digits.html"
+    assert answer("report", *asked[:-2]).returncode == 0
+    data = (root / "evaluation/digits/nearest.png").read_bytes()
+    assert base64.b64encode(data).decode() in page.read_text()
     for row in (metrics["student"], *metrics["teacher_rows"]):
         assert 0 < row["nearest_low"] < row["nearest"] and 0 <= row["copies"] < 1
-    assert answer("report", *asked[:-2]).returncode == 0
+    again = dsno("eval", *asked, "evaluation.metrics=[trajectory_error]")
+    assert again.returncode == 0, again.stderr
+    assert not (root / "evaluation/digits/nearest.png").exists()  # of figures that are not there any more

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -55,6 +56,8 @@ def layout(config: Config, states: States | None = None) -> Layout:
 class Pictured:
     """What pictures show of states, (..., C, H, W) on CPU: the images of both from the same noise in the rows of `layout`,
     (N, ...), and of the samples `through_time` the noise (S, ...) and both at each time point (S, M, ...).
+
+    `features` (K, D), if the metric `nearest` is measured: of the student's images of `nearest_picture.shown_samples`.
     """
 
     theirs: Tensor
@@ -64,6 +67,7 @@ class Pictured:
     their_states: Tensor
     our_states: Tensor
     teacher_evaluations: int  # network evaluations for an image of the teacher's
+    features: np.ndarray | None = None
 
 
 def solve_pictured(

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from dsno_cluster import console
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import pictures
 from dsno_cluster.evaluation.features import Readings, WeightsFile
 from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
+from dsno_cluster.evaluation.nearest_picture import NEAREST, nearest_picture, shown_samples
 from dsno_cluster.evaluation.records import (
     Checkpoint,
     ExtractorName,
@@ -59,9 +60,10 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     made_by = found.surroundings.environment
     if comparison.keep is not None:
         _commit_samples(storage, comparison.keep, found.student.shards, made_by)
+    nearest, not_nearest = _nearest_picture(comparison, found)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
     beside = _beside(comparison, found.surroundings, comparison.states.image_shape[1], settings.num_samples)
-    beside["warnings"] += found.student.warnings
+    beside["warnings"] += (*found.student.warnings, *not_nearest)
     metrics = Metrics(
         **beside,
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
@@ -82,16 +84,32 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     )
     pictured = found.student.pictured
     files = pictures.pictures(config, pictured, metrics, comparison.states) if pictured else {}
+    files |= nearest
     with only_writer(storage, folder + WRITING):
         if storage.stat(folder + METRICS) not in (before, None):
             console.say(f"this replaces an evaluation that ended meanwhile: {storage.url}/{folder}{METRICS}")
         for name, png in files.items():
             storage.write(folder + name, png)
-        for name in set(pictures.NAMES) - files.keys():  # an earlier evaluation's, of other figures
+        for name in {*pictures.NAMES, NEAREST} - files.keys():  # an earlier evaluation's, of other figures
             storage.delete(folder + name)
         storage.write(folder + METRICS, record_bytes(metrics))
     console.say(f"written: {storage.url}/{folder}{{{', '.join([METRICS, *files])}}}")
     return metrics
+
+
+def _nearest_picture(comparison: Comparison, found: Findings) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """nearest.png by its name, if the metric was measured and samples are pictured, and a warning if it could not be made."""
+    pictured, reference, images = found.student.pictured, found.surroundings.reference, comparison.real.images
+    if pictured is None or pictured.features is None or reference is None or images is None:
+        return {}, ()
+    plain = pictures.layout(comparison.config, comparison.states)
+    training = reference.features[comparison.readings["nearest"].key]
+    shown = shown_samples(plain, pictured.ours)
+    try:
+        png = nearest_picture(plain, shown, pictured.features, images, training, found.held_out)
+    except (UserError, WorkError) as error:  # the figures, which may have taken hours, are whole without it
+        return {}, (f"the picture of nearest training images could not be made: {error}",)
+    return {NEAREST: png}, ()
 
 
 def _commit_samples(

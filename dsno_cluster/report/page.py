@@ -200,7 +200,21 @@ def _samples(files: RunFiles, words: str) -> Markup:
             + (f" The states{_of_states(layout)}" if layout.states != "images" else ""),
         ),
         parts.comparison(layout, files.pictures["teacher.png"], files.pictures["student.png"], files.size),
+        _nearest(files),
     )
+
+
+def _nearest(files: RunFiles) -> Markup | None:
+    """Samples beside their nearest training images, if that was measured."""
+    picture = files.pictures.get("nearest.png")
+    if picture is None:
+        return None
+    said = (
+        "Each sample of the student has its nearest training image on its right, by the features of the extractor. A sample that "
+        "is a copy shows the same image twice."
+    )
+    alt = "Samples of the student, each with its nearest training image beside it"
+    return parts.captioned("Nearest training images", said, picture, alt)
 
 
 def _trajectories(files: RunFiles, words: str) -> Markup:

@@ -89,6 +89,12 @@ def chart_figure(chart: charts.Chart) -> Markup:
     )
 
 
+def captioned(title: str, said: str, picture: str, alt: str) -> Markup:
+    """A picture that has its own labels, with a title and a sentence on what it shows."""
+    image = tag("img", src=picture, alt=alt, class_="whole")
+    return tag("figure", tag("figcaption", tag("strong", title), said), image)
+
+
 def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup:
     """Two grids of the same noise under one slider; side by side without scripts, and on paper."""
     width = layout.columns * (layout.tile + layout.gap) + layout.gap

@@ -21,7 +21,7 @@ from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import TrajectorySpec, imported_folder
 
-PICTURES = ("teacher.png", "student.png", "strips.png")
+PICTURES = ("teacher.png", "student.png", "strips.png", "nearest.png")
 
 
 class CurveLine(Record):
