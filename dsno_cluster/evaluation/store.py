@@ -10,6 +10,12 @@ from typing import TypedDict
 from dsno_cluster import console
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import pictures
+from dsno_cluster.evaluation.comparable import (
+    decoder_of,
+    extractor_of,
+    other_extractors_of,
+    setting_differences,
+)
 from dsno_cluster.evaluation.features import Readings, WeightsFile
 from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
@@ -69,7 +75,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
         checkpoint=_checkpoint(comparison),
         teacher=teacher.info.identity.model_dump(mode="json"),
-        decoder=_decoder(comparison),
+        decoder=decoder_of(comparison),
         precision=settings.precision,
         real_held_out=found.held_out,
         teacher_rows=tuple(
@@ -162,27 +168,15 @@ def say_replaced(comparison: Comparison) -> Stat | None:
 
 def _differences(before: Metrics, comparison: Comparison) -> list[str]:
     """The ways in which an earlier evaluation differs from this one, except for the figures."""
-    settings, checkpoint = comparison.config.evaluation, _checkpoint(comparison)
+    checkpoint = _checkpoint(comparison)
     same = {
         "the student": before.checkpoint.sha256 == checkpoint.sha256
         if before.checkpoint.sha256
         else before.checkpoint.path == checkpoint.path,
         "its step": before.checkpoint.step == checkpoint.step,
         "ema_decay": before.checkpoint.ema_decay == checkpoint.ema_decay,
-        "num_samples": before.num_samples == settings.num_samples,
-        "the feature extractor": before.feature_extractor == _extractor(comparison),
-        "other extractors": before.other_extractors == _other_extractors(comparison),
-        "the reference": before.reference.what == settings.reference,
-        "seed": before.seeds.noise in (None, settings.seed),
-        "precision": before.precision == settings.precision,
-        "the decoder": before.decoder == _decoder(comparison),
     }
-    return [what for what, is_same in same.items() if not is_same]
-
-
-def _decoder(comparison: Comparison) -> Values | None:
-    decoder = comparison.decoder
-    return None if decoder is None else decoder.model_dump(mode="json")
+    return [what for what, is_same in same.items() if not is_same] + setting_differences(before, comparison)
 
 
 def _checkpoint(comparison: Comparison) -> Checkpoint:
@@ -233,21 +227,9 @@ def _beside(
             resolution=reference.resolution if reference else None,
             identity=reference.identity.model_dump(mode="json") if reference else None,
         ),
-        feature_extractor=_extractor(comparison),
-        other_extractors=_other_extractors(comparison),
+        feature_extractor=extractor_of(comparison),
+        other_extractors=other_extractors_of(comparison),
         warnings=tuple(warnings_of(readings, weights, reference, count, resolution)) if reference else (),
         versions=surroundings.environment.versions,  # those of the actors, which may have GPUs
         code=code_version(),
     )
-
-
-def _extractor(comparison: Comparison | ImagesComparison) -> ExtractorName:
-    """The main extractor, with its weights only if a metric reads it."""
-    main = comparison.config.evaluation.feature_extractor
-    file = comparison.weights.get(main)
-    return ExtractorName(name=main, weights_sha256=file.sha256 if file else None)
-
-
-def _other_extractors(comparison: Comparison | ImagesComparison) -> dict[str, str]:
-    main = comparison.config.evaluation.feature_extractor
-    return {name: file.sha256 for name, file in comparison.weights.items() if name != main}
