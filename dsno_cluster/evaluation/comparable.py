@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison
-from dsno_cluster.evaluation.records import ExtractorName, Metrics
+from dsno_cluster.evaluation.records import ExtractorName, Metrics, ReferenceFacts
 from dsno_cluster.records import Values
 
 
@@ -14,12 +14,20 @@ def setting_differences(before: Metrics, comparison: Comparison) -> list[str]:
         "num_samples": before.num_samples == settings.num_samples,
         "the feature extractor": before.feature_extractor == extractor_of(comparison),
         "other extractors": before.other_extractors == other_extractors_of(comparison),
-        "the reference": before.reference.what == settings.reference,
+        "the reference": _same_reference(before.reference, comparison),
         "seed": before.seeds.noise in (None, settings.seed),
+        "metric_seed": before.seeds.metrics in (None, settings.metric_seed),
         "precision": before.precision == settings.precision,
         "the decoder": before.decoder == decoder_of(comparison),
     }
     return [what for what, is_same in same.items() if not is_same]
+
+
+def _same_reference(before: ReferenceFacts, comparison: Comparison) -> bool:
+    identity = comparison.real.identity
+    if before.identity is None or identity is None:
+        return before.what == comparison.config.evaluation.reference
+    return before.identity == identity.model_dump(mode="json")
 
 
 def decoder_of(comparison: Comparison) -> Values | None:

@@ -34,7 +34,7 @@ from dsno_cluster.evaluation.reference import (
 from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
 from dsno_cluster.evaluation.teacher_rows import ComparisonSpec, comparison_spec, known_rows
-from dsno_cluster.model_folder import find_model, model_address
+from dsno_cluster.model_folder import StartModel, find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import (
@@ -59,6 +59,7 @@ class Student:
     step: int | None
     ema_decay: float | None
     train_seconds: float | None
+    start: StartModel | None = None
 
     @property
     def title(self) -> str:
@@ -227,7 +228,7 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
             f"evaluation.seed {config.evaluation.seed}: the student at {path} was trained on the noise of that seed; "
             "take another"
         )
-    return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds)
+    return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds, meta.start)
 
 
 def find_subject(

@@ -17,7 +17,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.records import Layout, Metrics
-from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
+from dsno_cluster.evaluation.table import error_lines, figures_of, student_rows, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import LoadedDecoder, States, Teacher
@@ -206,7 +206,7 @@ def _samples_picture(
         notes += [
             "",
             "Relative error of the student against the teacher's trajectory,",
-            "on noise held out from training:",
+            "on noise held out from training" + (", before -> after finishing:" if metrics.before else ":"),
             *lines,
         ]
     beside = max(sum(column_widths) + 10, *(_width(small, line) + 16 for line in notes))
@@ -238,7 +238,7 @@ def _samples_picture(
             draw.text((x, y), text, fill=ink, font=font)
             x += width
         y += 27
-        if n in (0, len(table) - 1):
+        if n in (0, len(table) - len(student_rows(metrics))):
             draw.line((x0, y - 5, x0 + sum(column_widths) - 22, y - 5), fill=_MUTED)
     for line in notes:
         y += 20

@@ -79,6 +79,15 @@ class StudentRow(Figures):
     trajectory_error: dict[str, float] | None = None
 
 
+class StudentBefore(StudentRow):
+    """The figures of the student with which the evaluated one began, from the evaluation of `name`, which was equal."""
+
+    source: str = "student before finishing"
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # it names folders
+    step: int | None = None
+    sha256: str
+
+
 class ExtractorName(Record):
     """A feature extractor and the sha256 of its weights."""
 
@@ -162,7 +171,7 @@ class Metrics(Measurement):
     """metrics.json: a student and its teacher.
 
     `decoder` turned the states into the images that were measured; None: they are images. `seconds` exclude the teacher's
-    rows that were known before.
+    rows that were known before. `before`: if the student began as another one, whose evaluation is equal to this.
     """
 
     known_by: ClassVar[str] = "student"
@@ -173,6 +182,7 @@ class Metrics(Measurement):
     real_held_out: HeldOut | None = None
     teacher_rows: tuple[TeacherRow, ...] = ()
     student: StudentRow
+    before: StudentBefore | None = None
     device: str | None = None
     seconds: float | None = None
     train_seconds: float | None = None

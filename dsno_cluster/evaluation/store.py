@@ -35,6 +35,7 @@ from dsno_cluster.evaluation.records import (
     read_file,
 )
 from dsno_cluster.evaluation.reference import warnings_of
+from dsno_cluster.evaluation.student_before import FoundBefore
 from dsno_cluster.provenance import Code, Environment, code_version
 from dsno_cluster.records import Values, canonical_hash, record_bytes
 from dsno_cluster.storage import Stat, Storage, only_writer
@@ -56,11 +57,17 @@ class Findings:
     surroundings: Surroundings
 
 
-def store(comparison: Comparison, found: Findings, began: float, before: Stat | None) -> Metrics:
+def store(
+    comparison: Comparison,
+    found: Findings,
+    began: float,
+    replaced: Stat | None,
+    before: FoundBefore = FoundBefore(),  # noqa: B008 (frozen)
+) -> Metrics:
     """Write the pictures and then metrics.json, and commit the kept samples.
 
     Of several evaluations that end at once, each writes all its files before the next; the last remains. `began`
-    is the start, by `time.monotonic`, and `before` was metrics.json then.
+    is the start, by `time.monotonic`, `replaced` was metrics.json then, and `before` is the student before finishing.
     """
     config, storage, folder = comparison.config, comparison.storage, comparison.folder
     made_by = found.surroundings.environment
@@ -69,7 +76,11 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     nearest, not_nearest = _nearest_picture(comparison, found)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
     beside = _beside(comparison, found.surroundings, comparison.states.image_shape[1], settings.num_samples)
-    beside["warnings"] += (*found.student.warnings, *not_nearest)
+    beside["warnings"] += (
+        *found.student.warnings,
+        *not_nearest,
+        *([before.warning] if before.warning else []),
+    )
     metrics = Metrics(
         **beside,
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
@@ -83,6 +94,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
             for sampling in comparison.samplings
         ),
         student=_student_row(comparison, found),
+        before=before.row,
         device=made_by.device,
         seconds=round(time.monotonic() - began, 1),
         train_seconds=student.train_seconds,
@@ -92,7 +104,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     files = pictures.pictures(config, pictured, metrics, comparison.states) if pictured else {}
     files |= nearest
     with only_writer(storage, folder + WRITING):
-        if storage.stat(folder + METRICS) not in (before, None):
+        if storage.stat(folder + METRICS) not in (replaced, None):
             console.say(f"this replaces an evaluation that ended meanwhile: {storage.url}/{folder}{METRICS}")
         for name, png in files.items():
             storage.write(folder + name, png)

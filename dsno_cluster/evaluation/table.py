@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsno_cluster.evaluation.records import Figures, Metrics
+from dsno_cluster.evaluation.records import Figures, Metrics, StudentRow
 
 INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the field calls FID
 
@@ -53,18 +53,24 @@ def figures_of(metrics: Metrics) -> list[Figure]:
 
 
 def table_rows(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: the real data's, the teacher's by cost, and finally the student's."""
+    """Header and rows of the table: the real data's, the teacher's by cost, and finally those of `student_rows`."""
     figures = figures_of(metrics)
     header = ["samples", "NFE", "cost", *(figure.title for figure in figures)]
     rows = []
-    held_out, student = metrics.real_held_out, metrics.student
+    held_out = metrics.real_held_out
     if held_out:
         rows.append([f"real, {held_out.num_samples} held out", "", "", *_texts(figures, held_out)])
     for row in metrics.teacher_rows:
         rows.append([row.source, str(row.evaluations), str(row.evaluations), *_texts(figures, row)])
-    cost = student.cost_in_teacher_evaluations
-    rows.append(["student", "1", "-" if cost is None else f"{cost:.1f}", *_texts(figures, student)])
+    for student in student_rows(metrics):
+        cost = student.cost_in_teacher_evaluations
+        rows.append([student.source, "1", "-" if cost is None else f"{cost:.1f}", *_texts(figures, student)])
     return header, rows
+
+
+def student_rows(metrics: Metrics) -> list[StudentRow]:
+    """The student before finishing, if there is one, and the evaluated student."""
+    return [*([metrics.before] if metrics.before else []), metrics.student]
 
 
 def _texts(figures: Sequence[Figure], row: Figures) -> list[str]:
@@ -72,6 +78,10 @@ def _texts(figures: Sequence[Figure], row: Figures) -> list[str]:
 
 
 def error_lines(metrics: Metrics) -> list[str]:
-    """Relative error of the student against the teacher's own trajectory, a line per time point."""
+    """Relative error of the student against the teacher's own trajectory, a line per time point; before -> after finishing."""
+    before = (metrics.before.trajectory_error if metrics.before else None) or {}
     errors = metrics.student.trajectory_error or {}
-    return [f"t = {float(t):.4g}: {error:.3f}" for t, error in errors.items()]
+    return [
+        f"t = {float(t):.4g}: " + (f"{before[t]:.3f} -> " if t in before else "") + f"{error:.3f}"
+        for t, error in errors.items()
+    ]
