@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import not_there, shown_path
 from dsno_cluster.provenance import Code, environment
-from dsno_cluster.records import SparseRecord, Values, read_record, record_bytes
+from dsno_cluster.records import Record, SparseRecord, Values, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, Storage, open_storage
 from dsno_cluster.weight_files import check_safetensors, parse_safetensors
 from dsno_cluster.yaml_text import parse_yaml
@@ -53,6 +53,15 @@ class SettingChange(BaseModel):
     after: JsonValue
 
 
+class StartModel(Record):
+    """The student with which a training began: its address, name and step, and the sha256 of the weights that were taken."""
+
+    address: str
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # it names folders
+    step: int | None = None
+    sha256: str
+
+
 class AboutModel(SparseRecord):
     """What the maker of a model says about it; keys whose value is None are omitted."""
 
@@ -76,6 +85,7 @@ class AboutModel(SparseRecord):
     accumulation: int | None = None  # micro-batches of a step
     compiled: bool | None = None
     changes: tuple[SettingChange, ...] = ()
+    start: StartModel | None = None  # if it began with another student
 
 
 class ModelMeta(AboutModel):

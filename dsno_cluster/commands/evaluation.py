@@ -86,7 +86,8 @@ def show_metrics(metrics: Metrics) -> None:
         print(f"cost of a sample: {cost:.1f} evaluations of the teacher")
     lines = error_lines(metrics)
     if lines:
-        print("relative error of the student's trajectory on held-out noise: " + ", ".join(lines))
+        change = ", before -> after finishing" if metrics.before else ""
+        print(f"relative error of the student's trajectory on held-out noise{change}: " + ", ".join(lines))
     _show_warnings(metrics)
 
 

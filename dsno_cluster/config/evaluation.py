@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start
 from dsno_cluster.config.paths import LocalPath, ReferencePath
 
-MetricName = Literal["fid", "kid", "inception_score", "precision_recall", "agreement", "trajectory_error"]
+MetricName = Literal[
+    "fid", "kid", "inception_score", "precision_recall", "nearest", "agreement", "trajectory_error"
+]
 
 
 class Evaluation(Named):
@@ -37,7 +39,8 @@ class Evaluation(Named):
     )
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = Field(
         ("fid", "trajectory_error"),
-        description="what is measured; `agreement`: how often the extractor sees the class asked for; "
+        description="what is measured; `nearest`: how far samples are from the nearest training image, and how many are "
+        "copies; `agreement`: how often the extractor sees the class asked for; "
         "`trajectory_error`: against the teacher, on held-out noise; the others are torch-fidelity's",
     )
     feature_extractor: str = Field(

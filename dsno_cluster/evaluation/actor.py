@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -21,9 +21,10 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.kept_rows import KeptRows
 from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
-from dsno_cluster.evaluation.pictures import Pictured, solve_pictured
+from dsno_cluster.evaluation.nearest_picture import shown_samples
+from dsno_cluster.evaluation.pictures import Pictured, layout, solve_pictured
 from dsno_cluster.evaluation.records import Cost
-from dsno_cluster.evaluation.sources import Block, ImageSource, MeasuredBlock, TrajectoryError
+from dsno_cluster.evaluation.sources import STUDENT, Block, ImageSource, MeasuredBlock, TrajectoryError
 from dsno_cluster.features.extractors import Extractor, Readings, WeightsFile, load_extractor
 from dsno_cluster.features.statistics import moments_on_device
 from dsno_cluster.image_sets.opening import open_images
@@ -137,13 +138,20 @@ class EvaluationActor(PoolActor):
             case "cost":
                 return self._undisturbed(lambda: self._cost(block))
             case "pictures":
-                return self._undisturbed(
-                    lambda: solve_pictured(self.config, self.spec, self.student, self.teacher, self.decoder)
-                )
+                return self._undisturbed(self._pictured)
 
     def _undisturbed(self, call: Callable[[], Result]) -> Result:
         """Call once both threads are idle, which may still work on a block that is no longer needed."""
         return self.extracting.submit(lambda: self.drawing.submit(call).result()).result()
+
+    def _pictured(self) -> Pictured:
+        found = solve_pictured(self.config, self.spec, self.student, self.teacher, self.decoder)
+        reading = self.readings.get(STUDENT, {}).get("nearest")
+        if reading is None:
+            return found
+        shown = to_uint8(shown_samples(layout(self.config), found.ours))
+        features = self.extractors[reading.extractor](shown)[reading.layer]
+        return replace(found, features=features.cpu().numpy())
 
     def _batches(self, block: Block) -> tuple[list[Images], list[Future[None]]]:
         """The block's images, and what must be done before they count as kept."""

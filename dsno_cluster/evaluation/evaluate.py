@@ -27,6 +27,7 @@ from dsno_cluster.evaluation.measure import MeasuredSet, MeasuredStudent, Surrou
 from dsno_cluster.evaluation.records import Figures, HeldOut, ImagesMetrics, Metrics, TeacherRow
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT
 from dsno_cluster.evaluation.store import Findings, say_replaced, store, store_images
+from dsno_cluster.evaluation.student_before import find_before
 from dsno_cluster.evaluation.teacher_rows import keep_row
 from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.trajectories.generate import kernels_folder, say_compiling
@@ -46,9 +47,9 @@ def evaluate(
     subject = replace(subject, config=decided(subject.config))
     comparison = look_up(subject, folder)
     say_what(comparison, crew)
-    before = say_replaced(comparison)
+    replaced, before = say_replaced(comparison), find_before(comparison)
     found = _measure(comparison, crew)
-    return store(comparison, found, began, before)
+    return store(comparison, found, began, replaced, before)
 
 
 def decided(config: Config) -> Config:
@@ -139,18 +140,17 @@ def _measure(comparison: Comparison, crew: Crew) -> Findings:
 def _measure_images(comparison: ImagesComparison, crew: Crew) -> tuple[Figures, Surroundings]:
     figures: Figures | None = None
     surroundings: Surroundings | None = None
-    images = [comparison.set]
     measuring = measure(
         comparison.config,
         comparison.weights,
-        images,
+        comparison.sets(),
         comparison.real,
         crew=crew,
     )
     with contextlib.closing(measuring):
         for part in measuring:
             match part:
-                case MeasuredSet():
+                case MeasuredSet() if part.images.source == comparison.source:
                     figures = part.figures
                 case Surroundings():
                     surroundings = part

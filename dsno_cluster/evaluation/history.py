@@ -14,7 +14,7 @@ from dsno_cluster.features import INCEPTION
 from dsno_cluster.storage import Storage
 
 # the figure by which a metric of the config is judged, if it has another name
-_FIGURES = {"precision_recall": "f_score"}
+_FIGURES = {"precision_recall": "f_score", "nearest": "copies"}
 
 
 def history_key(config: Config) -> str:
@@ -42,7 +42,11 @@ def judging_figures(extractor: str) -> dict[str, Figure]:
     Titles depend on the extractor.
     """
     names = {key: metric for metric, key in _FIGURES.items()}
-    known = {names.get(figure.key, figure.key): figure for figure in known_figures(extractor)}
+    known = {
+        names.get(figure.key, figure.key): figure
+        for figure in known_figures(extractor)
+        if figure.key not in _FIGURES  # not what the metric of that name is judged by
+    }
     known["trajectory_error"] = Figure("trajectory_error", "mean trajectory error", 4, "lower")
     return known
 

@@ -35,7 +35,7 @@ from dsno_cluster.features.extractors import (
 )
 from dsno_cluster.image_sets.image_set import ImageSet
 from dsno_cluster.image_sets.opening import open_images
-from dsno_cluster.model_folder import find_model, model_address
+from dsno_cluster.model_folder import StartModel, find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import (
@@ -60,6 +60,7 @@ class Student:
     step: int | None
     ema_decay: float | None
     train_seconds: float | None
+    start: StartModel | None = None
 
     @property
     def title(self) -> str:
@@ -154,10 +155,7 @@ class Comparison:
         if self.readings or self.keep is not None:
             found.append(ImagesOf(STUDENT, count, self.readings, shape))
         if self.config.data.name is not None and self.readings:
-            there = open_images(HELD_OUT.address, None, self.config.data)
-            needed = fewest(self.config.evaluation)
-            possible = {m: reading for m, reading in self.readings.items() if needed.get(m, 0) <= there.count}
-            found.append(ImagesOf(HELD_OUT, there.count, possible, there.shape))
+            found.append(_held_out(self.config, self.readings))
         return found
 
 
@@ -174,10 +172,26 @@ class ImagesComparison:
     real: RealData
 
     @property
-    def set(self) -> ImagesOf:
-        """The images to measure."""
-        source = ImageSource("images", address=self.images.address)
-        return ImagesOf(source, self.images.count, self.readings, self.images.shape)
+    def source(self) -> ImageSource:
+        return ImageSource("images", address=self.images.address)
+
+    def sets(self) -> list[ImagesOf]:
+        """The images to measure, and the held-out real ones if copies are counted by them."""
+        found = [ImagesOf(self.source, self.images.count, self.readings, self.images.shape)]
+        nearest = {metric: reading for metric, reading in self.readings.items() if metric == "nearest"}
+        if self.config.data.name is not None and nearest and self.source != HELD_OUT:
+            found.append(_held_out(self.config, nearest))
+        return found
+
+
+def _held_out(config: Config, readings: Readings) -> ImagesOf:
+    """The held-out real images of the config's data, for those of the metrics for which they are enough."""
+    images = open_images(HELD_OUT.address, None, config.data)
+    needed = fewest(config.evaluation)
+    possible = {
+        metric: reading for metric, reading in readings.items() if needed.get(metric, 0) <= images.count
+    }
+    return ImagesOf(HELD_OUT, images.count, possible, images.shape)
 
 
 def find_student(config: Config, student_path: str | None = None) -> Student:
@@ -215,7 +229,7 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
             f"evaluation.seed {config.evaluation.seed}: the student at {path} was trained on the noise of that seed; "
             "take another"
         )
-    return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds)
+    return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds, meta.start)
 
 
 def find_subject(

@@ -25,11 +25,18 @@ from dsno_cluster.cluster.ray_pool import (
 from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.actor import EvaluationActor, StudentAtWork
-from dsno_cluster.evaluation.metrics import Collected, Reference, figures
+from dsno_cluster.evaluation.metrics import Collected, Reference, distance_of_copies, figures
 from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.records import Cost, Figures
 from dsno_cluster.evaluation.reference import RealData, finished_reference
-from dsno_cluster.evaluation.sources import STUDENT, Block, ImageSource, MeasuredBlock, TrajectoryError
+from dsno_cluster.evaluation.sources import (
+    HELD_OUT,
+    STUDENT,
+    Block,
+    ImageSource,
+    MeasuredBlock,
+    TrajectoryError,
+)
 from dsno_cluster.features.extractors import BATCH, Readings, WeightsFile
 from dsno_cluster.provenance import Environment
 from dsno_cluster.storage import Storage, open_storage
@@ -122,9 +129,15 @@ def measure(
     if student is not None and "trajectory_error" in settings.metrics:
         blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
     console.say(_in_words(blocks, sets, real.source))
-    # first the reference, without which no set is finished; then the most expensive blocks, so that none runs
-    # last
-    blocks.sort(key=lambda block: (block.source != real.source, -block.source.evaluations))
+    # first the reference, without which no set is finished, and the held-out images, by which copies are counted; then the
+    # most expensive blocks, so that none runs last
+    blocks.sort(
+        key=lambda block: (
+            block.source != real.source,
+            block.source != HELD_OUT,
+            -block.source.evaluations,
+        )
+    )
     collecting = _Collecting(settings, storage, real, sets)
     errors: dict[int, TrajectoryError] = {}
     with open_ray(crew, settings.threads) as cluster:
@@ -222,7 +235,10 @@ class _Pool:
 
 
 class _Collecting:
-    """The sets while their blocks arrive. A set is finished when it and the reference are complete."""
+    """The sets while their blocks arrive.
+
+    A set is finished when it and the reference are complete and, if copies are counted, the held-out images.
+    """
 
     def __init__(
         self, settings: Evaluation, storage: Storage, real: RealData, sets: Sequence[ImagesOf]
@@ -236,6 +252,10 @@ class _Collecting:
         self.shards: dict[int, tuple[Shard, ...]] = {}
         self.whole: list[ImageSource] = []
         self.reference = finished_reference(storage, real, None) if real.source is None else None
+        self.awaited = [] if real.source is None else [real.source]
+        if HELD_OUT in self.sets and "nearest" in self.sets[HELD_OUT].readings:
+            self.awaited.append(HELD_OUT)
+        self.copies_below: float | None = None
 
     def add(self, block: Block, measured: MeasuredBlock) -> Iterator[MeasuredSet]:
         """Add a block, each block once; yields the sets that it completes."""
@@ -249,10 +269,14 @@ class _Collecting:
             self.reference = finished_reference(self.storage, self.real, self.collected.pop(source))
         else:
             self.whole.append(source)
-        while self.whole and not (self.real.source and self.left[self.real.source]):
+        while self.whole and not any(self.left[awaited] for awaited in self.awaited):
+            if self.copies_below is None and HELD_OUT in self.awaited:
+                readings, held_out = self.sets[HELD_OUT].readings, self.collected[HELD_OUT]
+                self.copies_below = distance_of_copies(readings, held_out, self.reference)
             images = self.sets[self.whole.pop(0)]
             collected = self.collected.pop(images.source)
-            yield MeasuredSet(images, figures(self.settings, images.readings, collected, self.reference))
+            found = figures(self.settings, images.readings, collected, self.reference, self.copies_below)
+            yield MeasuredSet(images, found)
 
     def kept_shards(self) -> tuple[Shard, ...]:
         return tuple(shard for start in sorted(self.shards) for shard in self.shards[start])

@@ -1,4 +1,4 @@
-"""Metrics from features, by torch-fidelity's own functions: FID, KID, Inception Score, precision and recall.
+"""Metrics from features: FID, KID, Inception Score, precision and recall by torch-fidelity's own functions; copies by ours.
 
 `Collected` takes the blocks of a set of samples in any order and ends up with what the metrics need: merged
 moments, and the rows of features only for those metrics that need them.
@@ -17,14 +17,15 @@ from dsno_cluster.config import Evaluation
 from dsno_cluster.config.base import Named
 from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
+from dsno_cluster.evaluation.nearest import copy_distance, nearest_figures, nearest_training
 from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.features.extractors import Reading, Readings
 from dsno_cluster.features.neighbours import precision_recall_on
 from dsno_cluster.features.statistics import BlockMerger, Moments, distance_from
 from dsno_cluster.image_sets.image_set import DataIdentity
 
-BY_ROW = ("kid", "inception_score", "precision_recall")  # need each sample's features
-OF_REFERENCE = ("fid", "kid", "precision_recall")  # compare with real images
+BY_ROW = ("kid", "inception_score", "precision_recall", "nearest")  # need each sample's features
+OF_REFERENCE = ("fid", "kid", "precision_recall", "nearest")  # compare with real images
 WHOLE_MATRIX = (
     10_000  # up to this many samples, torch-fidelity's default, which holds all distances, fits in memory
 )
@@ -111,10 +112,15 @@ def check_count(settings: Evaluation, metrics: Iterable[str], count: int, what: 
 
 
 def figures(
-    settings: Evaluation, readings: Readings, samples: Collected, reference: Reference | None
+    settings: Evaluation,
+    readings: Readings,
+    samples: Collected,
+    reference: Reference | None,
+    copies_below: float | None = None,
 ) -> Figures:
     """Every metric of `readings`; the reference is needed only by those that compare with it.
 
+    `copies_below`: the distance below which a sample is a copy (`distance_of_copies`); None: copies are not counted.
     Raises UserError if there are too few images for a metric or the reference's features have another width.
     """
     found: dict[str, float] = {}
@@ -128,9 +134,18 @@ def figures(
         found |= inception_score(settings, samples.features[readings["inception_score"].key])
     if "precision_recall" in readings:
         found |= precision_recall(settings, *_pair(readings["precision_recall"], samples, reference))
+    if "nearest" in readings:
+        distances, _ = nearest_training(*_pair(readings["nearest"], samples, reference))
+        found |= nearest_figures(distances, copies_below)
     if "agreement" in readings:
         found["agreement"] = samples.agreeing / samples.count
     return Figures.model_validate(found)
+
+
+def distance_of_copies(readings: Readings, held_out: Collected, reference: Reference | None) -> float:
+    """The distance to the nearest training image below which images are copies, by those of real images that were held out."""
+    distances, _ = nearest_training(*_pair(readings["nearest"], held_out, reference))
+    return copy_distance(distances)
 
 
 def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -16,7 +17,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.records import Layout, Metrics
-from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
+from dsno_cluster.evaluation.table import error_lines, figures_of, student_rows, table_rows
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import LoadedDecoder, States, Teacher
@@ -55,6 +56,8 @@ def layout(config: Config, states: States | None = None) -> Layout:
 class Pictured:
     """What pictures show of states, (..., C, H, W) on CPU: the images of both from the same noise in the rows of `layout`,
     (N, ...), and of the samples `through_time` the noise (S, ...) and both at each time point (S, M, ...).
+
+    `features` (K, D), if the metric `nearest` is measured: of the student's images of `nearest_picture.shown_samples`.
     """
 
     theirs: Tensor
@@ -64,6 +67,7 @@ class Pictured:
     their_states: Tensor
     our_states: Tensor
     teacher_evaluations: int  # network evaluations for an image of the teacher's
+    features: np.ndarray | None = None
 
 
 def solve_pictured(
@@ -202,7 +206,7 @@ def _samples_picture(
         notes += [
             "",
             "Relative error of the student against the teacher's trajectory,",
-            "on noise held out from training:",
+            "on noise held out from training" + (", before -> after finishing:" if metrics.before else ":"),
             *lines,
         ]
     beside = max(sum(column_widths) + 10, *(_width(small, line) + 16 for line in notes))
@@ -234,7 +238,7 @@ def _samples_picture(
             draw.text((x, y), text, fill=ink, font=font)
             x += width
         y += 27
-        if n in (0, len(table) - 1):
+        if n in (0, len(table) - len(student_rows(metrics))):
             draw.line((x0, y - 5, x0 + sum(column_widths) - 22, y - 5), fill=_MUTED)
     for line in notes:
         y += 20

@@ -31,6 +31,9 @@ class Figures(SparseRecord):
     precision: float | None = None
     recall: float | None = None
     f_score: float | None = None
+    nearest: float | None = None
+    nearest_low: float | None = None
+    copies: float | None = None
     agreement: float | None = None
 
     def figure(self, name: str) -> float | None:
@@ -74,6 +77,15 @@ class StudentRow(Figures):
     cost_in_teacher_evaluations: float | None
     images_per_second: float | None
     trajectory_error: dict[str, float] | None = None
+
+
+class StudentBefore(StudentRow):
+    """The figures of the student with which the evaluated one began, from the evaluation of `name`, which was equal."""
+
+    source: str = "student before finishing"
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # it names folders
+    step: int | None = None
+    sha256: str
 
 
 class ExtractorName(Record):
@@ -159,7 +171,7 @@ class Metrics(Measurement):
     """metrics.json: a student and its teacher.
 
     `decoder` turned the states into the images that were measured; None: they are images. `seconds` exclude the teacher's
-    rows that were known before.
+    rows that were known before. `before`: if the student began as another one, whose evaluation is equal to this.
     """
 
     known_by: ClassVar[str] = "student"
@@ -170,6 +182,7 @@ class Metrics(Measurement):
     real_held_out: HeldOut | None = None
     teacher_rows: tuple[TeacherRow, ...] = ()
     student: StudentRow
+    before: StudentBefore | None = None
     device: str | None = None
     seconds: float | None = None
     train_seconds: float | None = None

@@ -82,6 +82,14 @@ class RealData:
         return ImageSource("images", address=self.images.address, is_reference=True)
 
     @property
+    def identity(self) -> DataIdentity | ReferenceParts | None:
+        """The identity of the reference, as `Reference` has it; None if nothing is compared."""
+        statistics = None if self.statistics is None else self.statistics.identity
+        if statistics is None or self.images is None:
+            return statistics or (self.images.identity if self.images else None)
+        return ReferenceParts(statistics=_one(statistics), images=self.images.identity)
+
+    @property
     def count(self) -> int | None:
         known = self.statistics or self.kept
         return known.count if known else self.images.count if self.images else None

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from dsno_cluster import console
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation import pictures
+from dsno_cluster.evaluation.comparable import (
+    decoder_of,
+    extractor_of,
+    other_extractors_of,
+    setting_differences,
+)
 from dsno_cluster.evaluation.look_up import Comparison, ImagesComparison, KeptSamples
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
+from dsno_cluster.evaluation.nearest_picture import NEAREST, nearest_picture, shown_samples
 from dsno_cluster.evaluation.records import (
     Checkpoint,
     ExtractorName,
@@ -27,6 +34,7 @@ from dsno_cluster.evaluation.records import (
     read_file,
 )
 from dsno_cluster.evaluation.reference import warnings_of
+from dsno_cluster.evaluation.student_before import FoundBefore
 from dsno_cluster.features.extractors import Readings, WeightsFile
 from dsno_cluster.provenance import Code, Environment, code_version
 from dsno_cluster.records import Values, canonical_hash, record_bytes
@@ -49,25 +57,36 @@ class Findings:
     surroundings: Surroundings
 
 
-def store(comparison: Comparison, found: Findings, began: float, before: Stat | None) -> Metrics:
+def store(
+    comparison: Comparison,
+    found: Findings,
+    began: float,
+    replaced: Stat | None,
+    before: FoundBefore = FoundBefore(),  # noqa: B008 (frozen)
+) -> Metrics:
     """Write the pictures and then metrics.json, and commit the kept samples.
 
     Of several evaluations that end at once, each writes all its files before the next; the last remains. `began`
-    is the start, by `time.monotonic`, and `before` was metrics.json then.
+    is the start, by `time.monotonic`, `replaced` was metrics.json then, and `before` is the student before finishing.
     """
     config, storage, folder = comparison.config, comparison.storage, comparison.folder
     made_by = found.surroundings.environment
     if comparison.keep is not None:
         _commit_samples(storage, comparison.keep, found.student.shards, made_by)
+    nearest, not_nearest = _nearest_picture(comparison, found)
     student, teacher, settings = comparison.subject.student, comparison.subject.teacher, config.evaluation
     beside = _beside(comparison, found.surroundings, comparison.states.image_shape[1], settings.num_samples)
-    beside["warnings"] += found.student.warnings
+    beside["warnings"] += (
+        *found.student.warnings,
+        *not_nearest,
+        *([before.warning] if before.warning else []),
+    )
     metrics = Metrics(
         **beside,
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
         checkpoint=_checkpoint(comparison),
         teacher=teacher.info.identity.model_dump(mode="json"),
-        decoder=_decoder(comparison),
+        decoder=decoder_of(comparison),
         precision=settings.precision,
         real_held_out=found.held_out,
         teacher_rows=tuple(
@@ -75,6 +94,7 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
             for sampling in comparison.samplings
         ),
         student=_student_row(comparison, found),
+        before=before.row,
         device=made_by.device,
         seconds=round(time.monotonic() - began, 1),
         train_seconds=student.train_seconds,
@@ -82,16 +102,32 @@ def store(comparison: Comparison, found: Findings, began: float, before: Stat | 
     )
     pictured = found.student.pictured
     files = pictures.pictures(config, pictured, metrics, comparison.states) if pictured else {}
+    files |= nearest
     with only_writer(storage, folder + WRITING):
-        if storage.stat(folder + METRICS) not in (before, None):
+        if storage.stat(folder + METRICS) not in (replaced, None):
             console.say(f"this replaces an evaluation that ended meanwhile: {storage.url}/{folder}{METRICS}")
         for name, png in files.items():
             storage.write(folder + name, png)
-        for name in set(pictures.NAMES) - files.keys():  # an earlier evaluation's, of other figures
+        for name in {*pictures.NAMES, NEAREST} - files.keys():  # an earlier evaluation's, of other figures
             storage.delete(folder + name)
         storage.write(folder + METRICS, record_bytes(metrics))
     console.say(f"written: {storage.url}/{folder}{{{', '.join([METRICS, *files])}}}")
     return metrics
+
+
+def _nearest_picture(comparison: Comparison, found: Findings) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """nearest.png by its name, if the metric was measured and samples are pictured, and a warning if it could not be made."""
+    pictured, reference, images = found.student.pictured, found.surroundings.reference, comparison.real.images
+    if pictured is None or pictured.features is None or reference is None or images is None:
+        return {}, ()
+    plain = pictures.layout(comparison.config, comparison.states)
+    training = reference.features[comparison.readings["nearest"].key]
+    shown = shown_samples(plain, pictured.ours)
+    try:
+        png = nearest_picture(plain, shown, pictured.features, images, training, found.held_out)
+    except (UserError, WorkError) as error:  # the figures, which may have taken hours, are whole without it
+        return {}, (f"the picture of nearest training images could not be made: {error}",)
+    return {NEAREST: png}, ()
 
 
 def _commit_samples(
@@ -144,27 +180,15 @@ def say_replaced(comparison: Comparison) -> Stat | None:
 
 def _differences(before: Metrics, comparison: Comparison) -> list[str]:
     """The ways in which an earlier evaluation differs from this one, except for the figures."""
-    settings, checkpoint = comparison.config.evaluation, _checkpoint(comparison)
+    checkpoint = _checkpoint(comparison)
     same = {
         "the student": before.checkpoint.sha256 == checkpoint.sha256
         if before.checkpoint.sha256
         else before.checkpoint.path == checkpoint.path,
         "its step": before.checkpoint.step == checkpoint.step,
         "ema_decay": before.checkpoint.ema_decay == checkpoint.ema_decay,
-        "num_samples": before.num_samples == settings.num_samples,
-        "the feature extractor": before.feature_extractor == _extractor(comparison),
-        "other extractors": before.other_extractors == _other_extractors(comparison),
-        "the reference": before.reference.what == settings.reference,
-        "seed": before.seeds.noise in (None, settings.seed),
-        "precision": before.precision == settings.precision,
-        "the decoder": before.decoder == _decoder(comparison),
     }
-    return [what for what, is_same in same.items() if not is_same]
-
-
-def _decoder(comparison: Comparison) -> Values | None:
-    decoder = comparison.decoder
-    return None if decoder is None else decoder.model_dump(mode="json")
+    return [what for what, is_same in same.items() if not is_same] + setting_differences(before, comparison)
 
 
 def _checkpoint(comparison: Comparison) -> Checkpoint:
@@ -215,21 +239,9 @@ def _beside(
             resolution=reference.resolution if reference else None,
             identity=reference.identity.model_dump(mode="json") if reference else None,
         ),
-        feature_extractor=_extractor(comparison),
-        other_extractors=_other_extractors(comparison),
+        feature_extractor=extractor_of(comparison),
+        other_extractors=other_extractors_of(comparison),
         warnings=tuple(warnings_of(readings, weights, reference, count, resolution)) if reference else (),
         versions=surroundings.environment.versions,  # those of the actors, which may have GPUs
         code=code_version(),
     )
-
-
-def _extractor(comparison: Comparison | ImagesComparison) -> ExtractorName:
-    """The main extractor, with its weights only if a metric reads it."""
-    main = comparison.config.evaluation.feature_extractor
-    file = comparison.weights.get(main)
-    return ExtractorName(name=main, weights_sha256=file.sha256 if file else None)
-
-
-def _other_extractors(comparison: Comparison | ImagesComparison) -> dict[str, str]:
-    main = comparison.config.evaluation.feature_extractor
-    return {name: file.sha256 for name, file in comparison.weights.items() if name != main}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from dsno_cluster.evaluation.records import Figures, Metrics
+from dsno_cluster.evaluation.records import Figures, Metrics, StudentRow
 from dsno_cluster.features import INCEPTION
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of rows of metrics.json: key, title, decimals, and whether lower or higher is better."""
+    """A figure of rows of metrics.json: key, title, decimals, and what is better: as real images have it, for some figures."""
 
     key: str
     title: str
     decimals: int
-    better: str  # "lower" or "higher"
+    better: Literal["lower", "higher", "as real"]
 
     def text(self, row: Figures) -> str:
         """The figure of a row, with its standard deviation if the row has one; empty if it has no such figure."""
@@ -36,6 +37,8 @@ def known_figures(extractor: str) -> list[Figure]:
         Figure("precision", "precision", 3, "higher"),
         Figure("recall", "recall", 3, "higher"),
         Figure("f_score", "F-score", 3, "higher"),
+        Figure("nearest", "nearest training image", 3, "as real"),
+        Figure("copies", "copies", 3, "lower"),
         Figure("agreement", "right class", 3, "higher"),
     ]
 
@@ -49,18 +52,24 @@ def figures_of(metrics: Metrics) -> list[Figure]:
 
 
 def table_rows(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: the real data's, the teacher's by cost, and finally the student's."""
+    """Header and rows of the table: the real data's, the teacher's by cost, and finally those of `student_rows`."""
     figures = figures_of(metrics)
     header = ["samples", "NFE", "cost", *(figure.title for figure in figures)]
     rows = []
-    held_out, student = metrics.real_held_out, metrics.student
+    held_out = metrics.real_held_out
     if held_out:
         rows.append([f"real, {held_out.num_samples} held out", "", "", *_texts(figures, held_out)])
     for row in metrics.teacher_rows:
         rows.append([row.source, str(row.evaluations), str(row.evaluations), *_texts(figures, row)])
-    cost = student.cost_in_teacher_evaluations
-    rows.append(["student", "1", "-" if cost is None else f"{cost:.1f}", *_texts(figures, student)])
+    for student in student_rows(metrics):
+        cost = student.cost_in_teacher_evaluations
+        rows.append([student.source, "1", "-" if cost is None else f"{cost:.1f}", *_texts(figures, student)])
     return header, rows
+
+
+def student_rows(metrics: Metrics) -> list[StudentRow]:
+    """The student before finishing, if there is one, and the evaluated student."""
+    return [*([metrics.before] if metrics.before else []), metrics.student]
 
 
 def _texts(figures: Sequence[Figure], row: Figures) -> list[str]:
@@ -68,6 +77,10 @@ def _texts(figures: Sequence[Figure], row: Figures) -> list[str]:
 
 
 def error_lines(metrics: Metrics) -> list[str]:
-    """Relative error of the student against the teacher's own trajectory, a line per time point."""
+    """Relative error of the student against the teacher's own trajectory, a line per time point; before -> after finishing."""
+    before = (metrics.before.trajectory_error if metrics.before else None) or {}
     errors = metrics.student.trajectory_error or {}
-    return [f"t = {float(t):.4g}: {error:.3f}" for t, error in errors.items()]
+    return [
+        f"t = {float(t):.4g}: " + (f"{before[t]:.3f} -> " if t in before else "") + f"{error:.3f}"
+        for t, error in errors.items()
+    ]

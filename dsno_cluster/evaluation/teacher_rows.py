@@ -15,8 +15,10 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.metrics import ReferenceParts
 from dsno_cluster.evaluation.records import TeacherRow, rewrite
 from dsno_cluster.evaluation.reference import RealData
+from dsno_cluster.evaluation.sources import HELD_OUT
 from dsno_cluster.features.extractors import Readings, WeightsFile
 from dsno_cluster.image_sets.image_set import DataIdentity
+from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record
@@ -66,6 +68,7 @@ class ComparisonSpec(Named):
     neighborhood: int | None = later(None)
     metric_seed: int | None = later(None)
     decoder: DecoderIdentity | None = later(None)
+    held_out: DataIdentity | None = later(None)  # the real images by which copies are counted
 
 
 class TeacherRowsFile(Record):
@@ -120,8 +123,13 @@ def comparison_spec(
         precision=config.teacher.precision,
         other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
         decoder=teacher.states.identity(settings.precision),
+        held_out=_held_out(config) if "nearest" in readings else None,
         **knobs,
     )
+
+
+def _held_out(config: Config) -> DataIdentity | None:
+    return None if config.data.name is None else open_images(HELD_OUT.address, None, config.data).identity
 
 
 def _parts_of(real: RealData) -> ReferenceParts:

@@ -29,8 +29,8 @@ VGG = "vgg16"
 # extractors whose weights are tensors by name; others' may hold programs
 STATE_DICTS = (*CLASSIFIERS, VGG, INCEPTION)
 OTHER_KEY = "evaluation.precision_recall_weights"  # of the keys of another extractor
-# torch-fidelity's names of the metrics that read features
-METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc"}
+# torch-fidelity's names of the metrics that read features; `nearest` is ours, and reads what FID reads
+METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc", "nearest": "fid"}
 BATCH = 64  # images at a time, torch-fidelity's default
 WEIGHT_FILE = "weights.safetensors"
 

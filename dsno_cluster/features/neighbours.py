@@ -1,7 +1,7 @@
-"""Precision and recall by nearest neighbours on a device, a block of distances at a time.
+"""Nearest neighbours on a device, a block of distances at a time; precision and recall by them.
 
-The definition is torch-fidelity's: a feature is covered if it lies within the ball of one of the other set's features,
-whose radius is the distance to its k-th neighbour in its own set (Kynkaanniemi et al. 2019, section 2).
+The definition of precision and recall is torch-fidelity's: a feature is covered if it lies within the ball of one of the other
+set's features, whose radius is the distance to its k-th neighbour in its own set (Kynkaanniemi et al. 2019, section 2).
 """
 
 from __future__ import annotations
@@ -42,6 +42,21 @@ def covered(features_ND: Tensor, centres_MD: Tensor, radii_M: Tensor, numbers: i
 
     within = [(part <= radii_M).any(dim=1) for part in distances(features_ND, centres_MD, numbers)]
     return float(torch.cat(within).double().mean())
+
+
+def nearest(features_ND: Tensor, others_MD: Tensor, numbers: int = BLOCK_NUMBERS) -> tuple[Tensor, Tensor]:
+    """The distance of each feature to the nearest of the others, float64 (N,), and the index of that one, (N,).
+
+    The blocks of distances only choose it: as sums of products they lose the digits of small distances, of copies above all.
+    Its own distance is that of the difference.
+    """
+    import torch
+
+    index_N = torch.cat([part.argmin(dim=1) for part in distances(features_ND, others_MD, numbers)])
+    rows = max(1, numbers // features_ND.shape[1])
+    parts = zip(features_ND.split(rows), index_N.split(rows), strict=True)
+    found = [(part.double() - others_MD[index].double()).square().sum(dim=1).sqrt() for part, index in parts]
+    return torch.cat(found), index_N
 
 
 def distances(features_ND: Tensor, others_MD: Tensor, numbers: int) -> Iterator[Tensor]:

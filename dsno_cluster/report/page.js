@@ -4,9 +4,10 @@ for (const compare of document.querySelectorAll(".compare")) {
   const range = compare.querySelector("input");
   const sides = compare.querySelector(".sides");
   const plate = compare.querySelector(".plate");
+  const [left, rest] = [...compare.querySelectorAll(".control span")].map((name) => name.textContent);
   const show = () => {
     compare.style.setProperty("--at", `${range.value}%`);
-    range.setAttribute("aria-valuetext", `teacher on the left ${range.value} percent, student on the rest`);
+    range.setAttribute("aria-valuetext", `${left} on the left ${range.value} percent, ${rest} on the rest`);
   };
   const follow = (event) => {
     const box = plate.getBoundingClientRect();

@@ -7,10 +7,11 @@ from importlib import resources
 
 from dsno_cluster import __version__
 from dsno_cluster.config import Config
-from dsno_cluster.evaluation.records import Figures, Layout, TeacherRow
+from dsno_cluster.evaluation.records import Figures, Layout, Metrics, TeacherRow
 from dsno_cluster.evaluation.table import figures_of
 from dsno_cluster.report import parts
 from dsno_cluster.report.markup import Markup, tag, together
+from dsno_cluster.report.parts import Side
 from dsno_cluster.report.run_charts import (
     cost_chart,
     distance_chart,
@@ -127,6 +128,8 @@ def _tiles(files: RunFiles) -> Markup | None:
     cost = student.cost_in_teacher_evaluations
     at_cost = "cost not measured" if cost is None else f"cost {cost:.1f}"
     shown: list[tuple[str, Figures, str]] = [("Student, 1 evaluation", student, at_cost)]
+    if metrics.before is not None:
+        shown.append(("Student before finishing", metrics.before, f"that is {metrics.before.name}"))
     rows = [row for row in metrics.teacher_rows if figure.text(row)]
     affordable = [row for row in rows if cost is not None and row.evaluations <= max(1, round(cost))]
     if affordable:
@@ -200,8 +203,42 @@ def _samples(files: RunFiles, words: str) -> Markup:
             "slider; from the keyboard its arrow keys, Home and End."
             + (f" The states{_of_states(layout)}" if layout.states != "images" else ""),
         ),
-        parts.comparison(layout, files.pictures["teacher.png"], files.pictures["student.png"], files.size),
+        parts.comparison(
+            layout,
+            Side("teacher", files.size.evaluations_per_sample, files.pictures["teacher.png"]),
+            Side("student", 1, files.pictures["student.png"]),
+        ),
+        _before_and_after(files, layout),
+        _nearest(files),
     )
+
+
+def _before_and_after(files: RunFiles, layout: Layout) -> Markup | None:
+    """The student before and after finishing, if the former's samples are there."""
+    if files.metrics is None or files.metrics.before is None or files.picture_before is None:
+        return None
+    before = files.metrics.before
+    return together(
+        tag("p", f"The student before finishing, {before.name}, and after it, from the same noise."),
+        parts.comparison(
+            layout,
+            Side(before.source, 1, files.picture_before),
+            Side("student", 1, files.pictures["student.png"]),
+        ),
+    )
+
+
+def _nearest(files: RunFiles) -> Markup | None:
+    """Samples beside their nearest training images, if that was measured."""
+    picture = files.pictures.get("nearest.png")
+    if picture is None:
+        return None
+    said = (
+        "Each sample of the student has its nearest training image on its right, by the features of the extractor. A sample that "
+        "is a copy shows the same image twice."
+    )
+    alt = "Samples of the student, each with its nearest training image beside it"
+    return parts.captioned("Nearest training images", said, picture, alt)
 
 
 def _trajectories(files: RunFiles, words: str) -> Markup:
@@ -216,14 +253,7 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
             ),
             parts.strips(layout, files.pictures["strips.png"]),
         )
-    errors = files.metrics.student.trajectory_error if files.metrics else None
-    table = None
-    if errors:
-        table = parts.table(
-            "Relative error of the evaluated student against the teacher's trajectories, on held-out noise",
-            ["time", *(f"t\u00a0=\u00a0{float(t):.4g}" for t in errors)],
-            [["relative error", *(number_3(error) for error in errors.values())]],
-        )
+    table = _errors(files.metrics) if files.metrics else None
     chart = heldout_chart(files.curve, files.config.trajectories.time_points)
     if chart is not None:
         held_out = parts.chart_figure(chart)
@@ -237,6 +267,22 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
         )
     missing = None if strips else parts.missing("No pictures yet", f"dsno-cluster eval {words}")
     return together(strips, missing, table, held_out)
+
+
+def _errors(metrics: Metrics) -> Markup | None:
+    errors = metrics.student.trajectory_error
+    if not errors:
+        return None
+    before = metrics.before.trajectory_error if metrics.before else None
+    rows = [["relative error", *(number_3(error) for error in errors.values())]]
+    if before:
+        of_before = (number_3(before[t]) if t in before else "" for t in errors)
+        rows.insert(0, ["before finishing", *of_before])
+    return parts.table(
+        "Relative error of the evaluated student against the teacher's trajectories, on held-out noise",
+        ["time", *(f"t\u00a0=\u00a0{float(t):.4g}" for t in errors)],
+        rows,
+    )
 
 
 def _of_states(layout: Layout) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dsno_cluster.evaluation.records import Layout, Metrics
 from dsno_cluster.evaluation.table import Figure, table_rows
 from dsno_cluster.report import charts
 from dsno_cluster.report.markup import Markup, tag, together
 from dsno_cluster.report.run_charts import chart_table
-from dsno_cluster.trajectories.plan import Size
 
-_ARROWS = {"lower": ("↓", "lower is better"), "higher": ("↑", "higher is better")}
+_ARROWS = {
+    "lower": ("↓", "lower is better"),
+    "higher": ("↑", "higher is better"),
+    "as real": ("≈", "best as held-out real images have it"),
+}
 
 
 def missing(what: str, command: str | None = None) -> Markup:
@@ -85,7 +89,22 @@ def chart_figure(chart: charts.Chart) -> Markup:
     )
 
 
-def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup:
+def captioned(title: str, said: str, picture: str, alt: str) -> Markup:
+    """A picture that has its own labels, with a title and a sentence on what it shows."""
+    image = tag("img", src=picture, alt=alt, class_="whole")
+    return tag("figure", tag("figcaption", tag("strong", title), said), image)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two compared pictures: who drew its samples, at how many evaluations each, and its data URI."""
+
+    who: str
+    evaluations: int
+    picture: str
+
+
+def comparison(layout: Layout, theirs: Side, ours: Side) -> Markup:
     """Two grids of the same noise under one slider; side by side without scripts, and on paper."""
     width = layout.columns * (layout.tile + layout.gap) + layout.gap
     step = layout.height + layout.gap
@@ -93,20 +112,19 @@ def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup
     middles = [layout.gap + layout.height / 2 + r * step for r in range(layout.rows)]
     names = [tag("span", str(r), class_="row", style=f"top:{y / height:.2%}") for r, y in enumerate(middles)]
     classes = f"one row for each of {layout.rows} classes" if layout.classes else f"{layout.rows} rows"
-    evaluations = size.evaluations_per_sample
 
-    def side(class_: str, who: str, picture: str) -> Markup:
-        alt = f"Samples of the {who}, {classes}, {layout.columns} in a row"
-        image = _image(picture, alt, width, height, layout.tile)
+    def side(class_: str, drawn: Side) -> Markup:
+        alt = f"Samples of the {drawn.who}, {classes}, {layout.columns} in a row"
+        image = _image(drawn.picture, alt, width, height, layout.tile)
+        caption = f"{drawn.who}, {drawn.evaluations} evaluation{'s' if drawn.evaluations > 1 else ''}"
         labels = names if layout.classes else []
         return tag(
             "figure",
             tag("div", image, *labels, class_="plate rows"),
-            tag("figcaption", who),
+            tag("figcaption", caption),
             class_=class_,
         )
 
-    theirs, ours = f"teacher, {evaluations} evaluations", "student, 1 evaluation"
     slider = tag(
         "input",
         type="range",
@@ -114,16 +132,16 @@ def comparison(layout: Layout, teacher: str, student: str, size: Size) -> Markup
         max=100,
         value=50,
         step=1,
-        aria_label="Border between teacher and student",
+        aria_label=f"Border between {theirs.who} and {ours.who}",
     )
     return tag(
         "div",
-        tag("div", side("theirs-side", theirs, teacher), side("ours-side", ours, student), class_="sides"),
+        tag("div", side("theirs-side", theirs), side("ours-side", ours), class_="sides"),
         tag(
             "div",
             slider,
-            tag("span", "teacher", class_="theirs"),
-            tag("span", "student", class_="ours"),
+            tag("span", theirs.who, class_="theirs"),
+            tag("span", ours.who, class_="ours"),
             class_="control",
         ),
         class_="compare",

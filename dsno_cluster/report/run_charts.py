@@ -16,10 +16,13 @@ STUDENT, TEACHER = 0, 1  # colours of the page
 
 
 def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
-    """A figure of the samples against their cost: the teacher at several costs, and the student; None without either."""
+    """A figure of the samples against their cost: the teacher at several costs, and the student.
+
+    None without either, or for a figure that does not rank them.
+    """
     student = metrics.student
     value, cost = _finite(student.figure(figure.key)), student.cost_in_teacher_evaluations
-    if value is None or cost is None:
+    if value is None or cost is None or figure.better == "as real":
         return None
     by_solver: dict[str, list[Point]] = {}
     for row in metrics.teacher_rows:

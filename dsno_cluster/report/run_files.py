@@ -21,7 +21,7 @@ from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import TrajectorySpec, imported_folder
 
-PICTURES = ("teacher.png", "student.png", "strips.png")
+PICTURES = ("teacher.png", "student.png", "strips.png", "nearest.png")
 
 
 class CurveLine(Record):
@@ -43,8 +43,9 @@ class RunFiles:
 
     `metrics`: metrics.json of `eval`, or of the checkpoint that `eval --watch` found best. `curve`: lines of
     metrics.jsonl, by step. `history`: the results of `eval --watch`, by checkpoint. `student`: meta.json of
-    the newest student, and `trained_with` the config in its folder. `pictures`: data URIs by name. `runs`:
-    submitted runs, oldest first. `places`: where each file was looked for.
+    the newest student, and `trained_with` the config in its folder. `pictures`: data URIs by name, and
+    `picture_before` that of the student before finishing, of the same noise. `runs`: submitted runs, oldest
+    first. `places`: where each file was looked for.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class RunFiles:
     manifest: Manifest | None
     size: Size
     pictures: dict[str, str]
+    picture_before: str | None
     runs: list[Run]
     places: dict[str, str]
 
@@ -109,6 +111,7 @@ def read_run_files(config: Config) -> RunFiles:
         manifest=manifest,
         size=size_of(config, _method(manifest, places["metrics"]) if manifest else None),
         pictures={name: uri for name in PICTURES if (uri := _picture(storage, folder + name))},
+        picture_before=_picture_before(storage, metrics) if metrics else None,
         runs=_runs_of(config),
         places=places,
     )
@@ -186,6 +189,22 @@ def _picture(storage: Storage, key: str) -> str | None:
         return "data:image/png;base64," + base64.b64encode(storage.read(key)).decode()
     except MissingObject:
         return None
+
+
+def _picture_before(storage: Storage, metrics: Metrics) -> str | None:
+    """student.png of the student before finishing, if the evaluation there is still that one, and laid out in the same way."""
+    before = metrics.before
+    if before is None:
+        return None
+    folder = f"evaluation/{before.name}/"
+    try:
+        there = read_file(Metrics, storage, folder + "metrics.json")
+    except UserError:
+        return None
+    if there is None or there.checkpoint.sha256 != before.sha256:
+        return None
+    alike = (there.pictures, there.seeds.noise) == (metrics.pictures, metrics.seeds.noise)
+    return _picture(storage, folder + "student.png") if alike else None
 
 
 def _runs_of(config: Config) -> list[Run]:
