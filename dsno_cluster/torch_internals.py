@@ -94,6 +94,13 @@ def pretended_tensors() -> contextlib.AbstractContextManager[Any]:
     return FakeTensorMode()
 
 
+def actual_tensors() -> contextlib.AbstractContextManager[Any]:
+    """A context whose new tensors have values, also within one of `pretended_tensors`."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the storages that operations in its context make, while they live: `now` and at the `peak`."""
 

@@ -19,6 +19,7 @@ from dsno_cluster.networks.mixed_blocks import mix_after, set_basis
 from dsno_cluster.networks.normalization import keep_layouts, repeat
 from dsno_cluster.networks.temporal import FourierBasis
 from dsno_cluster.records import Values
+from dsno_cluster.torch_internals import actual_tensors
 
 PAIRED = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
@@ -86,7 +87,8 @@ class DiffusersBackbone(nn.Module):
         self.unet = unet2d_model(
             {**model.config, "out_channels": out_channels}, "a student with a diffusers backbone"
         )
-        self.levels = noise_levels(model.scheduler, "scheduler")
+        with actual_tensors():  # the levels are numbers, also of a network whose memory is estimated
+            self.levels = noise_levels(model.scheduler, "scheduler")
         _keep_layouts_in_training(self.unet)
         if modes:
             mix_after(mixed_blocks(self.unet), modes, init)
