@@ -161,7 +161,7 @@ def package_path(path: str) -> str:
 def read_model(
     path: str, endpoint_url: str | None = None, ema: float | None = None, sha256: str | None = None
 ) -> ModelFolder:
-    """The model at a folder path, an S3 address or `package:NAME`; a run folder means its `latest`.
+    """The model at a folder path, an S3 address or `package:NAME`; a run folder means its `latest`, and `best` in it its best.
 
     `ema` chooses among a student's moving averages by decay. Raises UserError if there is no model, or no such
     average, and WorkError if the bytes are not those of `meta.json`, or not those of `sha256` if that is given.
@@ -182,6 +182,7 @@ def read_meta(path: str, endpoint_url: str | None = None, ema: float | None = No
 
 def find_model(path: str, endpoint_url: str | None = None, ema: float | None = None) -> FoundModel:
     """The model at a path, its weights not read yet; `ema` and errors as in `read_model`."""
+    path = _followed(path, endpoint_url)
     storage, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     return FoundModel(path, storage, prefix, _read_meta(storage, prefix, ema))
 
@@ -191,6 +192,7 @@ def model_address(path: str, endpoint_url: str | None = None) -> str:
 
     Raises UserError if there is no model.
     """
+    path = _followed(path, endpoint_url)
     _, prefix = _locate(open_storage(package_path(path), endpoint_url), path)
     return f"{path.rstrip('/')}/{prefix.rstrip('/')}" if prefix else path
 
@@ -242,12 +244,29 @@ def _locate(storage: Storage, path: str) -> tuple[Storage, str]:
         )
     if not latest:
         raise UserError(f"{shown_path(path)}: {_no_model(path)}")
-    step = storage.read(latest[0]).decode(errors="replace").strip()
+    return storage, f"{latest[0][: -len(LATEST)]}{_named_step(storage, latest[0], path)}/"
+
+
+def _named_step(storage: Storage, key: str, path: str) -> str:
+    """The step folder that a text file names. Raises UserError, which names `path`, if it holds no such name."""
+    step = storage.read(key).decode(errors="replace").strip()
     if not re.fullmatch(r"step-\d+", step):
         raise UserError(
-            f"{shown_path(path)}: {latest[0]} holds {step[:40]!r}, not the name of a step folder, such as {step_name(1000)}"
+            f"{shown_path(path)}: {key} holds {step[:40]!r}, not the name of a step folder, such as {step_name(1000)}"
         )
-    return storage, f"{latest[0][: -len(LATEST)]}{step}/"
+    return step
+
+
+def _followed(path: str, endpoint_url: str | None) -> str:
+    """The step folder that a path ending in `best` or `latest` means, if it is a text file of a run folder; else the path."""
+    folder, _, name = path.rstrip("/").rpartition("/")
+    if name not in (LATEST, BEST) or not folder:
+        return path
+    try:
+        storage = open_storage(package_path(folder), endpoint_url)
+    except UserError:  # no such folder: whoever opens the path says so
+        return path
+    return path if storage.stat(name) is None else f"{folder}/{_named_step(storage, name, path)}"
 
 
 def _no_model(path: str) -> str:

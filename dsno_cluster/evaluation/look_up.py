@@ -35,7 +35,7 @@ from dsno_cluster.features.extractors import (
 )
 from dsno_cluster.image_sets.image_set import ImageSet
 from dsno_cluster.image_sets.opening import open_images
-from dsno_cluster.model_folder import StartModel, find_model, model_address
+from dsno_cluster.model_folder import BEST, StartModel, find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import (
@@ -195,7 +195,7 @@ def _held_out(config: Config, readings: Readings) -> ImagesOf:
 
 
 def find_student(config: Config, student_path: str | None = None) -> Student:
-    """The student to evaluate: the one at `student_path`, or the config's newest.
+    """The student to evaluate: the one at `student_path`, or the config's newest; after distribution matching, its best.
 
     Its address is that of a step, because a training that continues moves `latest`. Raises UserError if there
     is none, if it does not have the config's network and times, and if it was trained on the noise of the
@@ -203,7 +203,7 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
     """
     endpoint = config.storage.endpoint_url
     try:
-        path = model_address(student_path or config.student_address, endpoint)
+        path = model_address(student_path or _default_student(config), endpoint)
         found = find_model(path, endpoint, config.evaluation.ema_decay)
     except UserError as error:
         how = (
@@ -230,6 +230,15 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
             "take another"
         )
     return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds, meta.start)
+
+
+def _default_student(config: Config) -> str:
+    """The newest student of a config or, if its training chose one by a distance, the best."""
+    address = config.student_address
+    if config.training.objective != "distribution":
+        return address
+    best = open_storage(config.storage.root, config.storage.endpoint_url).stat(config.student_prefix + BEST)
+    return address if best is None else f"{address}/{BEST}"
 
 
 def find_subject(
