@@ -212,7 +212,7 @@ def test_paper_settings() -> None:
     [
         ("training.lrr=1", "unknown key training.lrr; did you mean training.lr?"),
         ("trainig.lr=1", "unknown key trainig; did you mean training?"),
-        ("lr=1", "unknown key lr; did you mean teacher_training.lr or training.lr?"),
+        ("lr=1", "unknown key lr; did you mean teacher_training.lr or training.lr or finish.lr?"),
         ("training.lr=fast", 'training.lr: input should be a valid number, found "fast"'),
         ("training.steps=1.5", "training.steps: input should be a valid integer"),
         ("training.steps=true", "training.steps: input should be a valid integer"),

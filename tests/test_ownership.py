@@ -20,6 +20,7 @@ from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.model_folder import AboutModel, ModelDescription
 from dsno_cluster.storage import Storage, only_writer, open_storage
+from dsno_cluster.training.identity import Inputs
 from dsno_cluster.training.ownership import Claim, Owner, only_run, students_claim
 from dsno_cluster.training.publish import Publisher
 
@@ -88,7 +89,7 @@ def claim(tmp_path: Path, run: str) -> Claim:
     config = load_config(
         "configs/digits.yaml", [f"storage.root={tmp_path / 'root'}", f"run.dir={tmp_path / run}"]
     )
-    return students_claim(config, "trajectories/x/")
+    return students_claim(config, Inputs("trajectories/x/"))
 
 
 def test_a_name_is_held_by_the_run_folder_not_by_the_machine(
@@ -138,7 +139,7 @@ def test_students_from_before_there_were_records_belong_to_who_has_checkpoints(
 def test_a_name_that_was_taken_over_is_published_to_no_more(tmp_path: Path) -> None:
     """Somebody deletes the students of a training that runs, and begins another of that name."""
     settings = [f"storage.root={tmp_path / 'root'}", f"run.dir={tmp_path / 'one'}"]
-    publisher = Publisher(load_config("configs/digits.yaml", settings), "trajectories/x/")
+    publisher = Publisher(load_config("configs/digits.yaml", settings), Inputs("trajectories/x/"))
     about = AboutModel(model=ModelDescription(kind="x", network={}))
     shared = publisher.shared
     publisher.publish(1, {0.9: {"w": torch.zeros(1)}}, about)

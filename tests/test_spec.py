@@ -27,7 +27,7 @@ from dsno_cluster.evaluation.watch import settings_hashes
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import find_teacher, load_teacher
-from dsno_cluster.training.identity import check_same_run, run_identity
+from dsno_cluster.training.identity import Inputs, check_same_run, run_identity
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.shards import make_manifest
 from dsno_cluster.trajectories.spec import (
@@ -204,7 +204,7 @@ def test_a_run_on_a_data_set_of_a_former_name_is_the_same_run(tmp_path: Path) ->
     plan = make_plan(config)
     former = f"trajectories/{golden}/"
     assert plan.folder != former and plan.other_folders == (former,)
-    saved, now = (run_identity(config, folder) for folder in (former, plan.folder))
+    saved, now = (run_identity(config, Inputs(folder)) for folder in (former, plan.folder))
     check_same_run("there", saved, now, (plan.folder, *plan.other_folders))
     other = saved.model_copy(update={"trajectories": "trajectories/0123456789abcdef/"})
     with pytest.raises(UserError, match="was saved with trajectories"):

@@ -18,7 +18,8 @@ from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.schedule import loss_weights
 from dsno_cluster.training.beginning import new_student
-from dsno_cluster.training.objectives import losses, make_objective
+from dsno_cluster.training.objectives import losses
+from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
 from dsno_cluster.training.optim import drawn_points, ema_decay_at, learning_rate
 from dsno_cluster.trajectories.reader import Batch
 
@@ -64,7 +65,7 @@ def plain_loop(
     student = new_student(config)
     optimizer = OPTIMIZERS[optimizer_name](student.parameters(), weight_decay=weight_decay)
     averages = {d: {k: v.clone() for k, v in student.state_dict().items()} for d in DECAYS}
-    objective = make_objective(config, torch.device("cpu"))
+    objective = TrajectoryObjective(config, torch.device("cpu"))
     history = []
     batches = read_batches(
         ShardReader(storage, folder, manifest), seed=0, first_sample=0, batch_size=16, rank=0, world_size=1
@@ -235,7 +236,7 @@ def test_the_objective_by_hand() -> None:
     """At the points that are drawn for a step, weights times distances; at the others nothing is known."""
     words = [*TINY, *FORMS["drawn"], "network.image_size=4", "network.attention_resolutions=[2]"]
     config = load_config("configs/digits.yaml", words)
-    objective = make_objective(config, torch.device("cpu"))
+    objective = TrajectoryObjective(config, torch.device("cpu"))
     noise, states = torch.zeros(2, 1, 4, 4), torch.arange(4.0).reshape(1, 4, 1, 1, 1).expand(2, 4, 1, 4, 4)
     batch = Batch(np.arange(2), noise, states, torch.tensor([3, 7]))
     asked: list[list[int]] = []

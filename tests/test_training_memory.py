@@ -12,7 +12,9 @@ from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.beginning import make_student
 from dsno_cluster.training.memory import (
     activation_bytes,
+    denoising_network,
     held_bytes,
+    matching_bytes,
     most_points,
     parameter_count,
     training_memory,
@@ -70,6 +72,33 @@ def test_activations_are_those_that_the_allocator_counts(
     tolerance = 0.2 if recompute == "blocks" else 0.15
     memory = training_memory(config, micro_batch=IMAGES, device="cpu")
     assert memory.activations == pytest.approx(real, rel=tolerance)
+
+
+MATCHED = ["training.objective=distribution"]
+
+
+def test_what_distribution_matching_adds() -> None:
+    """The fake score network as the student is held, but for its average, and the teacher's weights."""
+    student = training_memory(configured(), device="cpu")
+    matched = training_memory(configured(*MATCHED), device="cpu")
+    copy = sum(p.numel() for p in denoising_network(configured(), None).parameters())
+    assert matched.fake_score == 4 * 4 * copy and matched.teacher == 4 * copy
+    assert matched.held == student.held + matched.fake_score + matched.teacher
+    # the copy sees samples and real images, so twice as many; one of them is left without the adversarial loss
+    alone = training_memory(configured(*MATCHED, "training.distribution.adversarial_weight=0"), device="cpu")
+    assert matched.per_image >= alone.per_image > student.per_image / 2
+    half = training_memory(configured(*MATCHED, "teacher.precision=bfloat16"), device="cpu")
+    assert half.teacher == matched.teacher // 2
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_divide_the_fake_score_network(stage: int) -> None:
+    config = configured(*MATCHED, f"training.zero_stage={stage}")
+    copy = sum(p.numel() for p in denoising_network(config, None).parameters())
+    expected = {1: 4 + 4 + 3, 2: 4 + 1 + 3, 3: 1 + 1 + 3}[stage]
+    exchanged = {1: 4, 2: 4, 3: 12}[stage]
+    found = matching_bytes(config, 4, None)["fake_score"]
+    assert found == pytest.approx((expected + exchanged) * copy, rel=1e-3)
 
 
 def test_an_estimate_leaves_nothing_behind() -> None:

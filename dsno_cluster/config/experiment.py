@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
+from dsno_cluster.config.finishing import Finish
 from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
 from dsno_cluster.config.paths import ImagesPath, LocalPath
 from dsno_cluster.config.places import RunConfig, StorageConfig
@@ -20,6 +21,7 @@ from dsno_cluster.files import too_long
 # folders beside those of the experiments in evaluation/
 # feature extractors that name a class of each image
 CLASSIFIERS = ("digits-features", "mnist-features")
+FINISHED = "-finished"  # the end of the name of a student that `finish` makes
 TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
 
 
@@ -80,6 +82,9 @@ class Config(Strict):
     reader: Reader = Reader()
     student: StudentConfig = StudentConfig()
     training: Training
+    finish: Finish | None = Field(
+        None, description="how `run` and `demo` finish the student; null: they do not"
+    )
     evaluation: Evaluation
 
     @property
@@ -87,6 +92,11 @@ class Config(Strict):
         if self.run.dir is not None:
             return Path(self.run.dir)
         return Path("runs") / self.name if "://" in self.storage.root else Path(self.storage.root)
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of what training draws."""
+        return self.seed if self.training.seed is None else self.training.seed
 
     @property
     def student_prefix(self) -> str:
@@ -97,6 +107,40 @@ class Config(Strict):
     def student_address(self) -> str:
         """The folder or S3 address of its students, as `load_student` takes it."""
         return f"{self.storage.root.rstrip('/')}/{self.student_prefix.rstrip('/')}"
+
+    @property
+    def finished(self) -> Config | None:
+        """The experiment that finishes this one's student, if its `finish` is enabled."""
+        finish = self.finish
+        if finish is None or not finish.enabled:
+            return None
+        training = self.training.model_copy(
+            update={
+                "objective": "distribution",
+                "start": self.student_address,
+                "distribution": finish.distribution,
+                "steps": finish.steps,
+                "batch_size": finish.batch_size or self.training.batch_size,
+                "lr": finish.lr,
+                "warmup": finish.warmup,
+                "lr_decay": finish.lr_decay,
+                "halve_at": (),
+                "betas": finish.betas,
+                "ema_decay": finish.ema_decay,
+                "checkpoint_every": finish.checkpoint_every,
+                "heldout_every": finish.heldout_every,
+                "picture_every": finish.picture_every,
+                "log_every": finish.log_every,
+            }
+        )
+        return self.model_copy(
+            update={
+                "name": f"{self.name}{FINISHED}",
+                "run": RunConfig(dir=str(self.run_dir)),
+                "training": training,
+                "finish": None,
+            }
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -129,6 +173,7 @@ class Config(Strict):
                 f"name {self.name} is taken: {TAKEN_NAMES[self.name]} are kept in evaluation/{self.name}/"
             )
         self._check_guidance()
+        self._check_finishing()
         if self.training.online and self.trajectories.imported is not None:
             raise ValueError(
                 "training.online makes trajectories: set it to false, or trajectories.imported to null"
@@ -149,6 +194,30 @@ class Config(Strict):
         if self.evaluation.reference == "data" and self.data.name is None and self.data.images is None:
             raise ValueError("evaluation.reference data needs data.name or data.images")
         return self
+
+    def _check_finishing(self) -> None:
+        """Raises ValueError for a distribution matching that lacks what it needs."""
+        matched: dict[str, Training | Finish] = {}
+        if self.training.objective == "distribution":
+            matched["training"] = self.training
+        if self.finish is not None and self.finish.enabled:
+            matched["finish"] = self.finish
+            if problem := too_long(f"{self.name}{FINISHED}"):
+                raise ValueError(f"finish: {problem}")
+            accumulation = self.training.accumulation
+            size = self.finish.batch_size
+            if size is not None and accumulation != "auto" and size % accumulation:
+                raise ValueError(
+                    f"finish.batch_size {size} is not a multiple of training.accumulation {accumulation}"
+                )
+        for section, settings in matched.items():
+            if settings.distribution.adversarial_weight and (self.data.name, self.data.images) == (
+                None,
+                None,
+            ):
+                raise ValueError(
+                    f"{section}.distribution.adversarial_weight needs real images: set data.name or data.images, or set it to 0"
+                )
 
     def _check_guidance(self) -> None:
         """Raises ValueError for guidance that has nothing to guide by, and for a guide that nothing uses."""

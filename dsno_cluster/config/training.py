@@ -6,11 +6,30 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Precision, Sha256Start, Strict
-from dsno_cluster.config.paths import LocalPath
+from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Precision, Seed, Sha256Start, Strict
+from dsno_cluster.config.finishing import Betas, Distribution
+from dsno_cluster.config.paths import LocalPath, StorageRoot
 
 
 class Training(Strict):
+    objective: Literal["trajectories", "distribution"] = Field(
+        "trajectories",
+        description="what a step minimises; trajectories: the distance from the teacher's trajectories; distribution: the "
+        "difference of the distributions of one-step samples and of the teacher, and of real images (docs/finishing.md)",
+    )
+    start: StorageRoot | None = Field(
+        None,
+        description="folder or address of the student to begin with, of the form of the config; `best` in it means its best; "
+        "null: a new one, from student.warm_start",
+    )
+    distribution: Distribution = Field(
+        default_factory=Distribution, description="settings of objective=distribution"
+    )
+    seed: Seed | None = Field(
+        None,
+        description="determines what training draws: first weights, order of the data, dropout, and the noise of "
+        "objective=distribution; null: the config's `seed`",
+    )
     steps: PositiveInt = Field(description="optimiser steps")
     batch_size: PositiveInt = Field(description="global batch size: the sum over ranks and accumulation")
     accumulation: PositiveInt | Literal["auto"] = Field(
@@ -64,6 +83,7 @@ class Training(Strict):
         "float32 whose matrix products and convolutions a GPU computes from inputs of 10 bits",
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="the optimiser")
+    betas: Betas = Field((0.9, 0.999), description="decay rates of the optimiser's two moments")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the optimiser")
     recompute: Literal["none", "cheap", "blocks"] = Field(
         "none",
@@ -91,7 +111,7 @@ class Training(Strict):
     )
     keep_checkpoints: PositiveInt = Field(
         2,
-        description="how many of the newest checkpoints are kept to resume from, beside the best by held-out error",
+        description="how many of the newest checkpoints are kept to resume from, beside the best by held-out error or distance",
     )
     log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(

@@ -144,7 +144,13 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
 
     backbone = plan.teacher.backbone()
     console.say("estimating the memory of training, and timing passes of the student")
-    memory = training_memory(config, ranks=ranks, backbone=backbone, device="cuda" if gpus else "cpu")
+    memory = training_memory(
+        config,
+        ranks=ranks,
+        backbone=backbone,
+        teacher=plan.teacher.info.backbone,
+        device="cuda" if gpus else "cpu",
+    )
     fits = max(1, int((_free_bytes(device) - memory.held) / max(1, memory.per_image)))
     each = _training_seconds(config, device, backbone, min(memory.micro_batch, fits))
     hours = each * config.training.steps * config.training.batch_size / 3600

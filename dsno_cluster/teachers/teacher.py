@@ -93,7 +93,8 @@ class Teacher:
     """A denoiser: `denoise(x, t_N, labels)` gives x0.
 
     `network` is the module that `to` moves, if there is one. `tf32`: it is evaluated with TensorFloat-32 on a GPU.
-    `guide` is the weaker teacher from which guidance leads away; it plays no part in a single call.
+    `guide` is the weaker teacher from which guidance leads away; it plays no part in a single call. `differentiable`: its
+    answers have gradients with respect to x.
     """
 
     info: TeacherInfo
@@ -101,6 +102,7 @@ class Teacher:
     network: nn.Module | None = None
     tf32: bool = False
     guide: Teacher | None = None
+    differentiable: bool = False
 
     def guided_by(self, guide: Teacher) -> Teacher:
         """This teacher with a `guide`, which `solve` uses with a guidance_scale other than 1.
@@ -114,6 +116,10 @@ class Teacher:
     def without_tf32(self) -> Teacher:
         """This teacher and its guide, evaluated without TensorFloat-32."""
         return replace(self, tf32=False, guide=self.guide and self.guide.without_tf32())
+
+    def with_gradients(self) -> Teacher:
+        """This teacher and its guide, whose answers have gradients with respect to x."""
+        return replace(self, differentiable=True, guide=self.guide and self.guide.with_gradients())
 
     @property
     def shape(self) -> Shape:
@@ -185,7 +191,10 @@ class Teacher:
             t_N = t.to(device, torch.float64).expand(count)
         else:  # filled on the device: a copy from the host would be waited for
             t_N = torch.full((count,), t, dtype=torch.float64, device=device)
-        with torch.no_grad(), allowing_tf32() if self.tf32 else contextlib.nullcontext():
+        with (
+            contextlib.nullcontext() if self.differentiable else torch.no_grad(),
+            allowing_tf32() if self.tf32 else contextlib.nullcontext(),
+        ):
             there = None if labels is None else labels.to(device)
             most = samples_at_a_time(self._largest, count)
             if count <= most:

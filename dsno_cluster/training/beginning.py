@@ -12,13 +12,17 @@ from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO, Form
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.checkpoint import CheckpointState
+from dsno_cluster.training.identity import Inputs
+from dsno_cluster.training.objectives.making import find_real_images
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.training.ownership import hold_students, students_claim
+from dsno_cluster.training.start import find_start, start_model, start_weights
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import open_trajectories
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
@@ -27,33 +31,34 @@ from dsno_cluster.trajectories.spec import AnySpec, imported_folder
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a training begins: the data set's `folder` and `manifest`, and the `backbone` if it is the teacher's.
+    """Where a training begins: its inputs, the data set's manifest, and the `backbone` if it is the teacher's.
 
-    `state` is that of the newest checkpoint, None for a new training.
+    `state` is that of the newest checkpoint, None for a new training; `network` describes the teacher's own network, if there
+    is a teacher and it is known.
     """
 
-    folder: str
+    inputs: Inputs
     manifest: Manifest
     backbone: Backbone | DiffusersModel | None
     state: CheckpointState | None
+    network: Backbone | None = None
 
     @property
     def step(self) -> int:
         """The number of steps that are done."""
         return 0 if self.state is None else self.state.step
 
+    def is_end(self, steps: int) -> bool:
+        """Whether a training of so many steps is done: it has taken them all, or ended before."""
+        return self.state is not None and (self.state.ended or self.state.step >= steps)
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """The data set to train on: its folder below storage.root, what other versions call it, and its manifest."""
+    """What a training reads, and the manifest of its trajectories."""
 
-    folder: str
-    other_folders: tuple[str, ...]
+    inputs: Inputs
     manifest: Manifest
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        return (self.folder, *self.other_folders)
 
 
 def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
@@ -64,6 +69,7 @@ def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
     if config.trajectories.imported is None or config.teacher.path is not None:
         return find_teacher(config)
     needing = {
+        "training.objective distribution": (config.training.objective == "distribution", "trajectories"),
         "training.heldout_every": (config.training.heldout_every is not None, "null"),
         "student.warm_start": (config.student.warm_start, "false"),
         "student.backbone": (config.student.backbone != "unet", "unet"),
@@ -71,7 +77,7 @@ def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
     for key, (needed, otherwise) in needing.items():
         if needed:
             raise UserError(
-                f"{key}: needs a teacher, and imported trajectories came with none; set {key}={otherwise}, or name in "
+                f"{key}: needs a teacher, and imported trajectories came with none; set {key.split()[0]}={otherwise}, or name in "
                 "teacher.path the model that made them"
             )
     return None
@@ -85,11 +91,12 @@ def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginni
     checkpoint cannot be read.
     """
     data = find_data_set(config, teacher)
-    checkpoint.check_published(config, data.folders)
+    checkpoint.check_published(config, data.inputs)
     newest = checkpoint.newest_step(config)
-    state = None if newest is None else checkpoint.read_state(config, newest, data.folders)
-    hold_students(students_claim(config, data.folder), newest)
-    return Beginning(data.folder, data.manifest, teacher.backbone() if teacher else None, state)
+    state = None if newest is None else checkpoint.read_state(config, newest, data.inputs)
+    hold_students(students_claim(config, data.inputs), newest)
+    backbone, network = (teacher.backbone(), teacher.info.backbone) if teacher else (None, None)
+    return Beginning(data.inputs, data.manifest, backbone, state, network)
 
 
 def find_data_set(config: Config, teacher: ConfiguredTeacher | None) -> DataSet:
@@ -103,13 +110,32 @@ def find_data_set(config: Config, teacher: ConfiguredTeacher | None) -> DataSet:
         folder = imported_folder(config.trajectories.imported)
         manifest = open_trajectories(storage, folder, wanted)
         _check_imported(config, trajectory_spec(manifest, f"{storage.url}/{folder}"))
-        return DataSet(folder, (), manifest)
+        return DataSet(_inputs(config, teacher, folder), manifest)
     plan = make_plan(config, teacher)
     if config.training.online:
         manifest = planned_manifest(plan)
     else:
         manifest = open_trajectories(storage, plan.folder, wanted)
-    return DataSet(plan.folder, plan.other_folders, manifest)
+    return DataSet(_inputs(config, teacher, plan.folder, plan.other_folders), manifest)
+
+
+def _inputs(
+    config: Config, teacher: ConfiguredTeacher | None, folder: str, other_folders: tuple[str, ...] = ()
+) -> Inputs:
+    """What a training of this config reads. Raises UserError if the student that it starts from is not there."""
+    start, images, teacher_hash = find_start(config), None, None
+    if config.training.objective == "distribution":
+        assert teacher is not None
+        if config.training.distribution.adversarial_weight:
+            images = find_real_images(config, teacher, quiet=True)
+        teacher_hash = canonical_hash(teacher.info.identity.model_dump(mode="json"))
+    return Inputs(
+        folder,
+        other_folders,
+        start=None if start is None else start_model(start),
+        teacher=teacher_hash,
+        images=None if images is None else images.identity,
+    )
 
 
 def _check_imported(config: Config, spec: AnySpec) -> None:
@@ -138,13 +164,15 @@ def make_student(config: Config, backbone: Backbone | DiffusersModel | None) -> 
 
 
 def new_student(config: Config, teacher: ConfiguredTeacher | None = None) -> DSNO:
-    """A student at initialisation: the teacher's backbone if `student.warm_start`, new temporal layers.
+    """A student at initialisation: that of `training.start`, or the teacher's backbone if `student.warm_start`.
 
-    `teacher` is found unless it is given. Raises UserError if the teacher's shapes are not the config's, or no
-    student can start from its network.
+    `teacher` is found unless it is given. Raises UserError if the teacher's shapes are not the config's, no
+    student can start from its network, or the start is another student than the config's.
     """
     teacher = teacher or find_training_teacher(config)
     student = make_student(config, teacher.backbone() if teacher else None)
-    if config.student.warm_start and teacher is not None:
+    if (start := find_start(config)) is not None:
+        student.load_state_dict(start_weights(start, student))
+    elif config.student.warm_start and teacher is not None:
         student.warm_start(teacher.warm_start())
     return student

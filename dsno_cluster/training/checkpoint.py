@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from dsno_cluster.training.divergence import NormalDistances
 from dsno_cluster.training.engine import EMA, Engines, ema_kind
 from dsno_cluster.training.fragments import SavedFragments, write_fragments
 from dsno_cluster.training.identity import (
+    Inputs,
     RunIdentity,
     Settings,
     changed_settings,
@@ -87,6 +88,8 @@ class CheckpointState(SparseRecord):
     divergence: NormalDistances | None = None
     settings: Settings | None = None
     changes: tuple[SettingChange, ...] = ()
+    without_progress: int = 0
+    ended: bool = False
     companions: dict[str, CompanionState] = Field(default_factory=dict)
 
 
@@ -95,14 +98,21 @@ class RunNotes:
     """A run's notes beside its tensors, updated step by step; `about` goes into its students' `meta.json`."""
 
     about: AboutModel
+    identity: RunIdentity
     seconds: float = 0.0
     best: Best | None = None
     divergence: NormalDistances | None = None
+    without_progress: int = 0  # checkpoints that were compared since the best
+    ended: bool = False  # before its last step
 
     def compare(self, step: int, figure: float | None) -> None:
         """Record the checkpoint of `step` as the best if it has the smallest held-out `figure`; None: not measured."""
-        if figure is not None and (self.best is None or figure < self.best.figure):
-            self.best = Best(step=step, figure=figure)
+        if figure is None:
+            return
+        if self.best is None or figure < self.best.figure:
+            self.best, self.without_progress = Best(step=step, figure=figure), 0
+        else:
+            self.without_progress += 1
 
 
 def resume_dir(config: Config) -> Path:
@@ -172,9 +182,8 @@ def save(
 
 
 def _state(engines: Engines, config: Config, ranks: Ranks, step: int, notes: RunNotes) -> CheckpointState:
-    assert notes.about.trajectories is not None
     return CheckpointState(
-        identity=run_identity(config, notes.about.trajectories),
+        identity=notes.identity,
         step=step,
         zero_stage=config.training.zero_stage,
         world_size=ranks.world_size,
@@ -187,6 +196,8 @@ def _state(engines: Engines, config: Config, ranks: Ranks, step: int, notes: Run
         divergence=notes.divergence,
         settings=settings_of(config),
         changes=notes.about.changes,
+        without_progress=notes.without_progress,
+        ended=notes.ended,
         companions={
             name: CompanionState(
                 optimizer_steps=optimizer_steps(engine), loss_scaler=loss_scaler_state(engine)
@@ -225,8 +236,8 @@ def _drop_old(config: Config, best: Best | None) -> None:
             shutil.rmtree(resume_dir(config) / step_name(step), ignore_errors=True)
 
 
-def read_state(config: Config, step: int, trajectories: Sequence[str]) -> CheckpointState:
-    """`state.json` of a checkpoint. `trajectories` are the folders by which its data set is known.
+def read_state(config: Config, step: int, inputs: Inputs) -> CheckpointState:
+    """`state.json` of a checkpoint of a run that reads these inputs.
 
     Raises UserError unless it belongs to this run (`RunIdentity`), and WorkError if it cannot be read or understood.
     """
@@ -247,12 +258,19 @@ def read_state(config: Config, step: int, trajectories: Sequence[str]) -> Checkp
             ) from None
         # damaged, or a value that only a newer version knows
         raise WorkError(f"{file}: cannot be understood ({mistake}); move {folder} away {before}") from None
-    check_same_run(folder, state.identity, run_identity(config, trajectories[0]), trajectories)
+    check_same_run(folder, state.identity, run_identity(config, inputs), inputs.folders)
     return state
 
 
-def check_published(config: Config, trajectories: Sequence[str]) -> None:
-    """Raises UserError if the storage holds students of another run under the config's name; `trajectories` as in `read_state`.
+def is_end(config: Config, newest: int | None, inputs: Inputs) -> bool:
+    """Whether the training is done at the step of its newest checkpoint. Raises as `read_state` does."""
+    if newest is None or newest >= config.training.steps:
+        return newest is not None
+    return read_state(config, newest, inputs).ended
+
+
+def check_published(config: Config, inputs: Inputs) -> None:
+    """Raises UserError if the storage holds students of another run under the config's name.
 
     Otherwise `latest` would name one of theirs until this run has come further, and the two would be mixed.
     """
@@ -263,7 +281,7 @@ def check_published(config: Config, trajectories: Sequence[str]) -> None:
         return
     if published.run is not None:
         saved = validate(RunIdentity, published.run, f"{address}: its run")
-        check_same_run(address, saved, run_identity(config, trajectories[0]), trajectories)
+        check_same_run(address, saved, run_identity(config, inputs), inputs.folders)
 
 
 def check_finished_alike(config: Config, step: int) -> None:
@@ -307,23 +325,25 @@ def _load_optimizer(engine: Any, state: CheckpointState | CompanionState) -> Non
 
 
 def begin_notes(
-    student: DSNO, config: Config, trajectories: str, world_size: int, state: CheckpointState | None
+    student: DSNO, config: Config, inputs: Inputs, world_size: int, state: CheckpointState | None
 ) -> RunNotes:
     """The notes of a run that continues from `state`; its changes include the settings that change now."""
+    identity = run_identity(config, inputs)
     about = AboutModel(
         model=student.describe(),
         name=config.name,
         seed=config.seed,
         ema_decay=config.training.ema_decays[0],
-        trajectories=trajectories,
-        run=run_identity(config, trajectories).model_dump(mode="json"),
+        trajectories=inputs.trajectories,
+        run=identity.model_dump(mode="json"),
         world_size=world_size,
         precision=config.training.precision,
         accumulation=config.training.micro_batches,
         compiled=bool(config.training.compile),
+        start=inputs.start,
     )
     if state is None:
-        return RunNotes(about)
+        return RunNotes(about, identity)
     changed = changed_settings(state.step, state.settings, settings_of(config)) if state.settings else ()
     about = about.model_copy(update={"changes": state.changes + changed})
-    return RunNotes(about, state.seconds, state.best, state.divergence)
+    return RunNotes(about, identity, state.seconds, state.best, state.divergence, state.without_progress)

@@ -73,13 +73,17 @@ def decide_accumulation(
     available = _smallest((free or free_memory)(ranks.device), ranks)
     usable = int(available * (1 - SPARE))
     kind: Literal["cuda", "cpu"] = "cuda" if ranks.device.type == "cuda" else "cpu"
-    memory = training_memory(config, ranks=ranks.world_size, backbone=beginning.backbone, device=kind)
+    memory = training_memory(
+        config, ranks=ranks.world_size, backbone=beginning.backbone, teacher=beginning.network, device=kind
+    )
     choices = [
         k for k in range(1, settings.batch_size + 1) if settings.batch_size % (ranks.world_size * k) == 0
     ]
     sizes = {k: settings.batch_size // (ranks.world_size * k) for k in choices}
     fitting = [k for k in choices if memory.at(sizes[k]).total <= usable] or choices[-1:]
-    if tries if tries is not None else kind == "cuda":
+    if tries is None:  # a pass of the student is not the largest of distribution matching
+        tries = kind == "cuda" and settings.objective == "trajectories"
+    if tries:
         while len(fitting) > 1 and not _passes(config, ranks, student, memory.at(sizes[fitting[0]])):
             fitting = fitting[1:]
     chosen = fitting[0]
@@ -126,6 +130,7 @@ def _as_graphs(student: DSNO, config: Config, ranks: Ranks) -> bool:
         and ranks.device.type == "cuda"
         and engine_stage(config, ranks.world_size) == 0
         and settings.micro_batches == 1
+        and settings.objective == "trajectories"  # the other evaluates the student between its passes
         and settings.recompute == "none"
         and (config.student.points != "drawn" or settings.most_points == 1)
         and student.is_small

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -15,17 +17,34 @@ from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import ConfiguredTeacher, states_of
+from dsno_cluster.training.beginning import Beginning
+from dsno_cluster.training.heldout_distance import HeldOutDistance
+from dsno_cluster.training.judging import images_to_judge_by
 from dsno_cluster.training.metrics_log import metrics_file
+from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples, spec_of
 from dsno_cluster.weight_files import NotWeights, parse_safetensors
 
 
-class HeldOut:
-    """Compares a student's trajectories from held-out noise with the teacher's, and draws its images, which needs no teacher.
+@dataclass(frozen=True)
+class HeldOutFigures:
+    """What was measured of a student on held-out noise: relative errors by time, and the distance from other images.
 
-    `student` is modified: it takes the weights that are measured. The teacher's trajectories from the noise
-    of `evaluation.seed` are solved once and kept beside metrics.jsonl.
+    `judged_by` is the one by which the best checkpoint is chosen, the smaller the better; None: by none.
+    """
+
+    errors: tuple[float, ...] | None = None
+    distance: float | None = None
+    judged_by: float | None = None
+
+
+class HeldOut:
+    """Compares a student with the teacher and with other images on held-out noise, and draws its images.
+
+    Trajectories need the teacher; the distance is one of distribution matching (`images_to_judge_by`). `student` is modified:
+    it takes the weights that are measured. The teacher's trajectories from the noise of `evaluation.seed` are solved once and
+    kept beside metrics.jsonl.
     """
 
     def __init__(
@@ -33,7 +52,8 @@ class HeldOut:
         config: Config,
         teacher: ConfiguredTeacher | None,
         student: DSNO,
-        manifest: Manifest,
+        beginning: Beginning,
+        real: RealImages | None,
         device: torch.device,
     ) -> None:
         self.student = student.eval().requires_grad_(False).to(device)
@@ -44,25 +64,34 @@ class HeldOut:
         self.labels = sample_labels(seed, indices, network.num_classes) if network.num_classes else None
         states = teacher.states if teacher is not None else states_of(config)
         self.decoder = None
-        if config.training.picture_every is not None:
+        settings, measured = config.training, config.training.heldout_every is not None
+        self.matched = settings.objective == "distribution"
+        if settings.picture_every is not None or (measured and self.matched):
             self.decoder = states.decoder.load(device) if states.decoder else None
-            if states.undecoded:
-                console.say(
-                    f"the states are latents that nothing decodes: pictures of samples show the first three of {shape[0]} "
-                    "channels as colours; teacher.decoder names the folder of an AutoencoderKL"
-                )
-        self.target = None
-        if config.training.heldout_every is not None:
+        if settings.picture_every is not None and states.undecoded:
+            console.say(
+                f"the states are latents that nothing decodes: pictures of samples show the first three of {shape[0]} "
+                "channels as colours; teacher.decoder names the folder of an AutoencoderKL"
+            )
+        self.target = self.distance = None
+        if measured:
             assert teacher is not None  # on rank 0; without one nothing is compared
-            self.target = heldout_states(config, teacher, manifest, device)
+            self.target = heldout_states(config, teacher, beginning.manifest, device)
+        if measured and self.matched:
+            folder, samples = beginning.inputs.trajectories, settings.distribution.heldout_samples
+            images = images_to_judge_by(config, real, states, self.decoder, folder, beginning.manifest)
+            if images is not None:
+                self.distance = HeldOutDistance(config, images, self.decoder, device, samples)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         self.student.load_state_dict(weights)
 
-    def errors(self) -> tuple[float, ...]:
-        """Relative error of the loaded student at each time point, as `eval` measures it."""
+    def figures(self) -> HeldOutFigures:
+        """Those of the loaded student, as `eval` measures them."""
         assert self.target is not None
-        return tuple(relative_errors(self.student.trajectory(self.noise, self.labels), self.target))
+        errors = tuple(relative_errors(self.student.trajectory(self.noise, self.labels), self.target))
+        distance = None if self.distance is None else self.distance.of(self.student.sample)
+        return HeldOutFigures(errors, distance, distance if self.matched else errors[-1])
 
     def picture(self, count: int = 64) -> tuple[bytes, Tensor]:
         """A grid of the loaded student's images from the first noises, as PNG, and the images (N, C, H, W).

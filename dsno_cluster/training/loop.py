@@ -17,6 +17,7 @@ from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import step_name
+from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import ConfiguredTeacher
@@ -33,9 +34,10 @@ from dsno_cluster.training.deepspeed_internals import fragments_of, loss_scaler_
 from dsno_cluster.training.divergence import DivergenceWatch, describe_batch
 from dsno_cluster.training.engine import EMA, Engines, companion_prefix, make_engine
 from dsno_cluster.training.failures import failures_in_a_line
-from dsno_cluster.training.heldout import HeldOut
+from dsno_cluster.training.heldout import HeldOut, HeldOutFigures
 from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog
-from dsno_cluster.training.objectives import Objective, StepFigures, make_objective
+from dsno_cluster.training.objectives import Objective, StepFigures
+from dsno_cluster.training.objectives.making import find_real_images, make_objective
 from dsno_cluster.training.online import Producer, StagedShards
 from dsno_cluster.training.optim import learning_rate
 from dsno_cluster.training.ownership import only_run
@@ -48,9 +50,11 @@ from dsno_cluster.training.ranks import (
     broadcast_weights,
     from_rank_0,
     joined_ranks,
+    on_every_rank,
     on_rank_0,
 )
 from dsno_cluster.training.readback import Readback, Signals, Taken
+from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
 
 
@@ -73,7 +77,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         known = on_rank_0(ranks, lambda: teacher or find_training_teacher(config))
         beginning = from_rank_0(ranks, lambda: find_beginning(config, known))
         start, main = beginning.step, ranks.rank == 0
-        if start >= settings.steps:
+        if beginning.is_end(settings.steps):
             if main:
                 _finish_again(config, beginning, address)
             return address
@@ -81,14 +85,15 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         settings = config.training
         log = on_rank_0(ranks, lambda: MetricsLog(config, start))
         student = _begin_student(config, beginning, known, ranks)
-        heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, ranks))
+        real = on_every_rank(ranks, lambda: find_real_images(config, known, ranks.device, quiet=not main))
+        heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, real, ranks))
+        objective = make_objective(config, known, real, ranks)
         if known is not None:
             known.forget()  # nothing below needs its weights
         student.recompute(settings.recompute)
         config = decide_accumulation(config, ranks, beginning, student)
         settings = config.training
         accelerate(student, config, ranks)
-        objective = make_objective(config, ranks.device)
         engines = _make_engines(student, objective, config, beginning, ranks)
         engine = engines.student
         ema = EMA(fragments_of(engine), settings.ema_decays)
@@ -96,10 +101,10 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             saved = checkpoint.open_fragments(config, start)
             checkpoint.load(engines, ema, saved, beginning.state)
         batches = resources.enter_context(_batches(config, beginning, ranks))
-        notes = checkpoint.begin_notes(student, config, beginning.folder, ranks.world_size, beginning.state)
+        notes = checkpoint.begin_notes(student, config, beginning.inputs, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
-        publisher = Publisher(asked, beginning.folder) if main else None
+        publisher = Publisher(asked, beginning.inputs) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, objective.figure_names, notes.divergence)
         pace, readback = Pace(notes.seconds), Readback(ranks)
         seen = objective.summary(
@@ -135,13 +140,18 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                 notes.seconds, notes.divergence = pace.seconds, divergence.normal()
                 due = _due_after(settings, done, last=last or signals.any)
                 students = {decay: ema.whole(engine.module, decay) for decay in due.averages}
-                errors = _measure(heldout, log, due, students, done)
-                if log is not None and (due.line or errors is not None):
-                    log.write(_line(engine, settings, done, seen, errors, pace, ranks))
+                measured = _measure(heldout, log, due, students, done)
+                if log is not None and (due.line or measured.errors is not None):
+                    log.write(_line(engine, settings, done, seen, measured, pace, ranks))
                 advance(1, **_shown(seen, pace, ranks))
                 if due.checkpoint:
-                    notes.compare(done, None if errors is None else errors[-1])
+                    notes.compare(done, measured.judged_by)
+                    notes.ended = not last and from_rank_0(ranks, lambda: _is_stuck(settings, notes))
                     checkpoint.save(engines, ema, config, ranks, done, notes, students, publisher)
+                if notes.ended:
+                    if main:
+                        _say_ended(notes, done)
+                    break
                 if signals.any and not last:
                     leave(ranks, done, preempted=not signals.interrupt)
         if publisher is not None:
@@ -152,7 +162,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
 
 def _finish_again(config: Config, beginning: Beginning, address: str) -> None:
     """Do what is left for a run that is at its last step: upload students that were not uploaded yet."""
-    Publisher(config, beginning.folder).finish()
+    Publisher(config, beginning.inputs).finish()
     checkpoint.check_finished_alike(config, beginning.step)
     console.say(
         f"finished already at step {beginning.step}: {shown_path(address)} (a new run needs another name=)"
@@ -163,7 +173,7 @@ def _begin_student(
     config: Config, beginning: Beginning, teacher: ConfiguredTeacher | None, ranks: Ranks
 ) -> DSNO:
     """The student with the weights of the checkpoint, or those that it starts from; collective."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.training_seed)
     if beginning.state is not None:
         student = make_student(config, beginning.backbone)
         checkpoint.open_fragments(config, beginning.step).load_weights(student)
@@ -175,11 +185,16 @@ def _begin_student(
 
 
 def _held_out(
-    config: Config, teacher: ConfiguredTeacher | None, student: DSNO, beginning: Beginning, ranks: Ranks
+    config: Config,
+    teacher: ConfiguredTeacher | None,
+    student: DSNO,
+    beginning: Beginning,
+    real: RealImages | None,
+    ranks: Ranks,
 ) -> HeldOut | None:
     if config.training.heldout_every is None and config.training.picture_every is None:
         return None
-    return HeldOut(config, teacher, copy.deepcopy(student), beginning.manifest, ranks.device)
+    return HeldOut(config, teacher, copy.deepcopy(student), beginning, real, ranks.device)
 
 
 def _make_engines(
@@ -203,13 +218,13 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
     if settings.online:
         producer = Producer(config, start) if ranks.rank == 0 else None
         barrier(ranks)  # rank 0 has removed the note of what stopped an earlier run
-        shards = StagedShards(config, beginning.folder, beginning.manifest, producer)
+        shards = StagedShards(config, beginning.inputs.trajectories, beginning.manifest, producer)
     else:
         storage = open_storage(config.storage.root, config.storage.endpoint_url)
-        shards = ShardReader(storage, beginning.folder, beginning.manifest, config.reader)
+        shards = ShardReader(storage, beginning.inputs.trajectories, beginning.manifest, config.reader)
     batches = read_batches(
         shards,
-        seed=config.seed,
+        seed=config.training_seed,
         first_sample=start * settings.batch_size,
         batch_size=settings.batch_size,
         rank=ranks.rank,
@@ -276,11 +291,11 @@ def _take_step(
         for update in range(updates):
             _begin_update(engine, companion.lr, config, ranks, step, update + 1)
             for batch in micro_batches:
-                loss, seen = companion.loss(student, batch, step, update)
+                loss, seen = companion.loss(student, engine, batch, step, update)
                 engine.backward(loss)
                 engine.step()
                 figures += seen / (settings.micro_batches * updates)
-    _begin_update(student, settings.lr, config, ranks, step)
+    _begin_update(student, settings.lr, config, ranks, step, 0)
     for batch in micro_batches:
         loss, seen = objective.loss(student, batch, step)
         student.backward(loss)
@@ -289,15 +304,23 @@ def _take_step(
     return figures
 
 
-def _begin_update(engine: Any, lr: float, config: Config, ranks: Ranks, step: int, update: int = 0) -> None:
-    """Set the rate of an optimiser's step, and the seed of what its passes draw.
+def _begin_update(engine: Any, lr: float, config: Config, ranks: Ranks, step: int, update: int) -> None:
+    """Set the rate of an optimiser's step, and the seed of what its passes draw; the student's is update 0 of a step.
 
-    That is for dropout: its masks differ between ranks and do not depend on where a run was resumed.
+    What is drawn differs between ranks and does not depend on where a run was resumed.
     """
     rate = _rate(config.training, step, lr)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed((((config.seed << 20) + step) * 4096 + (update << 44)) % 2**63 + ranks.rank)
+    torch.manual_seed(seed_of_draws(config, step, update, ranks.rank))
+
+
+def seed_of_draws(config: Config, step: int, update: int, rank: int) -> int:
+    """The seed of an update's draws. On a CPU torch looks at its last 32 bits only."""
+    seed = config.training_seed
+    if config.training.objective == "trajectories":  # for dropout, as ever since it has been there
+        return ((seed << 20) + step) * 4096 % 2**63 + rank
+    return int(canonical_hash({"seed": seed, "step": step, "update": update, "rank": rank})[:8], 16)
 
 
 def _rate(settings: Training, step: int, lr: float | None = None) -> float:
@@ -359,15 +382,29 @@ def _measure(
     due: Due,
     students: dict[float, dict[str, Tensor]],
     done: int,
-) -> tuple[float, ...] | None:
-    """The held-out errors if they are due; a picture, if one is due, goes to the log."""
+) -> HeldOutFigures:
+    """The held-out figures, if they are due; a picture, if one is due, goes to the log."""
     if heldout is None or log is None or not (due.errors or due.picture):
-        return None
+        return HeldOutFigures()
     heldout.load(students[due.averages[0]])
-    errors = heldout.errors() if due.errors else None
+    measured = heldout.figures() if due.errors else HeldOutFigures()
     if due.picture:
         log.picture(done, *heldout.picture())
-    return errors
+    return measured
+
+
+def _is_stuck(settings: Training, notes: checkpoint.RunNotes) -> bool:
+    """Whether the held-out figure has not improved for so many checkpoints that training ends."""
+    patience = settings.distribution.patience if settings.objective == "distribution" else None
+    return patience is not None and notes.without_progress >= patience
+
+
+def _say_ended(notes: checkpoint.RunNotes, done: int) -> None:
+    assert notes.best is not None
+    console.say(
+        f"ended at step {done}: none of the last {notes.without_progress} checkpoints has a smaller distance than that of step "
+        f"{notes.best.step}, {notes.best.figure:.3g} (training.distribution.patience)"
+    )
 
 
 def _line(
@@ -375,7 +412,7 @@ def _line(
     settings: Training,
     done: int,
     seen: StepFigures,
-    errors: tuple[float, ...] | None,
+    measured: HeldOutFigures,
     pace: Pace,
     ranks: Ranks,
 ) -> MetricsLine:
@@ -389,15 +426,23 @@ def _line(
         data_wait=pace.data_wait,
         memory_gb=memory_gb(ranks.device),
         loss_scale=loss_scaler_state(engine).get("cur_scale"),
-        heldout_error_per_time=errors,
+        heldout_error_per_time=measured.errors,
+        heldout_distance=measured.distance,
+        figures=dict(seen.others) or None,
     )
+
+
+def _by_time(seen: StepFigures) -> dict[str, str]:
+    distances = ["-" if x is None else f"{x:.3g}" for x in seen.distance_per_time]
+    return {"by time": " ".join(distances)} if distances else {}
 
 
 def _shown(seen: StepFigures, pace: Pace, ranks: Ranks) -> dict[str, float | str]:
     """The figures that the progress line shows."""
     return {
         "loss": seen.loss,
-        "by time": " ".join("-" if x is None else f"{x:.3g}" for x in seen.distance_per_time),
+        **seen.others,
+        **_by_time(seen),
         "images/s": pace.images_per_second,
         "data wait": f"{pace.data_wait:.1%}",
         "GB": memory_gb(ranks.device),

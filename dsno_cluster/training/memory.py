@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.networks.backbones import Backbone
+from dsno_cluster.networks.backbones import Backbone, OurUNet
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import as_on_gpu
-from dsno_cluster.students.dsno import DSNO, forgetting_time_tensors
+from dsno_cluster.networks.teacher_backbone import TeacherBackbone
+from dsno_cluster.students.dsno import DSNO, HALVES, forgetting_time_tensors
+from dsno_cluster.teachers.backbones import of_cosine_times
 from dsno_cluster.torch_internals import LiveMemory, pretended_tensors
 from dsno_cluster.training.beginning import make_student
 from dsno_cluster.training.engine import BUCKET, engine_stage
+from dsno_cluster.training.objectives.distribution import computes_points_apart
 from dsno_cluster.training.objectives.losses import Distance, distance_of_shapes
 
 FLOAT32 = 4  # bytes
@@ -36,6 +40,8 @@ class TrainingMemory:
     optimizer: int  # master weights, where they are others than the weights, and moments
     averages: int
     buffers: int  # through which ranks exchange gradients and weights
+    fake_score: int  # all that distribution matching holds of the fake score network
+    teacher: int  # the weights that distribution matching evaluates
     fixed: int  # activations that do not grow with the micro-batch
     per_image: int
     micro_batch: int
@@ -43,7 +49,8 @@ class TrainingMemory:
     @property
     def held(self) -> int:
         """What does not depend on the micro-batch."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.buffers
+        of_student = self.weights + self.gradients + self.optimizer + self.averages + self.buffers
+        return of_student + self.fake_score + self.teacher
 
     @property
     def activations(self) -> int:
@@ -64,14 +71,15 @@ def training_memory(
     ranks: int = 1,
     micro_batch: int | None = None,
     backbone: Backbone | DiffusersModel | None = None,
+    teacher: Backbone | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> TrainingMemory:
     """The memory that a training of `config` takes on each of `ranks`, as if it were not compiled, in bytes.
 
     `micro_batch` is the number of images that pass through the network together; by default that of
     `training.accumulation`, of which `auto` counts as 1. A precision `auto` is the one that `device` would get. `backbone`
-    is that of a config whose student has the teacher's (`ConfiguredTeacher.backbone()`). It takes some seconds for a large
-    network.
+    is that of a config whose student has the teacher's (`ConfiguredTeacher.backbone()`), and `teacher` describes the teacher's
+    own network, which distribution matching copies; None: our U-Net. It takes some seconds for a large network.
     """
     settings = config.training
     if settings.precision == "auto":
@@ -79,9 +87,11 @@ def training_memory(
         config = config.model_copy(update={"training": settings})
     accumulation = 1 if settings.accumulation == "auto" else settings.accumulation
     per_rank = micro_batch or max(1, settings.batch_size // (ranks * accumulation))
-    small, large = (activation_bytes(config, count, backbone, device) for count in MEASURED)
+    matched = settings.objective == "distribution"
+    small, large = (activation_bytes(config, count, backbone, teacher, device) for count in MEASURED)
     per_image = max(0, large - small) // (MEASURED[1] - MEASURED[0])
     held = held_bytes(config, ranks, parameter_count(config, backbone))
+    held |= matching_bytes(config, ranks, teacher) if matched else {"fake_score": 0, "teacher": 0}
     return TrainingMemory(
         **held, fixed=max(0, small - per_image * MEASURED[0]), per_image=per_image, micro_batch=per_rank
     )
@@ -112,8 +122,31 @@ def held_bytes(config: Config, ranks: int, parameters: int) -> dict[str, int]:
     }
 
 
+def matching_bytes(config: Config, ranks: int, teacher: Backbone | None) -> dict[str, int]:
+    """What distribution matching holds on each of `ranks` beside the student: the fake score network, and the teacher."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in denoising_network(config, teacher).parameters())
+    of_copy = held_bytes(config, ranks, parameters)
+    half = config.teacher.precision in HALVES
+    return {
+        "fake_score": sum(of_copy.values()) - of_copy["averages"],
+        "teacher": (FLOAT32 // 2 if half else FLOAT32) * parameters,
+    }
+
+
+def denoising_network(config: Config, teacher: Backbone | None) -> TeacherBackbone:
+    """The network that the teacher's description describes, with new weights; None: our U-Net of the config."""
+    described = teacher or of_cosine_times(OurUNet(settings=config.network), "v")
+    channels = config.network.state_channels
+    return TeacherBackbone(described, channels, modes=0, out_channels=channels)
+
+
 def activation_bytes(
-    config: Config, images: int, backbone: Backbone | DiffusersModel | None = None, device: str = "cuda"
+    config: Config,
+    images: int,
+    backbone: Backbone | DiffusersModel | None = None,
+    teacher: Backbone | None = None,
+    device: str = "cuda",
 ) -> int:
     """The most that activations of a forward and backward pass on so many images hold at the same time.
 
@@ -130,10 +163,47 @@ def activation_bytes(
         distance = distance_of_shapes(settings.loss)
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
+        if settings.objective == "distribution":
+            fake = denoising_network(config, teacher)
+            for parameter in fake.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         live = LiveMemory()
         with live:
-            one_pass(student, distance, config, images, torch.device("cpu"))
+            if settings.objective == "distribution":
+                matching_passes(student, fake, distance, config, images)
+            else:
+                one_pass(student, distance, config, images, torch.device("cpu"))
     return live.peak
+
+
+def matching_passes(
+    student: DSNO, fake: TeacherBackbone, distance: Distance, config: Config, images: int
+) -> None:
+    """The passes of a step of distribution matching, on so many images of zeros: an update of the fake score network, and one
+    of the student.
+    """
+    shape, settings = config.network.state_shape, config.training.distribution
+    judged = 2 * images if settings.adversarial_weight else images
+    half = HALVES.get(config.training.precision)
+
+    def denoised(x: Tensor) -> Tensor:
+        labels = torch.zeros(len(x), dtype=torch.int64) if config.network.num_classes else None
+        with torch.autocast("cpu", half) if half else contextlib.nullcontext():
+            output: Tensor = fake(x, torch.zeros(1, 1), labels)
+        return output.float()
+
+    denoised(torch.zeros(judged, *shape)).square().mean().backward()
+    labels = torch.zeros(images, dtype=torch.int64) if config.network.num_classes else None
+    points = most_points(config) if settings.trajectory_weight else most_points(config)[-1:]
+    if not computes_points_apart(config.student):
+        points = list(range(len(config.trajectories.time_points)))
+    states = student(torch.zeros(images, *shape), labels, points).float()
+    x = states[:, -1].detach().requires_grad_()
+    (direction,) = torch.autograd.grad(denoised(x).square().mean(), x)
+    loss = (states[:, -1] * direction).mean()
+    if settings.trajectory_weight:
+        loss = loss + distance(states, torch.zeros_like(states)).mean()
+    loss.backward()
 
 
 def one_pass(student: DSNO, distance: Distance, config: Config, images: int, device: torch.device) -> None:

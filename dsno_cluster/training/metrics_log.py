@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,12 +25,15 @@ class MetricsLine(SparseRecord):
     loss: float
     lr: float
     seconds: float  # of training so far, over all resumptions
-    distance_per_time: tuple[float | None, ...]  # None at the time points that the step did not see
+    distance_per_time: tuple[
+        float | None, ...
+    ]  # None at time points that the step did not see; empty without trajectories
     images_per_second: float
     data_wait: float  # share of the time in which the network waited for data
     memory_gb: float
     loss_scale: float | None = None  # of float16
     heldout_error_per_time: tuple[float, ...] | None = None
+    figures: dict[str, float] | None = None  # of other objectives than trajectories, by name
     heldout_distance: float | None = None  # Frechet distance of held-out samples from real images
 
 
@@ -62,9 +65,8 @@ class MetricsLog:
             raise WorkError(f"{self.file}: cannot be written: {error.strerror}") from error
         if self.board is not None:
             for name, value in line.values().items():
-                per_time = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {}
-                for tag, number in (per_time or {name: value}).items():
-                    if number is not None and name not in ("schema_version", "step"):
+                if name not in ("schema_version", "step"):
+                    for tag, number in _tagged(name, value).items():
                         self.board.add_scalar(tag, number, line.step)
             self.board.flush()
 
@@ -73,6 +75,15 @@ class MetricsLog:
         FolderStorage(self.file.parent / "samples").write(f"{step_name(step)}.png", png)
         if self.board is not None:
             self.board.add_images("samples", (images_NCHW.clamp(-1, 1) + 1) / 2, step)
+
+
+def _tagged(name: str, value: Any) -> dict[str, float]:
+    """The numbers of a figure by TensorBoard's tags: one for each time point or part that has a number."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return {f"{name}/{part}": number for part, number in value.items() if number is not None}
+    return {} if value is None else {name: value}
 
 
 def open_tensorboard(config: Config, start: int) -> SummaryWriter:

@@ -15,7 +15,7 @@ FUSED = ("adam", "adamw")  # optimisers that torch can run as one kernel
 
 
 def make_optimizer(model: nn.Module, settings: Training, *, fused: bool = False) -> torch.optim.Optimizer:
-    """The torch optimiser that `training.optimizer` names, with betas (0.9, 0.999); `fused` into one kernel if it can be."""
+    """The torch optimiser that `training.optimizer` names; `fused` into one kernel if it can be."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -23,7 +23,7 @@ def make_optimizer(model: nn.Module, settings: Training, *, fused: bool = False)
     }
     more = {"fused": True} if fused and settings.optimizer in FUSED else {}
     return kinds[settings.optimizer](
-        model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **more
+        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, **more
     )
 
 

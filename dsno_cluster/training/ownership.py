@@ -25,7 +25,7 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import locked_if_possible
 from dsno_cluster.records import Record, canonical_hash, read_record, record_bytes
 from dsno_cluster.storage import FolderStorage, MissingObject, PreconditionFailed, Storage, open_storage
-from dsno_cluster.training.identity import run_identity
+from dsno_cluster.training.identity import Inputs, run_identity
 
 ATTEMPTS = 10  # at a claim that others make, and give up, at the same moment
 
@@ -132,10 +132,10 @@ def _read(storage: Storage, key: str) -> Owner | None:
         return None
 
 
-def students_claim(config: Config, trajectories: str = "", storage: Storage | None = None) -> Claim:
+def students_claim(config: Config, inputs: Inputs | None = None, storage: Storage | None = None) -> Claim:
     """The claim of a training to publish students of the config's name.
 
-    `trajectories` is its data set, which only `hold` needs; `storage` is that of the config unless it is given.
+    `inputs` are what it reads, which only `hold` needs; `storage` is that of the config unless it is given.
     """
     prefix = config.student_prefix
     return Claim(
@@ -144,7 +144,7 @@ def students_claim(config: Config, trajectories: str = "", storage: Storage | No
         key=f"{prefix}owner.json",
         run=FolderStorage(config.run_dir),
         copy=f"{prefix}resume/owner.json",
-        identity=canonical_hash(run_identity(config, trajectories).model_dump(mode="json")),
+        identity=canonical_hash(run_identity(config, inputs or Inputs("")).model_dump(mode="json")),
     )
 
 

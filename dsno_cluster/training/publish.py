@@ -22,6 +22,7 @@ from dsno_cluster.config import Config, dump_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.model_folder import BEST, LATEST, META, AboutModel, step_name, write_model
 from dsno_cluster.storage import FolderStorage, Patience, Storage, open_storage
+from dsno_cluster.training.identity import Inputs
 from dsno_cluster.training.ownership import students_claim
 
 RETRY_SECONDS = (5.0, 15.0, 60.0)  # between attempts at an upload; then every minute until the run ends
@@ -31,14 +32,14 @@ LAST_ATTEMPTS = 3  # attempts at an upload once the training is done
 class Publisher:
     """Writes and uploads students; used only by rank 0. `finish` waits for pending uploads."""
 
-    def __init__(self, config: Config, trajectories: str) -> None:
+    def __init__(self, config: Config, inputs: Inputs) -> None:
         self.config, self.prefix = config, config.student_prefix
         # few attempts: a failed upload is retried later anyway
         patience = Patience(attempts=3, longest_pause_seconds=2.0)
         self.shared = open_storage(config.storage.root, config.storage.endpoint_url, patience)
         self.local = FolderStorage(config.run_dir)
         self.local.tidy(self.prefix)
-        self.claim = students_claim(config, trajectories, self.shared)
+        self.claim = students_claim(config, inputs, self.shared)
         self.uploads: queue.Queue[str | None] | None = None if self.claim.within else queue.Queue()
         self.lost: UserError | None = None  # says who else owns the name now
         self.closing = threading.Event()

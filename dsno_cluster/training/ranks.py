@@ -196,6 +196,27 @@ def on_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found | None:
     return found
 
 
+def on_every_rank(ranks: Ranks, work: Callable[[], Found]) -> Found:
+    """The result of `work`, which every rank does for itself; collective.
+
+    If it raises on one of them, every rank raises, so that none waits for one that has failed.
+    """
+    found, problem = None, None
+    try:
+        found = work()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
+        problem = error
+    failures: list[BaseException | None] = [None] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(failures, None if problem is None else _for_others(problem, ranks.rank))
+    if problem is not None:
+        raise problem
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return found  # type: ignore[return-value]  # it is the result of `work`
+
+
 def from_rank_0(ranks: Ranks, work: Callable[[], Found]) -> Found:
     """The result of `work` on rank 0, on every rank; collective, with errors as in `on_rank_0`."""
     found = on_rank_0(ranks, work)
@@ -221,8 +242,8 @@ def _broadcast(ranks: Ranks, value: Found) -> Found:
     return values[0]
 
 
-def _for_others(error: BaseException) -> BaseException:
-    """What the other ranks raise, so that they end as rank 0 does, if `error` ended its work."""
+def _for_others(error: BaseException, rank: int = 0) -> BaseException:
+    """What the other ranks raise, so that they end as `rank` does, if `error` ended its work."""
     if isinstance(error, UserError):
         return UserError(str(error))
     if isinstance(error, WorkError):
@@ -232,4 +253,4 @@ def _for_others(error: BaseException) -> BaseException:
         return Preempted(stopped) if isinstance(error, Preempted) else KeyboardInterrupt(stopped)
     if isinstance(error, SystemExit):
         return SystemExit(error.code)
-    return WorkError(f"{LOST_RANK} (rank 0: {error})")
+    return WorkError(f"{LOST_RANK} (rank {rank}: {error})")

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from dsno_cluster.config import Config
 from dsno_cluster.trajectories.reader import Batch
 
 Student = Callable[[Tensor, Tensor | None, Sequence[int]], Tensor]
 """A student as `DSNO.forward`, or the engine around it: noise, labels, positions of time points -> their states."""
+
+
+Network = Callable[..., Any]
+"""A companion's network, or the engine around it, through which gradients reach its weights."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,15 @@ class StepFigures:
 class Companion:
     """A further network that an objective trains, on the same batches: it is updated before each step of the student.
 
-    `lr` is its learning rate after the warm-up. `updates` gives the number of its updates before optimiser step `step`, and
-    `loss` what update `update` of these minimises, and its figures, as `Objective.loss`.
+    `lr` is its learning rate after the warm-up. `updates` gives the number of its updates before an optimiser step of the
+    student. `loss(student, network, batch, step, update)` gives what update `update` of these minimises, evaluating `network`
+    by the engine that is passed, and its figures, as `Objective.loss`.
     """
 
     network: nn.Module
     lr: float
     updates: Callable[[int], int]
-    loss: Callable[[Student, Batch, int, int], tuple[Tensor, Tensor]]
+    loss: Callable[[Student, Network, Batch, int, int], tuple[Tensor, Tensor]]
 
 
 class Objective(Protocol):
@@ -66,10 +69,3 @@ class Objective(Protocol):
     def summary(self, figures: Sequence[float], step: int) -> StepFigures:
         """The summary of the averaged figures of step `step`."""
         ...
-
-
-def make_objective(config: Config, device: torch.device) -> Objective:
-    """The objective of the config, its tensors on `device`. Raises UserError if weights that it needs are missing."""
-    from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
-
-    return TrajectoryObjective(config, device)

@@ -41,27 +41,26 @@ class TrajectoryObjective:
         if self.config.student.points == "all":
             return list(range(len(self.figure_names)))
         return drawn_points(
-            self.config.seed, step, len(self.figure_names), settings.end_share, settings.most_points
+            self.config.training_seed, step, len(self.figure_names), settings.end_share, settings.most_points
         )
-
-    def distances(self, student: Student, batch: Batch, points: Sequence[int]) -> Tensor:
-        """The distance at each of `points`, (len(points),), the mean over samples and pixels."""
-        wanted = batch.states
-        if len(points) < len(self.figure_names):
-            wanted = wanted[:, points]
-            wanted = wanted.pin_memory() if batch.noise.is_pinned() else wanted
-        noise, target = (x.to(self.device, non_blocking=True) for x in (batch.noise, wanted))
-        predicted = student(noise, batch.labels, points)  # it checks the labels where they are, on the CPU
-        return self.distance(predicted.float(), target)
 
     def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """The mean over the step's points of weight times distance, and the distances, (M,)."""
         points = self.points(step)
-        distances = self.distances(student, batch, points)
+        noise = batch.noise.to(self.device, non_blocking=True)
+        predicted = student(noise, batch.labels, points)  # it checks the labels where they are, on the CPU
+        return self.loss_of(predicted.float(), batch, points)
+
+    def loss_of(self, predicted_NPCHW: Tensor, batch: Batch, points: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of predicted states at `points`, and the distances, (M,), 0 at other points."""
+        wanted = batch.states
+        if len(points) < len(self.figure_names):
+            wanted = wanted[:, points]
+            wanted = wanted.pin_memory() if batch.noise.is_pinned() else wanted
+        distances = self.distance(predicted_NPCHW, wanted.to(self.device, non_blocking=True))
         at = _positions(tuple(points), self.device)
-        distances_M = torch.zeros(len(self.figure_names), device=self.device).index_copy(
-            0, at, distances.detach()
-        )
+        distances_M = torch.zeros(len(self.figure_names), device=self.device)
+        distances_M = distances_M.index_copy(0, at, distances.detach())
         return weighted(distances, self.weights_on_device_M.index_select(0, at)), distances_M
 
     def summary(self, figures: Sequence[float], step: int) -> StepFigures:

@@ -1,0 +1,250 @@
+"""The distribution objective: one-step samples as likely under the teacher, and as real, as its own and real images.
+
+Distribution matching with two time scales (Yin et al. 2024b, DMD2): before each step of the student, a fake score network,
+which begins as the teacher, is updated a few times on new samples of the student. Its head tells noisy samples from noisy real
+images. The student then moves its samples to where the teacher's density exceeds their own, and to where the head takes them
+for real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dsno_cluster.config import Config, StudentConfig
+from dsno_cluster.diffusion.guidance import guided
+from dsno_cluster.diffusion.schedule import alpha_sigma
+from dsno_cluster.students.dsno import HALVES
+from dsno_cluster.teachers import ConfiguredTeacher
+from dsno_cluster.teachers.fake_score import FakeScore, trainable_copy
+from dsno_cluster.teachers.teacher import Teacher
+from dsno_cluster.training.objectives import Companion, Network, StepFigures, Student
+from dsno_cluster.training.objectives.matching import (
+    adversarial_loss,
+    denoising_loss,
+    discriminator_loss,
+    matching_direction,
+    matching_distance,
+    sample_loss,
+    score_identity_loss,
+    with_noise,
+)
+from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+from dsno_cluster.training.real_images import RealImages
+from dsno_cluster.trajectories.reader import Batch
+
+FAKE_SCORE = "fake_score"
+FIGURES = ("fake_loss", "matching", "discriminator_loss", "adversarial_loss")
+IN_WORDS = (
+    "loss of the fake score network",
+    "distance of the two denoisers",
+    "loss of the discriminator",
+    "adversarial loss",
+)
+
+
+class DistributionObjective:
+    """Matching of the student's distribution with the teacher's, an adversarial loss, and the trajectory loss as an anchor.
+
+    A step's figures are `FIGURES`, of which those of weight 0 stay 0, and with an anchor the distances at all time points.
+    `fake_score` must have the teacher's weights or those of a checkpoint; `real` are needed for an adversarial loss. Draws are
+    from torch's generators, which the loop seeds for each update.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: Teacher,
+        fake_score: FakeScore,
+        real: RealImages | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.settings, self.device = config, config.training.distribution, device
+        self.teacher, self.real = teacher, real if self.settings.adversarial_weight else None
+        self.fake_score = fake_score
+        anchored = self.settings.trajectory_weight > 0.0
+        self.anchor = TrajectoryObjective(config, device) if anchored else None
+        self.figure_names = IN_WORDS + (self.anchor.figure_names if self.anchor else ())
+        self.companions: Mapping[str, Companion] = {
+            FAKE_SCORE: Companion(
+                fake_score,
+                self.settings.fake_lr or config.training.lr,
+                lambda step: self.settings.fake_updates + (0 if step else self.settings.fake_warmup),
+                self.fake_loss,
+            )
+        }
+        self.guidance = config.trajectories.method.guidance
+        self.draw_times = _drawn_times(teacher, self.settings.noise_range, device)
+
+    def fake_loss(
+        self, student: Student, network: Network, batch: Batch, step: int, update: int
+    ) -> tuple[Tensor, Tensor]:
+        """The denoising loss on new samples and the discriminator's loss, weighted, and the figures."""
+        classes, count = self.config.network.num_classes, len(batch.noise)
+        labels = torch.randint(classes, (count,)) if classes else None
+        noise = torch.randn(batch.noise.shape, device=self.device)
+        with torch.no_grad():
+            x = self._samples(student, noise, labels, [len(self.config.trajectories.time_points) - 1])
+        noisy, sigma, t = self._with_noise(x)
+        there = None if labels is None else labels.to(self.device, non_blocking=True)
+        if self.real is None:
+            denoised, _ = self._fake(network, noisy, t, there)
+            loss = denoising_loss(denoised, x, sigma)
+            return loss, self._figures(fake_loss=loss)
+        real, real_labels = self._real(count)
+        noisy_real, _, t_real = self._with_noise(real)
+        both = None if there is None or real_labels is None else torch.cat([there, real_labels])
+        denoised, logits = self._fake(network, torch.cat([noisy, noisy_real]), torch.cat([t, t_real]), both)
+        loss = denoising_loss(denoised[:count], x, sigma)
+        game = discriminator_loss(logits[count:], logits[:count])
+        total = loss + self.settings.adversarial_weight * game
+        return total, self._figures(fake_loss=loss, discriminator_loss=game)
+
+    def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """A scalar with the gradient of the weighted sum of matching, adversarial and trajectory loss, and the figures."""
+        noise = batch.noise.to(self.device, non_blocking=True)
+        points = self.anchor.points(step) if self.anchor else []
+        last = len(self.config.trajectories.time_points) - 1
+        together = sorted({*points, last})
+        states = self._states(student, noise, batch.labels, together)
+        x = states[:, -1]
+        direction, figures = self._direction(x, batch.labels)
+        loss = sample_loss(x, direction)
+        if self.anchor is None:
+            return loss, figures
+        # `points` are all of them, or those of the step and perhaps the last
+        seen = states if len(points) == len(together) else states[:, : len(points)]
+        anchored, distances_M = self.anchor.loss_of(seen, batch, points)
+        loss = loss + self.settings.trajectory_weight * anchored
+        return loss, torch.cat([figures[: len(FIGURES)], distances_M])
+
+    def summary(self, figures: Sequence[float], step: int) -> StepFigures:
+        settings = self.settings
+        of_matching, of_trajectories = figures[: len(FIGURES)], figures[len(FIGURES) :]
+        known = {
+            name: value for name, value in zip(FIGURES, of_matching, strict=True) if self._computed(name)
+        }
+        loss = settings.matching_weight * known.get("matching", 0.0)
+        loss += settings.adversarial_weight * known.get("adversarial_loss", 0.0)
+        watched = tuple(known.get(name) for name in FIGURES)
+        if self.anchor is None:
+            return StepFigures(loss, (), watched, known)
+        anchored = self.anchor.summary(of_trajectories, step)
+        loss += settings.trajectory_weight * anchored.loss
+        return StepFigures(loss, anchored.distance_per_time, watched + anchored.watched, known)
+
+    def _computed(self, figure: str) -> bool:
+        """Whether a figure is computed with the weights of the config."""
+        return figure == "fake_loss" or (
+            self.settings.matching_weight > 0.0 if figure == "matching" else self.real is not None
+        )
+
+    def _direction(self, x_NCHW: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradient of matching and adversarial loss with respect to samples, times their number of elements; figures.
+
+        It is taken for itself, so that the engine of the student goes backward through the student only.
+        """
+        settings = self.settings
+        x = x_NCHW.detach().float().requires_grad_()
+        noisy, _, t = self._with_noise(x)
+        there = None if labels is None else labels.to(self.device, non_blocking=True)
+        fake, logits = self._fake(self.fake_score, noisy, t, there)
+        total, figures = torch.zeros((), device=self.device), {}
+        if settings.matching_weight:
+            through = settings.matching == "score-identity"
+            teacher = self.teacher.with_gradients() if through else self.teacher
+            real = guided(teacher, there, self.guidance)(noisy if through else noisy.detach(), t)
+            if through:
+                matching = score_identity_loss(x, real, fake, settings.identity_alpha)
+            else:
+                matching = sample_loss(x, matching_direction(x, real, fake))
+            total = total + settings.matching_weight * matching
+            figures["matching"] = matching_distance(x, real, fake)
+        if self.real is not None:
+            figures["adversarial_loss"] = adversarial_loss(logits)
+            total = total + settings.adversarial_weight * figures["adversarial_loss"]
+        # of about 1 in every element, in which half precision does not vanish
+        (direction,) = torch.autograd.grad(total * x.numel(), x)
+        return direction, self._figures(**figures)
+
+    def _samples(
+        self, student: Student, noise: Tensor, labels: Tensor | None, points: Sequence[int]
+    ) -> Tensor:
+        return self._states(student, noise, labels, points)[:, -1]
+
+    def _states(
+        self, student: Student, noise: Tensor, labels: Tensor | None, points: Sequence[int]
+    ) -> Tensor:
+        """The student's states at `points`, float32; a student whose points are computed together computes all."""
+        if computes_points_apart(self.config.student):
+            return student(noise, labels, points).float()
+        together = range(len(self.config.trajectories.time_points))
+        states = student(noise, labels, together).float()
+        return states if len(points) == len(together) else states[:, list(points)]
+
+    def _with_noise(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples with noise of levels drawn for them, the levels' sigma and their cosine times, (N,) float64."""
+        t_N = self.draw_times(len(x_NCHW))
+        alpha_N, sigma_N = alpha_sigma(t_N)
+        noisy = with_noise(x_NCHW, torch.randn_like(x_NCHW), alpha_N, sigma_N)
+        return noisy, sigma_N, t_N
+
+    def _real(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Real states drawn for an update, and their labels, on the device."""
+        assert self.real is not None
+        drawn = torch.randint(self.real.count, (count,))
+        labels = self.real.labels(drawn)
+        return (
+            self.real.states(drawn).to(self.device, non_blocking=True),
+            None if labels is None else labels.to(self.device, non_blocking=True),
+        )
+
+    def _fake(
+        self, network: Network, x_NCHW: Tensor, t_N: Tensor, labels_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The fake score network's x0 and the logits of its head, float32."""
+        half = HALVES.get(self.config.training.precision)
+        with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
+            x0, logits = network(x_NCHW, t_N, labels_N)
+        return x0.float(), logits.float()
+
+    def _figures(self, **known: Tensor) -> Tensor:
+        """The figures of a step, (F,), 0 for those that are not known."""
+        none = torch.zeros((), device=self.device)
+        values = [known.get(name, none).detach() for name in FIGURES]
+        rest = len(self.figure_names) - len(FIGURES)
+        return torch.cat([torch.stack(values), none.expand(rest)])
+
+
+def computes_points_apart(student: StudentConfig) -> bool:
+    """Whether a student can be asked for any of its time points without the others."""
+    return student.operator == "series" or student.points == "drawn" or student.modes == 0
+
+
+def _drawn_times(
+    teacher: Teacher, noise_range: tuple[float, float], device: torch.device
+) -> Callable[[int], Tensor]:
+    """A function that draws so many cosine times, (N,) float64, uniformly from a range.
+
+    Those of a distilled teacher are the times of its own steps, as it knows no other levels.
+    """
+    low, high = noise_range
+    if not teacher.distilled:
+        return lambda count: low + (high - low) * torch.rand(count, dtype=torch.float64, device=device)
+    own = teacher.native_grid(teacher.num_steps or 0) or ()
+    known = torch.tensor([t for t in own if t > 0.0], dtype=torch.float64, device=device)
+    return lambda count: known[torch.randint(len(known), (count,), device=device)]
+
+
+def begin_distribution(
+    config: Config, teacher: ConfiguredTeacher, real: RealImages | None, device: torch.device
+) -> DistributionObjective:
+    """The objective with the teacher loaded on `device`, and a copy of it as the fake score network.
+
+    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load` does.
+    """
+    fake_score = trainable_copy(teacher, config.training_seed)
+    return DistributionObjective(config, teacher.load(compile=False).to(device), fake_score, real, device)

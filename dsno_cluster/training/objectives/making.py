@@ -1,0 +1,49 @@
+"""The objective of a config, with what it needs besides the student, on every rank."""
+
+from __future__ import annotations
+
+import torch
+
+from dsno_cluster.config import Config
+from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
+from dsno_cluster.training.objectives import Objective
+from dsno_cluster.training.objectives.distribution import begin_distribution
+from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+from dsno_cluster.training.ranks import Ranks, broadcast_weights, on_every_rank
+from dsno_cluster.training.real_images import RealImages, real_images
+
+
+def find_real_images(
+    config: Config,
+    teacher: ConfiguredTeacher | None,
+    device: torch.device | None = None,
+    *,
+    quiet: bool = False,
+) -> RealImages | None:
+    """The real images that distribution matching learns from and is compared with, None if there are none.
+
+    `teacher` is found if it is not known; `device` and `quiet` are those of `real_images`. Raises UserError as that does.
+    """
+    if config.training.objective != "distribution" or (config.data.name, config.data.images) == (None, None):
+        return None
+    return real_images(config, (teacher or find_teacher(config)).states, device, quiet=quiet)
+
+
+def make_objective(
+    config: Config, teacher: ConfiguredTeacher | None, real: RealImages | None, ranks: Ranks
+) -> Objective:
+    """The objective of the config, its tensors on the ranks' devices; collective.
+
+    `teacher` is found on ranks that do not know it. Raises UserError, on every rank, if weights that the objective needs are
+    missing or cannot be used for it.
+    """
+
+    def make() -> Objective:
+        if config.training.objective == "trajectories":
+            return TrajectoryObjective(config, ranks.device)
+        return begin_distribution(config, teacher or find_teacher(config), real, ranks.device)
+
+    objective = on_every_rank(ranks, make)
+    for companion in objective.companions.values():
+        broadcast_weights(companion.network, ranks)
+    return objective

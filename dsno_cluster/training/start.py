@@ -1,0 +1,56 @@
+"""The student that a training begins with, `training.start`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsno_cluster.config import Config
+from dsno_cluster.diffusion.schedule import same_times
+from dsno_cluster.errors import UserError
+from dsno_cluster.files import shown_path
+from dsno_cluster.model_folder import FoundModel, StartModel, find_model, model_address
+from dsno_cluster.students.dsno import DSNO, StudentModel, student_model
+
+
+def find_start(config: Config) -> FoundModel | None:
+    """The student that `training.start` names, its weights not read yet; None if it names none.
+
+    Raises UserError if there is none.
+    """
+    path, endpoint = config.training.start, config.storage.endpoint_url
+    if path is None:
+        return None
+    try:
+        return find_model(model_address(path, endpoint), endpoint)
+    except UserError as error:
+        raise UserError(f"training.start: {error}") from None
+
+
+def start_model(start: FoundModel) -> StartModel:
+    """What a student says of the one that it began with."""
+    meta = start.meta
+    return StartModel(address=start.path, name=meta.name, step=meta.step, sha256=meta.sha256)
+
+
+def check_start(start: FoundModel, student: DSNO) -> None:
+    """Raises UserError, naming the first difference, unless the start has the network, form and times of the student."""
+    theirs = student_model(start.meta, start.path)
+    ours = StudentModel.model_validate_json(student.describe().model_dump_json())
+    where = f"training.start: the student at {shown_path(start.path)}"
+    for key in ("operator", "modes", "prediction", "points"):
+        if (before := getattr(theirs, key)) != (now := getattr(ours, key)):
+            raise UserError(f"{where} has student.{key} {before}, the config says {now}")
+    if not same_times(theirs.times, ours.times):
+        raise UserError(f"{where} has the time points {list(theirs.times)}, the config {list(ours.times)}")
+    if (theirs.backbone, theirs.diffusers) != (ours.backbone, ours.diffusers):
+        raise UserError(f"{where} is built on another network than that of the config; see student.backbone")
+    for key in type(ours.network).model_fields:
+        before, now = getattr(theirs.network, key), getattr(ours.network, key)
+        if key != "dropout" and before != now:
+            raise UserError(f"{where} has network.{key} {before}, the config says {now}")
+
+
+def start_weights(start: FoundModel, student: DSNO) -> dict[str, Tensor]:
+    """The weights of the start, for the student. Raises UserError as `check_start` does."""
+    check_start(start, student)
+    return start.weights()
