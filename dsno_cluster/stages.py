@@ -59,7 +59,7 @@ def _generate(
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
     from dsno_cluster.training.beginning import find_data_set, find_training_teacher
-    from dsno_cluster.training.checkpoint import check_published, newest_step
+    from dsno_cluster.training.checkpoint import check_published, is_end, newest_step
     from dsno_cluster.training.ownership import check_students, students_claim
     from dsno_cluster.trajectories.plan import check_reachable
 
@@ -67,17 +67,17 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
     teacher = find_training_teacher(config)
     data = find_data_set(config, teacher)
     if config.training.online:  # it has not read the storage yet
-        check_reachable(config, data.folder)
+        check_reachable(config, data.inputs.trajectories)
     newest = newest_step(config)
-    check_published(config, data.folders)
+    check_published(config, data.inputs)
     check_students(students_claim(config), newest)
     begun = newest or 0
-    if begun >= config.training.steps:
+    if is_end(config, newest, data.inputs):
         done = f"nothing to do: {config.name} has already reached step {begun}; for a new training run choose another name="
         return Checked(done, teacher)
     would = (
         f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
-        f"{shown_path(config.storage.root)}/{data.folder} in {processes} process(es) on this machine"
+        f"{shown_path(config.storage.root)}/{data.inputs.trajectories} in {processes} process(es) on this machine"
     )
     return Checked(would, teacher)
 
@@ -194,17 +194,43 @@ EVAL = Stage(
 STAGES: tuple[Stage[Any], ...] = (GEN_TRAJECTORIES, TRAIN, EVAL)
 
 
-def stages_of(config: Config) -> tuple[Stage[Any], ...]:
-    """The stages of a config's whole path: online training makes the trajectories itself, and others were imported."""
-    return STAGES[1:] if config.training.online or config.trajectories.imported is not None else STAGES
+@dataclass(frozen=True)
+class Part:
+    """A part of the whole path: a stage of an experiment, and what it is for."""
+
+    stage: Stage[Any]
+    config: Config
+    purpose: str
+
+
+def parts_of(config: Config) -> tuple[Part, ...]:
+    """The parts of a config's whole path.
+
+    Online training makes the trajectories itself, and others were imported. A student that is finished is trained and
+    evaluated once more, under its own name.
+    """
+    made = config.training.online or config.trajectories.imported is not None
+    parts = [Part(stage, config, stage.purpose) for stage in (STAGES[1:] if made else STAGES)]
+    if (finished := config.finished) is not None:
+        parts += [
+            Part(
+                TRAIN,
+                finished,
+                "the student is finished: its samples are to be as likely and as real as the teacher's",
+            ),
+            Part(EVAL, finished, "is it better than before, and than the teacher?"),
+        ]
+    return tuple(parts)
 
 
 def describe_path(config: Config) -> str:
     """A description of the whole path, in one line."""
     made = ", made while training" if config.training.online else ""
     whose = "imported trajectories" if config.trajectories.imported else f"trajectories of the teacher{made}"
+    finished = config.finished
+    finishing = f", {finished.training.steps} finishing steps" if finished is not None else ""
     return (
-        f"{config.trajectories.num_samples} {whose}, {config.training.steps} training steps, "
+        f"{config.trajectories.num_samples} {whose}, {config.training.steps} training steps{finishing}, "
         f"{config.evaluation.num_samples} evaluated samples; results below {shown_path(config.storage.root)}"
     )
 
@@ -216,11 +242,12 @@ def run_path(config: Config, checked: Checked | None = None) -> StageResult:
     """
     began = time.monotonic()
     console.say(f"the whole path: {describe_path(config)}")
-    stages, teacher = stages_of(config), checked.found if checked else None
-    for number, stage in enumerate(stages, 1):
-        console.say(f"\n[{number}/{len(stages)}] {stage.name}: {stage.purpose}")
+    parts, teacher = parts_of(config), checked.found if checked else None
+    for number, part in enumerate(parts, 1):
+        stage = part.stage
+        console.say(f"\n[{number}/{len(parts)}] {stage.name}: {part.purpose}")
         started = time.monotonic()
-        result = stage.run(config, stage.options(), None, teacher)
+        result = stage.run(part.config, stage.options(), None, teacher)
         teacher = result.teacher
         console.say(f"{stage.name} took {console.duration(time.monotonic() - started)}")
     console.say(f"\nthe whole path took {time.monotonic() - began:.0f} s\n")

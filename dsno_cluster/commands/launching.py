@@ -92,13 +92,26 @@ def make_submission(
 
 def show_scripts(arguments: Arguments, launcher: Launcher, submissions: Sequence[Submission]) -> bool:
     """Print the script that the launcher would submit for each stage; returns whether there is any."""
-    texts = {s.stage.name: text for s in submissions if (text := launcher.describe(s)) is not None}
+    names = _names(submissions)
+    texts = {
+        name: text
+        for name, submission in zip(names, submissions, strict=True)
+        if (text := launcher.describe(submission)) is not None
+    }
     if _as_json(arguments) and texts:
         print(json.dumps({"dry_run": texts}), flush=True)
     else:
         for name, text in texts.items():
             print(f"# {name}\n{text}" if len(texts) > 1 else text, flush=True)
     return bool(texts)
+
+
+def _names(submissions: Sequence[Submission]) -> list[str]:
+    """The submissions' stages; with the experiment's name for those of a second experiment."""
+    first = submissions[0].config.name
+    return [
+        s.stage.name if s.config.name == first else f"{s.stage.name} {s.config.name}" for s in submissions
+    ]
 
 
 def follow_to_end(launcher: Launcher, runs: Sequence[Run]) -> StageResult:

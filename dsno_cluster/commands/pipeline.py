@@ -9,15 +9,16 @@ from dsno_cluster.files import shown_path
 
 
 def run_pipeline(arguments: Arguments) -> None:
-    from dsno_cluster.stages import describe_path, run_path, stages_of
+    from dsno_cluster.stages import describe_path, parts_of, run_path
 
     config, options = arguments.config(), arguments.options
-    first, *later = stages_of(config)
+    parts = parts_of(config)
+    first = parts[0].stage
     # what is missing is reported before anything starts or is submitted
     checked = None if options.dry_run else first.check(config, first.options(), 1)
     launcher = choose(arguments, first)
     submissions = [
-        make_submission(arguments, launcher, stage, config, stage.options()) for stage in (first, *later)
+        make_submission(arguments, launcher, part.stage, part.config, part.stage.options()) for part in parts
     ]
     if options.dry_run:
         described = show_scripts(arguments, launcher, submissions)
@@ -29,24 +30,27 @@ def run_pipeline(arguments: Arguments) -> None:
         return
     for submission in submissions:
         profile = submission.profile
-        submission.stage.check_ahead(config, profile.nodes * profile.tasks_per_node)
+        submission.stage.check_ahead(submission.config, profile.nodes * profile.tasks_per_node)
     if not any(launcher.takes(submission) for submission in submissions):
         show_metrics(run_path(config, checked).details)
         return
     runs = launcher.submit(submissions)
     if options.wait:
         follow_to_end(launcher, runs)
-        show_metrics(written_metrics(config))
+        show_metrics(written_metrics(parts[-1].config))
 
 
 def run_demo(arguments: Arguments) -> None:
-    from dsno_cluster.stages import describe_path, run_path, stages_of
+    from dsno_cluster.stages import describe_path, parts_of, run_path
 
     config = arguments.config()
-    first = stages_of(config)[0]
-    checked = first.check(config, first.options(), 1)
+    parts = parts_of(config)
+    first, last = parts[0], parts[-1]
+    checked = first.stage.check(config, first.stage.options(), 1)
     if arguments.options.dry_run:
         print(f"would make {describe_path(config)}")
         return
+    for part in parts[1:]:
+        part.stage.check_ahead(part.config, 1)
     show_metrics(run_path(config, checked).details)
-    print(f"\nlook at {shown_path(config.storage.root)}/evaluation/{config.name}/samples.png")
+    print(f"\nlook at {shown_path(config.storage.root)}/evaluation/{last.config.name}/samples.png")
