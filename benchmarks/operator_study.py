@@ -174,7 +174,8 @@ class NormalisedObjective(TrajectoryObjective):
     means_M: torch.Tensor | None = None
 
     def loss(self, student: Student, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        distances_M = self.distances(student, batch, self.points(step))
+        points = self.points(step)
+        distances_M = self.distance(student(batch.noise, batch.labels, points), batch.states[:, points])
         before = distances_M.detach() if self.means_M is None else self.means_M
         self.means_M = before.lerp(distances_M.detach(), 0.01)
         return weighted(distances_M, self.means_M.mean() / self.means_M), distances_M.detach()

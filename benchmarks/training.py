@@ -42,8 +42,8 @@ from dsno_cluster.torch_internals import lerp_all
 from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.deepspeed_internals import fragments_of
 from dsno_cluster.training.engine import EMA, make_engine
-from dsno_cluster.training.objectives import make_objective
 from dsno_cluster.training.objectives.losses import l1, weighted
+from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
 from dsno_cluster.training.ranks import join_ranks
 from dsno_cluster.trajectories.reader import Batch
 
@@ -184,7 +184,7 @@ def our_step(config: Config, student: DSNO) -> Step:
     ranks = join_ranks(config)
     engine = make_engine(student.train(), config, ranks)
     ema = EMA(fragments_of(engine), config.training.ema_decays)
-    batch, objective = data(config, ranks.world_size), make_objective(config, ranks.device)
+    batch, objective = data(config, ranks.world_size), TrajectoryObjective(config, ranks.device)
     batch = batch.pinned() if ranks.device.type == "cuda" else batch  # as the reader gives it
 
     def step() -> None:
@@ -202,7 +202,7 @@ def plain_step(config: Config, student: DSNO) -> Step:
     student.to(compute_device())
     optimizer = torch.optim.Adam(student.train().parameters(), lr=config.training.lr)
     average = copy.deepcopy(student)
-    batch, objective = data(config, 1), make_objective(config, compute_device())
+    batch, objective = data(config, 1), TrajectoryObjective(config, compute_device())
 
     def step() -> None:
         loss, _ = objective.loss(student, batch, 0)
