@@ -39,7 +39,7 @@ class Distribution(Strict):
         description="range of the cosine times of the noise that is added to samples and real images, drawn uniformly",
     )
     fake_lr: LearningRate | None = Field(
-        None, description="learning rate of the fake score network; null: training.lr"
+        None, description="learning rate of the fake score network, which does not fall; null: training.lr"
     )
     fake_updates: PositiveInt = Field(
         3, description="updates of the fake score network before each step of the student"

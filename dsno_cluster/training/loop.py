@@ -289,13 +289,14 @@ def _take_step(
     for name, companion in objective.companions.items():
         engine, updates = engines.companions[name], companion.updates(step)
         for update in range(updates):
-            _begin_update(engine, companion.lr, config, ranks, step, update + 1)
+            rate = learning_rate(step, settings.steps, companion.lr, settings.warmup, "none")
+            _begin_update(engine, rate, config, ranks, step, update + 1)
             for batch in micro_batches:
                 loss, seen = companion.loss(student, engine, batch, step, update)
                 engine.backward(loss)
                 engine.step()
                 figures += seen / (settings.micro_batches * updates)
-    _begin_update(student, settings.lr, config, ranks, step, 0)
+    _begin_update(student, _rate(settings, step), config, ranks, step, 0)
     for batch in micro_batches:
         loss, seen = objective.loss(student, batch, step)
         student.backward(loss)
@@ -304,12 +305,11 @@ def _take_step(
     return figures
 
 
-def _begin_update(engine: Any, lr: float, config: Config, ranks: Ranks, step: int, update: int) -> None:
+def _begin_update(engine: Any, rate: float, config: Config, ranks: Ranks, step: int, update: int) -> None:
     """Set the rate of an optimiser's step, and the seed of what its passes draw; the student's is update 0 of a step.
 
     What is drawn differs between ranks and does not depend on where a run was resumed.
     """
-    rate = _rate(config.training, step, lr)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(seed_of_draws(config, step, update, ranks.rank))
@@ -323,10 +323,11 @@ def seed_of_draws(config: Config, step: int, update: int, rank: int) -> int:
     return int(canonical_hash({"seed": seed, "step": step, "update": update, "rank": rank})[:8], 16)
 
 
-def _rate(settings: Training, step: int, lr: float | None = None) -> float:
-    """The learning rate of optimiser step `step`, by the schedule; `lr` is that after the warm-up (default: the student's)."""
-    lr = settings.lr if lr is None else lr
-    return learning_rate(step, settings.steps, lr, settings.warmup, settings.lr_decay, settings.halve_at)
+def _rate(settings: Training, step: int) -> float:
+    """The student's learning rate at optimiser step `step`."""
+    return learning_rate(
+        step, settings.steps, settings.lr, settings.warmup, settings.lr_decay, settings.halve_at
+    )
 
 
 def _problem(settings: Training, taken: Taken, seen: StepFigures, divergence: DivergenceWatch) -> str | None:

@@ -38,9 +38,9 @@ class StepFigures:
 class Companion:
     """A further network that an objective trains, on the same batches: it is updated before each step of the student.
 
-    `lr` is its learning rate after the warm-up. `updates` gives the number of its updates before an optimiser step of the
-    student. `loss(student, network, batch, step, update)` gives what update `update` of these minimises, evaluating `network`
-    by the engine that is passed, and its figures, as `Objective.loss`.
+    `lr` is its learning rate after the warm-up, which does not fall: it has to follow a student whose own does. `updates` gives
+    the number of its updates before an optimiser step of the student. `loss(student, network, batch, step, update)` gives what
+    update `update` of these minimises, evaluating `network` by the engine that is passed, and its figures, as `Objective.loss`.
     """
 
     network: nn.Module
