@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_teacher_backbones import words_of
 from tiny import TINY, answer, dsno
 from training_runs import STUDENT, checkpoints, ends, metrics, start_ranks, train, wait_for, weights, words
 
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.teachers import find_teacher
+from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.loop import seed_of_draws
+from dsno_cluster.training.objectives.distribution import begin_distribution
+from dsno_cluster.training.objectives.making import find_real_images
+from dsno_cluster.trajectories.reader import Batch
 
 FINISHED = [
     "training.objective=distribution",
@@ -174,6 +180,42 @@ def test_forms_of_the_student(form: str, tiny_data: Path, tmp_path: Path) -> Non
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 2).values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpmpp_cond", "edm2_cond", "adm", "dit"])
+def test_teachers_of_other_families(name: str, tmp_path: Path) -> None:
+    """In pixels and latents, preconditioned or on discrete levels; from the teacher's weights, and resumed."""
+    matched = [*words_of(name, tmp_path), "training.objective=distribution", "training.threads=1"]
+    matched += ["training.distribution={adversarial_weight: 0, fake_updates: 1, trajectory_weight: 0.1}"]
+    where = [f"storage.root={tmp_path / 'out'}", "--launcher", "local"]
+    for command, *more in (
+        ("gen-trajectories",),
+        ("train", "training.steps=2"),
+        ("train", "training.steps=3"),
+    ):
+        done = dsno(command, *matched, *more, *where)
+        assert done.returncode == 0, done.stderr
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out", 3).values())
+
+
+@pytest.mark.slow
+def test_a_teacher_without_a_network(tmp_path: Path) -> None:
+    """The fake score network is our U-Net, which learns the student's samples before the first step."""
+    sizes = "network={state_size: 8, state_channels: 1, width: 32, multipliers: [1], blocks_per_level: 1, embedding_dim: 32}"
+    closed = ["teacher.path=closed-form:mixture", "data.name=null", "evaluation.reference=none.npz", sizes]
+    closed += ["student.warm_start=false", "evaluation.metrics=[trajectory_error]"]
+    closed += ["teacher.options={means: [-0.5, 0.5], stds: [0.2, 0.3], shape: [1, 8, 8]}"]
+    where = [f"storage.root={tmp_path}", "--launcher", "local"]
+    made = dsno("gen-trajectories", *TINY, *closed, *where)
+    assert made.returncode == 0, made.stderr
+    matched = [
+        "training.objective=distribution",
+        "training.distribution={adversarial_weight: 0, fake_warmup: 5}",
+    ]
+    done = dsno("train", *TINY, *closed, *matched, *where)
+    assert done.returncode == 0, done.stderr
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
 def test_without_progress_it_ends_and_stays_ended(start: Path, tiny_data: Path, tmp_path: Path) -> None:
     """At a rate at which no weight changes, the first checkpoint stays the best."""
     more = [
@@ -245,6 +287,29 @@ def test_a_lost_rank_ends_the_other(start: Path, tiny_data: Path, tmp_path: Path
     more = [*FINISHED, f"training.start={start}"]
     statuses, errors = ends(start_ranks(tmp_path, 2, *more, script=script))
     assert statuses == [2, 2] and all("no such teacher here" in error for error in errors), errors
+
+
+def test_samples_are_of_new_noise(tmp_path: Path) -> None:
+    """The student knows the trajectories' own noise: what is matched does not depend on it, only the anchor does."""
+    config = load_config("configs/digits.yaml", [*TINY, *FINISHED[:-1]])
+    anchored = load_config("configs/digits.yaml", [*TINY, *FINISHED])
+    teacher = find_teacher(config)
+    student = new_student(config, teacher)
+    labels = torch.arange(6)
+    batches = [
+        Batch(labels.numpy(), torch.full((6, 1, 8, 8), noise), torch.zeros(6, 4, 1, 8, 8), labels)
+        for noise in (0.0, 0.5)
+    ]
+    for settings, of_matching in ((config, None), (anchored, 4)):
+        real = find_real_images(settings, teacher)
+        objective = begin_distribution(settings, teacher, real, torch.device("cpu"))
+        figures = []
+        for batch in batches:
+            torch.manual_seed(3)
+            figures.append(objective.loss(student, batch, 0)[1])
+        assert torch.allclose(figures[0][:of_matching], figures[1][:of_matching], rtol=1e-5)
+        assert float(figures[0][1]) > 0.0
+    assert not torch.allclose(figures[0][4:], figures[1][4:], rtol=1e-2)
 
 
 def test_no_two_updates_draw_the_same(tmp_path: Path) -> None:

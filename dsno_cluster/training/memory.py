@@ -193,16 +193,18 @@ def matching_passes(
         return output.float()
 
     denoised(torch.zeros(judged, *shape)).square().mean().backward()
-    labels = torch.zeros(images, dtype=torch.int64) if config.network.num_classes else None
+    # an anchor sees the noise of the trajectories, the samples are of other noise
+    passed = 2 * images if settings.trajectory_weight else images
+    labels = torch.zeros(passed, dtype=torch.int64) if config.network.num_classes else None
     points = most_points(config) if settings.trajectory_weight else most_points(config)[-1:]
     if not computes_points_apart(config.student):
         points = list(range(len(config.trajectories.time_points)))
-    states = student(torch.zeros(images, *shape), labels, points).float()
-    x = states[:, -1].detach().requires_grad_()
+    states = student(torch.zeros(passed, *shape), labels, points).float()
+    x = states[:images, -1].detach().requires_grad_()
     (direction,) = torch.autograd.grad(denoised(x).square().mean(), x)
-    loss = (states[:, -1] * direction).mean()
+    loss = (states[:images, -1] * direction).mean()
     if settings.trajectory_weight:
-        loss = loss + distance(states, torch.zeros_like(states)).mean()
+        loss = loss + distance(states[images:], torch.zeros_like(states[images:])).mean()
     loss.backward()
 
 

@@ -83,9 +83,8 @@ class DistributionObjective:
         self, student: Student, network: Network, batch: Batch, step: int, update: int
     ) -> tuple[Tensor, Tensor]:
         """The denoising loss on new samples and the discriminator's loss, weighted, and the figures."""
-        classes, count = self.config.network.num_classes, len(batch.noise)
-        labels = torch.randint(classes, (count,)) if classes else None
-        noise = torch.randn(batch.noise.shape, device=self.device)
+        noise, labels = self._drawn(batch)
+        count = len(noise)
         with torch.no_grad():
             x = self._samples(student, noise, labels, [len(self.config.trajectories.time_points) - 1])
         noisy, sigma, t = self._with_noise(x)
@@ -104,21 +103,26 @@ class DistributionObjective:
         return total, self._figures(fake_loss=loss, discriminator_loss=game)
 
     def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """A scalar with the gradient of the weighted sum of matching, adversarial and trajectory loss, and the figures."""
-        noise = batch.noise.to(self.device, non_blocking=True)
-        points = self.anchor.points(step) if self.anchor else []
-        last = len(self.config.trajectories.time_points) - 1
-        together = sorted({*points, last})
-        states = self._states(student, noise, batch.labels, together)
-        x = states[:, -1]
-        direction, figures = self._direction(x, batch.labels)
-        loss = sample_loss(x, direction)
+        """A scalar with the gradient of the weighted sum of matching, adversarial and trajectory loss, and the figures.
+
+        Samples are of new noise: those of the trajectories' own, which the student knows, are better than others.
+        """
+        noise, labels = self._drawn(batch)
+        count, last = len(noise), len(self.config.trajectories.time_points) - 1
         if self.anchor is None:
-            return loss, figures
+            x = self._samples(student, noise, labels, [last])
+            direction, figures = self._direction(x, labels)
+            return sample_loss(x, direction), figures
+        points = self.anchor.points(step)
+        together = sorted({*points, last})
+        noise = torch.cat([noise, batch.noise.to(self.device, non_blocking=True)])
+        both = None if labels is None or batch.labels is None else torch.cat([labels, batch.labels])
+        states = self._states(student, noise, both, together)
+        x = states[:count, -1]
+        direction, figures = self._direction(x, labels)
         # `points` are all of them, or those of the step and perhaps the last
-        seen = states if len(points) == len(together) else states[:, : len(points)]
-        anchored, distances_M = self.anchor.loss_of(seen, batch, points)
-        loss = loss + self.settings.trajectory_weight * anchored
+        anchored, distances_M = self.anchor.loss_of(states[count:, : len(points)], batch, points)
+        loss = sample_loss(x, direction) + self.settings.trajectory_weight * anchored
         return loss, torch.cat([figures[: len(FIGURES)], distances_M])
 
     def summary(self, figures: Sequence[float], step: int) -> StepFigures:
@@ -169,6 +173,12 @@ class DistributionObjective:
         # of about 1 in every element, in which half precision does not vanish
         (direction,) = torch.autograd.grad(total * x.numel(), x)
         return direction, self._figures(**figures)
+
+    def _drawn(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """New noise on the device and new labels on the CPU, as many as a batch has."""
+        classes = self.config.network.num_classes
+        labels = torch.randint(classes, (len(batch.noise),)) if classes else None
+        return torch.randn(batch.noise.shape, device=self.device), labels
 
     def _samples(
         self, student: Student, noise: Tensor, labels: Tensor | None, points: Sequence[int]
