@@ -47,7 +47,7 @@ METRICS = "evaluation.metrics=[fid, precision_recall, agreement, nearest, trajec
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("cost", "starts"))
+    parser.add_argument("part", nargs="?", choices=("cost", "starts"), default="cost")
     parser.add_argument("--rounds", type=int, default=12, help="of `cost`: steps of each objective")
     parser.add_argument("--seeds", type=int, default=1, help="of `starts`: finishing runs from each start")
     parser.add_argument(

@@ -6,6 +6,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,22 @@ PROFILES = "Profiles: jobs/*.yaml"
 def document() -> str:
     """The whole page."""
     parts = [INTRODUCTION, _section("The experiment", Config, "")]
-    for name, field in Config.model_fields.items():
-        if _is_model(field.annotation):
-            parts.append(_section(name, field.annotation, f"{name}."))
+    parts += [_section(name, model, f"{name}.") for name, model in _sections(Config)]
     parts.append(_section(PROFILES, Profile, ""))
     return "\n".join(parts)
 
 
+def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The names and models of the sections of a model, and of their sections, also of those that may be null."""
+    for key, field in model.model_fields.items():
+        if (section := _model_of(field.annotation)) is not None:
+            yield f"{prefix}{key}", section
+            yield from _sections(section, f"{prefix}{key}.")
+
+
 def undescribed() -> list[str]:
     """Keys of the page without a meaning."""
-    sections = {
-        f"{name}.": f.annotation for name, f in Config.model_fields.items() if _is_model(f.annotation)
-    }
+    sections = {f"{name}.": model for name, model in _sections(Config)}
     models = [("", Config), *sections.items(), ("profile ", Profile)]
     return [
         prefix + key
@@ -76,9 +81,11 @@ def _section(title: str, model: type[BaseModel], prefix: str) -> str:
 
 
 def _row(prefix: str, key: str, field: FieldInfo) -> str:
-    if _is_model(field.annotation):
+    if _model_of(field.annotation) is not None:
         needed = "needed" if field.is_required() else ""
-        cells = [f"`{prefix}{key}`", "a section", needed, f"[below](#{key})"]
+        anchor = f"{prefix}{key}".replace(".", "")
+        about = f"{field.description}; " if field.description else ""
+        cells = [f"`{prefix}{key}`", "a section", needed, f"{about}[below](#{anchor})"]
     else:
         value = plain(field.annotation, field.metadata)
         cells = [f"`{prefix}{key}`", value, _default(prefix + key, field), field.description or ""]
@@ -156,6 +163,12 @@ def _range(metadata: typing.Sequence[Any]) -> list[str]:
 
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, which may be null; None for other types."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] or [annotation]
+    return kinds[0] if len(kinds) == 1 and _is_model(kinds[0]) else None
 
 
 if __name__ == "__main__":
