@@ -81,7 +81,7 @@ def test_a_gpu_compiles_what_is_worth_it(
 
 
 def fitted(config: Config, gigabytes: float, state: CheckpointState | None = None, **more: Any) -> int:
-    beginning = cast(Beginning, SimpleNamespace(backbone=None, state=state))
+    beginning = cast(Beginning, SimpleNamespace(backbone=None, network=None, state=state))
     student = make_student(config, None)
     decided = choices.decide_accumulation(
         config, CPU, beginning, student, free=lambda device: int(gigabytes * 1e9), **more
@@ -127,7 +127,7 @@ def test_what_does_not_fit_when_it_is_tried_is_not_taken(monkeypatch: pytest.Mon
         if images > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    memory = TrainingMemory(0, 0, 0, 0, 0, 0, per_image=1, micro_batch=24)
+    memory = TrainingMemory(0, 0, 0, 0, 0, 0, 0, 0, per_image=1, micro_batch=24)
     monkeypatch.setattr(choices, "training_memory", lambda *_, **__: memory)
     monkeypatch.setattr(choices, "one_pass", pass_in_little_memory)
     assert fitted(config, 100.0, tries=True) == 4

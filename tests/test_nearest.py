@@ -18,7 +18,6 @@ from training_runs import link_data, train
 from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation import features
 from dsno_cluster.evaluation.history import best_of, judging_figures
 from dsno_cluster.evaluation.look_up import Comparison, Student, Subject, look_up
 from dsno_cluster.evaluation.nearest import copy_distance, nearest_figures, nearest_training
@@ -26,6 +25,7 @@ from dsno_cluster.evaluation.nearest_picture import nearest_picture, shown_sampl
 from dsno_cluster.evaluation.pictures import layout
 from dsno_cluster.evaluation.records import HistoryRow
 from dsno_cluster.evaluation.reference import find_real_data
+from dsno_cluster.features import extractors
 from dsno_cluster.features.classifiers import DigitsFeatures
 from dsno_cluster.features.neighbours import nearest
 from dsno_cluster.image_sets.opening import open_images
@@ -64,8 +64,8 @@ def test_neighbours_are_scikit_learns(numbers: int) -> None:
 
 
 def digits_features(images: torch.Tensor) -> np.ndarray:
-    weights = features.find_weights(DigitsFeatures.NAME, "package:digits-features", None)
-    return features.load_extractor(weights, ["64"])(to_uint8(images))["64"].numpy().astype(np.float64)
+    weights = extractors.find_weights(DigitsFeatures.NAME, "package:digits-features", None)
+    return extractors.load_extractor(weights, ["64"])(to_uint8(images))["64"].numpy().astype(np.float64)
 
 
 def test_images_that_are_copied_are_seen(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_a_reference_without_images_is_refused(tmp_path: Path) -> None:
         find_real_data(
             config,
             open_storage(str(tmp_path)),
-            features.find_readings(settings),
-            features.find_all_weights(settings),
+            extractors.find_readings(settings),
+            extractors.find_all_weights(settings),
         )
 
 

@@ -209,7 +209,7 @@ def test_the_best_of_its_checkpoints_is_known_by_its_figure() -> None:
         (RELEASE / STUDENTS / "resume/step-000000010/state.json").read_bytes()
     )
     assert found.best is not None and (found.best.step, found.best.figure) == (10, 0.3377883805403106)
-    notes = RunNotes(AboutModel.model_construct(), best=found.best)
+    notes = RunNotes(AboutModel.model_construct(), found.identity, best=found.best)
     kept = [(11, None), (12, 0.34), (13, 0.3377883805403106)]
     for step, figure in [*kept, (14, 0.25), (15, 0.3)]:
         notes.compare(step, figure)
@@ -217,7 +217,7 @@ def test_the_best_of_its_checkpoints_is_known_by_its_figure() -> None:
     newer = found.model_copy(update={"best": notes.best})
     again = CheckpointState.model_validate_json(record_bytes(newer))
     assert again == newer and again.best is not None and again.best.figure == 0.25
-    first = RunNotes(AboutModel.model_construct())
+    first = RunNotes(AboutModel.model_construct(), found.identity)
     first.compare(1, None)
     assert first.best is None
     first.compare(2, 9.5)
