@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,8 +28,8 @@ from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import wait_for_gpu
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.beginning import new_student
-from dsno_cluster.training.engine import make_engine
-from dsno_cluster.training.objectives import Objective
+from dsno_cluster.training.engine import Engines, make_engine
+from dsno_cluster.training.loop import take_step
 from dsno_cluster.training.objectives.making import find_real_images, make_objective
 from dsno_cluster.training.ranks import Ranks, join_ranks
 from dsno_cluster.trajectories.reader import Batch
@@ -75,14 +76,14 @@ def measure_cost(rounds: int, overrides: list[str]) -> None:
         _step_of(config, ranks) for config in (plain.model_copy(update={"training": training}), finished)
     ]
     ratios = []
-    for number in range(rounds + 2):
+    for number in range(1, rounds + 3):  # before step 0 the fake score network may have further updates
         seconds = []
         for step in steps:
             began = time.perf_counter()
             step(number)
             wait_for_gpu()
             seconds.append(time.perf_counter() - began)
-        if number >= 2:
+        if number > 2:
             ratios.append(seconds[1] / seconds[0])
     low, *_, high = statistics.quantiles(ratios, n=10)
     updates = finished.training.distribution.fake_updates
@@ -92,35 +93,21 @@ def measure_cost(rounds: int, overrides: list[str]) -> None:
     )
 
 
-def _step_of(config: Config, ranks: Ranks):  # type: ignore[no-untyped-def]
+def _step_of(config: Config, ranks: Ranks) -> Callable[[int], Tensor]:
     """A function of a step's number that takes it, on noise in place of trajectories."""
     teacher = find_teacher(config)
-    student = make_engine(new_student(config, teacher), config, ranks)
-    objective: Objective = make_objective(config, teacher, find_real_images(config, teacher), ranks)
+    objective = make_objective(config, teacher, find_real_images(config, teacher), ranks)
     companions = {
         name: make_engine(companion.network, config, ranks)
         for name, companion in objective.companions.items()
     }
+    engines = Engines(make_engine(new_student(config, teacher), config, ranks), companions)
     count, shape = config.training.batch_size, config.network.state_shape
-    points = len(config.trajectories.time_points)
-    labels: Tensor | None = (
-        torch.arange(count) % config.network.num_classes if config.network.num_classes else None
-    )
-    batch = Batch(
-        torch.arange(count).numpy(), torch.randn(count, *shape), torch.randn(count, points, *shape), labels
-    )
-
-    def step(number: int) -> None:
-        for name, companion in objective.companions.items():
-            for update in range(companion.updates(number + 1)):
-                loss, _ = companion.loss(student, companions[name], batch, number, update)
-                companions[name].backward(loss)
-                companions[name].step()
-        loss, _ = objective.loss(student, batch, number)
-        student.backward(loss)
-        student.step()
-
-    return step
+    classes, points = config.network.num_classes, len(config.trajectories.time_points)
+    labels = torch.arange(count) % classes if classes else None
+    noise, states = torch.randn(count, *shape), torch.randn(count, points, *shape)
+    batch = Batch(torch.arange(count).numpy(), noise, states, labels)
+    return lambda step: take_step(engines, objective, [batch], config, ranks, step)
 
 
 def compare_starts(root: Path, seeds: int, overrides: list[str]) -> None:

@@ -18,6 +18,7 @@ from dsno_cluster.errors import UserError
 # torch 2.9 and later says this. The names that it prefers do not exist in earlier versions, and must not be mixed with the others
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
 
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT_BYTES = (
     1 << 30
 )  # a GPU's memory that a process holds beside torch's tensors, for kernels and the like
@@ -32,6 +33,12 @@ def compute_device() -> torch.device:
     """
     allow_tf32(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast_to(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context whose layers run in a half precision, with float32 weights; in float32 and tf32 they run as they are."""
+    half = HALVES.get(precision)
+    return torch.autocast(device.type, half) if half else contextlib.nullcontext()
 
 
 def visible_gpus() -> int:

@@ -171,7 +171,7 @@ def test_gradients_reach_everything(name: str, tmp_path: Path) -> None:
     ((x0 * of_x0).sum() + (logits * of_logits).sum()).backward()
     still = [key for key, weight in weights.items() if weight.grad is None or not weight.grad.any()]
     assert not still and x.grad is not None and x.grad.flatten(1).any(dim=1).all()
-    # of a part of the answer: zeros for what plays no part in it, so that ranks agree on what has a gradient
+    # a loss on one part alone: weights that play no part in it get zeros, so that all ranks have the same gradients
     for part, others in ((0, "head."), (1, "network.")):
         copy.zero_grad()
         copy(x, t_N, labels)[part].sum().backward()

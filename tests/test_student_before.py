@@ -155,14 +155,17 @@ def test_the_table_shows_both_students_and_the_errors_of_both() -> None:
 def test_the_report_shows_the_samples_of_both(tmp_path: Path) -> None:
     write_evaluation(tmp_path, both())
     there = both(name="first", checkpoint={"step": 100, "sha256": SHA256}, before=None)
-    for name, content in (("metrics.json", json.dumps(there).encode()), ("student.png", b"of the first")):
+    for name, content in (
+        ("metrics.json", json.dumps(there).encode()),
+        ("student.png", b"samples of the first student"),
+    ):
         file = tmp_path / "evaluation/first" / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
     page = report(tmp_path)
     assert page.problems == [] and len(page.all("input")) == 2
     shown = {(image["src"] or "").partition("base64,")[2]: image["alt"] for image in page.all("img")}
-    alt = shown[base64.b64encode(b"of the first").decode()]
+    alt = shown[base64.b64encode(b"samples of the first student").decode()]
     assert alt is not None and alt.startswith("Samples of the student before finishing, one row for each")
     for said in ("student before finishing 1 1.1 7.89", "before finishing 0.02 0.05 0.1 0.11"):
         assert said in page.text, said

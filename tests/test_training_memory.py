@@ -78,13 +78,13 @@ MATCHED = ["training.objective=distribution"]
 
 
 def test_what_distribution_matching_adds() -> None:
-    """The fake score network as the student is held, but for its average, and the teacher's weights."""
+    """The fake score network takes what the student does, without an average; the teacher takes its weights only."""
     student = training_memory(configured(), device="cpu")
     matched = training_memory(configured(*MATCHED), device="cpu")
     copy = sum(p.numel() for p in denoising_network(configured(), None).parameters())
     assert matched.fake_score == 4 * 4 * copy and matched.teacher == 4 * copy
     assert matched.held == student.held + matched.fake_score + matched.teacher
-    # the copy sees samples and real images, so twice as many; one of them is left without the adversarial loss
+    # the copy sees samples and as many real images; without the adversarial loss, only the samples
     alone = training_memory(configured(*MATCHED, "training.distribution.adversarial_weight=0"), device="cpu")
     assert matched.per_image >= alone.per_image > student.per_image / 2
     half = training_memory(configured(*MATCHED, "teacher.precision=bfloat16"), device="cpu")

@@ -73,6 +73,12 @@ def rows_of(rows: Tensor) -> Rows:
     return lambda indices: rows[torch.as_tensor(indices, dtype=torch.int64)]
 
 
+def lazily(make: Callable[[], Rows]) -> Rows:
+    """The rows that `make` gives, which is called when they are first asked for, and only once."""
+    made = functools.cache(make)
+    return lambda indices: made()(indices)
+
+
 def among(rows: Rows, chosen: Tensor) -> Rows:
     """The rows of the `chosen` indices, numbered anew."""
     return lambda indices: rows(chosen[torch.as_tensor(indices, dtype=torch.int64)].tolist())

@@ -23,8 +23,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from dsno_cluster.config import Network, too_many_modes, validate
+from dsno_cluster.config import Network, StudentConfig, too_many_modes, validate
 from dsno_cluster.config.base import Strict
+from dsno_cluster.device import autocast_to
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, logsnr_at, same_time, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
@@ -44,7 +45,6 @@ KIND: Literal["dsno"] = "dsno"
 FINEST = 16  # a published-form student is evaluated on grids of at most this many times its own points
 
 FEW_PARAMETERS = 10_000_000
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the precisions that are autocast
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,16 @@ class Form:
     operator: str = "convolution"
     prediction: str = "state"
     points: str = "all"
+
+    @property
+    def points_apart(self) -> bool:
+        """Whether any set of times can be evaluated by itself, without the other points."""
+        return self.operator == "series" or self.points == "drawn" or self.modes == 0
+
+
+def form_of(student: StudentConfig) -> Form:
+    """The form that a config asks for."""
+    return Form(student.modes, student.operator, student.prediction, student.points)
 
 
 class StudentModel(Strict):
@@ -160,7 +170,7 @@ class DSNO(nn.Module):
     @torch.no_grad()
     def sample(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images from noise in one evaluation, (N, C, H, W): the last state, in [-1, 1] up to overshoot."""
-        if self.form.operator == "series" or self._points_apart():
+        if self.form.points_apart:
             return self._in_parts(noise, labels, self.times[-1:])[:, 0]
         return self._in_parts(noise, labels, self.times, last_only=True)[:, 0]
 
@@ -260,9 +270,8 @@ class DSNO(nn.Module):
         network = self.backbone if wanted else uncompiled(self.backbone)
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        half = HALVES.get(self.precision)
         output: Tensor
-        with torch.autocast(device.type, half) if half else contextlib.nullcontext():
+        with autocast_to(self.precision, device):
             if self.form.operator == "series":
                 output = network(x, self._levels((1.0,), device), labels)
             else:
@@ -299,10 +308,6 @@ class DSNO(nn.Module):
         make = functools.partial(fourier_basis, phases, self.form.modes, nyquist, device=device, dtype=dtype)
         return make(), make(wanted=(len(times) - 1,)) if last_only else None
 
-    def _points_apart(self) -> bool:
-        """Whether any set of times can be evaluated by itself, without the other points."""
-        return self.form.points == "drawn" or self.form.modes == 0
-
     def _spacing(self) -> str | None:
         """quadratic or uniform, if the model's times are such a grid."""
         if len(self.times) == 1:
@@ -329,7 +334,7 @@ class DSNO(nn.Module):
         Raises ValueError if there are none.
         """
         spacing, own = self._spacing(), len(self.times)
-        if self._points_apart() and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
+        if self.form.points_apart and (spacing or set(asked) <= set(self.times)) and max(asked) < 1.0:
             return tuple(sorted(set(asked), reverse=True))
         if set(asked) <= set(self.times):
             return self.times

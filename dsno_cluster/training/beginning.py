@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import StartModel
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
-from dsno_cluster.students.dsno import DSNO, Form
+from dsno_cluster.students.dsno import DSNO, form_of
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.checkpoint import CheckpointState
@@ -22,7 +23,7 @@ from dsno_cluster.training.identity import Inputs
 from dsno_cluster.training.objectives.making import find_real_images
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.training.ownership import hold_students, students_claim
-from dsno_cluster.training.start import find_start, start_model, start_weights
+from dsno_cluster.training.start import find_start, start_weights
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import open_trajectories
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
@@ -48,10 +49,6 @@ class Beginning:
         """The number of steps that are done."""
         return 0 if self.state is None else self.state.step
 
-    def is_end(self, steps: int) -> bool:
-        """Whether a training of so many steps is done: it has taken them all, or ended before."""
-        return self.state is not None and (self.state.ended or self.state.step >= steps)
-
 
 @dataclass(frozen=True)
 class DataSet:
@@ -69,7 +66,7 @@ def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
     if config.trajectories.imported is None or config.teacher.path is not None:
         return find_teacher(config)
     needing = {
-        "training.objective distribution": (config.training.objective == "distribution", "trajectories"),
+        "training.objective": (config.training.objective == "distribution", "trajectories"),
         "training.heldout_every": (config.training.heldout_every is not None, "null"),
         "student.warm_start": (config.student.warm_start, "false"),
         "student.backbone": (config.student.backbone != "unet", "unet"),
@@ -77,7 +74,7 @@ def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
     for key, (needed, otherwise) in needing.items():
         if needed:
             raise UserError(
-                f"{key}: needs a teacher, and imported trajectories came with none; set {key.split()[0]}={otherwise}, or name in "
+                f"{key}: needs a teacher, and imported trajectories came with none; set {key}={otherwise}, or name in "
                 "teacher.path the model that made them"
             )
     return None
@@ -123,7 +120,7 @@ def _inputs(
     config: Config, teacher: ConfiguredTeacher | None, folder: str, other_folders: tuple[str, ...] = ()
 ) -> Inputs:
     """What a training of this config reads. Raises UserError if the student that it starts from is not there."""
-    start, images, teacher_hash = find_start(config), None, None
+    images = teacher_hash = None
     if config.training.objective == "distribution":
         assert teacher is not None
         if config.training.distribution.adversarial_weight:
@@ -132,7 +129,7 @@ def _inputs(
     return Inputs(
         folder,
         other_folders,
-        start=None if start is None else start_model(start),
+        start=find_start(config),
         teacher=teacher_hash,
         images=None if images is None else images.identity,
     )
@@ -158,21 +155,22 @@ def _check_imported(config: Config, spec: AnySpec) -> None:
 def make_student(config: Config, backbone: Backbone | DiffusersModel | None) -> DSNO:
     """The config's student with random weights."""
     settings = config.student
-    form = Form(settings.modes, settings.operator, settings.prediction, settings.points)
     times, init = config.trajectories.time_points, settings.temporal_init
-    return DSNO(config.network, form, times, backbone=backbone, init=init)
+    return DSNO(config.network, form_of(settings), times, backbone=backbone, init=init)
 
 
-def new_student(config: Config, teacher: ConfiguredTeacher | None = None) -> DSNO:
-    """A student at initialisation: that of `training.start`, or the teacher's backbone if `student.warm_start`.
+def new_student(
+    config: Config, teacher: ConfiguredTeacher | None = None, start: StartModel | None = None
+) -> DSNO:
+    """A student at initialisation: that of `start`, or the teacher's backbone if `student.warm_start`.
 
     `teacher` is found unless it is given. Raises UserError if the teacher's shapes are not the config's, no
     student can start from its network, or the start is another student than the config's.
     """
     teacher = teacher or find_training_teacher(config)
     student = make_student(config, teacher.backbone() if teacher else None)
-    if (start := find_start(config)) is not None:
-        student.load_state_dict(start_weights(start, student))
+    if start is not None:
+        student.load_state_dict(start_weights(config, start, student))
     elif config.student.warm_start and teacher is not None:
         student.warm_start(teacher.warm_start())
     return student

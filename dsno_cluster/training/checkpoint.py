@@ -92,6 +92,10 @@ class CheckpointState(SparseRecord):
     ended: bool = False
     companions: dict[str, CompanionState] = Field(default_factory=dict)
 
+    def is_end(self, steps: int) -> bool:
+        """Whether a training of so many steps is done: it has taken them all, or ended before."""
+        return self.ended or self.step >= steps
+
 
 @dataclass
 class RunNotes:
@@ -264,9 +268,8 @@ def read_state(config: Config, step: int, inputs: Inputs) -> CheckpointState:
 
 def is_end(config: Config, newest: int | None, inputs: Inputs) -> bool:
     """Whether the training is done at the step of its newest checkpoint. Raises as `read_state` does."""
-    if newest is None or newest >= config.training.steps:
-        return newest is not None
-    return read_state(config, newest, inputs).ended
+    steps = config.training.steps
+    return newest is not None and (newest >= steps or read_state(config, newest, inputs).is_end(steps))
 
 
 def check_published(config: Config, inputs: Inputs) -> None:

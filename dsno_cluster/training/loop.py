@@ -77,7 +77,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         known = on_rank_0(ranks, lambda: teacher or find_training_teacher(config))
         beginning = from_rank_0(ranks, lambda: find_beginning(config, known))
         start, main = beginning.step, ranks.rank == 0
-        if beginning.is_end(settings.steps):
+        if beginning.state is not None and beginning.state.is_end(settings.steps):
             if main:
                 _finish_again(config, beginning, address)
             return address
@@ -125,7 +125,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             for step in range(start, settings.steps):
                 with pace.waiting():
                     micro_batches = next(batches)
-                figures = _take_step(engines, objective, micro_batches, config, ranks, step)
+                figures = take_step(engines, objective, micro_batches, config, ranks, step)
                 ema.update(step, settings.ema_ramp)
                 readback.send(step, micro_batches, figures, engines.gradient_norm(), stop)
 
@@ -178,7 +178,7 @@ def _begin_student(
         student = make_student(config, beginning.backbone)
         checkpoint.open_fragments(config, beginning.step).load_weights(student)
         return student
-    made = on_rank_0(ranks, lambda: new_student(config, teacher))
+    made = on_rank_0(ranks, lambda: new_student(config, teacher, beginning.inputs.start))
     student = made or make_student(config, beginning.backbone)
     broadcast_weights(student, ranks)
     return student
@@ -272,7 +272,7 @@ def _say_beginning(
             )
 
 
-def _take_step(
+def take_step(
     engines: Engines,
     objective: Objective,
     micro_batches: list[Batch],

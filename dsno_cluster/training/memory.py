@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
+from dsno_cluster.device import HALVES, autocast_to
 from dsno_cluster.networks.backbones import Backbone, OurUNet
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import as_on_gpu
 from dsno_cluster.networks.teacher_backbone import TeacherBackbone
-from dsno_cluster.students.dsno import DSNO, HALVES, forgetting_time_tensors
+from dsno_cluster.students.dsno import DSNO, forgetting_time_tensors, form_of
 from dsno_cluster.teachers.backbones import of_cosine_times
 from dsno_cluster.torch_internals import LiveMemory, pretended_tensors
 from dsno_cluster.training.beginning import make_student
 from dsno_cluster.training.engine import BUCKET, engine_stage
-from dsno_cluster.training.objectives.distribution import computes_points_apart
 from dsno_cluster.training.objectives.losses import Distance, distance_of_shapes
 
 FLOAT32 = 4  # bytes
@@ -184,11 +184,10 @@ def matching_passes(
     """
     shape, settings = config.network.state_shape, config.training.distribution
     judged = 2 * images if settings.adversarial_weight else images
-    half = HALVES.get(config.training.precision)
 
     def denoised(x: Tensor) -> Tensor:
         labels = torch.zeros(len(x), dtype=torch.int64) if config.network.num_classes else None
-        with torch.autocast("cpu", half) if half else contextlib.nullcontext():
+        with autocast_to(config.training.precision, x.device):
             output: Tensor = fake(x, torch.zeros(1, 1), labels)
         return output.float()
 
@@ -197,7 +196,7 @@ def matching_passes(
     passed = 2 * images if settings.trajectory_weight else images
     labels = torch.zeros(passed, dtype=torch.int64) if config.network.num_classes else None
     points = most_points(config) if settings.trajectory_weight else most_points(config)[-1:]
-    if not computes_points_apart(config.student):
+    if not form_of(config.student).points_apart:
         points = list(range(len(config.trajectories.time_points)))
     states = student(torch.zeros(passed, *shape), labels, points).float()
     x = states[:images, -1].detach().requires_grad_()

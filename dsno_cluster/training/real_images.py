@@ -20,7 +20,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.data import DATA_SETS, load_data
 from dsno_cluster.errors import UserError
-from dsno_cluster.image_sets.image_set import ImageSet, Rows, Shape, among, rows_of
+from dsno_cluster.image_sets.image_set import ImageSet, Rows, Shape, among, lazily, rows_of
 from dsno_cluster.image_sets.opening import held_out_split, open_images
 from dsno_cluster.images import to_uint8
 from dsno_cluster.records import canonical_hash
@@ -73,9 +73,9 @@ def real_images(
 ) -> RealImages | None:
     """The real images of a config, for a model of such `states` (default: images of the network's shape).
 
-    Latents are encoded and decoded on `device` (default: the CPU), and then kept on the CPU. `quiet` shows no progress,
-    for all ranks except one. None if the config names no real images. Raises UserError if they are not of the model's
-    size, or lack the classes of a network that is class-conditional.
+    They are read when they are first asked for. Latents are encoded and decoded on `device` (default: the CPU), and then kept
+    on the CPU. `quiet` shows no progress, for all ranks except one. None if the config names no real images. Raises UserError
+    if they are not of the model's size, or lack the classes of a network that is class-conditional.
     """
     states = states or States(config.network.state_shape)
     if config.data.name is not None:
@@ -133,7 +133,9 @@ def _of_address(
         content["encoder"] = {key: value for key, value in named.items() if key != "precision"}
     identity = canonical_hash(content)
     small = math.prod(images.shape) * images.dtype.itemsize * images.count <= IN_MEMORY
-    read = rows_of(_all(images, quiet)) if small and encoder is None else images.at
+    read = images.at
+    if small and encoder is None:
+        read = lazily(lambda: rows_of(_all(images, quiet)))
     if images.dtype == torch.uint8:
         pixels = _of_colours(read, states.image_shape[0], address)
         heldout = among(pixels, held_out)
@@ -144,7 +146,10 @@ def _of_address(
         as_states = among(read, training)
     if encoder is not None:
         folder = config.run_dir / "real-images" / identity
-        as_states = encoded_images(as_states, len(training), encoder, states.shape, folder, device, quiet)
+        pictures = as_states
+        as_states = lazily(
+            lambda: encoded_images(pictures, len(training), encoder, states.shape, folder, device, quiet)
+        )
     return RealImages(
         count=len(training),
         heldout=len(held_out),

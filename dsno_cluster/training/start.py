@@ -8,11 +8,11 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
-from dsno_cluster.model_folder import FoundModel, StartModel, find_model, model_address
+from dsno_cluster.model_folder import ModelMeta, StartModel, model_address, read_meta, read_model
 from dsno_cluster.students.dsno import DSNO, StudentModel, student_model
 
 
-def find_start(config: Config) -> FoundModel | None:
+def find_start(config: Config) -> StartModel | None:
     """The student that `training.start` names, its weights not read yet; None if it names none.
 
     Raises UserError if there is none.
@@ -21,22 +21,28 @@ def find_start(config: Config) -> FoundModel | None:
     if path is None:
         return None
     try:
-        return find_model(model_address(path, endpoint), endpoint)
+        address = model_address(path, endpoint)
+        meta = read_meta(address, endpoint)
     except UserError as error:
         raise UserError(f"training.start: {error}") from None
+    return StartModel(address=address, name=meta.name, step=meta.step, sha256=meta.sha256)
 
 
-def start_model(start: FoundModel) -> StartModel:
-    """What a student says of the one that it began with."""
-    meta = start.meta
-    return StartModel(address=start.path, name=meta.name, step=meta.step, sha256=meta.sha256)
+def start_weights(config: Config, start: StartModel, student: DSNO) -> dict[str, Tensor]:
+    """The weights of the start, for the student.
+
+    Raises UserError, naming the first difference, unless the start has the network, form and times of the student, and
+    WorkError if its weights are no longer those that were found.
+    """
+    found = read_model(start.address, config.storage.endpoint_url, sha256=start.sha256)
+    _check_alike(found.meta, start.address, student)
+    return found.weights
 
 
-def check_start(start: FoundModel, student: DSNO) -> None:
-    """Raises UserError, naming the first difference, unless the start has the network, form and times of the student."""
-    theirs = student_model(start.meta, start.path)
+def _check_alike(meta: ModelMeta, address: str, student: DSNO) -> None:
+    theirs = student_model(meta, address)
     ours = StudentModel.model_validate_json(student.describe().model_dump_json())
-    where = f"training.start: the student at {shown_path(start.path)}"
+    where = f"training.start: the student at {shown_path(address)}"
     for key in ("operator", "modes", "prediction", "points"):
         if (before := getattr(theirs, key)) != (now := getattr(ours, key)):
             raise UserError(f"{where} has student.{key} {before}, the config says {now}")
@@ -48,9 +54,3 @@ def check_start(start: FoundModel, student: DSNO) -> None:
         before, now = getattr(theirs.network, key), getattr(ours.network, key)
         if key != "dropout" and before != now:
             raise UserError(f"{where} has network.{key} {before}, the config says {now}")
-
-
-def start_weights(start: FoundModel, student: DSNO) -> dict[str, Tensor]:
-    """The weights of the start, for the student. Raises UserError as `check_start` does."""
-    check_start(start, student)
-    return start.weights()

@@ -29,7 +29,7 @@ from dsno_cluster.training.real_images import RealImages, real_images
 from dsno_cluster.weight_files import NotWeights, parse_torch
 
 OF_RUN = ("seed", "network", "images")  # what identifies a run besides the keys of teacher_training
-MOST_BYTES = 2**32  # of the images, which are kept on the device
+MOST_BYTES = 2**32  # the images are all kept on the device, and take at most so many bytes
 SHOWN_EVERY = 10  # steps: to show the loss, a GPU must be waited for
 
 

@@ -8,16 +8,16 @@ for real.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dsno_cluster.config import Config, StudentConfig
+from dsno_cluster.config import Config
+from dsno_cluster.device import autocast_to
 from dsno_cluster.diffusion.guidance import guided
 from dsno_cluster.diffusion.schedule import alpha_sigma
-from dsno_cluster.students.dsno import HALVES
+from dsno_cluster.students.dsno import form_of
 from dsno_cluster.teachers import ConfiguredTeacher
 from dsno_cluster.teachers.fake_score import FakeScore, trainable_copy
 from dsno_cluster.teachers.teacher import Teacher
@@ -37,13 +37,12 @@ from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.reader import Batch
 
 FAKE_SCORE = "fake_score"
-FIGURES = ("fake_loss", "matching", "discriminator_loss", "adversarial_loss")
-IN_WORDS = (
-    "loss of the fake score network",
-    "distance of the two denoisers",
-    "loss of the discriminator",
-    "adversarial loss",
-)
+FIGURES = {  # as metrics.jsonl names them, and in words
+    "fake_loss": "loss of the fake score network",
+    "matching": "distance of the two denoisers",
+    "discriminator_loss": "loss of the discriminator",
+    "adversarial_loss": "adversarial loss",
+}
 
 
 class DistributionObjective:
@@ -63,11 +62,13 @@ class DistributionObjective:
         device: torch.device,
     ) -> None:
         self.config, self.settings, self.device = config, config.training.distribution, device
-        self.teacher, self.real = teacher, real if self.settings.adversarial_weight else None
-        self.fake_score = fake_score
+        self.through = self.settings.matching == "score-identity"  # gradients flow through the denoisers
+        self.teacher = teacher.with_gradients() if self.through else teacher
+        self.real = real if self.settings.adversarial_weight else None
+        self.fake_score, self.last = fake_score, len(config.trajectories.time_points) - 1
         anchored = self.settings.trajectory_weight > 0.0
         self.anchor = TrajectoryObjective(config, device) if anchored else None
-        self.figure_names = IN_WORDS + (self.anchor.figure_names if self.anchor else ())
+        self.figure_names = (*FIGURES.values(), *(self.anchor.figure_names if self.anchor else ()))
         self.companions: Mapping[str, Companion] = {
             FAKE_SCORE: Companion(
                 fake_score,
@@ -86,7 +87,7 @@ class DistributionObjective:
         noise, labels = self._drawn(batch)
         count = len(noise)
         with torch.no_grad():
-            x = self._samples(student, noise, labels, [len(self.config.trajectories.time_points) - 1])
+            x = self._states(student, noise, labels, [self.last])[:, 0]
         noisy, sigma, t = self._with_noise(x)
         there = None if labels is None else labels.to(self.device, non_blocking=True)
         if self.real is None:
@@ -108,13 +109,13 @@ class DistributionObjective:
         Samples are of new noise: those of the trajectories' own, which the student knows, are better than others.
         """
         noise, labels = self._drawn(batch)
-        count, last = len(noise), len(self.config.trajectories.time_points) - 1
+        count = len(noise)
         if self.anchor is None:
-            x = self._samples(student, noise, labels, [last])
+            x = self._states(student, noise, labels, [self.last])[:, 0]
             direction, figures = self._direction(x, labels)
             return sample_loss(x, direction), figures
         points = self.anchor.points(step)
-        together = sorted({*points, last})
+        together = sorted({*points, self.last})
         noise = torch.cat([noise, batch.noise.to(self.device, non_blocking=True)])
         both = None if labels is None or batch.labels is None else torch.cat([labels, batch.labels])
         states = self._states(student, noise, both, together)
@@ -158,10 +159,8 @@ class DistributionObjective:
         fake, logits = self._fake(self.fake_score, noisy, t, there)
         total, figures = torch.zeros((), device=self.device), {}
         if settings.matching_weight:
-            through = settings.matching == "score-identity"
-            teacher = self.teacher.with_gradients() if through else self.teacher
-            real = guided(teacher, there, self.guidance)(noisy if through else noisy.detach(), t)
-            if through:
+            real = guided(self.teacher, there, self.guidance)(noisy, t)
+            if self.through:
                 matching = score_identity_loss(x, real, fake, settings.identity_alpha)
             else:
                 matching = sample_loss(x, matching_direction(x, real, fake))
@@ -180,18 +179,13 @@ class DistributionObjective:
         labels = torch.randint(classes, (len(batch.noise),)) if classes else None
         return torch.randn(batch.noise.shape, device=self.device), labels
 
-    def _samples(
-        self, student: Student, noise: Tensor, labels: Tensor | None, points: Sequence[int]
-    ) -> Tensor:
-        return self._states(student, noise, labels, points)[:, -1]
-
     def _states(
         self, student: Student, noise: Tensor, labels: Tensor | None, points: Sequence[int]
     ) -> Tensor:
         """The student's states at `points`, float32; a student whose points are computed together computes all."""
-        if computes_points_apart(self.config.student):
+        if form_of(self.config.student).points_apart:
             return student(noise, labels, points).float()
-        together = range(len(self.config.trajectories.time_points))
+        together = range(self.last + 1)
         states = student(noise, labels, together).float()
         return states if len(points) == len(together) else states[:, list(points)]
 
@@ -216,8 +210,7 @@ class DistributionObjective:
         self, network: Network, x_NCHW: Tensor, t_N: Tensor, labels_N: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The fake score network's x0 and the logits of its head, float32."""
-        half = HALVES.get(self.config.training.precision)
-        with torch.autocast(self.device.type, half) if half else contextlib.nullcontext():
+        with autocast_to(self.config.training.precision, self.device):
             x0, logits = network(x_NCHW, t_N, labels_N)
         return x0.float(), logits.float()
 
@@ -227,11 +220,6 @@ class DistributionObjective:
         values = [known.get(name, none).detach() for name in FIGURES]
         rest = len(self.figure_names) - len(FIGURES)
         return torch.cat([torch.stack(values), none.expand(rest)])
-
-
-def computes_points_apart(student: StudentConfig) -> bool:
-    """Whether a student can be asked for any of its time points without the others."""
-    return student.operator == "series" or student.points == "drawn" or student.modes == 0
 
 
 def _drawn_times(
@@ -254,7 +242,9 @@ def begin_distribution(
 ) -> DistributionObjective:
     """The objective with the teacher loaded on `device`, and a copy of it as the fake score network.
 
-    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load` does.
+    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load` and `RealImages.states` do.
     """
+    if real is not None:
+        real.states([0])  # what is kept of them is read and encoded here, where all ranks agree on a failure
     fake_score = trainable_copy(teacher, config.training_seed)
     return DistributionObjective(config, teacher.load(compile=False).to(device), fake_score, real, device)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST = 1e-5  # of the mean distance by which a sample's matching is divided
+SMALLEST = 1e-5  # a sample's matching is divided by its mean distance, or by this if that is smaller
 
 
 def with_noise(x_NCHW: Tensor, noise_NCHW: Tensor, alpha_N: Tensor, sigma_N: Tensor) -> Tensor:
