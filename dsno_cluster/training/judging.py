@@ -37,16 +37,12 @@ def images_to_judge_by(
     if states.undecoded:
         return None
     size = config.evaluation.batch_size
-    few = real is not None and real.heldout < FEWEST_HELD_OUT
-    if real is not None and not (few and decoder is None):
+    if real is not None and real.heldout >= FEWEST_HELD_OUT:
         return _said(f"{real.heldout} held-out real images", real.heldout_batches(size))
     if real is not None:
         count = min(real.count, MOST)
         why = f"as the {real.heldout} that are held out are too few to tell checkpoints apart"
-        parts = (range(start, min(start + size, count)) for start in range(0, count, size))
-        return _said(
-            f"{count} real images of training, {why}", (to_uint8(real.states(part)) for part in parts)
-        )
+        return _said(f"{count} real images of training, {why}", real.picture_batches(size, MOST))
     if config.training.online:
         return None
     shards = [shard for shard in manifest.shards if shard.start < MOST]

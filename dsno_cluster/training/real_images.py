@@ -44,12 +44,23 @@ class RealImages:
     heldout: int
     identity: str
     read_states: Rows
+    read_pictures: Rows
     read_heldout: Rows
     classes: Tensor | None
 
     def states(self, indices: Tensor | Sequence[int]) -> Tensor:
         """Training images as states (N, C, H, W) float32 on the CPU: images in [-1, 1], or latents."""
         return self.read_states(_listed(indices))
+
+    def pictures(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Training images, uint8 (N, C, H, W); latents are decoded. Raises UserError for latents that nothing decodes."""
+        return self.read_pictures(_listed(indices))
+
+    def picture_batches(self, size: int, most: int | None = None) -> Iterator[Tensor]:
+        """The first `most` (default: all) training images as `pictures`, at most `size` at a time."""
+        count = self.count if most is None else min(self.count, most)
+        for start in range(0, count, size):
+            yield self.pictures(range(start, min(start + size, count)))
 
     def labels(self, indices: Tensor | Sequence[int]) -> Tensor | None:
         """Their classes (N,) int64; None if the network has none."""
@@ -103,6 +114,7 @@ def _of_name(config: Config, states: States) -> RealImages:
         heldout=len(held_out.images),
         identity=canonical_hash({"name": name, "content": [_sha256(tensor) for tensor in content]}),
         read_states=rows_of(train.images),
+        read_pictures=rows_of(to_uint8(train.images)),
         read_heldout=rows_of(to_uint8(held_out.images)),
         classes=train.labels if config.network.num_classes else None,
     )
@@ -138,24 +150,25 @@ def _of_address(
         read = lazily(lambda: rows_of(_all(images, quiet)))
     if images.dtype == torch.uint8:
         pixels = _of_colours(read, states.image_shape[0], address)
-        heldout = among(pixels, held_out)
+        pictures = pixels
         as_states = among(_in_range(pixels), training)
     else:
         read = read if states.decoder is not None or states.undecoded else _checked_range(read, address)
-        heldout = _drawn(among(read, held_out), config, states, device)
+        pictures = _drawn(read, config, states, device)
         as_states = among(read, training)
     if encoder is not None:
         folder = config.run_dir / "real-images" / identity
-        pictures = as_states
+        plain = as_states
         as_states = lazily(
-            lambda: encoded_images(pictures, len(training), encoder, states.shape, folder, device, quiet)
+            lambda: encoded_images(plain, len(training), encoder, states.shape, folder, device, quiet)
         )
     return RealImages(
         count=len(training),
         heldout=len(held_out),
         identity=identity,
         read_states=as_states,
-        read_heldout=heldout,
+        read_pictures=among(pictures, training),
+        read_heldout=among(pictures, held_out),
         classes=None if classes is None else classes[training],
     )
 
