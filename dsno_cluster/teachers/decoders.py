@@ -167,13 +167,16 @@ class LoadedDecoder:
         return torch.cat(list(self.parts(latents_NCHW)))
 
     def parts(self, latents_NCHW: Tensor) -> Iterator[Tensor]:
-        """The images of so few latents at a time that the decoder's largest tensor stays below `MOST_ELEMENTS`."""
+        """The images of so few latents at a time that the decoder's largest tensor stays below `MOST_ELEMENTS`.
+
+        They have gradients if the latents do.
+        """
         import torch
 
         parameter = next(self.network.parameters())
         scale, shift = self.decoder.scale_and_shift(parameter.device)
         pixels = latents_NCHW.shape[-2] * latents_NCHW.shape[-1] * self.decoder.factor**2
-        with torch.no_grad():
+        with torch.set_grad_enabled(latents_NCHW.requires_grad and torch.is_grad_enabled()):
             for part in latents_NCHW.split(self.decoder.at_a_time(pixels)):
                 scaled = part.to(parameter.device, torch.float32) * scale + shift
                 image = self.network.decode(scaled.to(parameter.dtype), return_dict=False)[0]
