@@ -62,6 +62,13 @@ class StartModel(Record):
     sha256: str
 
 
+class FeatureWeights(Record):
+    """A feature extractor of torch-fidelity's registry, and the sha256 of its weights."""
+
+    extractor: str
+    sha256: str
+
+
 class AboutModel(SparseRecord):
     """What the maker of a model says about it; keys whose value is None are omitted."""
 
@@ -86,6 +93,7 @@ class AboutModel(SparseRecord):
     compiled: bool | None = None
     changes: tuple[SettingChange, ...] = ()
     start: StartModel | None = None  # if it began with another student
+    features: FeatureWeights | None = None  # if it was trained on the features of an extractor
 
 
 class ModelMeta(AboutModel):

@@ -21,7 +21,7 @@ from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.loop import seed_of_draws
-from dsno_cluster.training.objectives.distribution import begin_distribution
+from dsno_cluster.training.objectives.distribution import FIGURES, begin_distribution
 from dsno_cluster.training.objectives.making import find_real_images
 from dsno_cluster.trajectories.reader import Batch
 
@@ -87,13 +87,18 @@ def test_interrupted_it_resumes_to_the_same_bytes(
     more = [*FINISHED, *HELD_OUT, f"training.start={start}"]
     out = tmp_path / "killed"
     train(tiny_data, out, *more)  # whole, then back to the checkpoint of step 2
-    shutil.rmtree(out / STUDENT / "resume" / "step-000000004")
-    shutil.rmtree(out / STUDENT / "step-000000004")
-    (out / STUDENT / "latest").write_text("step-000000002\n")
+    back_to_step_2(out)
     train(tiny_data, out, *more)
     for file in ("step-000000004/model.safetensors", "resume/step-000000004/rank-00000.safetensors"):
         assert (out / STUDENT / file).read_bytes() == (finished / STUDENT / file).read_bytes()
     assert [line["figures"] for line in metrics(out)] == [line["figures"] for line in metrics(finished)]
+
+
+def back_to_step_2(out: Path) -> None:
+    """Take away what was saved at step 4."""
+    shutil.rmtree(out / STUDENT / "resume" / "step-000000004")
+    shutil.rmtree(out / STUDENT / "step-000000004")
+    (out / STUDENT / "latest").write_text("step-000000002\n")
 
 
 def test_killed_it_resumes_to_the_same_bytes(
@@ -112,6 +117,40 @@ def test_killed_it_resumes_to_the_same_bytes(
     assert done.returncode == 0, done.stderr
     file = "step-000000004/model.safetensors"
     assert (out / STUDENT / file).read_bytes() == (finished / STUDENT / file).read_bytes()
+
+
+FRECHET = [
+    *FINISHED[:-1],
+    "training.distribution={matching_weight: 0, adversarial_weight: 0, frechet_weight: 1, frechet_population: 40}",
+]
+
+
+def test_the_frechet_loss_resumes_to_the_same_bytes(start: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """It needs no second network; its moments of the student's features are in the checkpoint."""
+    more = [*FRECHET, f"training.start={start}"]
+    train(tiny_data, tmp_path / "whole", *more)
+    train(tiny_data, tmp_path / "halves", *more)  # whole, then back to the checkpoint of step 2
+    back_to_step_2(tmp_path / "halves")
+    train(tiny_data, tmp_path / "halves", *more)
+    for file in ("rank-00000.safetensors", "objective.safetensors"):
+        whole, halves = (
+            tmp_path / out / STUDENT / "resume/step-000000004" / file for out in ("whole", "halves")
+        )
+        assert whole.read_bytes() == halves.read_bytes(), file
+    lines = metrics(tmp_path / "whole")
+    assert all(set(line["figures"]) == {"frechet_distance"} and line["loss"] > 0 for line in lines)
+    meta = json.loads((tmp_path / "whole" / STUDENT / "step-000000004/meta.json").read_text())
+    assert meta["features"]["extractor"] == "digits-features"
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_frechet_loss_on_two_ranks(stage: int, start: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Both have the same moments, and go on from a checkpoint of one rank; the distance falls."""
+    more = [*FRECHET, f"training.start={start}", f"training.zero_stage={stage}"]
+    train(tiny_data, tmp_path, *more, "training.steps=2")
+    train(tiny_data, tmp_path, *more, "training.steps=6", "--tasks-per-node", "2")
+    values = [line["figures"]["frechet_distance"] for line in metrics(tmp_path)]
+    assert len(values) == 6 and values[-1] < values[0]
 
 
 STAGES = [0, 2, pytest.param(1, marks=pytest.mark.slow), 3]
@@ -154,8 +193,13 @@ def test_half_precisions(precision: str, start: Path, tiny_data: Path, tmp_path:
         ["trajectories.guidance_scale=1.5", "training.distribution={matching: score-identity}"],
         ["training.accumulation=2"],
         ["training.recompute=blocks", "training.gradient_clip=1"],
+        ["training.distribution={frechet_weight: 0.1, frechet_population: 16, trajectory_weight: 0.1}"],
+        [FRECHET[-1], "training.precision=bfloat16", "training.accumulation=2"],
     ],
-    ids=["score-identity", "no real images", "only adversarial", "guided", "accumulated", "recomputed"],
+    ids=[
+        *["score-identity", "no real images", "only adversarial", "guided", "accumulated", "recomputed"],
+        *["all terms", "only Frechet"],
+    ],
 )
 def test_variants(more: list[str], tiny_data: Path, tmp_path: Path) -> None:
     """Each from the teacher's weights, as no start is named."""
@@ -238,7 +282,7 @@ def test_without_progress_it_ends_and_stays_ended(start: Path, tiny_data: Path, 
     [
         (["training.start=nowhere"], "training.start: "),
         (["data.name=null", "evaluation.reference=x.npz"], "adversarial_weight needs real images"),
-        (["training.distribution.matching_weight=0", "training.distribution.adversarial_weight=0"], "both 0"),
+        (["training.distribution.matching_weight=0", "training.distribution.adversarial_weight=0"], "all 0"),
         (["training.distribution.noise_range=[0.5, 0.5]"], "0 < low < high"),
         (["training.distribution.fake_lrs=1"], "did you mean training.distribution.fake_lr"),
         (["training.objective=distributions"], "training.objective"),
@@ -300,7 +344,7 @@ def test_samples_are_of_new_noise(tmp_path: Path) -> None:
         Batch(labels.numpy(), torch.full((6, 1, 8, 8), noise), torch.zeros(6, 4, 1, 8, 8), labels)
         for noise in (0.0, 0.5)
     ]
-    for settings, of_matching in ((config, None), (anchored, 4)):
+    for settings, of_matching in ((config, None), (anchored, len(FIGURES))):
         real = find_real_images(settings, teacher)
         objective = begin_distribution(settings, teacher, real, torch.device("cpu"))
         figures = []
@@ -309,7 +353,7 @@ def test_samples_are_of_new_noise(tmp_path: Path) -> None:
             figures.append(objective.loss(student, batch, 0)[1])
         assert torch.allclose(figures[0][:of_matching], figures[1][:of_matching], rtol=1e-5)
         assert float(figures[0][1]) > 0.0
-    assert not torch.allclose(figures[0][4:], figures[1][4:], rtol=1e-2)
+    assert not torch.allclose(figures[0][len(FIGURES) :], figures[1][len(FIGURES) :], rtol=1e-2)
 
 
 def test_no_two_updates_draw_the_same(tmp_path: Path) -> None:

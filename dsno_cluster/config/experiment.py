@@ -211,12 +211,10 @@ class Config(Strict):
                     f"finish.batch_size {size} is not a multiple of training.accumulation {accumulation}"
                 )
         for section, settings in matched.items():
-            if settings.distribution.adversarial_weight and (self.data.name, self.data.images) == (
-                None,
-                None,
-            ):
+            key = settings.distribution.needs_images
+            if key is not None and (self.data.name, self.data.images) == (None, None):
                 raise ValueError(
-                    f"{section}.distribution.adversarial_weight needs real images: set data.name or data.images, or set it to 0"
+                    f"{section}.distribution.{key} needs real images: set data.name or data.images, or set it to 0"
                 )
 
     def _check_guidance(self) -> None:

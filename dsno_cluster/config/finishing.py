@@ -30,6 +30,16 @@ class Distribution(Strict):
         description="weight of the adversarial loss on the real images of `data`, for the student and for the fake score "
         "network; 0: no real images are needed",
     )
+    frechet_weight: Weight = Field(
+        0.0,
+        description="weight of the Frechet loss: samples get the mean and covariance that the real images of `data` have in the "
+        "features of evaluation.feature_extractor, as fid reads them; 0: none. A distance in other features then says more",
+    )
+    frechet_population: Annotated[int, Field(ge=2)] = Field(
+        10_000,
+        description="samples of the student over which their mean and covariance are averaged, the latest ones; 50000 for "
+        "features of 2048 numbers",
+    )
     trajectory_weight: Weight = Field(
         0.0,
         description="weight of the trajectory loss, which anchors the student to the teacher's trajectories",
@@ -64,11 +74,22 @@ class Distribution(Strict):
         low, high = self.noise_range
         if not 0.0 < low < high:
             raise ValueError(f"noise_range {[low, high]} must be [low, high] with 0 < low < high < 1")
-        if self.matching_weight == self.adversarial_weight == 0.0:
+        if self.matching_weight == self.adversarial_weight == self.frechet_weight == 0.0:
             raise ValueError(
-                "matching_weight and adversarial_weight are both 0: that is training.objective trajectories"
+                "matching_weight, adversarial_weight and frechet_weight are all 0: that is training.objective trajectories"
             )
         return self
+
+    @property
+    def needs_fake_score(self) -> bool:
+        """Whether a second network learns the student's distribution."""
+        return self.matching_weight > 0.0 or self.adversarial_weight > 0.0
+
+    @property
+    def needs_images(self) -> str | None:
+        """The key by which real images are needed, None if they are not."""
+        keys = ("adversarial_weight", "frechet_weight")
+        return next((key for key in keys if getattr(self, key) > 0.0), None)
 
 
 class Finish(Strict):

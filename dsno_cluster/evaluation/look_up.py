@@ -35,7 +35,7 @@ from dsno_cluster.features.extractors import (
 )
 from dsno_cluster.image_sets.image_set import ImageSet
 from dsno_cluster.image_sets.opening import open_images
-from dsno_cluster.model_folder import BEST, StartModel, find_model, model_address
+from dsno_cluster.model_folder import BEST, FeatureWeights, StartModel, find_model, model_address
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import (
@@ -61,6 +61,7 @@ class Student:
     ema_decay: float | None
     train_seconds: float | None
     start: StartModel | None = None
+    features: FeatureWeights | None = None  # on which it was trained
 
     @property
     def title(self) -> str:
@@ -229,7 +230,8 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
             f"evaluation.seed {config.evaluation.seed}: the student at {path} was trained on the noise of that seed; "
             "take another"
         )
-    return Student(path, meta.sha256, meta.step, meta.ema_decay, meta.train_seconds, meta.start)
+    about = meta.step, meta.ema_decay, meta.train_seconds, meta.start, meta.features
+    return Student(path, meta.sha256, *about)
 
 
 def _default_student(config: Config) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import StartModel
+from dsno_cluster.features.extractors import find_weights
+from dsno_cluster.model_folder import FeatureWeights, StartModel
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.records import canonical_hash
@@ -119,12 +120,18 @@ def find_data_set(config: Config, teacher: ConfiguredTeacher | None) -> DataSet:
 def _inputs(
     config: Config, teacher: ConfiguredTeacher | None, folder: str, other_folders: tuple[str, ...] = ()
 ) -> Inputs:
-    """What a training of this config reads. Raises UserError if the student that it starts from is not there."""
-    images = teacher_hash = None
+    """What a training of this config reads. Raises UserError if the student that it starts from is not there, and as
+    `find_weights`.
+    """
+    images = teacher_hash = features = None
     if config.training.objective == "distribution":
         assert teacher is not None
-        if config.training.distribution.adversarial_weight:
+        if config.training.distribution.needs_images:
             images = find_real_images(config, teacher, quiet=True)
+        if config.training.distribution.frechet_weight:
+            measured = config.evaluation
+            found = find_weights(measured.feature_extractor, measured.weights_path, measured.weights_sha256)
+            features = FeatureWeights(extractor=found.extractor, sha256=found.sha256)
         teacher_hash = canonical_hash(teacher.info.identity.model_dump(mode="json"))
     return Inputs(
         folder,
@@ -132,6 +139,7 @@ def _inputs(
         start=find_start(config),
         teacher=teacher_hash,
         images=None if images is None else images.identity,
+        features=features,
     )
 
 

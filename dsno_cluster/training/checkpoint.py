@@ -1,8 +1,8 @@
 """Checkpoints of training, to resume from.
 
 They are below `<run.dir>/students/<name>/resume/`, one folder per step; a folder that can be seen is
-complete. It holds `state.json` and each rank's fragments (`fragments.py`), from which any ZeRO stage on any
-number of ranks can continue.
+complete. It holds `state.json`, each rank's fragments (`fragments.py`), and the state of the objective if it has one. From
+these any ZeRO stage on any number of ranks can continue.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from dsno_cluster.training.deepspeed_internals import (
 )
 from dsno_cluster.training.divergence import NormalDistances
 from dsno_cluster.training.engine import EMA, Engines, ema_kind
-from dsno_cluster.training.fragments import SavedFragments, write_fragments
+from dsno_cluster.training.fragments import SavedFragments, load_state, write_fragments, write_state
 from dsno_cluster.training.identity import (
     Inputs,
     RunIdentity,
@@ -49,6 +49,7 @@ from dsno_cluster.training.publish import Publisher
 from dsno_cluster.training.ranks import Ranks
 
 STATE = "state.json"
+OBJECTIVE = "objective.safetensors"
 
 
 class Best(BaseModel):
@@ -138,6 +139,7 @@ def _saved_steps(config: Config) -> list[int]:
 def save(
     engines: Engines,
     ema: EMA,
+    objective_state: Mapping[str, Tensor],
     config: Config,
     ranks: Ranks,
     step: int,
@@ -175,6 +177,9 @@ def save(
             # before the state becomes visible: a finished run always has its student
             about = notes.about.model_copy(update={"train_seconds": round(notes.seconds, 1), "step": step})
             publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
+            if objective_state:
+                write_state(aside / OBJECTIVE, objective_state)
+                sync(aside / OBJECTIVE)
             state = _state(engines, config, ranks, step, notes)
             FolderStorage(aside).write(STATE, record_bytes(state))
             (aside / "begun").unlink()
@@ -312,8 +317,16 @@ def open_fragments(config: Config, step: int) -> SavedFragments:
     return SavedFragments(resume_dir(config) / step_name(step))
 
 
-def load(engines: Engines, ema: EMA, saved: SavedFragments, state: CheckpointState) -> None:
+def load(
+    engines: Engines,
+    ema: EMA,
+    objective_state: Mapping[str, Tensor],
+    saved: SavedFragments,
+    state: CheckpointState,
+) -> None:
     """Load a checkpoint of any stage and number of ranks; the engines' models have their weights already."""
+    if objective_state:
+        load_state(saved.folder / OBJECTIVE, objective_state)
     saved.load(engines.fragments(replicas=True))
     ema.load(saved)
     _load_optimizer(engines.student, state)
@@ -344,6 +357,7 @@ def begin_notes(
         accumulation=config.training.micro_batches,
         compiled=bool(config.training.compile),
         start=inputs.start,
+        features=inputs.features,
     )
     if state is None:
         return RunNotes(about, identity)

@@ -8,6 +8,7 @@ can be read back into the fragments of another stage or another number of ranks.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,27 @@ def write_fragments(
         )
     except (OSError, safetensors.SafetensorError) as error:
         raise WorkError(f"{file}: cannot be written: {error}") from error
+
+
+def write_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of an objective's state as safetensors. Raises WorkError if the file cannot be written."""
+    try:
+        safetensors.torch.save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file
+        )
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WorkError(f"{file}: cannot be written: {error}") from error
+
+
+@torch.no_grad()
+def load_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy what `write_state` wrote into the tensors of that name. Raises WorkError if it cannot be read, or has others."""
+    try:
+        saved = safetensors.torch.load_file(file)
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+    except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise WorkError(f"{file}: cannot be read: {error}") from error
 
 
 class SavedFragments:

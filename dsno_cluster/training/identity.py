@@ -12,7 +12,7 @@ from dsno_cluster.config import Config, Network, StudentConfig, Training
 from dsno_cluster.config.base import Strict
 from dsno_cluster.config.finishing import Distribution
 from dsno_cluster.errors import UserError
-from dsno_cluster.model_folder import SettingChange, StartModel
+from dsno_cluster.model_folder import FeatureWeights, SettingChange, StartModel
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Inputs:
 
     `trajectories` is the folder of its data set, `other_folders` are those by which earlier versions know it. `start` is the
     student that it begins with; `teacher` and `images` are hashes of the teacher and of the real images that distribution
-    matching uses.
+    matching uses, and `features` those of the Frechet loss.
     """
 
     trajectories: str
@@ -29,6 +29,7 @@ class Inputs:
     start: StartModel | None = None
     teacher: str | None = None
     images: str | None = None
+    features: FeatureWeights | None = None
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -41,6 +42,7 @@ class Matched(Strict):
     settings: Distribution
     teacher: str
     images: str | None
+    features: FeatureWeights | None = None
 
 
 class RunIdentity(Strict):
@@ -97,7 +99,9 @@ def _matched(settings: Training, inputs: Inputs) -> Matched | None:
     # these may change during a run: they decide only what is measured, and when it ends
     usual = {name: Distribution.model_fields[name].default for name in ("heldout_samples", "patience")}
     settled = settings.distribution.model_copy(update=usual)
-    return Matched(settings=settled, teacher=inputs.teacher or "", images=inputs.images)
+    return Matched(
+        settings=settled, teacher=inputs.teacher or "", images=inputs.images, features=inputs.features
+    )
 
 
 def check_same_run(where: Path | str, saved: RunIdentity, now: RunIdentity, folders: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         ema = EMA(fragments_of(engine), settings.ema_decays)
         if beginning.state is not None:
             saved = checkpoint.open_fragments(config, start)
-            checkpoint.load(engines, ema, saved, beginning.state)
+            checkpoint.load(engines, ema, objective.state, saved, beginning.state)
         batches = resources.enter_context(_batches(config, beginning, ranks))
         notes = checkpoint.begin_notes(student, config, beginning.inputs, ranks.world_size, beginning.state)
         if main:
@@ -147,7 +147,9 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                 if due.checkpoint:
                     notes.compare(done, measured.judged_by)
                     notes.ended = not last and from_rank_0(ranks, lambda: _is_stuck(settings, notes))
-                    checkpoint.save(engines, ema, config, ranks, done, notes, students, publisher)
+                    checkpoint.save(
+                        engines, ema, objective.state, config, ranks, done, notes, students, publisher
+                    )
                 if notes.ended:
                     if main:
                         _say_ended(notes, done)

@@ -87,7 +87,7 @@ def training_memory(
         config = config.model_copy(update={"training": settings})
     accumulation = 1 if settings.accumulation == "auto" else settings.accumulation
     per_rank = micro_batch or max(1, settings.batch_size // (ranks * accumulation))
-    matched = settings.objective == "distribution"
+    matched = _has_fake_score(config)
     small, large = (activation_bytes(config, count, backbone, teacher, device) for count in MEASURED)
     per_image = max(0, large - small) // (MEASURED[1] - MEASURED[0])
     held = held_bytes(config, ranks, parameter_count(config, backbone))
@@ -95,6 +95,13 @@ def training_memory(
     return TrainingMemory(
         **held, fixed=max(0, small - per_image * MEASURED[0]), per_image=per_image, micro_batch=per_rank
     )
+
+
+def _has_fake_score(config: Config) -> bool:
+    """Whether a second network is trained. Without it distribution matching holds no more than learning of trajectories does,
+    except for the feature extractor of the Frechet loss, which is not counted.
+    """
+    return config.training.objective == "distribution" and config.training.distribution.needs_fake_score
 
 
 def parameter_count(config: Config, backbone: Backbone | DiffusersModel | None = None) -> int:
@@ -163,13 +170,13 @@ def activation_bytes(
         distance = distance_of_shapes(settings.loss)
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        if settings.objective == "distribution":
+        if _has_fake_score(config):
             fake = denoising_network(config, teacher)
             for parameter in fake.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         live = LiveMemory()
         with live:
-            if settings.objective == "distribution":
+            if _has_fake_score(config):
                 matching_passes(student, fake, distance, config, images)
             else:
                 one_pass(student, distance, config, images, torch.device("cpu"))

@@ -52,11 +52,13 @@ class Companion:
 class Objective(Protocol):
     """The computation of a step, with the further networks that it trains, by name.
 
-    `figure_names` say what a step's figures are; all of them are positive, and a jump of one is a sign of divergence.
+    `figure_names` say what a step's figures are; all of them are positive, and a jump of one is a sign of divergence. `state`
+    are further tensors that training changes in place, by name, the same on every rank; a checkpoint has them.
     """
 
     figure_names: tuple[str, ...]
     companions: Mapping[str, Companion]
+    state: Mapping[str, Tensor]
 
     def loss(self, student: Student, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """The scalar that optimiser step `step` (0-based) minimises on a micro-batch, and its figures, (F,).

@@ -2,26 +2,30 @@
 
 Distribution matching with two time scales (Yin et al. 2024b, DMD2): before each step of the student, a fake score network,
 which begins as the teacher, is updated a few times on new samples of the student. Its head tells noisy samples from noisy real
-images. The student then moves its samples to where the teacher's density exceeds their own, and to where the head takes them
-for real.
+images. The student then moves its samples to where the teacher's density exceeds their own, to where the head takes them for
+real, and to where their features are distributed as those of real images. Each term that has no weight is left out, the fake
+score network with the terms that need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.device import autocast_to
+from dsno_cluster.device import allowing_tf32, autocast_to
 from dsno_cluster.diffusion.guidance import guided
 from dsno_cluster.diffusion.schedule import alpha_sigma
+from dsno_cluster.features.extractors import check_shape, find_weights, layer_of, load_extractor
 from dsno_cluster.students.dsno import form_of
-from dsno_cluster.teachers import ConfiguredTeacher
+from dsno_cluster.teachers import ConfiguredTeacher, States
 from dsno_cluster.teachers.fake_score import FakeScore, trainable_copy
 from dsno_cluster.teachers.teacher import Teacher
 from dsno_cluster.training.objectives import Companion, Network, StepFigures, Student
+from dsno_cluster.training.objectives.frechet import FrechetTerm, moments_of_images
 from dsno_cluster.training.objectives.matching import (
     adversarial_loss,
     denoising_loss,
@@ -42,43 +46,61 @@ FIGURES = {  # as metrics.jsonl names them, and in words
     "matching": "distance of the two denoisers",
     "discriminator_loss": "loss of the discriminator",
     "adversarial_loss": "adversarial loss",
+    "frechet_distance": "Frechet distance",
 }
 
 
+@dataclass(frozen=True)
+class Matching:
+    """What tells a sample's density under the student from that under the teacher: the teacher, and the fake score network.
+
+    `fake_score` must have the teacher's weights or those of a checkpoint; `real` are needed for an adversarial loss.
+    """
+
+    teacher: Teacher
+    fake_score: FakeScore
+    real: RealImages | None
+
+
 class DistributionObjective:
-    """Matching of the student's distribution with the teacher's, an adversarial loss, and the trajectory loss as an anchor.
+    """Matching of the student's distribution with the teacher's, an adversarial loss, the Frechet loss, and the trajectory loss
+    as an anchor.
 
     A step's figures are `FIGURES`, of which those of weight 0 stay 0, and with an anchor the distances at all time points.
-    `fake_score` must have the teacher's weights or those of a checkpoint; `real` are needed for an adversarial loss. Draws are
-    from torch's generators, which the loop seeds for each update.
+    `matching` is needed for the first two, `frechet` for the third. Draws are from torch's generators, which the loop seeds for
+    each update.
     """
 
     def __init__(
         self,
         config: Config,
-        teacher: Teacher,
-        fake_score: FakeScore,
-        real: RealImages | None,
+        matching: Matching | None,
+        frechet: FrechetTerm | None,
         device: torch.device,
     ) -> None:
         self.config, self.settings, self.device = config, config.training.distribution, device
+        self.matching, self.frechet = matching, frechet
         self.through = self.settings.matching == "score-identity"  # gradients flow through the denoisers
-        self.teacher = teacher.with_gradients() if self.through else teacher
-        self.real = real if self.settings.adversarial_weight else None
-        self.fake_score, self.last = fake_score, len(config.trajectories.time_points) - 1
+        self.last = len(config.trajectories.time_points) - 1
         anchored = self.settings.trajectory_weight > 0.0
         self.anchor = TrajectoryObjective(config, device) if anchored else None
         self.figure_names = (*FIGURES.values(), *(self.anchor.figure_names if self.anchor else ()))
-        self.companions: Mapping[str, Companion] = {
-            FAKE_SCORE: Companion(
-                fake_score,
-                self.settings.fake_lr or config.training.lr,
-                lambda step: self.settings.fake_updates + (0 if step else self.settings.fake_warmup),
-                self.fake_loss,
-            )
-        }
+        self.companions: Mapping[str, Companion] = {}
+        self.real: RealImages | None = None
+        self.state: Mapping[str, Tensor] = {} if frechet is None else frechet.state
         self.guidance = config.trajectories.method.guidance
-        self.draw_times = _drawn_times(teacher, self.settings.noise_range, device)
+        if matching is not None:
+            self.teacher = matching.teacher.with_gradients() if self.through else matching.teacher
+            self.real = matching.real if self.settings.adversarial_weight else None
+            self.draw_times = _drawn_times(matching.teacher, self.settings.noise_range, device)
+            self.companions = {
+                FAKE_SCORE: Companion(
+                    matching.fake_score,
+                    self.settings.fake_lr or config.training.lr,
+                    lambda step: self.settings.fake_updates + (0 if step else self.settings.fake_warmup),
+                    self.fake_loss,
+                )
+            }
 
     def fake_loss(
         self, student: Student, network: Network, batch: Batch, step: int, update: int
@@ -108,6 +130,8 @@ class DistributionObjective:
 
         Samples are of new noise: those of the trajectories' own, which the student knows, are better than others.
         """
+        if self.frechet is not None:
+            self.frechet.begin(lambda: self._states(student, *self._drawn(batch), [self.last])[:, 0])
         noise, labels = self._drawn(batch)
         count = len(noise)
         if self.anchor is None:
@@ -134,6 +158,7 @@ class DistributionObjective:
         }
         loss = settings.matching_weight * known.get("matching", 0.0)
         loss += settings.adversarial_weight * known.get("adversarial_loss", 0.0)
+        loss += settings.frechet_weight * known.get("frechet_distance", 0.0)
         watched = tuple(known.get(name) for name in FIGURES)
         if self.anchor is None:
             return StepFigures(loss, (), watched, known)
@@ -143,20 +168,39 @@ class DistributionObjective:
 
     def _computed(self, figure: str) -> bool:
         """Whether a figure is computed with the weights of the config."""
-        return figure == "fake_loss" or (
-            self.settings.matching_weight > 0.0 if figure == "matching" else self.real is not None
-        )
+        settings = self.settings
+        weights = {
+            "fake_loss": settings.matching_weight + settings.adversarial_weight,
+            "matching": settings.matching_weight,
+            "frechet_distance": settings.frechet_weight,
+        }
+        return weights.get(figure, settings.adversarial_weight) > 0.0
 
     def _direction(self, x_NCHW: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradient of matching and adversarial loss with respect to samples, times their number of elements; figures.
+        """The gradient of all losses of samples with respect to these, times their number of elements; figures.
 
         It is taken for itself, so that the engine of the student goes backward through the student only.
         """
-        settings = self.settings
         x = x_NCHW.detach().float().requires_grad_()
+        figures: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        if self.matching is not None:
+            total, figures = self._matched(x, labels, self.matching.fake_score)
+        if self.frechet is not None:
+            loss, figures["frechet_distance"] = self.frechet.loss(x)
+            total = total + self.settings.frechet_weight * loss
+        # of about 1 in every element, in which half precision does not vanish
+        (direction,) = torch.autograd.grad(total * x.numel(), x)
+        return direction, self._figures(**figures)
+
+    def _matched(
+        self, x: Tensor, labels: Tensor | None, fake_score: FakeScore
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted losses for which noise is added to samples, and their figures."""
+        settings = self.settings
         noisy, _, t = self._with_noise(x)
         there = None if labels is None else labels.to(self.device, non_blocking=True)
-        fake, logits = self._fake(self.fake_score, noisy, t, there)
+        fake, logits = self._fake(fake_score, noisy, t, there)
         total, figures = torch.zeros((), device=self.device), {}
         if settings.matching_weight:
             real = guided(self.teacher, there, self.guidance)(noisy, t)
@@ -169,14 +213,14 @@ class DistributionObjective:
         if self.real is not None:
             figures["adversarial_loss"] = adversarial_loss(logits)
             total = total + settings.adversarial_weight * figures["adversarial_loss"]
-        # of about 1 in every element, in which half precision does not vanish
-        (direction,) = torch.autograd.grad(total * x.numel(), x)
-        return direction, self._figures(**figures)
+        return total, figures
 
     def _drawn(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """New noise on the device and new labels on the CPU, as many as a batch has."""
+        """New noise on the device and new labels on the CPU, as many as a batch has, of each class as many as of any other."""
         classes = self.config.network.num_classes
-        labels = torch.randint(classes, (len(batch.noise),)) if classes else None
+        labels = None
+        if classes:
+            labels = (torch.randperm(len(batch.noise)) + torch.randint(classes, ())) % classes
         return torch.randn(batch.noise.shape, device=self.device), labels
 
     def _states(
@@ -238,13 +282,42 @@ def _drawn_times(
 
 
 def begin_distribution(
-    config: Config, teacher: ConfiguredTeacher, real: RealImages | None, device: torch.device
+    config: Config,
+    teacher: ConfiguredTeacher,
+    real: RealImages | None,
+    device: torch.device,
+    world_size: int = 1,
 ) -> DistributionObjective:
-    """The objective with the teacher loaded on `device`, and a copy of it as the fake score network.
+    """The objective with what its terms need on `device`: the teacher, and a copy of it as the fake score network, and the
+    moments of the real images.
 
-    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load` and `RealImages.states` do.
+    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load`, `RealImages.states`,
+    `RealImages.pictures` and `find_weights` do.
     """
-    if real is not None:
-        real.states([0])  # what is kept of them is read and encoded here, where all ranks agree on a failure
-    fake_score = trainable_copy(teacher, config.training_seed)
-    return DistributionObjective(config, teacher.load(compile=False).to(device), fake_score, real, device)
+    settings, matching, frechet = config.training.distribution, None, None
+    if settings.needs_fake_score:
+        if real is not None:
+            real.states([0])  # read and encoded here, where all ranks agree on a failure
+        fake_score = trainable_copy(teacher, config.training_seed)
+        matching = Matching(teacher.load(compile=False).to(device), fake_score, real)
+    if settings.frechet_weight:
+        assert real is not None
+        frechet = _frechet_term(config, teacher.states, real, device, world_size)
+    return DistributionObjective(config, matching, frechet, device)
+
+
+def _frechet_term(
+    config: Config, states: States, real: RealImages, device: torch.device, world_size: int
+) -> FrechetTerm:
+    measured = config.evaluation
+    weights = find_weights(measured.feature_extractor, measured.weights_path, measured.weights_sha256)
+    states.check_decoded("training.distribution.frechet_weight", "set it to 0")
+    check_shape([weights.extractor], states.image_shape, "the samples")
+    with torch.random.fork_rng(devices=[]):  # layers draw their weights before they are given them
+        extractor = load_extractor(weights, [layer_of(weights.extractor, "fid")], device)
+    extractor.network.requires_grad_(False)
+    decoder = states.decoder.load(device) if states.decoder else None
+    with allowing_tf32(False):
+        moments = moments_of_images(extractor, real.picture_batches(measured.batch_size))
+    population = config.training.distribution.frechet_population
+    return FrechetTerm(extractor, decoder, moments, population, world_size, device)

@@ -41,7 +41,8 @@ def make_objective(
     def make() -> Objective:
         if config.training.objective == "trajectories":
             return TrajectoryObjective(config, ranks.device)
-        return begin_distribution(config, teacher or find_teacher(config), real, ranks.device)
+        found = teacher or find_teacher(config)
+        return begin_distribution(config, found, real, ranks.device, ranks.world_size)
 
     objective = on_every_rank(ranks, make)
     for companion in objective.companions.values():

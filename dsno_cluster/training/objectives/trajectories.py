@@ -29,6 +29,7 @@ class TrajectoryObjective:
         self.config, self.device = config, device
         self.figure_names = tuple(f"distance at time point {i}" for i in range(len(times)))
         self.companions: Mapping[str, Companion] = {}
+        self.state: Mapping[str, Tensor] = {}
         self.distance = make_distance(settings.loss, settings.lpips_weights, settings.lpips_sha256)
         if isinstance(self.distance, nn.Module):
             self.distance.to(device)
