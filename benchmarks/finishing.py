@@ -86,10 +86,15 @@ def measure_cost(rounds: int, overrides: list[str]) -> None:
         if number > 2:
             ratios.append(seconds[1] / seconds[0])
     low, *_, high = statistics.quantiles(ratios, n=10)
-    updates = finished.training.distribution.fake_updates
+    settings = finished.training.distribution
+    updates = (
+        f" with {settings.fake_updates} updates of the fake score network"
+        if settings.needs_fake_score
+        else ""
+    )
     console.say(
-        f"a finishing step with {updates} updates of the fake score network costs {statistics.median(ratios):.1f} plain training "
-        f"steps of the same batch (10 to 90 %: {low:.1f} to {high:.1f})"
+        f"a finishing step{updates} costs {statistics.median(ratios):.1f} plain training steps of the same batch (10 to 90 %: "
+        f"{low:.1f} to {high:.1f})"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -78,6 +78,7 @@ def store(
     beside = _beside(comparison, found.surroundings, comparison.states.image_shape[1], settings.num_samples)
     beside["warnings"] += (
         *found.student.warnings,
+        *_trained_on(comparison),
         *not_nearest,
         *([before.warning] if before.warning else []),
     )
@@ -210,6 +211,18 @@ def _student_row(comparison: Comparison, found: Findings) -> StudentRow:
             "trajectory_error": dict(zip(times, errors, strict=True)) if errors else None,
         }
     )
+
+
+def _trained_on(comparison: Comparison) -> Iterator[str]:
+    """A warning if the student was trained on the features that measure it."""
+    features = comparison.subject.student.features
+    read = comparison.weights.get(features.extractor) if features is not None else None
+    if features is not None and read is not None and read.sha256 == features.sha256:
+        yield (
+            "the student was trained to have the mean and covariance that real images have in the features "
+            f"of {features.extractor}, by which its distance is measured: judge it by the other figures too, or by an extractor "
+            "that it has not seen"
+        )
 
 
 class _Beside(TypedDict):
