@@ -198,7 +198,9 @@ class EvaluationActor(PoolActor):
             labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
             agreeing = int((seen == labels).sum())
         moments = moments_on_device(found[readings["fid"].key]) if "fid" in readings else None
-        features = {key: found[key].cpu().numpy() for key in layers_by_row(readings)}
+        features = {
+            key: found[key].cpu().numpy() for key in layers_by_row(readings, block.source.is_reference)
+        }
         kept = [self._kept(batch) for batch in batches] if self._keeps(block) else []
         return MeasuredBlock(BlockResult(moments, features, agreeing), tuple(kept))
 

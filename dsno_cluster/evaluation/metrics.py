@@ -19,6 +19,7 @@ from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.nearest import copy_distance, nearest_figures, nearest_training
 from dsno_cluster.evaluation.records import Figures
+from dsno_cluster.features import intervals
 from dsno_cluster.features.extractors import Reading, Readings
 from dsno_cluster.features.neighbours import precision_recall_on
 from dsno_cluster.features.statistics import BlockMerger, Moments, distance_from
@@ -30,6 +31,9 @@ WHOLE_MATRIX = (
     10_000  # up to this many samples, torch-fidelity's default, which holds all distances, fits in memory
 )
 ROWS_AT_A_TIME = 2_000  # with more samples, the distances are computed in blocks of this many rows
+
+
+Found = dict[str, float | None]  # figures by their names in `Figures`
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,10 @@ class Reference:
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def layers_by_row(readings: Readings) -> set[str]:
-    """Keys of the layers whose features the metrics need row by row."""
-    return {reading.key for metric, reading in readings.items() if metric in BY_ROW}
+def layers_by_row(readings: Readings, of_reference: bool) -> set[str]:
+    """Keys of the layers whose features the metrics need row by row; for the intervals, those of distances of samples too."""
+    by_row = BY_ROW if of_reference else (*BY_ROW, "fid")
+    return {reading.key for metric, reading in readings.items() if metric in by_row}
 
 
 def fewest(settings: Evaluation) -> dict[str, int]:
@@ -123,11 +128,11 @@ def figures(
     `copies_below`: the distance below which a sample is a copy (`distance_of_copies`); None: copies are not counted.
     Raises UserError if there are too few images for a metric or the reference's features have another width.
     """
-    found: dict[str, float] = {}
+    found: Found = {}
     check_count(settings, readings, samples.count, "the set of samples")
     if "fid" in readings:
         assert reference is not None
-        found["fid"] = fid(samples.merger.result(), reference)
+        found |= fid(samples.merger.result(), samples.features[readings["fid"].key], reference)
     if "kid" in readings:
         found |= kid(settings, *_pair(readings["kid"], samples, reference))
     if "inception_score" in readings:
@@ -153,14 +158,16 @@ def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> 
     return samples.features[reading.key], reference.features[reading.key]
 
 
-def fid(moments: Moments, reference: Reference) -> float:
-    """Frechet distance (Heusel et al. 2017) of samples from the reference.
+def fid(moments: Moments, features_ND: np.ndarray, reference: Reference) -> Found:
+    """Frechet distance (Heusel et al. 2017) of samples, with their moments, from the reference; its interval.
 
     Raises UserError if features on either side are not finite.
     """
     assert reference.mean is not None and reference.covariance is not None
     _check_width(reference.mean, len(moments.mean))
-    return distance_from(moments, reference.mean, reference.covariance)
+    distance = distance_from(moments, reference.mean, reference.covariance)
+    half = intervals.of_frechet_distance(features_ND, moments, reference.mean, reference.covariance)
+    return {"fid": distance, "fid_ci95": half}
 
 
 def check_width(mean: np.ndarray, reading: Reading) -> None:
@@ -174,8 +181,8 @@ def _check_width(mean: np.ndarray, width: int) -> None:
         raise UserError(f"evaluation.reference: has mu of {len(mean)} features, the extractor gives {width}")
 
 
-def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Kernel Inception Distance (Binkowski et al. 2018) over `kid_subsets` random subsets; its mean and deviation."""
+def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> Found:
+    """Kernel Inception Distance (Binkowski et al. 2018) over `kid_subsets` random subsets: mean, deviation, interval."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     found = kid_features_to_metric(
@@ -186,7 +193,9 @@ def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str
         rng_seed=settings.metric_seed,
         verbose=False,
     )
-    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
+    deviation, count = found[KEY_METRIC_KID_STD], min(len(samples), len(real))
+    half = intervals.of_subsets(deviation, settings.kid_subsets, settings.kid_subset_size, count)
+    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": deviation, "kid_ci95": half}
 
 
 def inception_score(settings: Evaluation, logits: np.ndarray) -> dict[str, float]:

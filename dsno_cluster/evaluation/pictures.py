@@ -17,7 +17,14 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.records import Layout, Metrics
-from dsno_cluster.evaluation.table import error_lines, figures_of, student_rows, table_rows
+from dsno_cluster.evaluation.table import (
+    all_rows,
+    error_lines,
+    figures_of,
+    spread_notes,
+    student_rows,
+    table_rows,
+)
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import LoadedDecoder, States, Teacher
@@ -198,6 +205,7 @@ def _samples_picture(
         ),
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
         "measured: a published-form student answers all its time points at once.",
+        *spread_notes(figures_of(metrics), all_rows(metrics)),
         *([] if caption is None else [caption]),
     ]
     if metrics.student.images_per_second is not None:

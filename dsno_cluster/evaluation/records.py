@@ -20,12 +20,17 @@ ATTEMPTS = 10  # at writing a file that other processes may write too
 
 
 class Figures(SparseRecord):
-    """The measured figures of a set of images; figures that only a newer version knows are kept."""
+    """The measured figures of a set of images; figures that only a newer version knows are kept.
+
+    `_ci95` is half the width of a figure's 95 % interval, `_std` the standard deviation over parts or subsets of the samples.
+    """
 
     model_config = ConfigDict(extra="allow")
     fid: float | None = None
+    fid_ci95: float | None = None
     kid: float | None = None
     kid_std: float | None = None
+    kid_ci95: float | None = None
     inception_score: float | None = None
     inception_score_std: float | None = None
     precision: float | None = None
