@@ -7,20 +7,19 @@ import pytest
 from report_runs import metrics
 
 from dsno_cluster.config import load_config
-from dsno_cluster.evaluation.metrics import Reference, fid, kid
+from dsno_cluster.evaluation.metrics import frechet, kid
 from dsno_cluster.evaluation.records import Figures, Metrics
 from dsno_cluster.evaluation.table import all_rows, figures_of, known_figures, spread_notes
-from dsno_cluster.features.statistics import moments_of
-from dsno_cluster.image_sets.image_set import DataIdentity
+from dsno_cluster.features.statistics import Gaussian, moments_of
 
 WIDTH = 8
 SPREADS = 1.0 / np.arange(1, WIDTH + 1) ** 0.5  # standard deviations of the reference's features
-NOWHERE = DataIdentity(kind="made up")
 
 
 def measured(features: np.ndarray) -> Figures:
-    reference = Reference(NOWHERE, np.zeros(WIDTH), np.diag(SPREADS**2), None, None)
-    return Figures.model_validate(fid(moments_of(features), features.astype(np.float32), reference))
+    reference = Gaussian(np.zeros(WIDTH), np.diag(SPREADS**2))
+    found = frechet("fid", moments_of(features), features.astype(np.float32), reference)
+    return Figures.model_validate(found)
 
 
 def repeated(draws: int, count: int, scale: float, shift: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +96,8 @@ def test_no_interval_where_none_can_be_told() -> None:
 
 
 def test_tables_show_intervals_and_older_figures_as_they_were() -> None:
-    fid_of, kid_of, score = known_figures("inception-v3-compat")[:3]
+    known = {figure.key: figure for figure in known_figures("inception-v3-compat")}
+    fid_of, kid_of, score = known["fid"], known["kid"], known["inception_score"]
     assert fid_of.text(Figures(fid=0.312, fid_ci95=0.0204)) == "0.31 ± 0.02"
     assert fid_of.text(Figures(fid=1.7912, fid_ci95=0.0031)) == "1.791 ± 0.003"
     assert kid_of.text(Figures(kid=0.0123, kid_std=0.0045, kid_ci95=0.0011)) == "0.0123 ± 0.0011"

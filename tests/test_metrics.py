@@ -333,7 +333,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
 
     edm = real("edm.npz", "evaluation.reference_count=50000", "evaluation.reference_resolution=8")
     assert edm.images is None and edm.statistics.count == 50000 and edm.statistics.resolution == 8
-    assert np.array_equal(edm.statistics.mean, mean)
+    assert np.array_equal(edm.statistics.statistics["fid"].mean, mean)
     adm = real("adm.npz")  # the statistics are of the whole data set, the 30 images a part of it
     assert adm.images is None and adm.statistics.count is None and adm.statistics.resolution == 8
     both = real("adm.npz", "evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=20")
@@ -349,7 +349,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             real("adm.npz", *words)
     with pytest.raises(UserError, match="mu of 64 features, the extractor gives 2048"):
-        check_width(mean, Reading(INCEPTION, "2048"))
+        check_width("fid", mean, Reading(INCEPTION, "2048"))
     np.savez(tmp_path / "wide.npz", mu=np.arange(2048.0), sigma=np.eye(2048))
     with pytest.raises(UserError, match="mu of 2048 features, the extractor gives 64"):
         real("wide.npz")
@@ -360,7 +360,9 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
         real("colour.npz")
     alone = real("images.npz")
     assert alone.statistics is None and alone.images.count == 30 and set(alone.spec.holds) == {"fid"}
-    with pytest.raises(UserError, match="kid compare single images"):
+    with pytest.raises(
+        UserError, match=r"kid cannot be measured against .*edm\.npz, which holds only mu and sigma"
+    ):
         real("edm.npz", "evaluation.metrics=[fid, kid]")
     np.savez(tmp_path / "other.npz", x=mean)
     np.savez(tmp_path / "bad.npz", mu=mean, sigma=np.eye(3))

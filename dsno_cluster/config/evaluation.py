@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start, later
 from dsno_cluster.config.paths import LocalPath, ReferencePath
 
 MetricName = Literal[
-    "fid", "kid", "inception_score", "precision_recall", "nearest", "agreement", "trajectory_error"
+    "fid", "sfid", "kid", "inception_score", "precision_recall", "nearest", "agreement", "trajectory_error"
 ]
 
 
@@ -41,7 +41,7 @@ class Evaluation(Named):
         ("fid", "trajectory_error"),
         description="what is measured; `nearest`: how far samples are from the nearest training image, and how many are "
         "copies; `agreement`: how often the extractor sees the class asked for; "
-        "`trajectory_error`: against the teacher, on held-out noise; the others are torch-fidelity's",
+        "`trajectory_error`: against the teacher, on held-out noise; `sfid`: ADM's; the others are torch-fidelity's",
     )
     feature_extractor: str = Field(
         "inception-v3-compat",
@@ -70,6 +70,10 @@ class Evaluation(Named):
     kid_subsets: PositiveInt = Field(100, description="random subsets over which KID is averaged")
     kid_subset_size: PositiveInt = Field(1000, description="images in each of these subsets")
     inception_splits: PositiveInt = Field(10, description="parts over which the Inception Score is averaged")
+    inception_shuffle: bool = later(
+        True,
+        description="whether these parts are of shuffled samples, as torch-fidelity's; false: as ADM's, of samples in order",
+    )
     neighborhood: PositiveInt = Field(3, description="nearest neighbours that precision and recall look at")
     metric_seed: Seed = Field(2020, description="determines KID's subsets and the Inception Score's parts")
     reference: ReferencePath = Field(

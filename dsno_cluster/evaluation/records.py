@@ -28,6 +28,8 @@ class Figures(SparseRecord):
     model_config = ConfigDict(extra="allow")
     fid: float | None = None
     fid_ci95: float | None = None
+    sfid: float | None = None
+    sfid_ci95: float | None = None
     kid: float | None = None
     kid_std: float | None = None
     kid_ci95: float | None = None

@@ -42,6 +42,7 @@ def known_figures(extractor: str) -> list[Figure]:
     inception = extractor == INCEPTION
     return [
         Figure("fid", "FID" if inception else "Frechet distance", 2, "lower"),
+        Figure("sfid", "sFID", 2, "lower"),
         Figure("kid", "KID" if inception else "kernel distance", 4, "lower"),
         Figure("inception_score", "Inception score" if inception else "class score", 2, "higher"),
         Figure("precision", "precision", 3, "higher"),

@@ -31,7 +31,7 @@ SHIPPED_ROWS = "evaluation.json"
 # settings on which only these metrics depend
 _KNOBS: dict[str, tuple[str, ...]] = {
     "kid": ("kid_subsets", "kid_subset_size", "metric_seed"),
-    "inception_score": ("inception_splits", "metric_seed"),
+    "inception_score": ("inception_splits", "inception_shuffle", "metric_seed"),
     "precision_recall": ("neighborhood",),
 }
 
@@ -65,6 +65,7 @@ class ComparisonSpec(Named):
     kid_subsets: int | None = later(None)
     kid_subset_size: int | None = later(None)
     inception_splits: int | None = later(None)
+    inception_shuffle: bool = later(True)
     neighborhood: int | None = later(None)
     metric_seed: int | None = later(None)
     decoder: DecoderIdentity | None = later(None)

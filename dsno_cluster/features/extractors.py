@@ -11,8 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch import Tensor, nn
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
@@ -21,6 +20,7 @@ from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.classifiers import CLASSIFIERS
+from dsno_cluster.features.inception import SPATIAL, WithSpatial
 from dsno_cluster.files import cache_folder, file_sha256, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
@@ -63,7 +63,7 @@ Readings = dict[str, Reading]  # by metric
 class Extractor:
     """An extractor with its weights."""
 
-    network: FeatureExtractorBase
+    network: nn.Module
     channels: int
     layers: tuple[str, ...]
 
@@ -79,9 +79,18 @@ class Extractor:
 
 
 def layer_of(extractor: str, metric: str) -> str:
-    """The layer that a metric reads by default in torch-fidelity; the class logits for `agreement`."""
+    """The layer that a metric reads by default in torch-fidelity; the class logits for `agreement`, ADM's for `sfid`.
+
+    Raises UserError if the extractor has no such layer.
+    """
     if metric == "agreement":
         return "logits"
+    if metric == "sfid":
+        if extractor != INCEPTION:
+            raise UserError(
+                f"evaluation.metrics: sfid reads a layer of {INCEPTION}, which {extractor} has not"
+            )
+        return SPATIAL
     return str(FEATURE_EXTRACTORS_REGISTRY[extractor].get_default_feature_layer_for_metric(METRICS[metric]))
 
 
@@ -237,7 +246,7 @@ def load_extractor(
     try:
         network = create_feature_extractor(
             weights.extractor,
-            list(layers),
+            WithSpatial.layers_of_inception(layers),
             cuda=False,
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
@@ -248,6 +257,8 @@ def load_extractor(
         raise UserError(
             f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
         ) from error
+    if SPATIAL in layers:
+        network = WithSpatial(network, layers)
     network.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
 

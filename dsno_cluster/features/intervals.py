@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from dsno_cluster.features.statistics import Moments
+from dsno_cluster.features.statistics import Gaussian, Moments
 
 Z_95 = 1.959964  # of the normal distribution: 95 % lie within this many standard deviations
 ROWS = 4096  # features at a time
@@ -25,9 +25,7 @@ def of_mean(influence_N: np.ndarray) -> float:
     return float(Z_95 * influence_N.std(ddof=1) / math.sqrt(len(influence_N)))
 
 
-def of_frechet_distance(
-    features_ND: np.ndarray, samples: Moments, mean: np.ndarray, covariance: np.ndarray
-) -> float | None:
+def of_frechet_distance(features_ND: np.ndarray, samples: Moments, reference: Gaussian) -> float | None:
     """That of the Frechet distance of features (N, D), of which `samples` are the moments, from a reference's.
 
     None if there are not more samples than features, whose covariance then has no inverse.
@@ -36,10 +34,11 @@ def of_frechet_distance(
     2 (m - m_r) by the mean m and I - T by the covariance C; T = R (R C R)^(-1/2) R with R = C_r^(1/2) is the optimal map
     from the samples' Gaussian to the reference's (Dowson & Landau 1982).
     """
-    if samples.count <= len(mean):
+    if samples.count <= len(samples.mean):
         return None
-    slope = (np.eye(len(mean)) - _optimal_map(samples.covariance, covariance)).astype(np.float32)
-    shift = samples.mean - mean
+    to_reference = _optimal_map(samples.covariance, reference.covariance)
+    slope = (np.eye(len(samples.mean)) - to_reference).astype(np.float32)
+    shift = samples.mean - reference.mean
     influence = []
     for start in range(0, len(features_ND), ROWS):
         centred = features_ND[start : start + ROWS] - samples.mean
