@@ -78,11 +78,17 @@ def written_metrics(config: Config) -> Metrics:
 
 def show_metrics(metrics: Metrics) -> None:
     from dsno_cluster import console
-    from dsno_cluster.evaluation.table import all_rows, error_lines, figures_of, spread_notes, table_rows
+    from dsno_cluster.evaluation.table import (
+        all_rows,
+        conditions,
+        error_lines,
+        figures_of,
+        spread_notes,
+        table_rows,
+    )
 
     if figures := figures_of(metrics):
-        count, extractor = metrics.num_samples, metrics.feature_extractor.name
-        console.table(f"{count} samples, {extractor}", *table_rows(metrics))
+        console.table(f"{metrics.num_samples} samples, {conditions(metrics)}", *table_rows(metrics))
         _print_lines(spread_notes(figures, all_rows(metrics)))
     elif (cost := metrics.student.cost_in_teacher_evaluations) is not None:
         print(f"cost of a sample: {cost:.1f} evaluations of the teacher")
@@ -96,10 +102,10 @@ def show_metrics(metrics: Metrics) -> None:
 def show_figures(metrics: ImagesMetrics) -> None:
     """Show the figures of existing images."""
     from dsno_cluster import console
-    from dsno_cluster.evaluation.table import known_figures, spread_notes
+    from dsno_cluster.evaluation.table import conditions, known_figures, spread_notes
 
     extractor, figures = metrics.feature_extractor.name, metrics.figures
-    title = f"{metrics.num_samples} images of {metrics.samples.address}, {extractor}"
+    title = f"{metrics.num_samples} images of {metrics.samples.address}, {conditions(metrics)}"
     shown = [figure for figure in known_figures(extractor) if figure.text(figures)]
     console.table(title, ["figure", "value"], [[figure.title, figure.text(figures)] for figure in shown])
     _print_lines(spread_notes(shown, [figures]))

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start, later
 from dsno_cluster.config.paths import LocalPath, ReferencePath
+from dsno_cluster.config.protocols import ProtocolName, contradiction
 
 MetricName = Literal[
     "fid", "sfid", "kid", "inception_score", "precision_recall", "nearest", "agreement", "trajectory_error"
@@ -17,6 +18,15 @@ MetricName = Literal[
 class Evaluation(Named):
     num_samples: int = Field(
         ge=2, description="images drawn from the student, and from the teacher for each of its rows"
+    )
+    protocol: ProtocolName | None = later(
+        None,
+        description="a paper's: sets the keys that belong together, and refuses a config that contradicts them "
+        "(docs/evaluation.md)",
+    )
+    draws: PositiveInt = later(
+        1,
+        description="how many times num_samples are drawn, one after the other; FID is the minimum, as EDM's",
     )
     batch_size: PositiveInt = Field(
         250, description="images that an actor draws at the same time, and images in a kept shard of samples"
@@ -105,6 +115,10 @@ class Evaluation(Named):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Evaluation:
+        if self.protocol is not None and (problem := contradiction(self.protocol, dict(self))):
+            raise ValueError(problem)
+        if self.draws > 1 and {*self.metrics} - {"trajectory_error"} != {"fid"}:
+            raise ValueError(f"draws {self.draws} goes with metrics [fid], whose minimum is taken")
         if self.keep_samples and self.num_samples % self.batch_size:
             raise ValueError(
                 f"keep_samples writes shards of batch_size {self.batch_size}: num_samples {self.num_samples} must be a multiple"
@@ -128,6 +142,11 @@ class Evaluation(Named):
                 f"best_metric {self.best_metric} is not among metrics: {', '.join(self.metrics)}"
             )
         return self
+
+    @property
+    def drawn(self) -> int:
+        """How many images are drawn from the student, and for each of the teacher's rows."""
+        return self.num_samples * self.draws
 
     @property
     def judged_by(self) -> MetricName:

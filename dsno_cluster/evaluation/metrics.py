@@ -6,7 +6,8 @@ moments, and the rows of features only for those metrics that need them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -149,6 +150,14 @@ def figures(
     if "agreement" in readings:
         found["agreement"] = samples.agreeing / samples.count
     return Figures.model_validate(found)
+
+
+def best_draw(draws: Sequence[Figures]) -> Figures:
+    """The figures of the draw with the smallest FID, and the FIDs of all, if there are several (Karras et al. 2022, EDM)."""
+    if len(draws) == 1:
+        return draws[0]
+    best = min(draws, key=lambda draw: math.inf if draw.fid is None else draw.fid)
+    return Figures.model_validate({**best.values(), "fid_draws": [draw.fid for draw in draws]})
 
 
 def distance_of_copies(readings: Readings, held_out: Collected, reference: Reference | None) -> float:

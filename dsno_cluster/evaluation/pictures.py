@@ -19,6 +19,7 @@ from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.records import Layout, Metrics
 from dsno_cluster.evaluation.table import (
     all_rows,
+    conditions,
     error_lines,
     figures_of,
     spread_notes,
@@ -196,10 +197,10 @@ def _samples_picture(
     header, table = table_rows(metrics)
     lines = error_lines(metrics)
     column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
-    extractor, count = metrics.feature_extractor.name, metrics.num_samples
+    count, by = metrics.num_samples, conditions(metrics)
     notes = [
         *(
-            [f"{count} samples against {metrics.reference.count or 'the'} real images, {extractor}."]
+            [f"{count} samples against {metrics.reference.count or 'the'} real images, {by}."]
             if figures_of(metrics)
             else []
         ),

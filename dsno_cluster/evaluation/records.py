@@ -28,6 +28,7 @@ class Figures(SparseRecord):
     model_config = ConfigDict(extra="allow")
     fid: float | None = None
     fid_ci95: float | None = None
+    fid_draws: tuple[float, ...] = ()
     sfid: float | None = None
     sfid_ci95: float | None = None
     kid: float | None = None
@@ -159,11 +160,12 @@ class Layout(Record):
 
 
 class Measurement(Record):
-    """The keys that the files of all evaluations have beside their figures."""
+    """The keys that the files of all evaluations have beside their figures. `protocol` is that of the config."""
 
     known_by: ClassVar[str]  # a key that only files of this kind have
     schema_version: Literal[1] = 1
     name: str
+    protocol: str | None = None
     num_samples: int
     reference: ReferenceFacts = ReferenceFacts()
     feature_extractor: ExtractorName = ExtractorName()
@@ -177,11 +179,13 @@ class Measurement(Record):
 class Metrics(Measurement):
     """metrics.json: a student and its teacher.
 
-    `decoder` turned the states into the images that were measured; None: they are images. `seconds` exclude the teacher's
-    rows that were known before. `before`: if the student began as another one, whose evaluation is equal to this.
+    Each row is of `draws` times `num_samples`. `decoder` turned the states into the images that were measured; None: they
+    are images. `seconds` exclude the teacher's rows that were known before. `before`: if the student began as another one,
+    whose evaluation is equal to this.
     """
 
     known_by: ClassVar[str] = "student"
+    draws: int = 1
     checkpoint: Checkpoint = Checkpoint()
     teacher: Values | None = None
     decoder: Values | None = None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsno_cluster.evaluation.records import Figures, Metrics, StudentRow
+from dsno_cluster.config.protocols import PROTOCOLS
+from dsno_cluster.evaluation.records import Figures, Measurement, Metrics, StudentRow
 from dsno_cluster.features import INCEPTION
 
 MOST_DECIMALS = 8
@@ -24,17 +25,21 @@ class Figure:
     def text(self, row: Figures) -> str:
         """The figure of a row with half of its interval, or without one its standard deviation, if the row has either.
 
-        It has as many decimals as show what follows the ±; it is empty if the row has no such figure.
+        It has as many decimals as show what follows the ±, and the figures of all draws if there are several; it is empty if
+        the row has no such figure.
         """
         value, spread, decimals = row.figure(self.key), row.figure(f"{self.key}_ci95"), self.decimals
         if value is None:
             return ""
         spread = row.figure(f"{self.key}_std") if spread is None else spread
-        if not spread:
-            return f"{value:.{decimals}f}"
-        while decimals < MOST_DECIMALS and float(f"{spread:.{decimals}f}") == 0:
+        while spread and decimals < MOST_DECIMALS and float(f"{spread:.{decimals}f}") == 0:
             decimals += 1
-        return f"{value:.{decimals}f} ± {spread:.{decimals}f}"
+        draws = row.fid_draws if self.key == "fid" else ()
+        return (
+            f"{value:.{decimals}f}"
+            + (f" ± {spread:.{decimals}f}" if spread else "")
+            + (f" ({', '.join(f'{draw:.{decimals}f}' for draw in draws)})" if draws else "")
+        )
 
 
 def known_figures(extractor: str) -> list[Figure]:
@@ -59,6 +64,12 @@ def figures_of(metrics: Metrics) -> list[Figure]:
     rows = all_rows(metrics)
     known = known_figures(metrics.feature_extractor.name)
     return [figure for figure in known if any(row.figure(figure.key) is not None for row in rows)]
+
+
+def conditions(metrics: Measurement) -> str:
+    """For the caption of a table: the extractor of its figures, and the protocol, if they follow one."""
+    title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
+    return metrics.feature_extractor.name + (f", {title}" if title else "")
 
 
 def spread_notes(figures: Sequence[Figure], rows: Sequence[Figures]) -> list[str]:

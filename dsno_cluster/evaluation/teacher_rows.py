@@ -60,6 +60,7 @@ class ComparisonSpec(Named):
     guidance_interval: tuple[float, float] | None = later(None)
     guidance_channels: int | None = later(None)
     guide: AnyTeacherIdentity | None = later(None)
+    draws: int = later(1)
     precision: str = later("float32")
     other_extractors: dict[str, str] = later({})
     kid_subsets: int | None = later(None)
@@ -114,6 +115,7 @@ def comparison_spec(
         ),
         reference="data" if settings.reference == "data" else _parts_of(real),
         num_samples=settings.num_samples,
+        draws=settings.draws,
         seed=settings.seed,
         metrics=tuple(m for m in settings.metrics if m != "trajectory_error"),
         guidance_scale=config.trajectories.guidance_scale,
