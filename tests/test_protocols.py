@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
+import vits
 from inception import save_random_inception
+from pictures import EVERY, picture
 from report_runs import metrics, write_evaluation
 from test_report import report
 from tiny import TINY, dsno
@@ -20,11 +23,13 @@ from dsno_cluster.config import dump_config, load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.evaluate import evaluate_images
-from dsno_cluster.evaluation.metrics import frechet, inception_score, precision_recall
+from dsno_cluster.evaluation.metrics import cmmd, frechet, inception_score, precision_recall
 from dsno_cluster.evaluation.records import ImagesMetrics, Metrics
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.classifiers import DigitsFeatures
-from dsno_cluster.features.extractors import WeightsFile, find_weights, load_extractor
+from dsno_cluster.features.extractors import WeightsFile, find_weights, layer_of, load_extractor
+from dsno_cluster.features.inception import CLEAN, clean_resized
+from dsno_cluster.features.kernels import squared_mmd
 from dsno_cluster.features.statistics import Gaussian, merge, moments_of
 from dsno_cluster.files import file_sha256
 from dsno_cluster.image_sets.opening import open_images
@@ -203,3 +208,92 @@ def test_draws_are_those_of_further_samples(tiny_data: Path, tmp_path: Path) -> 
     best = each[row["fid_draws"].index(row["fid"])]
     assert row["fid_ci95"] == pytest.approx(best["fid_ci95"], rel=1e-4)
     assert all(len(teachers["fid_draws"]) == 2 for teachers in found["teacher_rows"])
+
+
+def test_images_are_resized_as_clean_fid_does() -> None:
+    """Larger and smaller ones, a part of the pixels that its own function gives."""
+    given, _ = made("clean_fid")
+    for size in (32, 310):
+        image = torch.from_numpy(picture(size, size + 9)).permute(2, 0, 1)
+        ours = clean_resized(image, 299).permute(1, 2, 0)[::EVERY, ::EVERY].numpy()
+        assert np.allclose(ours, given[f"resized {size}"], rtol=0, atol=1e-4), size
+        assert ours.min() >= 0 and ours.max() <= 255
+
+
+@pytest.mark.slow
+def test_clean_inception_is_inception_where_nothing_is_resized(tmp_path: Path) -> None:
+    file = save_random_inception(tmp_path / "inception.pth")
+    images = torch.from_numpy(np.stack([picture(299, 299), picture(299, 299)[::-1]])).permute(0, 3, 1, 2)
+    layers = ["2048", "logits_unbiased"]
+    clean, plain = (
+        load_extractor(WeightsFile(name, file, file_sha256(file)), layers)(images.contiguous())
+        for name in (CLEAN, INCEPTION)
+    )
+    for layer in layers:
+        assert torch.allclose(clean[layer], plain[layer], rtol=1e-5, atol=1e-6), layer
+
+
+def features_by(
+    extractor: str, weights: dict[str, torch.Tensor], folder: Path, sizes: tuple[int, int]
+) -> np.ndarray:
+    """The features of two pictures, by a file of these weights."""
+    file = folder / "model.safetensors"
+    safetensors.torch.save_file(weights, file)
+    found = find_weights(extractor, str(file), file_sha256(file))
+    loaded = load_extractor(found, [layer_of(extractor, "fid")])
+    images = [torch.from_numpy(picture(size, size)).permute(2, 0, 1)[None].contiguous() for size in sizes]
+    return torch.cat([next(iter(loaded(each).values())) for each in images]).numpy()
+
+
+def test_dinov2_gives_what_dgm_eval_gives(tmp_path: Path) -> None:
+    """With random weights: the features of its encoder around the original network, and its distance."""
+    pytest.importorskip("transformers")
+    given, expected = made("fd_dinov2")
+    found = features_by("dinov2", vits.dinov2_weights(), tmp_path, (40, 300))
+    assert found.shape == (2, vits.DINOV2.width)
+    assert np.allclose(found, given["features"], rtol=1e-4, atol=1e-5)
+    features = made("adm")[0]
+    ours = moments_of(features["real"])
+    assert distance(features["samples"], ours.mean, ours.covariance) == pytest.approx(
+        expected["fid"], rel=1e-6
+    )
+
+
+def test_cmmd_gives_what_its_program_gives(tmp_path: Path) -> None:
+    """The embeddings of the original CLIP with random weights; the distance in 64 bits, and in 32 to the precision of those."""
+    pytest.importorskip("transformers")
+    given, expected = made("cmmd")
+    found = features_by("clip", vits.clip_weights(), tmp_path, (40, 100))
+    assert found.shape == (2, vits.CLIP.embedding)
+    assert np.allclose(found, given["features"], rtol=1e-4, atol=1e-5)
+    embeddings = [
+        rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for rows in map(made("adm")[0].get, ("samples", "real"))
+    ]
+    row = cmmd(*embeddings)
+    assert row["cmmd"] == pytest.approx(expected["cmmd in 64 bits"], rel=1e-6)
+    assert row["cmmd"] == pytest.approx(expected["cmmd"], abs=1e-3)
+    blocks, _ = squared_mmd(*map(torch.from_numpy, embeddings), 10.0, numbers=1000)
+    assert 1000 * blocks == pytest.approx(row["cmmd"], rel=1e-9)
+
+
+def test_weights_that_are_not_a_transformers_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    ours = vits.dinov2_weights()
+    without = {name: tensor for name, tensor in ours.items() if "mlp.fc2" not in name}
+    wide = {name: tensor[..., :90] if "mlp.fc2.weight" in name else tensor for name, tensor in ours.items()}
+    for extractor, weights, says in [
+        ("dinov2", vits.clip_weights(), "has no embeddings.patch_embeddings"),
+        ("clip", ours, "has no vision_model.embeddings"),
+        ("dinov2", without, "missing keys: .*mlp.fc2"),
+        ("dinov2", wide, "mismatched keys: .*mlp.fc2"),
+    ]:
+        with pytest.raises(UserError, match=says) as refused:
+            features_by(extractor, weights, tmp_path, (40, 40))
+        assert "\n" not in str(refused.value)
+
+
+def test_transformers_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"need transformers: pip install 'dsno-cluster\[protocols\]'"):
+        find_weights("dinov2", "weights.safetensors", None)

@@ -11,7 +11,15 @@ from dsno_cluster.config.paths import LocalPath, ReferencePath
 from dsno_cluster.config.protocols import ProtocolName, contradiction
 
 MetricName = Literal[
-    "fid", "sfid", "kid", "inception_score", "precision_recall", "nearest", "agreement", "trajectory_error"
+    "fid",
+    "sfid",
+    "kid",
+    "cmmd",
+    "inception_score",
+    "precision_recall",
+    "nearest",
+    "agreement",
+    "trajectory_error",
 ]
 
 
@@ -51,11 +59,12 @@ class Evaluation(Named):
         ("fid", "trajectory_error"),
         description="what is measured; `nearest`: how far samples are from the nearest training image, and how many are "
         "copies; `agreement`: how often the extractor sees the class asked for; "
-        "`trajectory_error`: against the teacher, on held-out noise; `sfid`: ADM's; the others are torch-fidelity's",
+        "`trajectory_error`: against the teacher, on held-out noise; `sfid`: ADM's; `cmmd`: by a Gaussian kernel; "
+        "the others are torch-fidelity's",
     )
     feature_extractor: str = Field(
         "inception-v3-compat",
-        description="one of torch-fidelity's extractors, or digits-features or mnist-features",
+        description="one of torch-fidelity's extractors, or inception-v3-clean, dinov2, clip, digits-features or mnist-features",
     )
     weights_path: LocalPath | None = Field(
         None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-ProtocolName = Literal["edm", "adm"]
+ProtocolName = Literal["edm", "adm", "clean-fid", "fd-dinov2", "cmmd"]
 INCEPTION = "inception-v3-compat"
 
 
@@ -41,6 +41,23 @@ PROTOCOLS: dict[str, Protocol] = {
             "neighborhood": 3,
         },
         batch=True,
+    ),
+    "clean-fid": Protocol(
+        "protocol of clean-fid",
+        {
+            "num_samples": 50_000,
+            "draws": 1,
+            "metrics": ["fid"],
+            "feature_extractor": "inception-v3-clean",
+        },
+    ),
+    "fd-dinov2": Protocol(
+        "protocol of FD-DINOv2 (dgm-eval)",
+        {"num_samples": 50_000, "draws": 1, "metrics": ["fid"], "feature_extractor": "dinov2"},
+    ),
+    "cmmd": Protocol(
+        "protocol of CMMD",
+        {"num_samples": 30_000, "draws": 1, "metrics": ["cmmd"], "feature_extractor": "clip"},
     ),
 }
 

@@ -23,6 +23,7 @@ from dsno_cluster.evaluation.records import Figures
 from dsno_cluster.features import intervals
 from dsno_cluster.features.extractors import Reading, Readings
 from dsno_cluster.features.inception import SPATIAL, SPATIAL_WIDTH
+from dsno_cluster.features.kernels import squared_mmd
 from dsno_cluster.features.neighbours import precision_recall_on
 from dsno_cluster.features.statistics import BlockMerger, Gaussian, Moments, distance_from
 from dsno_cluster.image_sets.image_set import DataIdentity
@@ -30,8 +31,9 @@ from dsno_cluster.image_sets.image_set import DataIdentity
 # metrics that compare means and covariances, and what these are called in an .npz
 STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 FRECHET = tuple(STATISTICS)
-BY_ROW = ("kid", "inception_score", "precision_recall", "nearest")  # need each sample's features
-OF_REFERENCE = (*FRECHET, "kid", "precision_recall", "nearest")  # compare with real images
+BY_ROW = ("kid", "cmmd", "inception_score", "precision_recall", "nearest")  # need each sample's features
+OF_REFERENCE = (*FRECHET, "kid", "cmmd", "precision_recall", "nearest")  # compare with real images
+CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0  # of its paper, and of its program
 WHOLE_MATRIX = (
     10_000  # up to this many samples, torch-fidelity's default, which holds all distances, fits in memory
 )
@@ -102,7 +104,7 @@ def layers_by_row(readings: Readings, of_reference: bool) -> set[str]:
 def fewest(settings: Evaluation) -> dict[str, int]:
     """The smallest number of images, on either side, for the metrics that need one."""
     return {
-        **dict.fromkeys(FRECHET, 2),  # a covariance
+        **dict.fromkeys((*FRECHET, "cmmd"), 2),  # a covariance, or a deviation
         "kid": settings.kid_subset_size,
         "inception_score": settings.inception_splits,
         "precision_recall": settings.neighborhood + 1,
@@ -140,6 +142,8 @@ def figures(
             found |= frechet(metric, moments, features, reference.statistics[metric])
     if "kid" in readings:
         found |= kid(settings, *_pair(readings["kid"], samples, reference))
+    if "cmmd" in readings:
+        found |= cmmd(*_pair(readings["cmmd"], samples, reference))
     if "inception_score" in readings:
         found |= inception_score(settings, samples.features[readings["inception_score"].key])
     if "precision_recall" in readings:
@@ -215,6 +219,18 @@ def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> Found:
     deviation, count = found[KEY_METRIC_KID_STD], min(len(samples), len(real))
     half = intervals.of_subsets(deviation, settings.kid_subsets, settings.kid_subset_size, count)
     return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": deviation, "kid_ci95": half}
+
+
+def cmmd(samples: np.ndarray, real: np.ndarray) -> Found:
+    """CLIP's Maximum Mean Discrepancy (Jayasumana et al. 2024) and its interval. On a GPU, if this process sees one."""
+    ours, theirs, device = torch.from_numpy(samples), torch.from_numpy(real), compute_device()
+    try:
+        found, influence = squared_mmd(ours.to(device), theirs.to(device), CMMD_BANDWIDTH)
+    except torch.OutOfMemoryError:  # the actors hold it
+        console.say("note: the GPU has no room for CMMD: it is computed on the CPU")
+        found, influence = squared_mmd(ours, theirs, CMMD_BANDWIDTH)
+    half = intervals.of_mean(influence.cpu().numpy())
+    return {"cmmd": CMMD_SCALE * found, "cmmd_ci95": CMMD_SCALE * half}
 
 
 def inception_score(settings: Evaluation, logits: np.ndarray) -> dict[str, float]:

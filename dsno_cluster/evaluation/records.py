@@ -34,6 +34,8 @@ class Figures(SparseRecord):
     kid: float | None = None
     kid_std: float | None = None
     kid_ci95: float | None = None
+    cmmd: float | None = None
+    cmmd_ci95: float | None = None
     inception_score: float | None = None
     inception_score_std: float | None = None
     precision: float | None = None

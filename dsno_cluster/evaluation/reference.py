@@ -30,8 +30,9 @@ from dsno_cluster.evaluation.metrics import (
 )
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.features import INCEPTION
-from dsno_cluster.features.extractors import Readings, WeightsFile, check_shape, is_published
+from dsno_cluster.features.extractors import Reading, Readings, WeightsFile, check_shape, is_published
 from dsno_cluster.features.statistics import Gaussian
+from dsno_cluster.features.vision_transformers import PUBLISHED_WIDTHS
 from dsno_cluster.files import file_sha256, not_there
 from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet
 from dsno_cluster.image_sets.npz_file import array_names, find_images, npz_file, read_arrays
@@ -334,6 +335,14 @@ def finished_reference(storage: Storage, real: RealData, collected: Collected | 
     return merged(real.statistics, found)
 
 
+def _width(reference: Reference, metric: str, reading: Reading) -> int | None:
+    """How many features the extractor gives for a metric, as far as the reference shows it."""
+    if metric in reference.statistics:
+        return len(reference.statistics[metric].mean)
+    rows = reference.features.get(reading.key)
+    return None if rows is None else rows.shape[1]
+
+
 def warnings_of(
     readings: Readings,
     weights: dict[str, WeightsFile],
@@ -358,6 +367,12 @@ def warnings_of(
             )
         elif reference.count < ENOUGH:
             found.append(f"fid: the reference is of only {reference.count} images")
+    for metric, reading in readings.items():
+        wanted, width = PUBLISHED_WIDTHS.get(reading.extractor), _width(reference, metric, reading)
+        if wanted is not None and width not in (None, wanted):
+            found.append(
+                f"{metric}: by {reading.extractor} of {width} features; published figures are of ViT-L/14, which has {wanted}"
+            )
     if reference.resolution is None:
         found.append("the reference's resolution is not recorded; say it by evaluation.reference_resolution")
     elif reference.resolution != resolution:

@@ -11,6 +11,8 @@ from dsno_cluster.evaluation.records import Figures, Measurement, Metrics, Stude
 from dsno_cluster.features import INCEPTION
 
 MOST_DECIMALS = 8
+# what the field calls the Frechet distance by an extractor
+FRECHET_DISTANCES = {INCEPTION: "FID", "inception-v3-clean": "clean-FID", "dinov2": "FD-DINOv2"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ def known_figures(extractor: str) -> list[Figure]:
     """Every figure that a table may show, in order; the titles depend on the extractor."""
     inception = extractor == INCEPTION
     return [
-        Figure("fid", "FID" if inception else "Frechet distance", 2, "lower"),
+        Figure("fid", FRECHET_DISTANCES.get(extractor, "Frechet distance"), 2, "lower"),
         Figure("sfid", "sFID", 2, "lower"),
         Figure("kid", "KID" if inception else "kernel distance", 4, "lower"),
+        Figure("cmmd", "CMMD" if extractor == "clip" else "Gaussian kernel distance", 3, "lower"),
         Figure("inception_score", "Inception score" if inception else "class score", 2, "higher"),
         Figure("precision", "precision", 3, "higher"),
         Figure("recall", "recall", 3, "higher"),

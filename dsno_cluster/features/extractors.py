@@ -20,17 +20,25 @@ from dsno_cluster.config import Evaluation
 from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.classifiers import CLASSIFIERS
-from dsno_cluster.features.inception import SPATIAL, WithSpatial
+from dsno_cluster.features.inception import CLEAN, SPATIAL, WithSpatial
+from dsno_cluster.features.vision_transformers import TRANSFORMERS, check_installed
 from dsno_cluster.files import cache_folder, file_sha256, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
 VGG = "vgg16"
 # extractors whose weights are tensors by name; others' may hold programs
-STATE_DICTS = (*CLASSIFIERS, VGG, INCEPTION)
+STATE_DICTS = (*CLASSIFIERS, *TRANSFORMERS, VGG, INCEPTION, CLEAN)
 OTHER_KEY = "evaluation.precision_recall_weights"  # of the keys of another extractor
-# torch-fidelity's names of the metrics that read features; `nearest` is ours, and reads what FID reads
-METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc", "nearest": "fid"}
+# torch-fidelity's names of the metrics that read features; `nearest` and `cmmd` are not its own, and read what FID reads
+METRICS = {
+    "fid": "fid",
+    "kid": "kid",
+    "inception_score": "isc",
+    "precision_recall": "prc",
+    "nearest": "fid",
+    "cmmd": "fid",
+}
 BATCH = 64  # images at a time, torch-fidelity's default
 WEIGHT_FILE = "weights.safetensors"
 
@@ -172,6 +180,8 @@ def find_weights(
     another sha256 or a failed download.
     """
     _check_known(name)
+    if name in TRANSFORMERS:
+        check_installed()
     if path is None and name in CLASSIFIERS:
         path = f"package:{name}"
     if path is None:
@@ -216,7 +226,7 @@ def published_url(name: str) -> str | None:
 
     None for extractors not known here.
     """
-    if name == INCEPTION:
+    if name in (INCEPTION, CLEAN):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
         return str(URL_INCEPTION_V3)

@@ -2,6 +2,9 @@
 
     python tests/data/make_protocols.py adm CHECKOUT_OF_OPENAI_GUIDED_DIFFUSION
     python tests/data/make_protocols.py edm CHECKOUT_OF_NVLABS_EDM
+    python tests/data/make_protocols.py clean-fid CHECKOUT_OF_CLEAN_FID
+    python tests/data/make_protocols.py fd-dinov2 CHECKOUT_OF_DGM_EVAL CHECKOUT_OF_DINOV2
+    python tests/data/make_protocols.py cmmd CHECKOUT_OF_GOOGLE_RESEARCH CHECKOUT_OF_OPENAI_CLIP
 
 The programs import TensorFlow and others that nothing here needs: an empty module stands in for each. Where they compute by a
 TensorFlow session, numpy does what its graph says, in the graph's precision.
@@ -12,15 +15,24 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import safetensors.numpy
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import vits
+from pictures import EVERY, picture
 
 OUT = Path(__file__).parent / "protocols"
 SPLIT = 100  # samples in a part of the Inception Score
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of clip/clip.py
 
 
 def features(seed: int, count: int, width: int, shift: float) -> np.ndarray:
@@ -37,9 +49,9 @@ def write(name: str, tensors: dict[str, Any]) -> None:
 
 def imported(checkout: str, name: str, stand_ins: tuple[str, ...]) -> Any:
     """A module of a checkout."""
-    with mock.patch.dict(sys.modules, {each: mock.MagicMock() for each in stand_ins}):
-        sys.path.insert(0, checkout)
-        return importlib.import_module(name)
+    sys.modules.update({each: mock.MagicMock() for each in stand_ins})
+    sys.path.insert(0, checkout)
+    return importlib.import_module(name)
 
 
 def softmax(rows: np.ndarray) -> np.ndarray:
@@ -143,5 +155,88 @@ def make_edm(checkout: str) -> None:
     )
 
 
+def make_clean_fid(checkout: str) -> None:
+    module = imported(checkout, "cleanfid.resize", ())
+    images = {size: picture(size, size + 9) for size in (32, 310)}
+    resized = {size: module.build_resizer("clean")(image) for size, image in images.items()}
+    write("clean_fid", {f"resized {size}": found[::EVERY, ::EVERY] for size, found in resized.items()})
+
+
+def make_fd_dinov2(dgm_eval: str, dinov2: str) -> None:
+    import torch
+
+    distances = imported(f"{dgm_eval}/dgm_eval/metrics", "fd", ())
+    package = ModuleType("dgm_eval.models")  # without the other encoders, and what they import
+    package.__path__ = [f"{dgm_eval}/dgm_eval/models"]
+    sys.modules[package.__name__] = package
+    encoders = imported(dgm_eval, "dgm_eval.models.dinov2", ())
+    vision = imported(dinov2, "dinov2.models.vision_transformer", ())
+    shape = vits.DINOV2
+    network = vision.DinoVisionTransformer(
+        img_size=shape.image,
+        patch_size=shape.patch,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        init_values=1.0,
+        block_chunks=0,
+    )
+    network.load_state_dict(vits.as_dinov2(vits.dinov2_weights()))
+    with mock.patch.object(torch.hub, "load", return_value=network.eval()):
+        encoder = encoders.DINOv2Encoder()
+    pictures = [picture(40, 40), picture(300, 300)]
+    found = [encoder(encoder.transform(Image.fromarray(each))[None]) for each in pictures]
+    real, samples = features(0, 300, 24, 0.0), features(1, 400, 24, 0.3)
+    write(
+        "fd_dinov2",
+        {
+            "features": torch.cat(found).detach().numpy(),
+            "expected fid": np.float64(distances.compute_FD_with_reps(real, samples)),
+        },
+    )
+
+
+def make_cmmd(google_research: str, clip: str) -> None:
+    import jax
+    import torch
+
+    distance = imported(f"{google_research}/cmmd", "distance", ())
+    model = imported(f"{clip}/clip", "model", ())
+    shape = vits.CLIP
+    network = model.VisionTransformer(
+        shape.image, shape.patch, shape.width, shape.depth, shape.heads, shape.embedding
+    )
+    network.load_state_dict(vits.as_clip(vits.clip_weights()))
+    found = []
+    for each in (picture(40, 40), picture(100, 100)):
+        # cmmd/io_util.py resizes in 8 bit; embedding.py normalises as CLIP does
+        small = Image.fromarray(each).resize((shape.image, shape.image), resample=Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(small).astype(np.float32) / 255).permute(2, 0, 1)
+        normal = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+        embedding = network.eval()(normal[None])
+        found.append(embedding / embedding.norm(dim=-1, keepdim=True))  # as scenic's CLIP does
+    real, samples = (
+        f / np.linalg.norm(f, axis=1, keepdims=True)
+        for f in (features(0, 300, 24, 0.0), features(1, 400, 24, 0.3))
+    )
+    with jax.enable_x64(True):
+        in_64_bits = distance.mmd(samples.astype(np.float64), real.astype(np.float64))
+    write(
+        "cmmd",
+        {
+            "features": torch.cat(found).detach().numpy(),
+            "expected cmmd": np.float64(distance.mmd(samples, real)),
+            "expected cmmd in 64 bits": np.float64(in_64_bits),
+        },
+    )
+
+
 if __name__ == "__main__":
-    {"adm": make_adm, "edm": make_edm}[sys.argv[1]](sys.argv[2])
+    makers = {
+        "adm": make_adm,
+        "edm": make_edm,
+        "clean-fid": make_clean_fid,
+        "fd-dinov2": make_fd_dinov2,
+        "cmmd": make_cmmd,
+    }
+    makers[sys.argv[1]](*sys.argv[2:])
