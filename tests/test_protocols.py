@@ -281,7 +281,10 @@ def test_weights_that_are_not_a_transformers_are_refused(tmp_path: Path) -> None
     pytest.importorskip("transformers")
     ours = vits.dinov2_weights()
     without = {name: tensor for name, tensor in ours.items() if "mlp.fc2" not in name}
-    wide = {name: tensor[..., :90] if "mlp.fc2.weight" in name else tensor for name, tensor in ours.items()}
+    wide = {
+        name: tensor[..., :90].contiguous() if "mlp.fc2.weight" in name else tensor
+        for name, tensor in ours.items()
+    }
     for extractor, weights, says in [
         ("dinov2", vits.clip_weights(), "has no embeddings.patch_embeddings"),
         ("clip", ours, "has no vision_model.embeddings"),

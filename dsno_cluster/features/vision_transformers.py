@@ -170,6 +170,10 @@ def check_installed() -> None:
 
 def _with_weights(kind: Any, config: Any, tensors: Tensors) -> nn.Module:
     """A network of transformers with these weights, all of them and no others. Raises UserError if they are not its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what it would report, the error says in one line
+    logging.disable_progress_bar()
     # mismatched sizes do not pass by this: they are among the problems
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     network, found = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
