@@ -31,6 +31,7 @@ from dsno_cluster.evaluation.metrics import (
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.extractors import Reading, Readings, WeightsFile, check_shape, is_published
+from dsno_cluster.features.inception import CLEAN
 from dsno_cluster.features.statistics import Gaussian
 from dsno_cluster.features.vision_transformers import PUBLISHED_WIDTHS
 from dsno_cluster.files import file_sha256, not_there
@@ -352,11 +353,12 @@ def warnings_of(
 ) -> list[str]:
     """Reasons why the figures cannot be compared with published ones. `resolution`: of the samples."""
     found = []
-    inception = [metric for metric, reading in readings.items() if reading.extractor == INCEPTION]
-    if inception and not is_published(weights[INCEPTION]):
+    inception = [metric for metric, reading in readings.items() if reading.extractor in (INCEPTION, CLEAN)]
+    used = weights[readings[inception[0]].extractor] if inception else None
+    if used is not None and not is_published(used):
         found.append(
             f"{', '.join(inception)}: not by the published Inception weights, but by weights of sha256 "
-            f"{weights[INCEPTION].sha256[:8]}; comparable only with figures by the same"
+            f"{used.sha256[:8]}; comparable only with figures by the same"
         )
     if "fid" in inception:
         if count < ENOUGH:
