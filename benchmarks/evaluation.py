@@ -132,7 +132,7 @@ def actors_seconds(config: Config, file: Path, count: int) -> float:
             lambda: next(waiting), lambda actor, b: actor.run.remote(b), blocks, cluster.capacity, in_flight=2
         ):
             collected.add(block.start, measured.result)
-        collected.merger.result()
+        collected.mergers["fid"].result()
         return time.perf_counter() - began
 
 
@@ -192,15 +192,13 @@ def memory() -> None:
         found, random = Collected(count, size), np.random.default_rng(seed)
         for start in range(0, count, size):
             rows = {k: random.standard_normal((size, width), np.float32) for k, width in keys.items()}
-            found.add(start, BlockResult(moments_of(rows[layer.key]), rows, 0))
+            found.add(start, BlockResult({"fid": moments_of(rows[layer.key])}, rows, 0))
         return found
 
     began = time.perf_counter()
     real = collect(1, {layer.key: WIDTH})
-    moments = real.merger.result()
-    reference = Reference(
-        DataIdentity(kind="random"), moments.mean, moments.covariance, count, SIZE, real.features
-    )
+    statistics = {"fid": real.mergers["fid"].result().gaussian}
+    reference = Reference(DataIdentity(kind="random"), statistics, count, SIZE, real.features)
     samples = collect(2, {layer.key: WIDTH, logits.key: LOGITS})
     collected = peak_gb()
     shown = SimpleNamespace(**figures(settings, read, samples, reference).model_dump())

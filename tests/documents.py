@@ -30,6 +30,8 @@ TOOLS = (
 EXCUSED = {
     "source .venv/bin/activate": "the shell's own; `make setup` makes that environment, and tests run in one",
     "dsno-cluster eval mine.yaml": "needs Inception's weights, which are not at hand; test_metrics.py has random ones",
+    "dsno-cluster eval configs/cifar10.yaml evaluation.protocol=edm": "needs Inception's weights and 150 000 samples; "
+    "test_protocols.py has the protocols' parts",
     "dsno-cluster import-trajectories SOURCE --out runs --scale flow --timesteps 0.999,0.937,0.833,0.624": "needs "
     "trajectories of another trainer; test_foreign_trajectories.py writes some",
     "dsno-cluster train configs/digits.yaml trajectories.imported=NAME_OF_IMPORT teacher.path=null student.warm_start=false "

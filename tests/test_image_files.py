@@ -20,7 +20,7 @@ from tiny import answer
 from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.metrics import Reference, fid
+from dsno_cluster.evaluation.metrics import frechet
 from dsno_cluster.evaluation.reference import imported
 from dsno_cluster.features.statistics import moments_of
 from dsno_cluster.image_sets.image_set import DataIdentity
@@ -377,8 +377,9 @@ def test_statistics_in_any_order_and_precision(tmp_path: Path) -> None:
         "configs/digits.yaml", [f"evaluation.reference={tmp_path / 'real.npz'}"]
     ).evaluation
     found = imported(settings)
-    assert found is not None and found.covariance is not None
-    assert np.array_equal(found.covariance, covariance) and found.covariance.dtype == np.float64
+    assert found is not None
+    kept = found.statistics["fid"].covariance
+    assert np.array_equal(kept, covariance) and kept.dtype == np.float64
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -418,10 +419,9 @@ def test_batches_that_hold_no_images(data: bytes, says: str, tmp_path: Path) -> 
 def test_features_that_are_not_finite_are_said() -> None:
     right = moments_of(NOISE)
     wrong = moments_of(np.where(NOISE > 3, np.nan, NOISE))
-    identity = DataIdentity(kind="x")
     for samples, reference, whose in ((wrong, right, "samples"), (right, wrong, "reference")):
         with pytest.raises(UserError, match=f"features of the {whose} are not finite"):
-            fid(samples, Reference(identity, reference.mean, reference.covariance, 64, 8))
+            frechet("fid", samples, NOISE, reference.gaussian)
 
 
 @pytest.mark.parametrize("whose", ["samples", "reference"])

@@ -88,7 +88,8 @@ def torch_fidelitys(samples: torch.Tensor, real: torch.Tensor, **options: Any) -
 
 
 def check_equal(ours: dict[str, float], theirs: dict[str, float]) -> None:
-    assert ours.keys() == theirs.keys()
+    """Their figures; torch-fidelity has no intervals."""
+    assert {name for name in ours if not name.endswith("_ci95")} == theirs.keys()
     for name in ("fid", "inception_score", "inception_score_std"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
     for name in {"kid", "kid_std", "precision", "recall", "f_score", "agreement"} & theirs.keys():
@@ -118,7 +119,7 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
         student="0" * 64, seed=1, samples_per_shard=99, threads=1, precision="float32", compile=False
     )
     commit_manifest(drawn, "", make_manifest(spec, shards, NOWHERE))
-    measured = []
+    measured, intervals = [], []
     for actors, size, name in ((2, 37, "samples.npz"), (1, 64, "drawn")):
         done = dsno(
             *[
@@ -136,7 +137,9 @@ def test_every_metric_is_torch_fidelitys_own(tmp_path: Path) -> None:
         found = json.loads(done.stdout)
         assert found["num_samples"] == 297 and found["reference"]["count"] == 1500
         check_equal(found["figures"], wanted)
+        intervals.append({name: found["figures"][name] for name in ("fid_ci95", "kid_ci95")})
         measured.append(done.stderr)
+    assert intervals[0] == intervals[1] and 0 < intervals[0]["fid_ci95"] < wanted["fid"]
     assert len(list((tmp_path / "evaluation/references").iterdir())) == 1  # computed once
     # the reference's images are not measured again
     assert "1797/1797" in measured[0] and "297/297" in measured[1]
@@ -330,7 +333,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
 
     edm = real("edm.npz", "evaluation.reference_count=50000", "evaluation.reference_resolution=8")
     assert edm.images is None and edm.statistics.count == 50000 and edm.statistics.resolution == 8
-    assert np.array_equal(edm.statistics.mean, mean)
+    assert np.array_equal(edm.statistics.statistics["fid"].mean, mean)
     adm = real("adm.npz")  # the statistics are of the whole data set, the 30 images a part of it
     assert adm.images is None and adm.statistics.count is None and adm.statistics.resolution == 8
     both = real("adm.npz", "evaluation.metrics=[fid, kid]", "evaluation.kid_subset_size=20")
@@ -346,7 +349,7 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             real("adm.npz", *words)
     with pytest.raises(UserError, match="mu of 64 features, the extractor gives 2048"):
-        check_width(mean, Reading(INCEPTION, "2048"))
+        check_width("fid", mean, Reading(INCEPTION, "2048"))
     np.savez(tmp_path / "wide.npz", mu=np.arange(2048.0), sigma=np.eye(2048))
     with pytest.raises(UserError, match="mu of 2048 features, the extractor gives 64"):
         real("wide.npz")
@@ -357,7 +360,9 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
         real("colour.npz")
     alone = real("images.npz")
     assert alone.statistics is None and alone.images.count == 30 and set(alone.spec.holds) == {"fid"}
-    with pytest.raises(UserError, match="kid compare single images"):
+    with pytest.raises(
+        UserError, match=r"kid cannot be measured against .*edm\.npz, which holds only mu and sigma"
+    ):
         real("edm.npz", "evaluation.metrics=[fid, kid]")
     np.savez(tmp_path / "other.npz", x=mean)
     np.savez(tmp_path / "bad.npz", mu=mean, sigma=np.eye(3))

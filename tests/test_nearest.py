@@ -110,7 +110,9 @@ def test_a_reference_without_images_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "edm.npz", mu=np.zeros(64), sigma=np.eye(64))
     config = load_config("configs/digits.yaml", [f"evaluation.reference={tmp_path / 'edm.npz'}", NEAREST])
     settings = config.evaluation
-    with pytest.raises(UserError, match=r"nearest compare single images, and .* holds only mu and sigma"):
+    with pytest.raises(
+        UserError, match=r"nearest cannot be measured against .*, which holds only mu and sigma"
+    ):
         find_real_data(
             config,
             open_storage(str(tmp_path)),

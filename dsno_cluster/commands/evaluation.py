@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -77,11 +78,18 @@ def written_metrics(config: Config) -> Metrics:
 
 def show_metrics(metrics: Metrics) -> None:
     from dsno_cluster import console
-    from dsno_cluster.evaluation.table import error_lines, figures_of, table_rows
+    from dsno_cluster.evaluation.table import (
+        all_rows,
+        conditions,
+        error_lines,
+        figures_of,
+        spread_notes,
+        table_rows,
+    )
 
-    if figures_of(metrics):
-        count, extractor = metrics.num_samples, metrics.feature_extractor.name
-        console.table(f"{count} samples, {extractor}", *table_rows(metrics))
+    if figures := figures_of(metrics):
+        console.table(f"{metrics.num_samples} samples, {conditions(metrics)}", *table_rows(metrics))
+        _print_lines(spread_notes(figures, all_rows(metrics)))
     elif (cost := metrics.student.cost_in_teacher_evaluations) is not None:
         print(f"cost of a sample: {cost:.1f} evaluations of the teacher")
     lines = error_lines(metrics)
@@ -94,14 +102,13 @@ def show_metrics(metrics: Metrics) -> None:
 def show_figures(metrics: ImagesMetrics) -> None:
     """Show the figures of existing images."""
     from dsno_cluster import console
-    from dsno_cluster.evaluation.table import known_figures
+    from dsno_cluster.evaluation.table import conditions, known_figures, spread_notes
 
     extractor, figures = metrics.feature_extractor.name, metrics.figures
-    title = f"{metrics.num_samples} images of {metrics.samples.address}, {extractor}"
-    rows = [
-        [figure.title, figure.text(figures)] for figure in known_figures(extractor) if figure.text(figures)
-    ]
-    console.table(title, ["figure", "value"], rows)
+    title = f"{metrics.num_samples} images of {metrics.samples.address}, {conditions(metrics)}"
+    shown = [figure for figure in known_figures(extractor) if figure.text(figures)]
+    console.table(title, ["figure", "value"], [[figure.title, figure.text(figures)] for figure in shown])
+    _print_lines(spread_notes(shown, [figures]))
     _show_warnings(metrics)
 
 
@@ -128,5 +135,9 @@ def show_history(config: Config, history: History) -> None:
 
 
 def _show_warnings(metrics: Measurement) -> None:
-    for warning in metrics.warnings:
-        print(f"note: {warning}")
+    _print_lines([f"note: {warning}" for warning in metrics.warnings])
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)

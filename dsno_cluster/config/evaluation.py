@@ -6,17 +6,35 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start
+from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start, later
 from dsno_cluster.config.paths import LocalPath, ReferencePath
+from dsno_cluster.config.protocols import ProtocolName, contradiction
 
 MetricName = Literal[
-    "fid", "kid", "inception_score", "precision_recall", "nearest", "agreement", "trajectory_error"
+    "fid",
+    "sfid",
+    "kid",
+    "cmmd",
+    "inception_score",
+    "precision_recall",
+    "nearest",
+    "agreement",
+    "trajectory_error",
 ]
 
 
 class Evaluation(Named):
     num_samples: int = Field(
         ge=2, description="images drawn from the student, and from the teacher for each of its rows"
+    )
+    protocol: ProtocolName | None = later(
+        None,
+        description="a paper's: sets the keys that belong together, and refuses a config that contradicts them "
+        "(docs/evaluation.md)",
+    )
+    draws: PositiveInt = later(
+        1,
+        description="how many times num_samples are drawn, one after the other; FID is the minimum, as EDM's",
     )
     batch_size: PositiveInt = Field(
         250, description="images that an actor draws at the same time, and images in a kept shard of samples"
@@ -41,11 +59,12 @@ class Evaluation(Named):
         ("fid", "trajectory_error"),
         description="what is measured; `nearest`: how far samples are from the nearest training image, and how many are "
         "copies; `agreement`: how often the extractor sees the class asked for; "
-        "`trajectory_error`: against the teacher, on held-out noise; the others are torch-fidelity's",
+        "`trajectory_error`: against the teacher, on held-out noise; `sfid`: ADM's; `cmmd`: by a Gaussian kernel; "
+        "the others are torch-fidelity's",
     )
     feature_extractor: str = Field(
         "inception-v3-compat",
-        description="one of torch-fidelity's extractors, or digits-features or mnist-features",
+        description="one of torch-fidelity's extractors, or inception-v3-clean, dinov2, clip, digits-features or mnist-features",
     )
     weights_path: LocalPath | None = Field(
         None,
@@ -70,6 +89,10 @@ class Evaluation(Named):
     kid_subsets: PositiveInt = Field(100, description="random subsets over which KID is averaged")
     kid_subset_size: PositiveInt = Field(1000, description="images in each of these subsets")
     inception_splits: PositiveInt = Field(10, description="parts over which the Inception Score is averaged")
+    inception_shuffle: bool = later(
+        True,
+        description="whether these parts are of shuffled samples, as torch-fidelity's; false: as ADM's, of samples in order",
+    )
     neighborhood: PositiveInt = Field(3, description="nearest neighbours that precision and recall look at")
     metric_seed: Seed = Field(2020, description="determines KID's subsets and the Inception Score's parts")
     reference: ReferencePath = Field(
@@ -101,6 +124,10 @@ class Evaluation(Named):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Evaluation:
+        if self.protocol is not None and (problem := contradiction(self.protocol, dict(self))):
+            raise ValueError(problem)
+        if self.draws > 1 and {*self.metrics} - {"trajectory_error"} != {"fid"}:
+            raise ValueError(f"draws {self.draws} goes with metrics [fid], whose minimum is taken")
         if self.keep_samples and self.num_samples % self.batch_size:
             raise ValueError(
                 f"keep_samples writes shards of batch_size {self.batch_size}: num_samples {self.num_samples} must be a multiple"
@@ -124,6 +151,11 @@ class Evaluation(Named):
                 f"best_metric {self.best_metric} is not among metrics: {', '.join(self.metrics)}"
             )
         return self
+
+    @property
+    def drawn(self) -> int:
+        """How many images are drawn from the student, and for each of the teacher's rows."""
+        return self.num_samples * self.draws
 
     @property
     def judged_by(self) -> MetricName:

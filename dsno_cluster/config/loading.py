@@ -12,6 +12,7 @@ from dsno_cluster.config.networks import Network
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.config.places import RunConfig
 from dsno_cluster.config.profile import Profile
+from dsno_cluster.config.protocols import with_keys_of_protocol
 from dsno_cluster.config.validation import validate
 from dsno_cluster.errors import UserError, closest
 from dsno_cluster.files import shown_path, too_long
@@ -40,6 +41,8 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
         group, _, last = key.rpartition(".")
         key = f"network.{older[last]}" if group == "network" and last in older else key
         _set(data, key, parse_written(text, override), override)
+    if isinstance(section := data.get("evaluation"), dict):
+        data["evaluation"] = with_keys_of_protocol(section)
     data.setdefault("name", "-".join(Path(path).stem.split()))
     config = validate(Config, data, str(path), folder)
     # the default is relative to the working directory

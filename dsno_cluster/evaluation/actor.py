@@ -20,7 +20,7 @@ from dsno_cluster.device import compute_device
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.kept_rows import KeptRows
-from dsno_cluster.evaluation.metrics import BlockResult, layers_by_row
+from dsno_cluster.evaluation.metrics import FRECHET, BlockResult, layers_by_row
 from dsno_cluster.evaluation.nearest_picture import shown_samples
 from dsno_cluster.evaluation.pictures import Pictured, layout, solve_pictured
 from dsno_cluster.evaluation.records import Cost
@@ -197,8 +197,12 @@ class EvaluationActor(PoolActor):
             seen = found[readings["agreement"].key].argmax(1).cpu()
             labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
             agreeing = int((seen == labels).sum())
-        moments = moments_on_device(found[readings["fid"].key]) if "fid" in readings else None
-        features = {key: found[key].cpu().numpy() for key in layers_by_row(readings)}
+        moments = {
+            metric: moments_on_device(found[readings[metric].key]) for metric in FRECHET if metric in readings
+        }
+        features = {
+            key: found[key].cpu().numpy() for key in layers_by_row(readings, block.source.is_reference)
+        }
         kept = [self._kept(batch) for batch in batches] if self._keeps(block) else []
         return MeasuredBlock(BlockResult(moments, features, agreeing), tuple(kept))
 

@@ -12,6 +12,8 @@ def setting_differences(before: Metrics, comparison: Comparison) -> list[str]:
     settings = comparison.config.evaluation
     same = {
         "num_samples": before.num_samples == settings.num_samples,
+        "protocol": before.protocol == settings.protocol,
+        "draws": before.draws == settings.draws,
         "the feature extractor": before.feature_extractor == extractor_of(comparison),
         "other extractors": before.other_extractors == other_extractors_of(comparison),
         "the reference": _same_reference(before.reference, comparison),

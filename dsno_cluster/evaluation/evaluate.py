@@ -112,7 +112,7 @@ def _measure(comparison: Comparison, crew: Crew) -> Findings:
         student=comparison.at_work,
         crew=crew,
         title=f"evaluating {comparison.subject.student.title}",
-        reached=len(comparison.known) * config.evaluation.num_samples + kept,
+        reached=len(comparison.known) * config.evaluation.drawn + kept,
     )
     with contextlib.closing(measuring):
         for part in measuring:

@@ -219,9 +219,9 @@ def measure_evaluation(
     finally:
         torch.set_num_threads(threads)
     rows = compared_samplings(config, plan.teacher) if _draws_images(config) else []
-    evaluations = settings.num_samples * sum(row.evaluations for row in rows)
-    seconds = settings.num_samples * (len(rows) + 1) * ((features or 0.0) + decoding)
-    seconds += settings.num_samples * sample if rows else 0.0
+    evaluations = settings.drawn * sum(row.evaluations for row in rows)
+    seconds = settings.drawn * (len(rows) + 1) * ((features or 0.0) + decoding)
+    seconds += settings.drawn * sample if rows else 0.0
     if "trajectory_error" in settings.metrics:
         evaluations += settings.trajectory_samples * plan.size.evaluations_per_sample
         seconds += settings.trajectory_samples * sample

@@ -148,13 +148,13 @@ class Comparison:
 
     def sets(self) -> list[ImagesOf]:
         """The images to measure."""
-        count, shape = self.config.evaluation.num_samples, self.states.image_shape
-        found = [
-            ImagesOf(ImageSource("teacher", sampling), count, self.readings, shape)
-            for sampling in self.missing
-        ]
+        settings, shape = self.config.evaluation, self.states.image_shape
+        drawn = [ImageSource("teacher", sampling) for sampling in self.missing]
         if self.readings or self.keep is not None:
-            found.append(ImagesOf(STUDENT, count, self.readings, shape))
+            drawn.append(STUDENT)
+        found = [
+            ImagesOf(source, settings.num_samples, self.readings, shape, settings.draws) for source in drawn
+        ]
         if self.config.data.name is not None and self.readings:
             found.append(_held_out(self.config, self.readings))
         return found
@@ -309,6 +309,10 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
         raise UserError(f"evaluation.metrics: none of {', '.join(settings.metrics)} needs only images")
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     weights = _find_weights(config)
+    if settings.protocol is not None and images.count != settings.num_samples:
+        raise UserError(
+            f"evaluation.protocol {settings.protocol}: is of {settings.num_samples} images, {address} has {images.count}"
+        )
     check_count(settings, readings, images.count, address)
     check_shape(weights, images.shape, address)
     real = find_real_data(config, storage, readings, weights)
@@ -321,7 +325,7 @@ def say_what(comparison: Comparison, crew: Crew) -> None:
     path = comparison.subject.student.address
     real = f"{comparison.real.count or 'the'} real images by {', '.join(weights)}"
     what = (
-        f"{settings.num_samples} samples of {path} against {real}"
+        f"{settings.drawn} samples of {path} against {real}"
         if comparison.readings
         else f"{settings.trajectory_samples} trajectories of {path} against the teacher's"
     )

@@ -25,7 +25,7 @@ from dsno_cluster.cluster.ray_pool import (
 from dsno_cluster.config import Config, Evaluation
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.actor import EvaluationActor, StudentAtWork
-from dsno_cluster.evaluation.metrics import Collected, Reference, distance_of_copies, figures
+from dsno_cluster.evaluation.metrics import Collected, Reference, best_draw, distance_of_copies, figures
 from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.records import Cost, Figures
 from dsno_cluster.evaluation.reference import RealData, finished_reference
@@ -50,12 +50,13 @@ LARGEST_OF_SMALL = 3 * 64 * 64  # numbers in an image
 
 @dataclass(frozen=True)
 class ImagesOf:
-    """`count` images (C, H, W) of a source, and the layers that metrics read."""
+    """`draws` times `count` images (C, H, W) of a source, and the layers that metrics read."""
 
     source: ImageSource
     count: int
     readings: Readings
     shape: Sequence[int]
+    draws: int = 1
 
     def block_size(self, batch_size: int) -> int:
         """Number of images in a block: a multiple of `batch_size`, in which an actor draws them.
@@ -127,7 +128,7 @@ def measure(
         sets = [*sets, ImagesOf(real.source, real.images.count, real.readings, real.images.shape)]
     blocks = [block for images in sets for block in _blocks_of(images, settings.batch_size)]
     if student is not None and "trajectory_error" in settings.metrics:
-        blocks += _blocks("trajectory", STUDENT, settings.trajectory_samples, settings.batch_size)
+        blocks += _blocks("trajectory", STUDENT, range(settings.trajectory_samples), settings.batch_size)
     console.say(_in_words(blocks, sets, real.source))
     # first the reference, without which no set is finished, and the held-out images, by which copies are counted; then the
     # most expensive blocks, so that none runs last
@@ -247,7 +248,10 @@ class _Collecting:
         self.sets = {images.source: images for images in sets}
         self.left = {images.source: len(_blocks_of(images, settings.batch_size)) for images in sets}
         self.collected = {
-            images.source: Collected(images.count, images.block_size(settings.batch_size)) for images in sets
+            images.source: [
+                Collected(images.count, images.block_size(settings.batch_size)) for _ in range(images.draws)
+            ]
+            for images in sets
         }
         self.shards: dict[int, tuple[Shard, ...]] = {}
         self.whole: list[ImageSource] = []
@@ -260,23 +264,27 @@ class _Collecting:
     def add(self, block: Block, measured: MeasuredBlock) -> Iterator[MeasuredSet]:
         """Add a block, each block once; yields the sets that it completes."""
         source = block.source
-        self.collected[source].add(block.start, measured.result)
+        draw, start = divmod(block.start, self.sets[source].count)
+        self.collected[source][draw].add(start, measured.result)
         self.shards[block.start] = self.shards.get(block.start, ()) + measured.kept
         self.left[source] -= 1
         if self.left[source]:
             return
         if source == self.real.source:
-            self.reference = finished_reference(self.storage, self.real, self.collected.pop(source))
+            (collected,) = self.collected.pop(source)
+            self.reference = finished_reference(self.storage, self.real, collected)
         else:
             self.whole.append(source)
         while self.whole and not any(self.left[awaited] for awaited in self.awaited):
             if self.copies_below is None and HELD_OUT in self.awaited:
-                readings, held_out = self.sets[HELD_OUT].readings, self.collected[HELD_OUT]
+                readings, (held_out,) = self.sets[HELD_OUT].readings, self.collected[HELD_OUT]
                 self.copies_below = distance_of_copies(readings, held_out, self.reference)
             images = self.sets[self.whole.pop(0)]
-            collected = self.collected.pop(images.source)
-            found = figures(self.settings, images.readings, collected, self.reference, self.copies_below)
-            yield MeasuredSet(images, found)
+            of_draws = [
+                figures(self.settings, images.readings, collected, self.reference, self.copies_below)
+                for collected in self.collected.pop(images.source)
+            ]
+            yield MeasuredSet(images, best_draw(of_draws))
 
     def kept_shards(self) -> tuple[Shard, ...]:
         return tuple(shard for start in sorted(self.shards) for shard in self.shards[start])
@@ -284,8 +292,12 @@ class _Collecting:
 
 def _in_words(blocks: list[Block], sets: Sequence[ImagesOf], reference: ImageSource | None) -> str:
     """What the progress counts, in words: images of each kind, and trajectories."""
-    parts = [f"{images.count:,} samples of the student" for images in sets if images.source == STUDENT]
-    if of_teacher := [images.count for images in sets if images.source.kind == "teacher"]:
+    parts = [
+        f"{images.count * images.draws:,} samples of the student"
+        for images in sets
+        if images.source == STUDENT
+    ]
+    if of_teacher := [images.count * images.draws for images in sets if images.source.kind == "teacher"]:
         parts.append(f"{sum(of_teacher):,} of the teacher in {len(of_teacher)} row(s)")
     for images in sets:
         if images.source.kind == "images":
@@ -297,8 +309,14 @@ def _in_words(blocks: list[Block], sets: Sequence[ImagesOf], reference: ImageSou
 
 
 def _blocks_of(images: ImagesOf, batch_size: int) -> list[Block]:
-    return _blocks("features", images.source, images.count, images.block_size(batch_size))
+    size, count = images.block_size(batch_size), images.count
+    return [
+        block
+        for draw in range(images.draws)
+        for block in _blocks("features", images.source, range(draw * count, (draw + 1) * count), size)
+    ]
 
 
-def _blocks(work: Any, source: ImageSource, count: int, size: int) -> list[Block]:
-    return [Block(work, source, start, min(start + size, count)) for start in range(0, count, size)]
+def _blocks(work: Any, source: ImageSource, samples: range, size: int) -> list[Block]:
+    starts = range(samples.start, samples.stop, size)
+    return [Block(work, source, start, min(start + size, samples.stop)) for start in starts]

@@ -6,7 +6,8 @@ moments, and the rows of features only for those metrics that need them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,24 +20,34 @@ from dsno_cluster.device import compute_device
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.nearest import copy_distance, nearest_figures, nearest_training
 from dsno_cluster.evaluation.records import Figures
+from dsno_cluster.features import intervals
 from dsno_cluster.features.extractors import Reading, Readings
+from dsno_cluster.features.inception import SPATIAL, SPATIAL_WIDTH
+from dsno_cluster.features.kernels import squared_mmd
 from dsno_cluster.features.neighbours import precision_recall_on
-from dsno_cluster.features.statistics import BlockMerger, Moments, distance_from
+from dsno_cluster.features.statistics import BlockMerger, Gaussian, Moments, distance_from
 from dsno_cluster.image_sets.image_set import DataIdentity
 
-BY_ROW = ("kid", "inception_score", "precision_recall", "nearest")  # need each sample's features
-OF_REFERENCE = ("fid", "kid", "precision_recall", "nearest")  # compare with real images
+# metrics that compare means and covariances, and what these are called in an .npz
+STATISTICS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
+FRECHET = tuple(STATISTICS)
+BY_ROW = ("kid", "cmmd", "inception_score", "precision_recall", "nearest")  # need each sample's features
+OF_REFERENCE = (*FRECHET, "kid", "cmmd", "precision_recall", "nearest")  # compare with real images
+CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0  # of its paper, and of its program
 WHOLE_MATRIX = (
     10_000  # up to this many samples, torch-fidelity's default, which holds all distances, fits in memory
 )
 ROWS_AT_A_TIME = 2_000  # with more samples, the distances are computed in blocks of this many rows
 
 
+Found = dict[str, float | None]  # figures by their names in `Figures`
+
+
 @dataclass(frozen=True)
 class BlockResult:
-    """A block's moments of the FID's layer, features by layer, and number of the right class."""
+    """A block's moments by metric, features by layer, and number of the right class."""
 
-    moments: Moments | None
+    moments: dict[str, Moments]
     features: dict[str, np.ndarray]
     agreeing: int
 
@@ -47,17 +58,15 @@ class Collected:
 
     count: int
     size: int
-    merger: BlockMerger = field(init=False)
+    mergers: dict[str, BlockMerger] = field(default_factory=dict)
     features: dict[str, np.ndarray] = field(default_factory=dict)
     agreeing: int = 0
 
-    def __post_init__(self) -> None:
-        self.merger = BlockMerger(-(-self.count // self.size))
-
     def add(self, start: int, result: BlockResult) -> None:
         """Add a block, each block once."""
-        if result.moments is not None:
-            self.merger.add(start // self.size, result.moments)
+        for metric, moments in result.moments.items():
+            merger = self.mergers.setdefault(metric, BlockMerger(-(-self.count // self.size)))
+            merger.add(start // self.size, moments)
         for layer, rows in result.features.items():
             if layer not in self.features:
                 self.features[layer] = np.empty((self.count, rows.shape[1]), np.float32)
@@ -74,28 +83,28 @@ class ReferenceParts(Named):
 
 @dataclass(frozen=True)
 class Reference:
-    """The real data: mean (D,) and covariance (D, D) of `count` images, and features (N, D) by layer.
+    """The real data: `statistics` of `count` images by metric, and features (N, D) by layer.
 
     `identity` identifies its origin, `resolution` is the images' height. What was not recorded is None.
     """
 
     identity: DataIdentity | ReferenceParts
-    mean: np.ndarray | None
-    covariance: np.ndarray | None
+    statistics: dict[str, Gaussian]
     count: int | None
     resolution: int | None
     features: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def layers_by_row(readings: Readings) -> set[str]:
-    """Keys of the layers whose features the metrics need row by row."""
-    return {reading.key for metric, reading in readings.items() if metric in BY_ROW}
+def layers_by_row(readings: Readings, of_reference: bool) -> set[str]:
+    """Keys of the layers whose features the metrics need row by row; for the intervals, those of distances of samples too."""
+    by_row = BY_ROW if of_reference else (*BY_ROW, *FRECHET)
+    return {reading.key for metric, reading in readings.items() if metric in by_row}
 
 
 def fewest(settings: Evaluation) -> dict[str, int]:
     """The smallest number of images, on either side, for the metrics that need one."""
     return {
-        "fid": 2,  # a covariance
+        **dict.fromkeys((*FRECHET, "cmmd"), 2),  # a covariance, or a deviation
         "kid": settings.kid_subset_size,
         "inception_score": settings.inception_splits,
         "precision_recall": settings.neighborhood + 1,
@@ -123,13 +132,18 @@ def figures(
     `copies_below`: the distance below which a sample is a copy (`distance_of_copies`); None: copies are not counted.
     Raises UserError if there are too few images for a metric or the reference's features have another width.
     """
-    found: dict[str, float] = {}
+    found: Found = {}
     check_count(settings, readings, samples.count, "the set of samples")
-    if "fid" in readings:
-        assert reference is not None
-        found["fid"] = fid(samples.merger.result(), reference)
+    for metric in FRECHET:
+        if metric in readings:
+            assert reference is not None
+            features = samples.features[readings[metric].key]
+            moments = samples.mergers[metric].result()
+            found |= frechet(metric, moments, features, reference.statistics[metric])
     if "kid" in readings:
         found |= kid(settings, *_pair(readings["kid"], samples, reference))
+    if "cmmd" in readings:
+        found |= cmmd(*_pair(readings["cmmd"], samples, reference))
     if "inception_score" in readings:
         found |= inception_score(settings, samples.features[readings["inception_score"].key])
     if "precision_recall" in readings:
@@ -140,6 +154,14 @@ def figures(
     if "agreement" in readings:
         found["agreement"] = samples.agreeing / samples.count
     return Figures.model_validate(found)
+
+
+def best_draw(draws: Sequence[Figures]) -> Figures:
+    """The figures of the draw with the smallest FID, and the FIDs of all, if there are several (Karras et al. 2022, EDM)."""
+    if len(draws) == 1:
+        return draws[0]
+    best = min(draws, key=lambda draw: math.inf if draw.fid is None else draw.fid)
+    return Figures.model_validate({**best.values(), "fid_draws": [draw.fid for draw in draws]})
 
 
 def distance_of_copies(readings: Readings, held_out: Collected, reference: Reference | None) -> float:
@@ -153,29 +175,37 @@ def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> 
     return samples.features[reading.key], reference.features[reading.key]
 
 
-def fid(moments: Moments, reference: Reference) -> float:
-    """Frechet distance (Heusel et al. 2017) of samples from the reference.
+def frechet(metric: str, moments: Moments, features_ND: np.ndarray, reference: Gaussian) -> Found:
+    """Frechet distance (Heusel et al. 2017) of samples, with their moments, from the reference; its interval.
 
     Raises UserError if features on either side are not finite.
     """
-    assert reference.mean is not None and reference.covariance is not None
-    _check_width(reference.mean, len(moments.mean))
-    return distance_from(moments, reference.mean, reference.covariance)
+    _check_width(metric, reference.mean, len(moments.mean))
+    distance = distance_from(moments, reference)
+    return {
+        metric: distance,
+        f"{metric}_ci95": intervals.of_frechet_distance(features_ND, moments, reference),
+    }
 
 
-def check_width(mean: np.ndarray, reading: Reading) -> None:
-    """Raises UserError if imported means do not have the width that the layer's name says, if any."""
+def check_width(metric: str, mean: np.ndarray, reading: Reading) -> None:
+    """Raises UserError if imported means do not have the width that the layer has, if its name tells it."""
+    if reading.layer == SPATIAL:
+        _check_width(metric, mean, SPATIAL_WIDTH)
     if reading.layer.isdecimal():
-        _check_width(mean, int(reading.layer))
+        _check_width(metric, mean, int(reading.layer))
 
 
-def _check_width(mean: np.ndarray, width: int) -> None:
+def _check_width(metric: str, mean: np.ndarray, width: int) -> None:
     if len(mean) != width:
-        raise UserError(f"evaluation.reference: has mu of {len(mean)} features, the extractor gives {width}")
+        name = STATISTICS[metric][0]
+        raise UserError(
+            f"evaluation.reference: has {name} of {len(mean)} features, the extractor gives {width}"
+        )
 
 
-def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Kernel Inception Distance (Binkowski et al. 2018) over `kid_subsets` random subsets; its mean and deviation."""
+def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> Found:
+    """Kernel Inception Distance (Binkowski et al. 2018) over `kid_subsets` random subsets: mean, deviation, interval."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     found = kid_features_to_metric(
@@ -186,15 +216,29 @@ def kid(settings: Evaluation, samples: np.ndarray, real: np.ndarray) -> dict[str
         rng_seed=settings.metric_seed,
         verbose=False,
     )
-    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": found[KEY_METRIC_KID_STD]}
+    deviation, count = found[KEY_METRIC_KID_STD], min(len(samples), len(real))
+    half = intervals.of_subsets(deviation, settings.kid_subsets, settings.kid_subset_size, count)
+    return {"kid": found[KEY_METRIC_KID_MEAN], "kid_std": deviation, "kid_ci95": half}
+
+
+def cmmd(samples: np.ndarray, real: np.ndarray) -> Found:
+    """CLIP's Maximum Mean Discrepancy (Jayasumana et al. 2024) and its interval. On a GPU, if this process sees one."""
+    ours, theirs, device = torch.from_numpy(samples), torch.from_numpy(real), compute_device()
+    try:
+        found, influence = squared_mmd(ours.to(device), theirs.to(device), CMMD_BANDWIDTH)
+    except torch.OutOfMemoryError:  # the actors hold it
+        console.say("note: the GPU has no room for CMMD: it is computed on the CPU")
+        found, influence = squared_mmd(ours, theirs, CMMD_BANDWIDTH)
+    half = intervals.of_mean(influence.cpu().numpy())
+    return {"cmmd": CMMD_SCALE * found, "cmmd_ci95": CMMD_SCALE * half}
 
 
 def inception_score(settings: Evaluation, logits: np.ndarray) -> dict[str, float]:
-    """Inception Score (Salimans et al. 2016) over `inception_splits` shuffled parts; its mean and deviation."""
+    """Inception Score (Salimans et al. 2016) over `inception_splits` parts; its mean and deviation."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     found = isc_features_to_metric(
-        torch.from_numpy(logits), settings.inception_splits, True, settings.metric_seed
+        torch.from_numpy(logits), settings.inception_splits, settings.inception_shuffle, settings.metric_seed
     )
     return {
         "inception_score": found[KEY_METRIC_ISC_MEAN],

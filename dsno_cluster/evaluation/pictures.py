@@ -17,7 +17,15 @@ from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.evaluation.records import Layout, Metrics
-from dsno_cluster.evaluation.table import error_lines, figures_of, student_rows, table_rows
+from dsno_cluster.evaluation.table import (
+    all_rows,
+    conditions,
+    error_lines,
+    figures_of,
+    spread_notes,
+    student_rows,
+    table_rows,
+)
 from dsno_cluster.images import GAP, PAPER, pixel_scale, png_bytes, tile_of
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.teachers import LoadedDecoder, States, Teacher
@@ -189,15 +197,16 @@ def _samples_picture(
     header, table = table_rows(metrics)
     lines = error_lines(metrics)
     column_widths = [max(_width(font, row[i]) for row in [header, *table]) + 22 for i in range(len(header))]
-    extractor, count = metrics.feature_extractor.name, metrics.num_samples
+    count, by = metrics.num_samples, conditions(metrics)
     notes = [
         *(
-            [f"{count} samples against {metrics.reference.count or 'the'} real images, {extractor}."]
+            [f"{count} samples against {metrics.reference.count or 'the'} real images, {by}."]
             if figures_of(metrics)
             else []
         ),
         "NFE: network evaluations an image. Cost: the same in evaluations of the teacher,",
         "measured: a published-form student answers all its time points at once.",
+        *spread_notes(figures_of(metrics), all_rows(metrics)),
         *([] if caption is None else [caption]),
     ]
     if metrics.student.images_per_second is not None:

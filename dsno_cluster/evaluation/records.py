@@ -20,12 +20,22 @@ ATTEMPTS = 10  # at writing a file that other processes may write too
 
 
 class Figures(SparseRecord):
-    """The measured figures of a set of images; figures that only a newer version knows are kept."""
+    """The measured figures of a set of images; figures that only a newer version knows are kept.
+
+    `_ci95` is half the width of a figure's 95 % interval, `_std` the standard deviation over parts or subsets of the samples.
+    """
 
     model_config = ConfigDict(extra="allow")
     fid: float | None = None
+    fid_ci95: float | None = None
+    fid_draws: tuple[float, ...] = ()
+    sfid: float | None = None
+    sfid_ci95: float | None = None
     kid: float | None = None
     kid_std: float | None = None
+    kid_ci95: float | None = None
+    cmmd: float | None = None
+    cmmd_ci95: float | None = None
     inception_score: float | None = None
     inception_score_std: float | None = None
     precision: float | None = None
@@ -152,11 +162,12 @@ class Layout(Record):
 
 
 class Measurement(Record):
-    """The keys that the files of all evaluations have beside their figures."""
+    """The keys that the files of all evaluations have beside their figures. `protocol` is that of the config."""
 
     known_by: ClassVar[str]  # a key that only files of this kind have
     schema_version: Literal[1] = 1
     name: str
+    protocol: str | None = None
     num_samples: int
     reference: ReferenceFacts = ReferenceFacts()
     feature_extractor: ExtractorName = ExtractorName()
@@ -170,11 +181,13 @@ class Measurement(Record):
 class Metrics(Measurement):
     """metrics.json: a student and its teacher.
 
-    `decoder` turned the states into the images that were measured; None: they are images. `seconds` exclude the teacher's
-    rows that were known before. `before`: if the student began as another one, whose evaluation is equal to this.
+    Each row is of `draws` times `num_samples`. `decoder` turned the states into the images that were measured; None: they
+    are images. `seconds` exclude the teacher's rows that were known before. `before`: if the student began as another one,
+    whose evaluation is equal to this.
     """
 
     known_by: ClassVar[str] = "student"
+    draws: int = 1
     checkpoint: Checkpoint = Checkpoint()
     teacher: Values | None = None
     decoder: Values | None = None

@@ -19,8 +19,9 @@ from dsno_cluster.config import Config, Evaluation, files_not_there
 from dsno_cluster.config.base import Named
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.metrics import (
-    BY_ROW,
+    FRECHET,
     OF_REFERENCE,
+    STATISTICS,
     Collected,
     Reference,
     ReferenceParts,
@@ -29,7 +30,10 @@ from dsno_cluster.evaluation.metrics import (
 )
 from dsno_cluster.evaluation.sources import ImageSource
 from dsno_cluster.features import INCEPTION
-from dsno_cluster.features.extractors import Readings, WeightsFile, check_shape, is_published
+from dsno_cluster.features.extractors import Reading, Readings, WeightsFile, check_shape, is_published
+from dsno_cluster.features.inception import CLEAN
+from dsno_cluster.features.statistics import Gaussian
+from dsno_cluster.features.vision_transformers import PUBLISHED_WIDTHS
 from dsno_cluster.files import file_sha256, not_there
 from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet
 from dsno_cluster.image_sets.npz_file import array_names, find_images, npz_file, read_arrays
@@ -37,6 +41,8 @@ from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import MissingObject, Storage
 
+# what means and covariances are called in a kept file; FID's as in older files
+_NAMES = {"fid": ("mean", "covariance"), "sfid": ("sfid mean", "sfid covariance")}
 ENOUGH = 10_000  # images; the FID of fewer is far above that of 50 000, and such figures are not published
 ALIKE = 1e-3  # by how much of its largest number a stored covariance may miss being one
 
@@ -126,28 +132,31 @@ def _statistics(file: Path, settings: Evaluation) -> Reference | None:
         raise UserError(
             f"{file} has neither mu and sigma nor images (images, arr_0); it holds {', '.join(names) or 'nothing'}"
         )
-    mean, covariance = read_arrays(file, ["mu", "sigma"])
-    _check_statistics(file, mean, covariance)
-    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    found = {
+        metric: _read_statistics(file, keys) for metric, keys in STATISTICS.items() if set(keys) <= set(names)
+    }
     resolution = settings.reference_resolution
     if resolution is None and find_images(file) is not None:
         resolution = open_images(str(file)).shape[1]
     identity = DataIdentity(kind="mu and sigma", sha256=file_sha256(file))
-    return Reference(identity, mean, covariance, settings.reference_count, resolution)
+    return Reference(identity, found, settings.reference_count, resolution)
 
 
-def _check_statistics(file: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
-    """Raises UserError unless the arrays are a mean (D,) and a covariance (D, D) of real, finite numbers."""
-    for name, array in (("mu", mean), ("sigma", covariance)):
+def _read_statistics(file: Path, names: tuple[str, str]) -> Gaussian:
+    """The mean (D,) and covariance (D, D) of these names. Raises UserError unless they are of real, finite numbers."""
+    mean, covariance = read_arrays(file, list(names))
+    named = tuple(zip(names, (mean, covariance), strict=True))
+    for name, array in named:
         if array.dtype.kind not in "fiu":
             raise UserError(f"{file}: {name} is {array.dtype}, not real numbers")
         if not array.size:
             raise UserError(f"{file}: {name} is empty: its shape is {array.shape}")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(
-            f"{file} has mu of {mean.shape} and sigma of {covariance.shape}; they do not fit together: (D,) and (D, D) do"
+            f"{file} has {names[0]} of {mean.shape} and {names[1]} of {covariance.shape}; they do not fit together: "
+            "(D,) and (D, D) do"
         )
-    for name, array in (("mu", mean), ("sigma", covariance)):
+    for name, array in named:
         if bad := int(np.count_nonzero(~np.isfinite(array))):
             raise UserError(f"{file}: {bad} of the {array.size} numbers of {name} are NaN or infinite")
     largest = float(np.abs(covariance).max())
@@ -156,8 +165,9 @@ def _check_statistics(file: Path, mean: np.ndarray, covariance: np.ndarray) -> N
         or covariance.diagonal().min() < -ALIKE * largest
     ):
         raise UserError(
-            f"{file}: sigma is no covariance: it is not symmetric, or its diagonal has negative numbers"
+            f"{file}: {names[1]} is no covariance: it is not symmetric, or its diagonal has negative numbers"
         )
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
 def _refuse_facts(settings: Evaluation) -> None:
@@ -187,13 +197,14 @@ def reference_images(config: Config, statistics: Reference | None, readings: Rea
             return open_images(settings.reference, config.storage.endpoint_url, config.data)
         except UserError as error:
             raise UserError(f"evaluation.reference: {error}") from None
-    by_row = [metric for metric in readings if metric in BY_ROW]
-    if not by_row:
+    lacking = [metric for metric in readings if metric not in statistics.statistics]
+    if not lacking:
         return None
     if find_images(Path(settings.reference)) is None:
+        held = " and ".join(name for metric in statistics.statistics for name in STATISTICS[metric])
         raise UserError(
-            f"evaluation.metrics: {' and '.join(by_row)} compare single images, and {settings.reference} holds only mu "
-            "and sigma; name images as evaluation.reference"
+            f"evaluation.metrics: {' and '.join(lacking)} cannot be measured against {settings.reference}, which holds only "
+            f"{held}; name images as evaluation.reference"
         )
     return open_images(settings.reference)
 
@@ -202,7 +213,7 @@ def reference_spec(images: ImageSet, readings: Readings, weights: dict[str, Weig
     """All that determines the statistics of a reference's images."""
     holds = {
         metric: Held(
-            layer=reading.key, weights_sha256=weights[reading.extractor].sha256, by_row=metric != "fid"
+            layer=reading.key, weights_sha256=weights[reading.extractor].sha256, by_row=metric not in FRECHET
         )
         for metric, reading in readings.items()
     }
@@ -219,8 +230,11 @@ def stored_reference(storage: Storage, spec: ReferenceSpec, images: ImageSet) ->
     features = {k.removeprefix("features "): v for k, v in tensors.items() if k.startswith("features ")}
     return Reference(
         images.identity,
-        tensors.get("mean"),
-        tensors.get("covariance"),
+        {
+            metric: Gaussian(tensors[mean], tensors[covariance])
+            for metric, (mean, covariance) in _NAMES.items()
+            if mean in tensors
+        },
         images.count,
         images.shape[1],
         features,
@@ -229,11 +243,9 @@ def stored_reference(storage: Storage, spec: ReferenceSpec, images: ImageSet) ->
 
 def reference_of(images: ImageSet, readings: Readings, collected: Collected) -> Reference:
     """The reference from what was collected from its images."""
-    moments = collected.merger.result() if "fid" in readings else None
     return Reference(
         images.identity,
-        None if moments is None else moments.mean,
-        None if moments is None else moments.covariance,
+        {metric: collected.mergers[metric].result().gaussian for metric in FRECHET if metric in readings},
         images.count,
         images.shape[1],
         collected.features,
@@ -242,8 +254,8 @@ def reference_of(images: ImageSet, readings: Readings, collected: Collected) -> 
 
 def store_reference(storage: Storage, spec: ReferenceSpec, reference: Reference) -> None:
     tensors = {f"features {layer}": rows for layer, rows in reference.features.items()}
-    if reference.mean is not None and reference.covariance is not None:
-        tensors |= {"mean": reference.mean, "covariance": reference.covariance}
+    for metric, gaussian in reference.statistics.items():
+        tensors |= dict(zip(_NAMES[metric], (gaussian.mean, gaussian.covariance), strict=True))
     text = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
     storage.write(_key(spec), safetensors.numpy.save(tensors, {"spec": text}))
 
@@ -261,8 +273,7 @@ def merged(statistics: Reference | None, images: Reference | None) -> Reference 
         return statistics or images
     return Reference(
         ReferenceParts(statistics=_one(statistics.identity), images=_one(images.identity)),
-        statistics.mean,
-        statistics.covariance,
+        {**images.statistics, **statistics.statistics},
         statistics.count,
         statistics.resolution or images.resolution,
         images.features,
@@ -285,12 +296,15 @@ def compared_data(
         return None, None
     settings = config.evaluation
     statistics = imported(settings)
-    if statistics is not None and statistics.mean is not None and "fid" in compared:
-        check_width(statistics.mean, compared["fid"])
+    for metric, gaussian in (statistics.statistics if statistics else {}).items():
+        if metric in compared:
+            check_width(metric, gaussian.mean, compared[metric])
     images = reference_images(config, statistics, compared)
     if images is not None:
         what = f"evaluation.reference {settings.reference}"
-        of_images = [metric for metric in compared if statistics is None or metric in BY_ROW]
+        of_images = [
+            metric for metric in compared if statistics is None or metric not in statistics.statistics
+        ]
         check_count(settings, of_images, images.count, what)
         check_shape(extractors, images.shape, what)
     return statistics, images
@@ -307,7 +321,7 @@ def find_real_data(
     if images is None:
         return RealData(statistics)
     if statistics is not None:  # mu and sigma exist: only features are needed from the images
-        compared = {metric: reading for metric, reading in compared.items() if metric != "fid"}
+        compared = {m: reading for m, reading in compared.items() if m not in statistics.statistics}
     spec = reference_spec(images, compared, weights)
     return RealData(statistics, images, compared, spec, stored_reference(storage, spec, images))
 
@@ -322,6 +336,14 @@ def finished_reference(storage: Storage, real: RealData, collected: Collected | 
     return merged(real.statistics, found)
 
 
+def _width(reference: Reference, metric: str, reading: Reading) -> int | None:
+    """How many features the extractor gives for a metric, as far as the reference shows it."""
+    if metric in reference.statistics:
+        return len(reference.statistics[metric].mean)
+    rows = reference.features.get(reading.key)
+    return None if rows is None else rows.shape[1]
+
+
 def warnings_of(
     readings: Readings,
     weights: dict[str, WeightsFile],
@@ -331,11 +353,12 @@ def warnings_of(
 ) -> list[str]:
     """Reasons why the figures cannot be compared with published ones. `resolution`: of the samples."""
     found = []
-    inception = [metric for metric, reading in readings.items() if reading.extractor == INCEPTION]
-    if inception and not is_published(weights[INCEPTION]):
+    inception = [metric for metric, reading in readings.items() if reading.extractor in (INCEPTION, CLEAN)]
+    used = weights[readings[inception[0]].extractor] if inception else None
+    if used is not None and not is_published(used):
         found.append(
             f"{', '.join(inception)}: not by the published Inception weights, but by weights of sha256 "
-            f"{weights[INCEPTION].sha256[:8]}; comparable only with figures by the same"
+            f"{used.sha256[:8]}; comparable only with figures by the same"
         )
     if "fid" in inception:
         if count < ENOUGH:
@@ -346,6 +369,12 @@ def warnings_of(
             )
         elif reference.count < ENOUGH:
             found.append(f"fid: the reference is of only {reference.count} images")
+    for metric, reading in readings.items():
+        wanted, width = PUBLISHED_WIDTHS.get(reading.extractor), _width(reference, metric, reading)
+        if wanted is not None and width not in (None, wanted):
+            found.append(
+                f"{metric}: by {reading.extractor} of {width} features; published figures are of ViT-L/14, which has {wanted}"
+            )
     if reference.resolution is None:
         found.append("the reference's resolution is not recorded; say it by evaluation.reference_resolution")
     elif reference.resolution != resolution:

@@ -85,6 +85,7 @@ def store(
     metrics = Metrics(
         **beside,
         seeds=Seeds(noise=settings.seed, trajectories=config.seed, metrics=settings.metric_seed),
+        draws=settings.draws,
         checkpoint=_checkpoint(comparison),
         teacher=teacher.info.identity.model_dump(mode="json"),
         decoder=decoder_of(comparison),
@@ -227,6 +228,7 @@ def _trained_on(comparison: Comparison) -> Iterator[str]:
 
 class _Beside(TypedDict):
     name: str
+    protocol: str | None
     num_samples: int
     reference: ReferenceFacts
     feature_extractor: ExtractorName
@@ -245,6 +247,7 @@ def _beside(
     weights: dict[str, WeightsFile] = comparison.weights
     return _Beside(
         name=comparison.config.name,
+        protocol=comparison.config.evaluation.protocol,
         num_samples=count,
         reference=ReferenceFacts(
             what=comparison.config.evaluation.reference,

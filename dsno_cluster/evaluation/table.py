@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsno_cluster.evaluation.records import Figures, Metrics, StudentRow
+from dsno_cluster.config.protocols import PROTOCOLS
+from dsno_cluster.evaluation.records import Figures, Measurement, Metrics, StudentRow
 from dsno_cluster.features import INCEPTION
+
+MOST_DECIMALS = 8
+# what the field calls the Frechet distance by an extractor
+FRECHET_DISTANCES = {INCEPTION: "FID", "inception-v3-clean": "clean-FID", "dinov2": "FD-DINOv2"}
 
 
 @dataclass(frozen=True)
@@ -20,19 +25,33 @@ class Figure:
     better: Literal["lower", "higher", "as real"]
 
     def text(self, row: Figures) -> str:
-        """The figure of a row, with its standard deviation if the row has one; empty if it has no such figure."""
-        value, spread = row.figure(self.key), row.figure(f"{self.key}_std")
+        """The figure of a row with half of its interval, or without one its standard deviation, if the row has either.
+
+        It has as many decimals as show what follows the ±, and the figures of all draws if there are several; it is empty if
+        the row has no such figure.
+        """
+        value, spread, decimals = row.figure(self.key), row.figure(f"{self.key}_ci95"), self.decimals
         if value is None:
             return ""
-        return f"{value:.{self.decimals}f}" + (f" ± {spread:.{self.decimals}f}" if spread is not None else "")
+        spread = row.figure(f"{self.key}_std") if spread is None else spread
+        while spread and decimals < MOST_DECIMALS and float(f"{spread:.{decimals}f}") == 0:
+            decimals += 1
+        draws = row.fid_draws if self.key == "fid" else ()
+        return (
+            f"{value:.{decimals}f}"
+            + (f" ± {spread:.{decimals}f}" if spread else "")
+            + (f" ({', '.join(f'{draw:.{decimals}f}' for draw in draws)})" if draws else "")
+        )
 
 
 def known_figures(extractor: str) -> list[Figure]:
     """Every figure that a table may show, in order; the titles depend on the extractor."""
     inception = extractor == INCEPTION
     return [
-        Figure("fid", "FID" if inception else "Frechet distance", 2, "lower"),
+        Figure("fid", FRECHET_DISTANCES.get(extractor, "Frechet distance"), 2, "lower"),
+        Figure("sfid", "sFID", 2, "lower"),
         Figure("kid", "KID" if inception else "kernel distance", 4, "lower"),
+        Figure("cmmd", "CMMD" if extractor == "clip" else "Gaussian kernel distance", 3, "lower"),
         Figure("inception_score", "Inception score" if inception else "class score", 2, "higher"),
         Figure("precision", "precision", 3, "higher"),
         Figure("recall", "recall", 3, "higher"),
@@ -45,10 +64,33 @@ def known_figures(extractor: str) -> list[Figure]:
 
 def figures_of(metrics: Metrics) -> list[Figure]:
     """The figures that any row of the metrics has."""
-    rows: list[Figures] = [metrics.student, *metrics.teacher_rows]
-    rows += [metrics.real_held_out] if metrics.real_held_out else []
+    rows = all_rows(metrics)
     known = known_figures(metrics.feature_extractor.name)
     return [figure for figure in known if any(row.figure(figure.key) is not None for row in rows)]
+
+
+def conditions(metrics: Measurement) -> str:
+    """For the caption of a table: the extractor of its figures, and the protocol, if they follow one."""
+    title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
+    return metrics.feature_extractor.name + (f", {title}" if title else "")
+
+
+def spread_notes(figures: Sequence[Figure], rows: Sequence[Figures]) -> list[str]:
+    """What ± means in a table of these rows, a line for each meaning."""
+    of_draws = [f for f in figures if any(row.figure(f"{f.key}_ci95") is not None for row in rows)]
+    of_parts = [f.title for f in figures if f not in of_draws and any("±" in f.text(row) for row in rows)]
+    notes = []
+    if of_draws:
+        notes.append("±: half of the 95 % interval, over other draws of the samples.")
+    if of_parts:
+        notes.append(f"± of {' and '.join(of_parts)}: standard deviation over parts of the samples.")
+    return notes
+
+
+def all_rows(metrics: Metrics) -> list[Figures]:
+    """Every row of the table that has figures."""
+    held_out = [metrics.real_held_out] if metrics.real_held_out else []
+    return [*held_out, *metrics.teacher_rows, *student_rows(metrics)]
 
 
 def table_rows(metrics: Metrics) -> tuple[list[str], list[list[str]]]:

@@ -31,7 +31,7 @@ SHIPPED_ROWS = "evaluation.json"
 # settings on which only these metrics depend
 _KNOBS: dict[str, tuple[str, ...]] = {
     "kid": ("kid_subsets", "kid_subset_size", "metric_seed"),
-    "inception_score": ("inception_splits", "metric_seed"),
+    "inception_score": ("inception_splits", "inception_shuffle", "metric_seed"),
     "precision_recall": ("neighborhood",),
 }
 
@@ -60,11 +60,13 @@ class ComparisonSpec(Named):
     guidance_interval: tuple[float, float] | None = later(None)
     guidance_channels: int | None = later(None)
     guide: AnyTeacherIdentity | None = later(None)
+    draws: int = later(1)
     precision: str = later("float32")
     other_extractors: dict[str, str] = later({})
     kid_subsets: int | None = later(None)
     kid_subset_size: int | None = later(None)
     inception_splits: int | None = later(None)
+    inception_shuffle: bool = later(True)
     neighborhood: int | None = later(None)
     metric_seed: int | None = later(None)
     decoder: DecoderIdentity | None = later(None)
@@ -113,6 +115,7 @@ def comparison_spec(
         ),
         reference="data" if settings.reference == "data" else _parts_of(real),
         num_samples=settings.num_samples,
+        draws=settings.draws,
         seed=settings.seed,
         metrics=tuple(m for m in settings.metrics if m != "trajectory_error"),
         guidance_scale=config.trajectories.guidance_scale,

@@ -12,9 +12,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
@@ -24,16 +23,25 @@ from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.classifiers import CLASSIFIERS, Classifier
 from dsno_cluster.features.fidelity_internals import accepting_floats
+from dsno_cluster.features.inception import CLEAN, SPATIAL, WithSpatial
+from dsno_cluster.features.vision_transformers import TRANSFORMERS, check_installed
 from dsno_cluster.files import cache_folder, file_sha256, not_there, written_aside
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.weight_files import HEAD, disguise, parse_weights
 
 VGG = "vgg16"
 # extractors whose weights are tensors by name; others' may hold programs
-STATE_DICTS = (*CLASSIFIERS, VGG, INCEPTION)
+STATE_DICTS = (*CLASSIFIERS, *TRANSFORMERS, VGG, INCEPTION, CLEAN)
 OTHER_KEY = "evaluation.precision_recall_weights"  # of the keys of another extractor
-# torch-fidelity's names of the metrics that read features; `nearest` is ours, and reads what FID reads
-METRICS = {"fid": "fid", "kid": "kid", "inception_score": "isc", "precision_recall": "prc", "nearest": "fid"}
+# torch-fidelity's names of the metrics that read features; `nearest` and `cmmd` are not its own, and read what FID reads
+METRICS = {
+    "fid": "fid",
+    "kid": "kid",
+    "inception_score": "isc",
+    "precision_recall": "prc",
+    "nearest": "fid",
+    "cmmd": "fid",
+}
 BATCH = 64  # images at a time, torch-fidelity's default
 WEIGHT_FILE = "weights.safetensors"
 
@@ -66,7 +74,7 @@ Readings = dict[str, Reading]  # by metric
 class Extractor:
     """An extractor with its weights."""
 
-    network: FeatureExtractorBase
+    network: nn.Module
     channels: int
     layers: tuple[str, ...]
 
@@ -104,10 +112,28 @@ class Extractor:
         return {layer: torch.cat([part[i] for part in parts]) for i, layer in enumerate(self.layers)}
 
 
+def check_differentiable(extractor: str, key: str) -> None:
+    """Raises UserError, naming the `key`, for an extractor through which images get no gradient."""
+    if extractor in (CLEAN, *TRANSFORMERS):
+        raise UserError(
+            f"{key}: {extractor} resizes images in 8 bits, so they get no gradient; train by another evaluation.feature_extractor "
+            f"and evaluate by {extractor} afterwards"
+        )
+
+
 def layer_of(extractor: str, metric: str) -> str:
-    """The layer that a metric reads by default in torch-fidelity; the class logits for `agreement`."""
+    """The layer that a metric reads by default in torch-fidelity; the class logits for `agreement`, ADM's for `sfid`.
+
+    Raises UserError if the extractor has no such layer.
+    """
     if metric == "agreement":
         return "logits"
+    if metric == "sfid":
+        if extractor != INCEPTION:
+            raise UserError(
+                f"evaluation.metrics: sfid reads a layer of {INCEPTION}, which {extractor} has not"
+            )
+        return SPATIAL
     return str(FEATURE_EXTRACTORS_REGISTRY[extractor].get_default_feature_layer_for_metric(METRICS[metric]))
 
 
@@ -189,6 +215,8 @@ def find_weights(
     another sha256 or a failed download.
     """
     _check_known(name)
+    if name in TRANSFORMERS:
+        check_installed()
     if path is None and name in CLASSIFIERS:
         path = f"package:{name}"
     if path is None:
@@ -233,7 +261,7 @@ def published_url(name: str) -> str | None:
 
     None for extractors not known here.
     """
-    if name == INCEPTION:
+    if name in (INCEPTION, CLEAN):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
         return str(URL_INCEPTION_V3)
@@ -263,7 +291,7 @@ def load_extractor(
     try:
         network = create_feature_extractor(
             weights.extractor,
-            list(layers),
+            WithSpatial.layers_of_inception(layers),
             cuda=False,
             feature_extractor_weights_path=str(weights.path),
             verbose=False,
@@ -274,6 +302,8 @@ def load_extractor(
         raise UserError(
             f"{weights.path}: does not hold the weights of {weights.extractor}: {said_by('torch', error)}"
         ) from error
+    if SPATIAL in layers:
+        network = WithSpatial(network, layers)
     network.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
 

@@ -6,11 +6,11 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch import nn
 
 
 @contextlib.contextmanager
-def accepting_floats(extractor: FeatureExtractorBase) -> Iterator[None]:
+def accepting_floats(extractor: nn.Module) -> Iterator[None]:
     """In this context the extractor also takes floating-point images (N, C, H, W) in [0, 255].
 
     Its `forward` checks its input by `vassert` of its module, and then converts it to floats at once.

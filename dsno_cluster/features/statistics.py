@@ -31,6 +31,18 @@ class Moments:
         """(D, D), ddof 1, as `numpy.cov`."""
         return self.m2 / (self.count - 1)
 
+    @property
+    def gaussian(self) -> Gaussian:
+        return Gaussian(self.mean, self.covariance)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (D,) and covariance (D, D) of features, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
 
 def moments_of(features: np.ndarray) -> Moments:
     """Moments of features (N, D)."""
@@ -109,17 +121,17 @@ class BlockMerger:
         return next(iter(self.waiting.values()))
 
 
-def distance_from(samples: Moments, mean: np.ndarray, covariance: np.ndarray) -> float:
-    """The Frechet distance of samples from a reference of that mean (D,) and covariance (D, D).
+def distance_from(samples: Moments, reference: Gaussian) -> float:
+    """The Frechet distance of samples from a reference.
 
     Raises UserError if features on either side are not finite.
     """
-    for what, spread in (("the samples", samples.m2), ("the reference", covariance)):
+    for what, spread in (("the samples", samples.m2), ("the reference", reference.covariance)):
         if not np.isfinite(spread).all():
             raise UserError(
                 f"evaluation.feature_extractor: its features of {what} are not finite; are its weights damaged?"
             )
-    return frechet_distance(samples.mean, samples.covariance, mean, covariance)
+    return frechet_distance(samples.mean, samples.covariance, reference.mean, reference.covariance)
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from importlib import resources
 from dsno_cluster import __version__
 from dsno_cluster.config import Config
 from dsno_cluster.evaluation.records import Figures, Layout, Metrics, TeacherRow
-from dsno_cluster.evaluation.table import figures_of
+from dsno_cluster.evaluation.table import all_rows, conditions, figures_of, spread_notes
 from dsno_cluster.report import parts
 from dsno_cluster.report.markup import Markup, tag, together
 from dsno_cluster.report.parts import Side
@@ -170,9 +170,7 @@ def _figures(files: RunFiles, words: str) -> Markup:
     real = f"{reference.count:,} real images" if reference.count else "the real images' statistics"
     if reference.resolution:
         real += f" at {reference.resolution} pixels"
-    caption = (
-        f"{metrics.num_samples:,} samples each, against {real}; extractor {metrics.feature_extractor.name}"
-    )
+    caption = f"{metrics.num_samples:,} samples each, against {real}; extractor {conditions(metrics)}"
     if not figures:  # only the trajectory error, for which no images are compared
         caption = (
             "No images were compared: evaluation.metrics names only the trajectory error, which is below"
@@ -185,7 +183,8 @@ def _figures(files: RunFiles, words: str) -> Markup:
             "p",
             "NFE: network evaluations for one image, one after the other. Cost: the same in evaluations of the teacher, measured "
             "here; a student that answers several times at once may cost more than one. An arrow says which way is better."
-            + (" The held-out real images are few, which makes their distances large." if few else ""),
+            + (" The held-out real images are few, which makes their distances large." if few else "")
+            + "".join(f" {line}" for line in spread_notes(figures, all_rows(metrics))),
             class_="muted",
         ),
         parts.chart_figure(chart) if chart else None,

@@ -207,7 +207,9 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
     )
     if files.metrics is not None:
         shown = (
+            "protocol",
             "num_samples",
+            "draws",
             "seeds",
             "precision",
             "reference",

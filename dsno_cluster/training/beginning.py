@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
-from dsno_cluster.features.extractors import find_weights
+from dsno_cluster.features.extractors import check_differentiable, find_weights
 from dsno_cluster.model_folder import FeatureWeights, StartModel
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
@@ -130,6 +130,7 @@ def _inputs(
             images = find_real_images(config, teacher, quiet=True)
         if config.training.distribution.frechet_weight:
             measured = config.evaluation
+            check_differentiable(measured.feature_extractor, "training.distribution.frechet_weight")
             found = find_weights(measured.feature_extractor, measured.weights_path, measured.weights_sha256)
             features = FeatureWeights(extractor=found.extractor, sha256=found.sha256)
         teacher_hash = canonical_hash(teacher.info.identity.model_dump(mode="json"))

@@ -54,7 +54,7 @@ class HeldOutDistance:
         found = self._moments(_checked(real, name))
         if found.count < 2:
             raise UserError("the held-out real images: their distance needs 2 or more, there is 1")
-        self.real_mean, self.real_covariance = found.mean, found.covariance
+        self.real = found.gaussian
 
     def of(self, sample: Callable[[Tensor, Tensor | None], Tensor]) -> float:
         """The distance of the student that `sample` draws from; the same whenever the student is.
@@ -62,7 +62,7 @@ class HeldOutDistance:
         `sample` gives states (N, C, H, W) in [-1, 1] from noise of that shape on the device and labels (N,) on the CPU,
         which are None without classes. Raises UserError if features are not finite.
         """
-        return distance_from(self._moments(self._images(sample)), self.real_mean, self.real_covariance)
+        return distance_from(self._moments(self._images(sample)), self.real)
 
     def _images(self, sample: Callable[[Tensor, Tensor | None], Tensor]) -> Iterator[Tensor]:
         """The student's images, uint8 (N, C, H, W), `evaluation.batch_size` at a time."""

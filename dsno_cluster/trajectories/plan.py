@@ -304,7 +304,7 @@ def report(config: Config, plan: Plan | None, found: Found) -> str:
     # without a metric on images, the teacher's are not drawn
     if set(config.evaluation.metrics) != {"trajectory_error"}:
         lines.append(
-            f"evaluation    some {rows * config.evaluation.num_samples:,} more by `eval`, once, for the teacher's own rows "
+            f"evaluation    some {rows * config.evaluation.drawn:,} more by `eval`, once, for the teacher's own rows "
             "(evaluation.num_samples, teacher_steps, and the solver above)"
         )
     if plan and plan.note:
