@@ -45,18 +45,11 @@ def later(default: Any, **field: Any) -> Any:
 
 
 def renamed(name: str, older: str, **field: Any) -> Any:
-    """The field `name` of a `Named` model, which was called `older` at first: read by either name, dumped by the older."""
+    """The field `name` of a `Named` model, which was called `older` at first: read by either name, dumped by the older.
+
+    For a key of the config, `renamed.py` says how long people may use the older name.
+    """
     return Field(validation_alias=AliasChoices(name, older), json_schema_extra={"dumped_as": older}, **field)
-
-
-def older_names(model: type[BaseModel]) -> dict[str, str]:
-    """The names of a model's `renamed` fields by their older ones."""
-    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-    return {
-        str(extra["dumped_as"]): name
-        for name, extra in extras.items()
-        if isinstance(extra, dict) and "dumped_as" in extra
-    }
 
 
 class Named(Strict):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dsno_cluster.cluster.runs import Run, all_runs
 from dsno_cluster.config import Config
+from dsno_cluster.config.renamed import with_current_names
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import history_key
@@ -161,9 +162,9 @@ def _student_at(address: str, endpoint_url: str | None) -> ModelMeta | None:
 
 
 def _config_at(address: str, endpoint_url: str | None) -> Values:
-    """The config in the newest student's folder, as it was written; empty if there is none."""
+    """The config in the newest student's folder, by the current names of its keys; empty if there is none."""
     try:
-        return read_config_of(address, endpoint_url)
+        return with_current_names(read_config_of(address, endpoint_url))[0]
     except UserError:
         return {}
 
