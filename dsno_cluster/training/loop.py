@@ -83,7 +83,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             return address
         asked, config = config, decide(config, ranks, beginning.state)
         settings = config.training
-        log = on_rank_0(ranks, lambda: MetricsLog(config, start))
+        log = on_rank_0(ranks, lambda: resources.enter_context(MetricsLog(config, start)))
         student = _begin_student(config, beginning, known, ranks)
         real = on_every_rank(ranks, lambda: find_real_images(config, known, ranks.device, quiet=not main))
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, real, ranks))
