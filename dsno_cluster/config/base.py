@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 # tf32: float32, but a GPU may round the inputs of matrix products and convolutions to TensorFloat-32
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+# in the upper-case name of a key or a variable: its value is a secret
+SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
 StrictNumber = int | float  # kept as written: 1 and 1.0 are different bytes in JSON
 
 

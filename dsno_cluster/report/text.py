@@ -27,6 +27,10 @@ WATCHED = {
     for key in (
         "log_every",
         "tensorboard",
+        "wandb",
+        "wandb.project",
+        "wandb.entity",
+        "wandb.mode",
         "heldout_every",
         "heldout_samples",
         "picture_every",

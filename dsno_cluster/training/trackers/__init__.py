@@ -34,4 +34,8 @@ def open_trackers(config: Config, folder: Path, start: int) -> list[Tracker]:
         from dsno_cluster.training.trackers.tensorboard import TensorBoard
 
         trackers.append(TensorBoard(folder / "tensorboard", start))
+    if config.training.wandb is not None:
+        from dsno_cluster.training.trackers.weights_and_biases import WeightsAndBiases
+
+        trackers.append(WeightsAndBiases(config, folder))
     return trackers
