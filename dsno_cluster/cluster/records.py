@@ -104,7 +104,7 @@ class AttemptProgress(AttemptRecord):
 
     @classmethod
     def of(cls, tally: Tally) -> AttemptProgress:
-        return cls(**vars(tally))
+        return cls(**{name: getattr(tally, name) for name in cls.model_fields if name != "time"})
 
 
 class Idle(AttemptRecord):
