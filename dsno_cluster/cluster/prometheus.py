@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from dsno_cluster.config import Config
 
 FOLDER = "prometheus"
+_STATE, _WRITTEN, _REMAINING = (
+    "dsno_stage_state",
+    "dsno_stage_progress_timestamp_seconds",
+    "dsno_stage_remaining_seconds",
+)
 STATES = ("running", "done", "failed", "interrupted")
 # progress, by its unit: the metric that counts it, and what it counts
 UNITS = {
@@ -77,6 +82,46 @@ def progress_exported(config: Config, stage: str) -> Iterator[None]:
             export.end(state)
 
 
+@dataclass(frozen=True)
+class StageProgress:
+    """How far a stage is: `done` of `planned` in its `unit`, None before any was counted; its state since `written`.
+
+    `remaining`: seconds until that work is done, if known. Times are seconds of the epoch.
+    """
+
+    state: str
+    unit: str
+    done: int | None
+    planned: int | None
+    remaining: float | None
+    written: float
+
+
+def read_progress(config: Config, stage: str) -> StageProgress | None:
+    """What the `progress_file` of a stage says; None if there is none that can be read."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        text = progress_file(config, stage).read_text()
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    except (OSError, ValueError):
+        return None
+    values = {sample.name: sample.value for sample in samples if sample.name != _STATE}
+    states = [s.labels.get("state", "") for s in samples if s.name == _STATE and s.value == 1]
+    if not states or _WRITTEN not in values:
+        return None
+    counted = next(((unit, name) for unit, (name, _) in UNITS.items() if f"{name}_total" in values), None)
+    unit, name = counted or ("", "")
+    return StageProgress(
+        state=states[0],
+        unit=unit,
+        done=int(values[f"{name}_total"]) if counted else None,
+        planned=int(values[f"{name}_planned"]) if counted else None,
+        remaining=values.get(_REMAINING),
+        written=values[_WRITTEN],
+    )
+
+
 class _Export:
     def __init__(self, file: Path, labels: dict[str, str]) -> None:
         self.file, self.labels, self.began = file, labels, time.time()
@@ -87,13 +132,16 @@ class _Export:
             metric, what = UNITS[tally.unit]
             self._set(metric, "counter", what, tally.done)
             self._set(f"{metric}_planned", "gauge", f"{what}, in the end", tally.total)
+        if tally.rate > 0:
+            seconds = (tally.total - tally.done) / tally.rate
+            self._set(_REMAINING, "gauge", "Until this work is done, by its rate since this start", seconds)
         for name, value in tally.recorded.items():
             self._set(*FIGURES[name], value)
         self._set(
             "dsno_stage_start_timestamp_seconds", "gauge", "When this start of the stage began", self.began
         )
         self._set(
-            "dsno_stage_progress_timestamp_seconds",
+            _WRITTEN,
             "gauge",
             "When its progress was last written",
             time.time(),
@@ -130,7 +178,7 @@ class _Export:
         from prometheus_client.core import GaugeMetricFamily
 
         metric = GaugeMetricFamily(
-            "dsno_stage_state", "1 for the state that the stage is in", labels=[*self.labels, "state"]
+            _STATE, "1 for the state that the stage is in", labels=[*self.labels, "state"]
         )
         for each in STATES:
             metric.add_metric([*self.labels.values(), each], float(each == state))
