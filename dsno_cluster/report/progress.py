@@ -48,10 +48,15 @@ class Progress:
 
 
 def progress_section(progress: Progress) -> Markup:
+    command = tag("code", "dsno-cluster report --follow")
     how = (
-        f"This page loads its newer version every {RELOAD_SECONDS} seconds, while `dsno-cluster report --follow` writes it."
+        together(
+            f"This page loads its newer version every {RELOAD_SECONDS} seconds, while ",
+            command,
+            " writes it.",
+        )
         if progress.live
-        else "As it was when `dsno-cluster report --follow` ended."
+        else together("As it was when ", command, " ended.")
     )
     lines = (_line(stage, found) for stage, found in progress.stages)
     return together(tag("p", how, class_="muted"), tag("ol", *lines, class_="stages"))
