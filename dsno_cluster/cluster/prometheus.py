@@ -1,7 +1,7 @@
 """The progress of a stage as a text file of metrics, `<run.dir>/prometheus/<name>-<stage>.prom`, for Prometheus.
 
-The textfile collector of a node exporter reads such files. A file is replaced every two seconds while the stage
-works, by the process that shows its progress, and keeps its last state when the stage has ended.
+The textfile collector of a node exporter reads such files. A file is replaced when there is progress, at
+most every two seconds, by the process that shows it, and keeps its last state when the stage has ended.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.report.markup import Markup, tag, together
 
 RELOAD_SECONDS = 5  # between two versions of the page
-QUIET_SECONDS = 60.0  # a stage that works is heard of every two seconds
+QUIET_SECONDS = 300.0  # a stage is heard of at each shard, step or batch, which may take minutes
 
 
 @dataclass(frozen=True)
