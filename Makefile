@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-slow test-cluster test-drills cluster-up cluster-shell cluster-status cluster-down eval docs lint bench
+.PHONY: help setup demo test test-gpu test-slow test-cluster test-drills cluster-up cluster-shell cluster-status cluster-down dist eval docs lint bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,11 @@ cluster-status: $(READY)  ## its nodes and jobs
 
 cluster-down: $(READY)  ## end it and remove everything that belongs to it
 	$(BIN)/python tests/cluster/testbed.py down
+
+dist: $(READY)  ## the sdist and the wheel, in dist/, checked as PyPI does
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 eval: $(READY)  ## evaluate the newest student of CONFIG (default configs/digits.yaml)
 	$(BIN)/dsno-cluster eval $(CONFIG) $(ARGS)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dsno_cluster.config import Config, Profile, paths
+from dsno_cluster.config.renamed import RENAMED_KEYS
 
 FILE = Path(__file__).parent / "configuration.md"
 
@@ -42,12 +43,22 @@ keys without a default. The files [jobs/*.yaml](#profiles-jobsyaml) say where a 
   another scheme (`gs://`, `file:/`, `s3:/`) are refused.
 """
 
+RENAMED = """## Renamed keys
+
+An older name of a key is read with a warning, and refused from the version of the last column on. In the configs of run folders
+and students, which the project itself wrote, it is read for good.
+
+| older name | key | renamed in | refused from |
+|---|---|---|---|
+"""
+
 PROFILES = "Profiles: jobs/*.yaml"
 
 
 def document() -> str:
     """The whole page."""
-    parts = [INTRODUCTION, _section("The experiment", Config, "")]
+    renamed = [f"| `{key.older}` | `{key.newer}` | {key.since} | {key.until} |" for key in RENAMED_KEYS]
+    parts = [INTRODUCTION, RENAMED + "\n".join([*renamed, ""]), _section("The experiment", Config, "")]
     parts += [_section(name, model, f"{name}.") for name, model in _sections(Config)]
     parts.append(_section(PROFILES, Profile, ""))
     return "\n".join(parts)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -34,8 +34,11 @@ _LOG_EVERY_SECONDS = 10.0
 _WRAPPED = 24  # smallest width of a column that may wrap
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
-_record: Callable[[Tally], None] | None = None
+_recorders: list[Callable[[Tally], None]] = []
 _remark = ""
+
+# a measured number, or one for each time point
+Figure = float | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Tally:
     """The progress of long work.
 
     `start`: units done by an earlier run; `reached`: how far earlier runs came (see `progress`); `rate`:
-    units per second. `remark`: what `status` says beside it.
+    units per second. `figures`: those that the progress line shows; `recorded`: the newest of each that was only
+    recorded, by name. `remark`: what `status` says beside it.
     """
 
     title: str
@@ -55,6 +59,7 @@ class Tally:
     rate: float = 0.0
     figures: str = ""
     remark: str = ""
+    recorded: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def say(message: str) -> None:
@@ -112,39 +117,43 @@ def error(message: str) -> None:
 def progress(
     title: str, total: int, unit: str, *, done: int = 0, reached: int | None = None, quiet: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """Show the progress of long work; yields `advance(count, **figures)`.
+    """Show the progress of long work; yields `advance(count, recorded=None, **figures)`.
 
     On a terminal this is a bar, elsewhere a plain line at most every ten seconds. `figures` appear at the end
-    of the line. `done` units were done by an earlier run and do not count towards the rate. `reached`
-    (default: `done`) says how far earlier runs came if `total` is only that of this run; it is recorded, not
-    shown. `quiet` shows nothing, for all ranks except one.
+    of the line; `recorded`, a mapping of names to figures, is not shown, but passed on to whoever records.
+    `done` units were done by an earlier run and do not count towards the rate. `reached` (default: `done`)
+    says how far earlier runs came if `total` is only that of this run; it is recorded, not shown. `quiet`
+    shows nothing, for all ranks except one.
     """
     if quiet:
-        yield lambda count, **figures: liveness.progressed()
+        yield lambda count, recorded=None, **figures: liveness.progressed()
         return
     shown = (_bar if _console.is_terminal else _lines)(title, total, unit, done)
     with shown as show:
+        begun = Tally(title, unit, done, done if reached is None else reached, total, done)
+        record = _recorded(tuple(_recorders), begun)
 
-        def advance(count: int, **figures: Any) -> None:
+        def advance(count: int, recorded: Mapping[str, Figure] | None = None, **figures: Any) -> None:
             liveness.progressed()
             show(count, **figures)
+            record(count, recorded or {}, figures)
 
-        if _record is None:
-            yield advance
-            return
-        begun = Tally(title, unit, done, done if reached is None else reached, total, done)
-        yield _recorded(advance, _record, begun)
+        yield advance
 
 
-def record_progress(record: Callable[[Tally], None]) -> None:
-    """From now on also pass this process's progress to `record`, every two seconds."""
-    global _record
-    _record = record
+@contextlib.contextmanager
+def recording(record: Callable[[Tally], None]) -> Iterator[None]:
+    """In this context, work that begins also passes its progress in this process to `record`, every two seconds."""
+    _recorders.append(record)
+    try:
+        yield
+    finally:
+        _recorders.remove(record)
 
 
 def _recorded(
-    advance: Callable[..., None], record: Callable[[Tally], None], tally: Tally
-) -> Callable[..., None]:
+    recorders: Sequence[Callable[[Tally], None]], tally: Tally
+) -> Callable[[int, Mapping[str, Figure], Mapping[str, object]], None]:
     began, written = time.monotonic(), float("-inf")
 
     def write(figures: Mapping[str, object]) -> None:
@@ -152,18 +161,18 @@ def _recorded(
         written = time.monotonic()
         rate = (tally.done - tally.start) / max(written - began, 1e-9)
         tally = replace(tally, rate=rate, figures=_figures(figures), remark=_remark)
-        with contextlib.suppress(OSError):  # a full disk is reported by the work itself
-            record(tally)
+        for record in recorders:
+            with contextlib.suppress(OSError):  # a full disk is reported by the work itself
+                record(tally)
 
-    def advance_and_record(count: int, **figures: Any) -> None:
+    def advance(count: int, recorded: Mapping[str, Figure], figures: Mapping[str, object]) -> None:
         nonlocal tally
-        advance(count, **figures)
-        tally = replace(tally, done=tally.done + count)
+        tally = replace(tally, done=tally.done + count, recorded={**tally.recorded, **recorded})
         if time.monotonic() - written >= _RECORD_EVERY_SECONDS or tally.done >= tally.total:
             write(figures)
 
     write({})
-    return advance_and_record
+    return advance
 
 
 @contextlib.contextmanager

@@ -11,7 +11,12 @@ from pathlib import Path
 from tiny import DATA, TINY
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TOOLS = (
     "dsno-cluster",
     "make",
@@ -39,6 +44,7 @@ EXCUSED = {
     "dsno-cluster inspect-teacher FILE": "needs a file; test_inspect_teacher.py has one of each family",
     "dsno-cluster inspect-teacher edm-cifar10-32x32-uncond-vp.pkl schedule=native": "needs a published file; "
     "test_inspect_teacher.py has small ones",
+    "dsno-cluster report configs/digits.yaml --follow": "ends only when a run has ended; test_followed_report.py follows one",
     "dsno-cluster fetch-teacher NAME": "needs the internet; test_fetch_teacher.py has a stand-in for the hub",
     "dsno-cluster fetch-teacher google/ddpm-cifar10-32": "needs the internet; test_fetch_teacher.py has a stand-in for the hub",
     "python benchmarks/teachers.py --edm DIR ...": "needs checkouts of the original code",

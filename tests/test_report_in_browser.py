@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, browse
 from report_runs import curve, history, metrics, write_curve, write_evaluation
 
 from dsno_cluster.cli import main
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 # loads the page in a frame as wide as a phone, where a window cannot be, and looks at it
@@ -43,27 +41,6 @@ frame.onload = () => {
 };
 frame.srcdoc = PAGE;
 </script></body></html>"""
-
-
-def browse(file: Path, *options: str) -> tuple[str, list[str]]:
-    """The DOM of a page once it has settled, and what it wrote to its console."""
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={file.parent / 'profile'}",
-    ]
-    command += [
-        "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
-        "--dump-dom",
-        *options,
-        f"file://{file}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ class Begin(AttemptRecord):
 
 
 class AttemptProgress(AttemptRecord):
-    """The progress of the attempt's work: `console.Tally`."""
+    """The progress of the attempt's work: `console.Tally`, without what is only recorded."""
 
     FILE = "progress.json"
 
@@ -104,7 +104,7 @@ class AttemptProgress(AttemptRecord):
 
     @classmethod
     def of(cls, tally: Tally) -> AttemptProgress:
-        return cls(**vars(tally))
+        return cls(**{name: value for name, value in vars(tally).items() if name in cls.model_fields})
 
 
 class Idle(AttemptRecord):

@@ -46,6 +46,7 @@ from dsno_cluster.config import (
     dump_profile,
     is_config_file,
     load_config,
+    load_dumped_config,
     load_resolved_profile,
 )
 from dsno_cluster.errors import LOST_RANK, UserError, WorkError
@@ -106,7 +107,7 @@ class Run:
         Relative paths are relative to the folder from which it was submitted.
         """
         # only overrides and older run folders have relative paths
-        return load_config(str(self.folder / CONFIG), overrides, Path(self.record().cwd))
+        return load_dumped_config(self.folder / CONFIG, overrides, Path(self.record().cwd))
 
     def profile(self) -> Profile:
         return load_resolved_profile(self.folder / PROFILE)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from dsno_cluster.cluster.crew import Crew
+from dsno_cluster.cluster.prometheus import progress_exported
 
 if TYPE_CHECKING:
     from dsno_cluster.config import Config, Profile
@@ -81,9 +82,10 @@ class Stage(Generic[Options]):
     work: Callable[[Config, Options, str | None, Any], StageResult]
 
     def run(self, config: Config, options: Options, ray_address: str | None, found: Any) -> StageResult:
-        """Do the work. Afterwards its memory on a GPU is there for the next stage, also if it failed."""
+        """Do the work, its progress exported. Afterwards its memory on a GPU is there for the next stage, also if it failed."""
         try:
-            return self.work(config, options, ray_address, found)
+            with progress_exported(config, self.name):
+                return self.work(config, options, ray_address, found)
         except BaseException as error:
             _drop_variables(error)
             raise

@@ -65,12 +65,10 @@ class StageTask:
         rank = JobEnvironment().global_rank
         attempt.folder.mkdir(parents=True, exist_ok=True)
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler
-        if rank == 0:
-            console.record_progress(lambda tally: attempt.write(AttemptProgress.of(tally)))
         expect_answers()  # the command that submitted this checked the address of the storage
         received: list[int] = []
         try:
-            with _signals_unwind(received), _guarded(run, attempt, rank):
+            with _signals_unwind(received), _guarded(run, attempt, rank), _progress_noted(attempt, rank):
                 address = self._run(run, attempt)
         except (KeyboardInterrupt, SystemExit) as stopped:
             _ignore_signals()
@@ -215,6 +213,13 @@ def _guarded(run: Run, attempt: Attempt, rank: int) -> contextlib.AbstractContex
 
     role = ("the task" if rank else "the driver") if run.is_ray_stage else f"rank {rank}"
     return guarded(attempt.folder, rank, f"{role} on {socket.gethostname()}", run.profile().hang_minutes)
+
+
+def _progress_noted(attempt: Attempt, rank: int) -> contextlib.AbstractContextManager[None]:
+    """In this context the progress of rank 0 is noted in the attempt's folder."""
+    if rank:
+        return contextlib.nullcontext()
+    return console.recording(lambda tally: attempt.write(AttemptProgress.of(tally)))
 
 
 def _ignore_signals() -> None:

@@ -188,6 +188,11 @@ def reporting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write (default: report-NAME.html in the run's folder)"
     )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="write it again while the run is at work, until it is evaluated; the page, open in a browser, shows each version",
+    )
 
 
 def fetching(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,13 @@ Start with `load_config("configs/digits.yaml", ["training.lr=1e-4"])`. Every mis
 from dsno_cluster.config.evaluation import Evaluation, MetricName
 from dsno_cluster.config.experiment import Config, DataConfig
 from dsno_cluster.config.loading import (
+    config_values,
     dump_config,
     dump_profile,
     files_not_there,
     is_config_file,
     load_config,
+    load_dumped_config,
     load_profile,
     load_resolved_profile,
 )
@@ -38,11 +40,13 @@ __all__ = [
     "TimeGrid",
     "Training",
     "Trajectories",
+    "config_values",
     "dump_config",
     "dump_profile",
     "files_not_there",
     "is_config_file",
     "load_config",
+    "load_dumped_config",
     "load_profile",
     "load_resolved_profile",
     "slurm_minutes",

@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 # tf32: float32, but a GPU may round the inputs of matrix products and convolutions to TensorFloat-32
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+# in the upper-case name of a key or a variable: its value is a secret
+SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
 StrictNumber = int | float  # kept as written: 1 and 1.0 are different bytes in JSON
 
 
@@ -45,18 +47,11 @@ def later(default: Any, **field: Any) -> Any:
 
 
 def renamed(name: str, older: str, **field: Any) -> Any:
-    """The field `name` of a `Named` model, which was called `older` at first: read by either name, dumped by the older."""
+    """The field `name` of a `Named` model, which was called `older` at first: read by either name, dumped by the older.
+
+    For a key of the config, `renamed.py` says how long people may use the older name.
+    """
     return Field(validation_alias=AliasChoices(name, older), json_schema_extra={"dumped_as": older}, **field)
-
-
-def older_names(model: type[BaseModel]) -> dict[str, str]:
-    """The names of a model's `renamed` fields by their older ones."""
-    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-    return {
-        str(extra["dumped_as"]): name
-        for name, extra in extras.items()
-        if isinstance(extra, dict) and "dumped_as" in extra
-    }
 
 
 class Named(Strict):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from dsno_cluster.config.base import older_names
+from dsno_cluster import console
 from dsno_cluster.config.experiment import Config
-from dsno_cluster.config.networks import Network
 from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.config.places import RunConfig
 from dsno_cluster.config.profile import Profile
 from dsno_cluster.config.protocols import with_keys_of_protocol
+from dsno_cluster.config.renamed import RenamedKey, by_older_name, warning, with_current_names
 from dsno_cluster.config.validation import validate
 from dsno_cluster.errors import UserError, closest
 from dsno_cluster.files import shown_path, too_long
@@ -22,29 +23,45 @@ EVALUATION_FILES = ("weights_path", "precision_recall_weights_path", "reference"
 
 
 def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path()) -> Config:
-    """Read an experiment. `overrides` are `dotted.key=value`, the value read as YAML.
+    """Read an experiment that a person wrote. `overrides` are `dotted.key=value`, the value read as YAML.
 
     Its paths become absolute (`config.paths`); relative ones are relative to `folder`, by default the working
-    directory. Raises UserError, in one line, if the file is missing or not YAML, and for keys that are
-    unknown, of the wrong type or inconsistent with each other.
+    directory. Says in a line which keys have been renamed. Raises UserError, in one line, if the file is missing
+    or not YAML, and for keys that are unknown, of the wrong type or inconsistent with each other.
     """
-    file = find_file(path, "configs")
-    data = _read_yaml(file)
-    older = older_names(Network)
-    if isinstance(section := data.get("network"), dict):
-        data["network"] = {
-            older[key] if key in older and older[key] not in section else key: value
-            for key, value in section.items()
-        }
+    values, renamed = _read_config(path, overrides)
+    for key in renamed:
+        try:
+            console.say(f"{path}: {warning(key)}")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return _checked(values, path, folder)
+
+
+def load_dumped_config(file: Path, overrides: Sequence[str] = (), folder: Path = Path()) -> Config:
+    """Read an experiment that `dump_config` of this version or an earlier one wrote. Otherwise as `load_config`."""
+    values, _ = _read_config(str(file), overrides)
+    return _checked(values, str(file), folder)
+
+
+def _read_config(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[RenamedKey]]:
+    """The values of a config by the current names of their keys, and those keys that had an older one."""
+    values, renamed = with_current_names(_read_yaml(find_file(path, "configs")))
     for override in overrides:
         key, _, text = override.partition("=")
-        group, _, last = key.rpartition(".")
-        key = f"network.{older[last]}" if group == "network" and last in older else key
-        _set(data, key, parse_written(text, override), override)
-    if isinstance(section := data.get("evaluation"), dict):
-        data["evaluation"] = with_keys_of_protocol(section)
-    data.setdefault("name", "-".join(Path(path).stem.split()))
-    config = validate(Config, data, str(path), folder)
+        if (older := by_older_name(key)) is not None:
+            renamed.append(older)
+            key = older.newer
+        _set(values, key, parse_written(text, override), override)
+    values, of_sections = with_current_names(values)  # which an override may have set as a whole
+    if isinstance(section := values.get("evaluation"), dict):
+        values["evaluation"] = with_keys_of_protocol(section)
+    return values, list(dict.fromkeys([*renamed, *of_sections]))
+
+
+def _checked(values: dict[str, object], path: str, folder: Path) -> Config:
+    values.setdefault("name", "-".join(Path(path).stem.split()))
+    config = validate(Config, values, path, folder)
     # the default is relative to the working directory
     if config.run.dir is None and "://" in config.storage.root:
         run = RunConfig(dir=str((folder / config.run_dir).absolute()))
@@ -72,9 +89,14 @@ def dump_profile(profile: Profile) -> str:
     return dump_yaml(profile.model_dump(mode="json"))
 
 
+def config_values(config: Config) -> dict[str, Any]:
+    """The config as plain values, by the current names of its keys."""
+    return with_current_names(config.model_dump(mode="json"))[0]
+
+
 def dump_config(config: Config) -> str:
     """The config as YAML that `load_config` reads back to an equal object."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return dump_yaml(config_values(config))
 
 
 def is_config_file(word: str) -> bool:

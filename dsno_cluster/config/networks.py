@@ -18,13 +18,12 @@ class Network(Named):
     state_size: PositiveInt | tuple[PositiveInt, PositiveInt] = renamed(
         "state_size",
         "image_size",
-        description="height and width of a state: of an image in pixels, or of a latent; [height, width] if they differ. "
-        "`image_size` is an older name",
+        description="height and width of a state: of an image in pixels, or of a latent; [height, width] if they differ",
     )
     state_channels: PositiveInt = renamed(
         "state_channels",
         "channels",
-        description="channels of a state: colours of an image, or channels of a latent. `channels` is an older name",
+        description="channels of a state: colours of an image, or channels of a latent",
     )
     num_classes: Annotated[int, Field(ge=0)] = Field(
         0, description="number of classes to condition on; 0: none"

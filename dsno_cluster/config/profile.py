@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from dsno_cluster.config.base import PositiveInt, Strict
+from dsno_cluster.config.base import SECRETS, PositiveInt, Strict
 
-SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
 _OURS = "dsno-cluster sets it itself"
 # options of sbatch that another key of a profile sets, or that dsno-cluster needs to run and follow a job
 OWN_OPTIONS = {

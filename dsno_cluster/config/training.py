@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from dsno_cluster.config.base import BelowOne, Fraction, PositiveInt, Precision, Seed, Sha256Start, Strict
 from dsno_cluster.config.finishing import Betas, Distribution
 from dsno_cluster.config.paths import LocalPath, StorageRoot
+from dsno_cluster.config.trackers import Wandb
 
 
 class Training(Strict):
@@ -116,6 +117,10 @@ class Training(Strict):
     log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(
         False, description="whether TensorBoard's event files are written beside metrics.jsonl"
+    )
+    wandb: Wandb | None = Field(
+        None,
+        description="the run of Weights & Biases that gets the lines of metrics.jsonl and the pictures; null: none",
     )
     heldout_every: PositiveInt | None = Field(
         None, description="steps between measurements of the trajectory error on held-out noise; null: never"

@@ -116,8 +116,8 @@ def check_differentiable(extractor: str, key: str) -> None:
     """Raises UserError, naming the `key`, for an extractor through which images get no gradient."""
     if extractor in (CLEAN, *TRANSFORMERS):
         raise UserError(
-            f"{key}: {extractor} resizes images in 8 bits, so they get no gradient; train by another evaluation.feature_extractor "
-            f"and evaluate by {extractor} afterwards"
+            f"{key}: {extractor} resizes images in 8 bits, so they get no gradient; train by another "
+            f"evaluation.feature_extractor, and evaluate by {extractor} afterwards"
         )
 
 

@@ -7,11 +7,13 @@ from importlib import resources
 
 from dsno_cluster import __version__
 from dsno_cluster.config import Config
+from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.records import Figures, Layout, Metrics, TeacherRow
 from dsno_cluster.evaluation.table import all_rows, conditions, figures_of, spread_notes
 from dsno_cluster.report import parts
 from dsno_cluster.report.markup import Markup, tag, together
 from dsno_cluster.report.parts import Side
+from dsno_cluster.report.progress import RELOAD_SECONDS, Progress, progress_section
 from dsno_cluster.report.run_charts import (
     cost_chart,
     distance_chart,
@@ -44,16 +46,32 @@ def write_report(config: Config, config_words: str, out: str | None = None) -> s
     `config_words` name the config in the commands that the report shows. Raises UserError if there is nothing
     to report yet or a file is damaged, WorkError if storage or disk fail.
     """
-    path = out or str(config.run_dir / f"report-{config.name}.html")
-    text = page(read_run_files(config), config_words, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
-    write_file(path, text.encode(), config.storage.endpoint_url)
+    files, path = read_run_files(config), report_path(config, out)
+    if files.is_empty:
+        raise UserError(
+            f"{config.name}: nothing to report yet, neither {files.places['curve']} nor {files.places['metrics']} exists; "
+            "`dsno-cluster train` and `dsno-cluster eval` make them"
+        )
+    write_page(path, files, config_words)
     return path
 
 
-def page(files: RunFiles, config_words: str, written: str) -> str:
-    """The report as HTML. `written` is its date."""
-    name = files.config.name
+def report_path(config: Config, out: str | None) -> str:
+    """`out`, or where a report is written by default."""
+    return out or str(config.run_dir / f"report-{config.name}.html")
+
+
+def write_page(path: str, files: RunFiles, config_words: str, progress: Progress | None = None) -> None:
+    """Write the report of these files. Raises WorkError if storage or disk fail."""
+    text = page(files, config_words, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), progress)
+    write_file(path, text.encode(), files.config.storage.endpoint_url)
+
+
+def page(files: RunFiles, config_words: str, written: str, progress: Progress | None = None) -> str:
+    """The report as HTML. `written` is its date, `progress` that of the stages if the run is followed."""
+    name, live = files.config.name, progress is not None and progress.live
     sections = [
+        *([("progress", "Progress", progress_section(progress))] if progress is not None else []),
         ("figures", "Student and teacher", _figures(files, config_words)),
         ("samples", "Samples of the same noise", _samples(files, config_words)),
         ("trajectories", "Trajectories", _trajectories(files, config_words)),
@@ -70,6 +88,7 @@ def page(files: RunFiles, config_words: str, written: str) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("noscript", tag("meta", http_equiv="refresh", content=RELOAD_SECONDS)) if live else None,
         tag("title", f"{name}: DSNO report"),
         tag("style", _asset("page.css")),
     )
@@ -110,6 +129,8 @@ def page(files: RunFiles, config_words: str, written: str) -> str:
         ),
         tag("footer", footer),
         tag("script", _asset("page.js")),
+        tag("script", _asset("live.js")) if progress is not None else None,
+        data_reload=RELOAD_SECONDS if live else None,
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 

@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from dsno_cluster.cluster.runs import Run, all_runs
 from dsno_cluster.config import Config
+from dsno_cluster.config.renamed import with_current_names
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import history_key
 from dsno_cluster.evaluation.records import History, HistoryRow, Layout, Metrics, read_file
 from dsno_cluster.model_folder import ModelMeta, read_config_of, read_meta
 from dsno_cluster.records import Record, Values
-from dsno_cluster.storage import MissingObject, Storage, open_storage
+from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
 from dsno_cluster.trajectories.shards import Manifest, read_manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import TrajectorySpec, imported_folder
@@ -71,20 +72,35 @@ class RunFiles:
         """The layout of the pictures, if the metrics have it."""
         return self.metrics.pictures if self.metrics else None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a training curve nor an evaluation."""
+        return self.metrics is None and self.history is None and not self.curve
+
+
+def stored_versions(config: Config) -> tuple[Stat | None, ...]:
+    """Which versions of the run's results are in the storage: they change when what the report shows of them does."""
+    storage = open_storage(config.storage.root, config.storage.endpoint_url)
+    keys = (
+        f"evaluation/{config.name}/metrics.json",
+        history_key(config),
+        f"{config.student_prefix}/latest",
+    )
+    return tuple(storage.stat(key) for key in keys)
+
+
+def curve_file(config: Config) -> Path:
+    return config.run_dir / config.student_prefix / "metrics.jsonl"
+
 
 def read_run_files(config: Config) -> RunFiles:
-    """All files of a config's run so far.
-
-    Raises UserError if there is neither a training curve nor an evaluation, and for damaged files; WorkError
-    if the storage fails.
-    """
+    """All files of a config's run so far. Raises UserError for damaged files, WorkError if the storage fails."""
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     folder = f"evaluation/{config.name}/"
-    curve_file = config.run_dir / config.student_prefix / "metrics.jsonl"
     places = {
         "metrics": f"{storage.url}/{folder}metrics.json",
         "history": f"{storage.url}/{history_key(config)}",
-        "curve": str(curve_file),
+        "curve": str(curve_file(config)),
     }
     metrics = read_file(Metrics, storage, folder + "metrics.json")
     history = read_file(History, storage, history_key(config))
@@ -92,19 +108,13 @@ def read_run_files(config: Config) -> RunFiles:
     if metrics is None and history is not None and history.rows:
         folder = best_row(history).folder or folder
         metrics = read_file(Metrics, storage, folder + "metrics.json")
-    curve = _read_curve(curve_file)
-    if metrics is None and history is None and not curve:
-        raise UserError(
-            f"{config.name}: nothing to report yet, neither {places['curve']} nor {places['metrics']} exists; "
-            "`dsno-cluster train` and `dsno-cluster eval` make them"
-        )
     address = config.student_address
     student = _student_at(address, config.storage.endpoint_url)
     manifest = _find_manifest(config, storage, student)
     return RunFiles(
         config=config,
         metrics=metrics,
-        curve=curve,
+        curve=read_curve(config),
         history=history,
         student=student,
         trained_with=_config_at(address, config.storage.endpoint_url),
@@ -130,8 +140,9 @@ def best_row(history: History) -> HistoryRow:
     return (same or history.rows)[-1]
 
 
-def _read_curve(file: Path) -> list[CurveLine]:
-    """Lines of metrics.jsonl; the last may be half written by a running training."""
+def read_curve(config: Config) -> list[CurveLine]:
+    """Lines of metrics.jsonl; the last may be half written by a running training. Raises UserError if they are damaged."""
+    file = curve_file(config)
     try:
         lines = file.read_text().splitlines()
     except FileNotFoundError:
@@ -161,9 +172,9 @@ def _student_at(address: str, endpoint_url: str | None) -> ModelMeta | None:
 
 
 def _config_at(address: str, endpoint_url: str | None) -> Values:
-    """The config in the newest student's folder, as it was written; empty if there is none."""
+    """The config in the newest student's folder, by the current names of its keys; empty if there is none."""
     try:
-        return read_config_of(address, endpoint_url)
+        return with_current_names(read_config_of(address, endpoint_url))[0]
     except UserError:
         return {}
 

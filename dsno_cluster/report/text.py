@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pydantic import JsonValue
 
 from dsno_cluster import __version__, console
+from dsno_cluster.config import config_values
 from dsno_cluster.errors import without_passwords
 from dsno_cluster.evaluation.records import Metrics
 from dsno_cluster.files import shown_path
@@ -26,6 +27,10 @@ WATCHED = {
     for key in (
         "log_every",
         "tensorboard",
+        "wandb",
+        "wandb.project",
+        "wandb.entity",
+        "wandb.mode",
         "heldout_every",
         "heldout_samples",
         "picture_every",
@@ -74,7 +79,7 @@ def warnings_of(files: RunFiles) -> list[str]:
 
 def differences(files: RunFiles, most: int = 6) -> list[str]:
     """Keys that changed during training, and keys in which this config is not the student's."""
-    ours = dict(_flat(files.config.model_dump(mode="json", include=set(TRAINED))))
+    ours = dict(_flat({key: value for key, value in config_values(files.config).items() if key in TRAINED}))
     theirs = dict(_flat({key: files.trained_with[key] for key in TRAINED if key in files.trained_with}))
     found = [
         f"{key} is {_plain(ours[key])} in the config of this report; the student was trained with {_plain(theirs[key])}."
@@ -112,7 +117,7 @@ def _trained(files: RunFiles, key: str) -> int:
 def _section(files: RunFiles, name: str) -> Values:
     """A section of the config with which the student was trained, or else of the reported config."""
     found = files.trained_with.get(name)
-    return found if isinstance(found, dict) and found else files.config.model_dump(mode="json")[name]
+    return found if isinstance(found, dict) and found else config_values(files.config)[name]
 
 
 def _newest_step(files: RunFiles) -> int | None:
@@ -259,7 +264,7 @@ def _commit(code: Code | None) -> str:
 
 def reproduction(files: RunFiles) -> tuple[str, str, str]:
     """The commands, the text of the config that they take, and the name to save it as."""
-    config = files.config.model_dump(mode="json")
+    config = config_values(files.config)
     config |= {key: files.trained_with[key] for key in TRAINED if key in files.trained_with}
     text = without_passwords(dump_yaml(config, only_ascii=False))
     name = f"{files.config.name}.yaml"

@@ -83,7 +83,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
             return address
         asked, config = config, decide(config, ranks, beginning.state)
         settings = config.training
-        log = on_rank_0(ranks, lambda: MetricsLog(config, start))
+        log = on_rank_0(ranks, lambda: resources.enter_context(MetricsLog(config, start)))
         student = _begin_student(config, beginning, known, ranks)
         real = on_every_rank(ranks, lambda: find_real_images(config, known, ranks.device, quiet=not main))
         heldout = on_rank_0(ranks, lambda: _held_out(config, known, student, beginning, real, ranks))
@@ -143,7 +143,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                 measured = _measure(heldout, log, due, students, done)
                 if log is not None and (due.line or measured.errors is not None):
                     log.write(_line(engine, settings, done, seen, measured, pace, ranks))
-                advance(1, **_shown(seen, pace, ranks))
+                advance(1, _recorded(settings, done, seen, measured, pace), **_shown(seen, pace, ranks))
                 if due.checkpoint:
                     notes.compare(done, measured.judged_by)
                     notes.ended = not last and from_rank_0(ranks, lambda: _is_stuck(settings, notes))
@@ -433,6 +433,21 @@ def _line(
         heldout_distance=measured.distance,
         figures=dict(seen.others) or None,
     )
+
+
+def _recorded(
+    settings: Training, done: int, seen: StepFigures, measured: HeldOutFigures, pace: Pace
+) -> dict[str, console.Figure]:
+    """The figures that are recorded with the progress, by their names in metrics.jsonl: those that are known."""
+    figures: dict[str, console.Figure | None] = {
+        "loss": seen.loss,
+        "lr": _rate(settings, done - 1),
+        "images_per_second": pace.images_per_second,
+        "seconds": pace.seconds,
+        "heldout_error_per_time": measured.errors,
+        "heldout_distance": measured.distance,
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _by_time(seen: StepFigures) -> dict[str, str]:

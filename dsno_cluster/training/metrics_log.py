@@ -1,21 +1,19 @@
-"""The log of a training: lines of metrics.jsonl, TensorBoard's event files, and pictures."""
+"""The log of a training: lines of metrics.jsonl, pictures, and what trackers get of both."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.errors import WorkError
 from dsno_cluster.model_folder import step_name
 from dsno_cluster.records import SparseRecord
 from dsno_cluster.storage import FolderStorage
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from dsno_cluster.training.trackers import open_trackers
 
 
 class MetricsLine(SparseRecord):
@@ -50,12 +48,22 @@ def trim_metrics(config: Config, step: int) -> None:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl, and to TensorBoard's files if the config asks for them."""
+    """Appends lines to metrics.jsonl, and hands their figures to the trackers that the config asks for.
+
+    A context manager: it closes the trackers.
+    """
 
     def __init__(self, config: Config, start: int) -> None:
         self.file = metrics_file(config)
         trim_metrics(config, start)
-        self.board = open_tensorboard(config, start) if config.training.tensorboard else None
+        self.trackers = open_trackers(config, self.file.parent, start)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for tracker in self.trackers:
+            tracker.close(failed=kind is not None)
 
     def write(self, line: MetricsLine) -> None:
         try:
@@ -63,37 +71,24 @@ class MetricsLog:
                 file.write(json.dumps(line.values()) + "\n")
         except OSError as error:
             raise WorkError(f"{self.file}: cannot be written: {error.strerror}") from error
-        if self.board is not None:
-            for name, value in line.values().items():
-                if name not in ("schema_version", "step"):
-                    for tag, number in _tagged(name, value).items():
-                        self.board.add_scalar(tag, number, line.step)
-            self.board.flush()
+        numbers: dict[str, float] = {}
+        for name, value in line.values().items():
+            if name not in ("schema_version", "step"):
+                numbers |= _numbers(name, value)
+        for tracker in self.trackers:
+            tracker.figures(line.step, numbers)
 
     def picture(self, step: int, png: bytes, images_NCHW: Tensor) -> None:
         """Write samples from fixed noise to `samples/step-000001000.png` beside metrics.jsonl."""
         FolderStorage(self.file.parent / "samples").write(f"{step_name(step)}.png", png)
-        if self.board is not None:
-            self.board.add_images("samples", (images_NCHW.clamp(-1, 1) + 1) / 2, step)
+        for tracker in self.trackers:
+            tracker.images(step, images_NCHW)
 
 
-def _tagged(name: str, value: Any) -> dict[str, float]:
-    """The numbers of a figure by TensorBoard's tags: one for each time point or part that has a number."""
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    """The numbers of a figure by name: one for each time point or part that has a number."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if isinstance(value, dict):
         return {f"{name}/{part}": number for part, number in value.items() if number is not None}
     return {} if value is None else {name: value}
-
-
-def open_tensorboard(config: Config, start: int) -> SummaryWriter:
-    """A writer of TensorBoard's event files. Raises UserError if the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "training.tensorboard: the package tensorboard is not installed; pip install tensorboard, "
-            "or set it to false"
-        ) from None
-    folder = metrics_file(config).parent / "tensorboard"
-    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -300,6 +300,7 @@ def _make_shards(
     """
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
+    shards = total // settings.samples_per_shard
     lines = before.by_key
     present: list[Environment] = []
 
@@ -334,7 +335,13 @@ def _make_shards(
                 finished += 1
                 rate = finished * settings.samples_per_shard / (time.monotonic() - began)
                 evaluations = rate * plan.size.evaluations_per_sample
-                advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
+                recorded = {
+                    "shards": shards - len(todo) + finished,
+                    "shards_planned": shards,
+                    "trajectories_per_second": rate,
+                }
+                shown = {"trajectories/s": rate, "evaluations/s": evaluations}
+                advance(settings.samples_per_shard, recorded, **shown)
 
             pool = _solving(config, plan, cluster, todo, bad, welcome)
             collect_shards(pool, lines, note, finish_one)

@@ -1,0 +1,195 @@
+"""The progress of a stage as a text file of metrics, `<run.dir>/prometheus/<name>-<stage>.prom`, for Prometheus.
+
+The textfile collector of a node exporter reads such files. A file is replaced when there is progress, at
+most every two seconds, by the process that shows it, and keeps its last state when the stage has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsno_cluster import console
+from dsno_cluster.files import replace_file
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from dsno_cluster.config import Config
+
+FOLDER = "prometheus"
+_STATE, _WRITTEN, _REMAINING = (
+    "dsno_stage_state",
+    "dsno_stage_progress_timestamp_seconds",
+    "dsno_stage_remaining_seconds",
+)
+STATES = ("running", "done", "failed", "interrupted")
+# progress, by its unit: the metric that counts it, and what it counts
+UNITS = {
+    "trajectories": ("dsno_trajectories", "Trajectories solved"),
+    "steps": ("dsno_training_steps", "Optimiser steps"),
+    "samples": ("dsno_evaluation_samples", "Samples and images measured by this evaluation"),
+}
+# figures that the work records: metric, type, meaning. A list of numbers has one for each time point, the label `point`
+FIGURES = {
+    "shards": ("dsno_shards", "counter", "Shards made"),
+    "shards_planned": ("dsno_shards_planned", "gauge", "Shards that there will be"),
+    "trajectories_per_second": ("dsno_trajectories_per_second", "gauge", "Trajectories solved per second, since this start"),
+    "loss": ("dsno_training_loss", "gauge", "What the last step minimised"),
+    "lr": ("dsno_training_learning_rate", "gauge", "Learning rate of the last step"),
+    "images_per_second": ("dsno_training_images_per_second", "gauge", "Trajectories trained on per second"),
+    "seconds": ("dsno_training_seconds", "counter", "Time of training, over all resumptions"),
+    "heldout_error_per_time": (
+        "dsno_training_heldout_error_ratio",
+        "gauge",
+        "Relative error of the student's trajectory on held-out noise, when last measured, by time point",
+    ),
+    "heldout_distance": (
+        "dsno_training_heldout_frechet_distance",
+        "gauge",
+        "Frechet distance of samples from held-out images, when last measured",
+    ),
+}  # fmt: skip
+
+
+def progress_file(config: Config, stage: str) -> Path:
+    """Where a stage of an experiment writes its metrics."""
+    return config.run_dir / FOLDER / f"{config.name}-{stage}.prom"
+
+
+@contextlib.contextmanager
+def progress_exported(config: Config, stage: str) -> Iterator[None]:
+    """In this context the progress of this process is in `progress_file`, and in the end how the work ended.
+
+    A process that shows no progress, such as a rank other than 0, writes nothing.
+    """
+    export = _Export(progress_file(config, stage), {"run": config.name, "stage": stage})
+    state = "failed"
+    try:
+        with console.recording(export.take):
+            yield
+        state = "done"
+    except (KeyboardInterrupt, SystemExit):
+        state = "interrupted"
+        raise
+    finally:
+        # a full disk is reported by the work itself
+        with contextlib.suppress(OSError):
+            export.end(state)
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """How far a stage is: `done` of `planned` in its `unit`, None before any was counted; its state since `written`.
+
+    `remaining`: seconds until that work is done, if known. Times are seconds of the epoch.
+    """
+
+    state: str
+    unit: str
+    done: int | None
+    planned: int | None
+    remaining: float | None
+    written: float
+
+
+def read_progress(config: Config, stage: str) -> StageProgress | None:
+    """What the `progress_file` of a stage says; None if there is none that can be read."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        text = progress_file(config, stage).read_text()
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    except (OSError, ValueError):
+        return None
+    values = {sample.name: sample.value for sample in samples if sample.name != _STATE}
+    states = [s.labels.get("state", "") for s in samples if s.name == _STATE and s.value == 1]
+    if not states or _WRITTEN not in values:
+        return None
+    counted = next(((unit, name) for unit, (name, _) in UNITS.items() if f"{name}_total" in values), None)
+    unit, name = counted or ("", "")
+    return StageProgress(
+        state=states[0],
+        unit=unit,
+        done=int(values[f"{name}_total"]) if counted else None,
+        planned=int(values[f"{name}_planned"]) if counted else None,
+        remaining=values.get(_REMAINING),
+        written=values[_WRITTEN],
+    )
+
+
+class _Export:
+    def __init__(self, file: Path, labels: dict[str, str]) -> None:
+        self.file, self.labels, self.began = file, labels, time.time()
+        self.metrics: dict[str, Metric] = {}
+
+    def take(self, tally: console.Tally) -> None:
+        if tally.unit in UNITS:
+            metric, what = UNITS[tally.unit]
+            self._set(metric, "counter", what, tally.done)
+            self._set(f"{metric}_planned", "gauge", f"{what}, in the end", tally.total)
+        if tally.rate > 0:
+            seconds = (tally.total - tally.done) / tally.rate
+            self._set(_REMAINING, "gauge", "Until this work is done, by its rate since this start", seconds)
+        for name, value in tally.recorded.items():
+            self._set(*FIGURES[name], value)
+        self._set(
+            "dsno_stage_start_timestamp_seconds", "gauge", "When this start of the stage began", self.began
+        )
+        self._set(
+            _WRITTEN,
+            "gauge",
+            "When its progress was last written",
+            time.time(),
+        )
+        self._write("running")
+
+    def end(self, state: str) -> None:
+        """Write the last state, if any progress was written before."""
+        if self.metrics:
+            self._write(state)
+
+    def _set(self, name: str, kind: str, meaning: str, value: console.Figure) -> None:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        points = (
+            [("", value)] if isinstance(value, (int, float)) else [(str(i), v) for i, v in enumerate(value)]
+        )
+        names = [*self.labels, *(["point"] if points[0][0] else [])]
+        metric = family(name, meaning, labels=names)
+        for point, number in points:
+            metric.add_metric([*self.labels.values(), *([point] if point else [])], number)
+        self.metrics[name] = metric
+
+    def _write(self, state: str) -> None:
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        registry = CollectorRegistry()
+        registry.register(_Collected([*self.metrics.values(), self._state(state)]))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.file, generate_latest(registry))
+
+    def _state(self, state: str) -> Metric:
+        from prometheus_client.core import GaugeMetricFamily
+
+        metric = GaugeMetricFamily(
+            _STATE, "1 for the state that the stage is in", labels=[*self.labels, "state"]
+        )
+        for each in STATES:
+            metric.add_metric([*self.labels.values(), each], float(each == state))
+        return metric
+
+
+@dataclass(eq=False)
+class _Collected:
+    """What a registry asks for its metrics."""
+
+    metrics: list[Metric]
+
+    def collect(self) -> list[Metric]:
+        return self.metrics

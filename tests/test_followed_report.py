@@ -1,0 +1,143 @@
+"""`report --follow` in a real browser: the page changes while a run is at work, and stays where its reader was."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, browse, opened
+from report_runs import curve, metrics, write_curve, write_evaluation
+
+from dsno_cluster import console
+from dsno_cluster.cluster.prometheus import progress_exported
+from dsno_cluster.config import Config, load_config
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def config(root: Path) -> Config:
+    return load_config("configs/digits.yaml", [f"storage.root={root}"])
+
+
+@contextlib.contextmanager
+def followed(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command, once it has written its page."""
+    words = ["report", "--follow", f"storage.root={root}", "--out", str(root / "report.html")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsno_cluster.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert process.stderr is not None
+        assert "following digits" in process.stderr.readline()
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def work(config: Config, stage: str, title: str, unit: str, done: int, total: int) -> None:
+    """What a stage shows that has done all of its work."""
+    with progress_exported(config, stage), console.progress(title, total, unit, done=done) as advance:
+        advance(total - done)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_page_changes_with_the_run_until_its_end(root: Path, config: Config, tmp_path: Path) -> None:
+    text = "document.body.innerText"
+
+    async def watch(process: subprocess.Popen[str], solve: contextlib.ExitStack) -> None:
+        assert browse(root / "report.html")[1] == []  # its console is silent
+        async with opened(root / "report.html", tmp_path / "profile") as tab:
+            await tab.wait_for(f"{text}.includes('256 of 512 trajectories')")
+            assert await tab.value(
+                f"{text}.includes('digits: gen-trajectories') && {text}.includes('running')"
+            )
+            assert await tab.value("document.querySelector('progress').position") == 0.5
+            assert await tab.value("document.querySelectorAll('svg.chart').length") == 0
+            # what a reader does
+            await tab.value("document.querySelector('#settings details').open = true")
+            await tab.value("document.querySelector('#settings summary').focus({preventScroll: true})")
+            await tab.value("scrollTo({top: 700, behavior: 'instant'})")
+            first = "[...document.querySelectorAll('main > section')].find((s) => s.getBoundingClientRect().bottom > 0)"
+            section = await tab.value(f"{first}.id")
+            place = f"Math.round(document.getElementById('{section}').getBoundingClientRect().top)"
+            seen = await tab.value(place)
+            assert section != "progress" and -600 < seen < 0
+
+            solve.close()  # the trajectories are made, and a training begins
+            lines = curve(steps=200)
+            write_curve(root, lines)
+            await tab.wait_for(f"{text}.includes('512 of 512 trajectories')")
+            await tab.wait_for("document.querySelectorAll('#training svg.chart').length > 0")
+            await tab.wait_for(f"{text}.includes('at step 200')")
+            assert await tab.value("document.querySelector('#settings details').open")
+            assert await tab.value("document.activeElement.closest('section')?.id") == "settings"
+            assert abs(await tab.value(place) - seen) <= 1
+
+            points = "document.querySelector('#training polyline').getAttribute('points').split(' ').length"
+            before = await tab.value(points)
+            with (root / "students/digits/metrics.jsonl").open("a") as file:
+                file.write('{"step": 210, "loss": 0.001}\n{"step": 220, "lo')  # a line is being written
+            await tab.wait_for(f"{text}.includes('0.001 at step 210')")
+            assert await tab.value(points) == before + 1
+
+            work(config, "train", "training the student", "steps", 0, 300)
+            await tab.wait_for(f"{text}.includes('300 of 300 steps')")
+            assert process.poll() is None  # it is not evaluated yet
+            write_evaluation(root, metrics())
+            work(config, "eval", "evaluating step 300", "samples", 0, 1000)
+            # the last version is shown too, and does not reload
+            await tab.wait_for("document.body.dataset.reload === undefined")
+            assert await tab.value(f"{text}.includes('1,000 of 1,000 samples') && {text}.includes('4.56')")
+            assert abs(await tab.value(place) - seen) <= 1
+
+    with contextlib.ExitStack() as solve:
+        solve.enter_context(progress_exported(config, "gen-trajectories"))
+        advance = solve.enter_context(console.progress("solving", 512, "trajectories", done=256))
+        solve.callback(advance, 256)
+        with followed(root) as process:
+            asyncio.run(watch(process, solve))
+            assert process.wait(60) == 0
+            assert process.stdout is not None and process.stdout.read() == f"report: {root}/report.html\n"
+
+
+def test_ctrl_c_leaves_a_page_that_does_not_reload(root: Path, config: Config) -> None:
+    write_curve(root, curve())
+    with followed(root) as process:
+        assert 'data-reload="5"' in (root / "report.html").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    text = (root / "report.html").read_text()
+    assert "data-reload" not in text and 'http-equiv="refresh"' not in text and "Training loss" in text
+
+
+def test_a_finished_run_is_written_once(root: Path, config: Config) -> None:
+    write_evaluation(root, metrics())
+    work(config, "train", "training the student", "steps", 0, 300)
+    time.sleep(0.01)  # a clock may be coarse
+    work(config, "eval", "evaluating step 300", "samples", 0, 1000)
+    with followed(root) as process:
+        assert process.wait(60) == 0
+    assert "data-reload" not in (root / "report.html").read_text()
+    # trained further since: the evaluation is that of an older student
+    work(config, "train", "training the student", "steps", 300, 400)
+    with followed(root) as process, pytest.raises(subprocess.TimeoutExpired):
+        process.wait(5)

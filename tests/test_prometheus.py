@@ -1,0 +1,146 @@
+"""The progress of the stages as metrics for Prometheus, read by its own client's parser."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tiny import TINY, dsno
+from training_runs import link_data, metrics, words
+
+from dsno_cluster import console
+from dsno_cluster.cluster.stage import RayOptions, StageResult
+from dsno_cluster.config import Config, load_config
+from dsno_cluster.errors import Preempted, WorkError
+from dsno_cluster.stages import GEN_TRAJECTORIES
+
+Samples = dict[str, dict[tuple[str, ...], float]]
+
+
+def read(file: Path, name: str = "digits", stage: str = "train") -> Samples:
+    """The samples of a file by metric, and by the labels that they have besides the run and the stage."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(file.read_text()):
+        assert family.documentation and family.type in ("counter", "gauge")
+        for sample in family.samples:
+            assert re.fullmatch("dsno_[a-z_]+", sample.name)
+            # Prometheus's rules: counters and only they end in _total, base units, no colons
+            assert sample.name.endswith("_total") == (family.type == "counter"), sample.name
+            labels = dict(sample.labels)
+            assert (labels.pop("run"), labels.pop("stage")) == (name, stage)
+            found.setdefault(sample.name, {})[tuple(labels.values())] = sample.value
+    return found
+
+
+def state(found: Samples) -> str:
+    (now,) = (labels[0] for labels, value in found["dsno_stage_state"].items() if value == 1)
+    assert sum(found["dsno_stage_state"].values()) == 1
+    return now
+
+
+def test_a_generation(tiny_data: Path) -> None:
+    found = read(tiny_data / "prometheus/digits-gen-trajectories.prom", stage="gen-trajectories")
+    assert state(found) == "done"
+    assert found["dsno_trajectories_total"] == found["dsno_trajectories_planned"] == {(): 96}
+    assert found["dsno_shards_total"] == found["dsno_shards_planned"] == {(): 6}
+    assert found["dsno_trajectories_per_second"][()] > 0
+
+
+def test_a_training(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    link_data(tiny_data, out)
+    watched = ["training.heldout_every=2", "training.heldout_samples=8"]
+    began = time.time()
+    done = dsno(*words(out, *watched), "--launcher", "local")
+    assert done.returncode == 0, done.stderr
+    found, last = read(out / "prometheus/digits-train.prom"), metrics(out)[-1]
+    assert state(found) == "done"
+    assert found["dsno_training_steps_total"] == found["dsno_training_steps_planned"] == {(): 4}
+    assert found["dsno_training_loss"][()] == last["loss"]
+    assert found["dsno_training_learning_rate"][()] == last["lr"]
+    assert found["dsno_training_images_per_second"][()] > 0
+    assert found["dsno_training_seconds_total"][()] == pytest.approx(last["seconds"], abs=0.01)
+    errors = {(str(i),): error for i, error in enumerate(last["heldout_error_per_time"])}
+    assert found["dsno_training_heldout_error_ratio"] == errors
+    start, progress = (found[f"dsno_stage_{what}_timestamp_seconds"][()] for what in ("start", "progress"))
+    assert began <= start <= progress <= time.time()
+
+
+@pytest.mark.slow
+def test_an_evaluation(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    link_data(tiny_data, out)
+    for stage in (words(out), ["eval", *TINY, f"storage.root={out}", "--actors", "1"]):
+        done = dsno(*stage, "--launcher", "local")
+        assert done.returncode == 0, done.stderr
+    found = read(out / "prometheus/digits-eval.prom", stage="eval")
+    assert state(found) == "done"
+    assert found["dsno_evaluation_samples_total"] == found["dsno_evaluation_samples_planned"]
+    assert found["dsno_evaluation_samples_total"][()] >= 200
+
+
+def run_stage(config: Config, work: Callable[[], None]) -> None:
+    """Run a stage whose work is a function, as launchers run stages."""
+
+    def do(config: Config, options: RayOptions, address: str | None, found: None) -> StageResult:
+        work()
+        return StageResult("somewhere")
+
+    replace(GEN_TRAJECTORIES, work=do).run(config, RayOptions(), None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [(WorkError("no"), "failed"), (Preempted(), "interrupted"), (SystemExit(1), "interrupted")],
+)
+def test_it_says_how_a_stage_ends_and_keeps_what_was_known(
+    error: BaseException, ended: str, tmp_path: Path
+) -> None:
+    config = load_config("configs/digits.yaml", [f"run.dir={tmp_path}", "name=odd-1.x"])
+    file, seen = tmp_path / "prometheus/odd-1.x-gen-trajectories.prom", []
+
+    def work() -> None:
+        with console.progress("solving", 10, "trajectories", done=4) as advance:
+            seen.append(read(file, "odd-1.x", "gen-trajectories"))
+            advance(3, {"shards": 7})
+            advance(3)
+            raise error
+
+    with pytest.raises(type(error)):
+        run_stage(config, work)
+    (begun,) = seen
+    assert state(begun) == "running" and begun["dsno_trajectories_total"] == {(): 4}
+    found = read(file, "odd-1.x", "gen-trajectories")
+    assert state(found) == ended
+    assert found["dsno_trajectories_total"] == {(): 10} and found["dsno_shards_total"] == {(): 7}
+    assert [path.name for path in file.parent.iterdir()] == [file.name]  # nothing half written
+
+
+def test_a_process_without_progress_writes_nothing(tmp_path: Path) -> None:
+    config = load_config("configs/digits.yaml", [f"run.dir={tmp_path}"])
+
+    def work() -> None:
+        with console.progress("solving", 10, "trajectories", quiet=True) as advance:
+            advance(10, {"shards": 1})
+
+    run_stage(config, work)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_ends_no_work(tmp_path: Path) -> None:
+    config = load_config("configs/digits.yaml", [f"run.dir={tmp_path}"])
+    (tmp_path / "prometheus").write_text("in its place")
+    done = []
+
+    def work() -> None:
+        with console.progress("solving", 1, "trajectories") as advance:
+            advance(1)
+        done.append(True)
+
+    run_stage(config, work)
+    assert done == [True]
