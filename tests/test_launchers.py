@@ -112,6 +112,7 @@ PROFILES = {
         "sbatch: {exclusive: true, mail-type: FAIL}\n"
     ),
     "eval": "mem_gb: 8\ntime_minutes: 60\n",
+    "eval-chain": "mem_gb: 8\ntime_minutes: 60\nchain: 4\n",
 }
 
 
@@ -120,19 +121,20 @@ def script(name: str, config: Config, profile: Profile) -> str:
     return str(SLURM.describe(Submission(stage, config, profile, "dsno-cluster")))
 
 
-@pytest.mark.parametrize("stage", PROFILES)
+@pytest.mark.parametrize("name", PROFILES)
 def test_the_script_is_that_of_the_golden_file(
-    stage: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole text that sbatch gets. After a change that is meant: put what this test found into tests/data/sbatch/."""
     (tmp_path / "jobs").mkdir()
-    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[stage])
+    stage = next(stage.name for stage in STAGES if name.startswith(stage.name))
+    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     config = load_config("configs/digits.yaml", ["run.dir=scratch"])
     text = script(stage, config, load_profile(stage, {}))
     text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/venv/bin/python")
-    assert text == (DATA / f"sbatch/{stage}.sh").read_text()
+    assert text == (DATA / f"sbatch/{name}.sh").read_text()
     assert not (tmp_path / "scratch").exists()
 
 
@@ -157,6 +159,8 @@ def test_the_script_is_that_of_the_golden_file(
         ({"time_minutes": "1-24"}, "time_minutes: '1-24' is not a number of minutes"),
         ({"time_minutes": "UNLIMITED"}, "time_minutes: 'UNLIMITED' is not a number of minutes"),
         ({"time_minutes": "0:00"}, "time_minutes: input should be greater than 0"),
+        ({"chain": 3, "sbatch": {"requeue": True}}, "chain 3: not with `requeue` in sbatch"),
+        ({"chain": 0}, "chain: input should be greater than 0"),
     ],
 )
 def test_wrong_profiles_are_one_line(
@@ -220,14 +224,18 @@ def test_secrets_that_a_command_gives_do_not_stand_in_the_script() -> None:
     assert load_profile("train", {"setup": setup}).setup == tuple(setup)
 
 
-@pytest.mark.parametrize("words", [{"no-requeue": True}, {"requeue": False}])
+@pytest.mark.parametrize(
+    ("words", "chain"),
+    [({"no-requeue": True}, 1), ({"requeue": False}, 1), ({}, 2), ({"no-requeue": True}, 2)],
+)
 def test_a_site_without_requeue_has_its_way(
-    words: dict[str, bool], slurm: Path, monkeypatch: pytest.MonkeyPatch
+    words: dict[str, bool], chain: int, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
-    profile = load_profile("train", {"sbatch": {**words, "exclusive": True, "overcommit": False}})
+    options = {**words, "exclusive": True, "overcommit": False}
+    profile = load_profile("train", {"sbatch": options, "chain": chain})
     lines = script("train", load_config("configs/digits.yaml", []), profile).splitlines()
-    asked = [line for line in lines if re.search("requeue|exclusive|overcommit", line) and "SBATCH" in line]
+    asked = [line for line in lines if re.match("#SBATCH.*(requeue|exclusive|overcommit)", line)]
     assert sorted(asked) == ["#SBATCH --exclusive", "#SBATCH --no-requeue"]
 
 

@@ -4,11 +4,15 @@ The batch script runs `python -m dsno_cluster.cluster.attempt begin|end RUN`.
 
 `begin` makes the attempt's folder, or refuses if too many earlier attempts made no progress. `end RUN STATUS`
 decides whether the job is done, is started again (if a node, a network or a library failed) or is given up.
-Its exit status becomes that of the job, on which Slurm's `afterok` depends.
+Its exit status becomes that of the job, on which Slurm's `afterok` and `afternotok` depend.
+
+An attempt is a start of the run's only job, which is requeued, or a job of the run's chain, of which the next
+begins when all before it have ended without success. If there is nothing left to do, the rest of a chain is cancelled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,16 +23,30 @@ from pathlib import Path
 from dsno_cluster import console
 from dsno_cluster.cluster.reasons import KILLED, TAKEN_BY_SLURM, how_it_ended, oom_kills, why
 from dsno_cluster.cluster.records import Begin, Outcome, Result, Stopped
-from dsno_cluster.cluster.runs import BATCH_LOG, NO_REQUEUE, Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm_commands import OUTAGE_SECONDS, patiently, requeue_job, who_ends
+from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
+from dsno_cluster.cluster.slurm_commands import (
+    OUTAGE_SECONDS,
+    cancel_jobs,
+    patiently,
+    requeue_job,
+    who_ends,
+)
 from dsno_cluster.cluster.task import attempt_number
 from dsno_cluster.errors import UserError, WorkError
 
+FINISHED = 100  # the exit status of `begin` if the run is finished
+
 
 def begin(run: Run) -> int:
-    """Open this attempt; returns the exit status, 0 if the job may run."""
+    """Open this attempt; returns the exit status, 0 if the job may run.
+
+    A job of a chain whose run is over opens none.
+    """
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
+    if run.profile().chain > 1 and former and (over := _over(former[-1])) is not None:
+        console.say(f"nothing to do: the run is over, {over}")
+        return FINISHED if over == "done" else 1
     log = run.folder / BATCH_LOG
     begun = Begin(
         job=os.environ.get("SLURM_JOB_ID"),
@@ -47,11 +65,31 @@ def begin(run: Run) -> int:
     if run.cancelled:
         attempt.note(Outcome(state="cancelled", reason="cancelled before it began"))
         return 1
+    if attempt.number and not former and not _may_begin(run):
+        attempt.note(Outcome(state="cancelled", reason="the stage that it waited for did not succeed"))
+        return 1
     if former:
         _note_preemption(former[-1])
     if (streak := fruitless(former)) > run.profile().retries:
         return _give_up(attempt, streak, why(former[-1], None))
     return 0
+
+
+def _over(attempt: Attempt) -> str | None:
+    """The final state that an attempt of a chain has left; None if the next one is to continue."""
+    if attempt.read(Result) is not None:
+        return "done"
+    outcome = attempt.read(Outcome)
+    return None if outcome is None or outcome.state == "again" else outcome.state
+
+
+def _may_begin(run: Run) -> bool:
+    """Whether the run that this one waits for is done.
+
+    Slurm cancels the first job of a chain if it is not, and then starts the second.
+    """
+    before = run.record().after
+    return before is None or any(a.read(Result) is not None for a in Run(Path(before)).attempts())
 
 
 def _note_preemption(earlier: Attempt) -> None:
@@ -75,7 +113,9 @@ def end(run: Run, status: int) -> int:
         attempt.note(Outcome(state="done"))
         return 0
     ended = "cancelled" if run.cancelled else patiently(lambda: who_ends(job, attempt.number))
-    if ended == "cancelled":
+    if ended == "preempted":
+        attempt.note(Stopped(why="preempted"))
+    if ended == "cancelled" or (ended == "preempted" and run.profile().chain == 1):
         attempt.note(Outcome(state="cancelled"))
         return KILLED + signal.SIGTERM
     reason = why(attempt, status)
@@ -88,17 +128,20 @@ def end(run: Run, status: int) -> int:
     if failure and failure.kind == "user":
         attempt.note(Outcome(state="failed", reason=reason))
         return 2
-    if run.profile().requeue and (streak := fruitless(run.attempts())) > run.profile().retries:
+    if attempt.why_last is None and (streak := fruitless(run.attempts())) > run.profile().retries:
         return _give_up(attempt, streak, reason)
     return _start_again(run, attempt, reason)
 
 
 def _start_again(run: Run, attempt: Attempt, reason: str) -> int:
-    """Have the job requeued, unless its profile forbids it; returns the exit status."""
-    if not run.profile().requeue:
-        attempt.note(Outcome(state="failed", reason=f"{reason}; {NO_REQUEUE}"))
+    """Have the job requeued, or leave the rest to the next of its chain; returns the exit status."""
+    if (last := attempt.why_last) is not None:
+        attempt.note(Outcome(state="failed", reason=f"{reason}; {last}"))
         return 1
     attempt.note(Outcome(state="again", reason=reason))
+    if run.profile().chain > 1:
+        console.error(f"{reason}; the next job of the chain continues")
+        return 1
     console.error(f"{reason}; the job is started again")
     try:
         patiently(lambda: requeue_job(os.environ["SLURM_JOB_ID"], attempt.number))
@@ -120,14 +163,23 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     return 1
 
 
+def _closing_chain(run: Run, status: int) -> int:
+    """Cancel the later jobs of a chain if nothing is left for them to do; returns `status`."""
+    later, attempts = run.record().jobs[attempt_number() + 1 :], run.attempts()
+    if later and attempts and _over(attempts[-1]) is not None:
+        with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
+            cancel_jobs(later)
+    return status
+
+
 def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
     try:
         if words[0] == "begin":
-            return begin(run)
+            return _closing_chain(run, begin(run))
         attempt = run.attempt(attempt_number())
         try:
-            return end(run, int(words[2]))
+            return _closing_chain(run, end(run, int(words[2])))
         except OSError as error:  # a disk that fails: whatever it hides, the job is started again
             return _start_again(run, attempt, str(error))
         finally:

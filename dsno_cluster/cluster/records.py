@@ -38,7 +38,8 @@ class Note(SparseRecord):
 class RunRecord(Note):
     """What was submitted, by which command, as which job.
 
-    `root` is the storage root, `after` the job it waits for.
+    `root` is the storage root. `job` is its job, or the first of its chain, which `successors` continue. `after` is
+    the folder of the run it waits for; in older folders, that run's job.
     """
 
     FILE = "run.json"
@@ -54,6 +55,7 @@ class RunRecord(Note):
     code: Code | None = None
     launcher: str | None = None
     job: str | None = None
+    successors: tuple[str, ...] = ()
     cluster: str | None = None
     after: str | None = None
     host: str | None = None
@@ -64,6 +66,11 @@ class RunRecord(Note):
         if isinstance(content, dict) and "kind" not in content:
             return {**content, "kind": "ranks" if content.get("stage") == _RANKS_BEFORE_SCHEMAS else "ray"}
         return content
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """All its jobs: one, or those of its chain in their order."""
+        return () if self.job is None else (self.job, *self.successors)
 
 
 class AttemptRecord(Note):

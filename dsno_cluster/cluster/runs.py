@@ -32,6 +32,7 @@ from dsno_cluster.cluster.records import (
     AttemptRecord,
     Begin,
     Failure,
+    Outcome,
     RunRecord,
     Stopped,
     read_note,
@@ -56,7 +57,6 @@ from dsno_cluster.records import record_bytes
 BATCH_LOG, CONFIG, PROFILE = "batch.log", "config.yaml", "profile.yaml"
 # notes of an attempt's end for which its beginning keeps room on the disk, and how many bytes each
 LAST_NOTES, ROOM = ("result.json", "stopped.json", "failure-0.json", "outcome.json"), 4096
-NO_REQUEUE = "its profile says no-requeue: the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,17 @@ class Run:
         """The user who owns the folder and the job."""
         return user_name(self.folder.stat().st_uid)
 
-    def note(self, **values: str | float | None) -> None:
+    @property
+    def job(self) -> str | None:
+        """Its job; in a chain that of the newest attempt, or the one that continues it."""
+        jobs, attempts = self.record().jobs, self.attempts()
+        if not attempts or len(jobs) < 2:
+            return jobs[0] if jobs else None
+        outcome = attempts[-1].read(Outcome)
+        continued = outcome is not None and outcome.state == "again"
+        return jobs[min(attempts[-1].number + continued, len(jobs) - 1)]
+
+    def note(self, **values: str | float | Sequence[str] | None) -> None:
         """Change values of its record."""
         write_note(RunRecord.model_validate(self.record().model_dump() | values), self.folder)
 
@@ -211,6 +221,16 @@ class Attempt:
         """Where the attempt's work began, by its progress: what earlier attempts had finished."""
         progress = self.read(AttemptProgress)
         return (progress.title, progress.reached) if progress else None
+
+    @property
+    def why_last(self) -> str | None:
+        """Why no other attempt can follow this one, in words; None if one can."""
+        profile = self.run.profile()
+        if profile.chain == 1:
+            return None if profile.requeue else "its profile says no-requeue: the same command resumes"
+        if self.number + 1 < profile.chain:
+            return None
+        return f"it was the last of the {profile.chain} jobs of its chain: the same command resumes"
 
     def log(self, rank: int) -> Path:
         return self.folder / f"task-{rank}.log"
@@ -350,7 +370,7 @@ def matching_runs(word: str) -> list[Run]:
     except OSError as error:
         raise UserError(f"{word}: cannot be read: {error.strerror}") from None
     runs = all_runs()
-    same = [run for run in runs if run.id == word or run.record().job == word]
+    same = [run for run in runs if run.id == word or word in run.record().jobs]
     if matching := same[:1] or [run for run in runs if run.id.startswith(word)]:
         return matching
     newest = f"; the newest is {runs[0].id}" if runs else f"; no link to any is in {index()}"

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -217,12 +217,13 @@ def has_accounting() -> bool:
     return storage.endswith("/slurmdbd") and shutil.which("sacct") is not None
 
 
-def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "cancelled"] | None:
-    """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
+def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "preempted", "cancelled"] | None:
+    """Why Slurm is ending a running job: `requeued`, `time limit`, `preempted` or `cancelled`; None if it is not.
 
-    In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
-    attempt; at a time limit the limit is reached; otherwise it was scancel, unless the job lost a node and may
-    not be requeued. Raises WorkError if the controller does not answer.
+    In all these cases its state is COMPLETING. After a requeue the job has one more restart than this
+    attempt; at a time limit the limit is reached; a job that was preempted and may not be requeued has a time of
+    that; otherwise it was scancel, unless the job lost a node and may not be requeued. Raises WorkError if the
+    controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -234,6 +235,8 @@ def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "cance
         return "time limit"
     if fields.get("Reason") == "NodeDown":
         return None
+    if state in ("COMPLETING", "PREEMPTED") and _was_preempted(fields):
+        return "preempted"
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
@@ -243,10 +246,14 @@ def why_told(job: str, save_seconds: int) -> Literal["preempted", "time limit", 
     Raises WorkError if the controller does not answer.
     """
     fields = _fields(job)
-    if fields.get("PreemptTime", "None") not in ("None", "N/A"):
+    if _was_preempted(fields):
         return "preempted"
     left = 60 * (_minutes(fields["TimeLimit"]) - _minutes(fields["RunTime"]))
     return "time limit" if left < save_seconds + 60 else "signal"
+
+
+def _was_preempted(fields: Mapping[str, str]) -> bool:
+    return fields.get("PreemptTime", "None") not in ("None", "N/A")
 
 
 def job_nodes(job: str) -> list[str]:
@@ -262,14 +269,14 @@ def host_names(hosts: str) -> list[str]:
 
 def requeue_job(job: str, attempt: int) -> None:
     """Requeue a job, unless somebody requeued or cancelled this attempt. Raises WorkError if Slurm refuses."""
-    if who_ends(job, attempt) not in ("requeued", "cancelled"):
+    if who_ends(job, attempt) not in ("requeued", "preempted", "cancelled"):
         _ask("scontrol", "requeue", job)
 
 
-def cancel_job(job: str) -> None:
-    """Cancel a job; one that has ended stays as it is. Raises WorkError if Slurm refuses."""
+def cancel_jobs(jobs: Iterable[str]) -> None:
+    """Cancel jobs; those that have ended stay as they are. Raises WorkError if Slurm refuses."""
     try:
-        _ask("scancel", job)
+        _ask("scancel", *jobs)
     except WorkError as error:
         if "Invalid job id" not in str(error):
             raise

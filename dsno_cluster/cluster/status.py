@@ -68,7 +68,7 @@ def _row(run: Run, state: State, attempts: Sequence[Attempt]) -> Row:
     return Row(
         run=run.id,
         stage=record.stage or None,
-        job=record.job,
+        job=run.job,
         launcher=record.launcher,
         state=state.word,
         why=why_now,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dsno_cluster.cluster.ray_on_slurm import Node
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+PLACE_IN_CHAIN = "DSNO_PLACE_IN_CHAIN"  # set by the script of a job in a chain
 AGAIN_SECONDS = 1.0
 LONE_SECONDS = (
     10.0  # how long a rank that got a signal to end waits for rank 0 to note that it got one as well
@@ -158,9 +159,10 @@ def _failure(kind: Literal["user", "work", "bug"], reason: str, rank: int) -> Fa
 
 
 def attempt_number() -> int:
-    """The number of this start of its job, from 0."""
+    """The number of this start of its job, or of this job in its chain, from 0."""
     on_this_machine = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    return 0 if on_this_machine else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    number = os.environ.get(PLACE_IN_CHAIN) or os.environ.get("SLURM_RESTART_COUNT")
+    return 0 if on_this_machine else int(number or 0)
 
 
 @contextlib.contextmanager

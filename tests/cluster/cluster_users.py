@@ -129,8 +129,8 @@ class User:
             time.sleep(1)
 
     def in_queue(self, run: Run) -> bool:
-        """Whether a run's job waits or runs; one that was requeued begins at once."""
-        job = str(run.record().job)
+        """Whether a job of a run waits or runs; one that was requeued begins at once."""
+        job = ",".join(run.record().jobs)
         listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout.strip()
         if listing == "PENDING BeginTime":
             # the end of the attempt before, heard of after the next began, would be taken for its end

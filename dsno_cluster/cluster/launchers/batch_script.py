@@ -5,20 +5,28 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import submitit
 
+from dsno_cluster.cluster.attempt import FINISHED
 from dsno_cluster.cluster.runs import BATCH_LOG
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.submitit_internals import MOST_REQUEUES
+from dsno_cluster.cluster.task import PLACE_IN_CHAIN
 from dsno_cluster.config import Profile
 
 
-def executor_for(submission: Submission, folder: Path, after: str | None) -> submitit.SlurmExecutor:
-    """submitit's executor for a run folder, which need not exist yet."""
+def executor_for(
+    submission: Submission, folder: Path, after: Sequence[str] = (), earlier: Sequence[str] = ()
+) -> submitit.SlurmExecutor:
+    """submitit's executor for a run folder, which need not exist yet.
+
+    `after` are the jobs of the run that this one waits for, `earlier` those before this job in its own chain.
+    """
     stage, profile = submission.stage, submission.profile
-    ray = stage.kind == "ray"
+    ray, python = stage.kind == "ray", shlex.quote(sys.executable)
     srun = [
         *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
         f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
@@ -26,11 +34,11 @@ def executor_for(submission: Submission, folder: Path, after: str | None) -> sub
         # one
         *(("--no-kill", "--kill-on-bad-exit=0") if ray else ("--kill-on-bad-exit=1",)),
     ]
-    python = shlex.quote(sys.executable)
+    dependency = _dependency(after, earlier)
     executor = submitit.SlurmExecutor(
         folder=folder / "submitit",
         max_num_timeout=MOST_REQUEUES,  # submitit takes any signal to a job of under ten minutes for a time-out
-        python=f"{' '.join(srun)} {python}",
+        python=" ".join([*srun, python]),
     )
     executor.update_parameters(
         job_name=f"{stage.name}-{submission.config.name}",
@@ -45,25 +53,35 @@ def executor_for(submission: Submission, folder: Path, after: str | None) -> sub
         qos=profile.qos,
         constraint=profile.constraint,
         signal_delay_s=profile.save_seconds,
-        dependency=f"afterok:{after}" if after else None,
+        dependency=dependency,
         wckey=None,
         use_srun=False,  # our own srun line has log files per attempt
-        setup=_setup_lines(folder, profile, ray),
+        setup=_setup_lines(folder, profile, ray, len(earlier)),
         teardown=[f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
         additional_parameters={
             "output": folder / BATCH_LOG,
             "error": folder / BATCH_LOG,
             **({"requeue": True} if profile.requeue else {}),
             **({"no_kill": True} if ray and profile.nodes > 1 else {}),
-            **({"kill_on_invalid_dep": "yes"} if after else {}),
+            **({"kill_on_invalid_dep": "yes"} if dependency else {}),
             **profile.sbatch_options,
         },
     )
     return executor
 
 
-def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
-    """The lines of the batch script before srun: the profile's setup, then ours."""
+def _dependency(after: Sequence[str], earlier: Sequence[str]) -> str | None:
+    """When a job may begin: when all `earlier` ones of its chain have failed, or one of those `after` which it comes has not.
+
+    All earlier ones, so that it waits for the one that runs if somebody cancels another that waits.
+    """
+    if earlier:
+        return f"afternotok:{':'.join(earlier)}"
+    return "?".join(f"afterok:{job}" for job in after) or None
+
+
+def _setup_lines(folder: Path, profile: Profile, ray: bool, place: int) -> list[str]:
+    """The lines of the batch script before srun: the profile's setup, then ours. `place` is the job's in its chain."""
     run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
     here = shlex.quote(os.getcwd())
     lines = [*profile.setup, *(["set +e  # what follows reads exit statuses"] if profile.setup else [])]
@@ -71,7 +89,9 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
     lines += [
         "# the code as it was at submission, then the folder of submission, for teachers of your own",
         f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "attempt=${SLURM_RESTART_COUNT:-0}",
+        "attempt=${SLURM_RESTART_COUNT:-0}"
+        if profile.chain == 1
+        else f"export {PLACE_IN_CHAIN}={place}; attempt={place}",
         "trap : TERM  # the signal is for the tasks; this script waits for them",
         "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
     ]
@@ -80,4 +100,7 @@ def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
             "# the token with which Ray's processes authenticate; new for each attempt, printed nowhere",
             "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
         ]
-    return [*lines, f"{python} -m dsno_cluster.cluster.attempt begin {run} || exit $?"]
+    begin = f"{python} -m dsno_cluster.cluster.attempt begin {run} ||"
+    if profile.chain == 1:
+        return [*lines, f"{begin} exit $?"]
+    return [*lines, f"{begin} exit $(($? == {FINISHED} ? 0 : $?))  # {FINISHED}: the run is finished already"]

@@ -19,12 +19,12 @@ from dsno_cluster.cluster.crew import actors_on_gpus
 from dsno_cluster.cluster.launchers.following import wait_for
 from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
 from dsno_cluster.cluster.reasons import how_it_ended
-from dsno_cluster.cluster.records import Result, Stopped
+from dsno_cluster.cluster.records import Result, RunRecord, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, jobs_folder, unlink
 from dsno_cluster.cluster.slurm_commands import (
     UNACCOUNTED,
     JobState,
-    cancel_job,
+    cancel_jobs,
     check_profile,
     cluster_name,
     host_names,
@@ -32,7 +32,7 @@ from dsno_cluster.cluster.slurm_commands import (
     refusal,
     user_name,
 )
-from dsno_cluster.cluster.task import StageTask
+from dsno_cluster.cluster.task import PLACE_IN_CHAIN, StageTask
 from dsno_cluster.config import Config, Profile, load_profile
 from dsno_cluster.errors import UserError, WorkError
 
@@ -84,6 +84,7 @@ WAITS = {
     "QOSMaxJobsPerUserLimit": "for another job of yours to end",
     "AssocGrpGRES": "for the account's share of GPUs",
 }
+NEXT = "for the job before it in its chain"
 ENDS = {
     "NODE_FAIL": "a node was lost",
     "TIMEOUT": "its time limit was reached",
@@ -110,11 +111,24 @@ class SlurmLauncher:
         return True
 
     def describe(self, submission: Submission) -> str:
-        """The script for sbatch; RUN stands for the run folder, which does not exist yet."""
+        """The script for sbatch; RUN stands for the run folder, which does not exist yet.
+
+        A chain is described by the script of its first job, and by how that of the second differs.
+        """
         from dsno_cluster.cluster.launchers.batch_script import executor_for
         from dsno_cluster.cluster.submitit_internals import script_text
 
-        return script_text(executor_for(submission, jobs_folder(submission.config) / "RUN", None))
+        chain, folder = submission.profile.chain, jobs_folder(submission.config) / "RUN"
+        first = script_text(executor_for(submission, folder))
+        if chain == 1:
+            return first
+        second = script_text(executor_for(submission, folder, earlier=["FIRST"]))
+        known = first.splitlines()
+        new = "".join(f"\n#   {line}" for line in second.splitlines() if line not in known)
+        return (
+            f"{first}\n\n# chain {chain}: {chain - 1} more job(s), each of which begins if all before it ended without success; "
+            f"the script of the second, after the job FIRST, differs by{new}"
+        )
 
     def check(self, submission: Submission) -> None:
         check_room(submission.stage, submission.config, submission.profile)
@@ -128,15 +142,16 @@ class SlurmLauncher:
         try:
             with _undisturbed():
                 for submission in submissions:
-                    runs.append(_submit(submission, runs[-1].record().job if runs else None))
+                    runs.append(_submit(submission, runs[-1] if runs else None))
         except BaseException:  # including Ctrl-C
             for run in runs:
                 _take_back(run)
             raise
         for run in runs:
             record = run.record()
+            more = f" and {len(record.successors)} that continue it" if record.successors else ""
             console.say(
-                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.word}`, "
+                f"submitted {record.stage} of {record.name} as Slurm job {record.job}{more}: `dsno-cluster status {run.word}`, "
                 f"`dsno-cluster logs {run.word} --follow`; files: {run.folder}"
             )
         return runs
@@ -156,14 +171,14 @@ class SlurmLauncher:
                 known = state.word != "state unknown"
                 found = f"is {state.word} already" if known else f"may run already ({state.why})"
                 raise WorkError(
-                    f"{stage} of {config.name} {found}, as job {run.record().job}: "
+                    f"{stage} of {config.name} {found}, as job {run.job}: "
                     f"follow it with `dsno-cluster logs {run.word} --follow`, or end it with `dsno-cluster cancel {run.word}`"
                 )
 
     def states(self, runs: Sequence[Run]) -> dict[Run, State]:
         by_owner: dict[str, list[str]] = {}
         for run in runs:
-            by_owner.setdefault(run.owner, []).append(str(run.record().job))
+            by_owner.setdefault(run.owner, []).extend(run.record().jobs)
         jobs: dict[str, JobState] | None
         try:
             jobs = {
@@ -189,7 +204,7 @@ class SlurmLauncher:
         return batch if rank == 0 and begun and batch.is_file() else None
 
     def cancel(self, run: Run) -> None:
-        cancel_job(str(run.record().job))
+        cancel_jobs(run.record().jobs)
 
 
 def check_tasks(stage: Stage[Any], profile: Profile) -> None:
@@ -233,7 +248,10 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
         return State("state unknown", "Slurm does not answer")
     if record.cluster not in (None, cluster_name()):
         return State("state unknown", f"it is on the cluster {record.cluster}, this is {cluster_name()}")
-    job = jobs.get(str(record.job))
+    # of a chain, the first that has not ended
+    alive = (id for id in record.jobs if id in jobs and WORDS.get(jobs[id].state, "state unknown") in LIVE)
+    number = next(alive, str(run.job))
+    job = jobs.get(number)
     if (job is None or job.state == UNACCOUNTED) and run.owner != user_name(os.getuid()):
         return State("state unknown", f"Slurm does not show {run.owner}'s jobs to {user_name(os.getuid())}")
     if job is None:
@@ -242,15 +260,23 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
     if word == "state unknown":
         return State(word, job.state)
     if word == "waiting":
-        return State(word, _wait(job.reason, str(record.job)))
+        first = number == record.job
+        return State(word, _wait(job.reason, number) if first or job.reason != "Dependency" else NEXT)
     if word == "running" and run.is_ray_stage and _lost_first_node(job):
         said = f"its first node, {job.batch_host}, is lost, and its work stands still"
-        return State("stalled", f"{said}; `scontrol requeue {record.job}` starts it again", job.nodes)
+        return State("stalled", f"{said}; {_restart(record, number)}", job.nodes)
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
         return State("ending")  # for a moment Slurm reports this for a job that it is about to requeue
     return _ended(run, word, ENDS.get(job.state) or ("" if word in ("done", "cancelled") else _how(run)))
+
+
+def _restart(record: RunRecord, job: str) -> str:
+    """What lets the work of a job continue that stands still."""
+    if record.successors:
+        return f"`scancel {job}` lets the next job of its chain continue"
+    return f"`scontrol requeue {job}` starts it again"
 
 
 def _wait(reason: str, job: str) -> str:
@@ -291,8 +317,8 @@ def _lost_first_node(job: JobState) -> bool:
     return job.batch_host != job.nodes and job.batch_host not in host_names(job.nodes)
 
 
-def _submit(submission: Submission, after: str | None) -> Run:
-    """Submit a stage, to begin when job `after` is done. Raises UserError for a job that Slurm will never take."""
+def _submit(submission: Submission, after: Run | None) -> Run:
+    """Submit a stage, to begin when the run `after` is done. Raises UserError for a job that Slurm will never take."""
     from submitit.core.utils import FailedJobError
 
     from dsno_cluster.cluster.launchers.batch_script import executor_for
@@ -300,18 +326,24 @@ def _submit(submission: Submission, after: str | None) -> Run:
 
     cluster = cluster_name()
     run = create_run(submission, snapshot=True)
+    run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
+    task, jobs = StageTask(submission.stage, submission.options, str(run.folder)), list[str]()
     try:
-        executor = executor_for(submission, run.folder, after)
-        with _clean_environment(submission.profile):
-            (run.folder / "script.sh").write_text(script_text(executor))
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
-                job = executor.submit(StageTask(submission.stage, submission.options, str(run.folder)))
-        run.note(job=str(job.job_id), launcher=SlurmLauncher.name, cluster=cluster, after=after)
-    except FailedJobError as error:
-        _forget(run)
-        raise refusal(str(error)) from error
-    except BaseException:
-        _forget(run)
+        while len(jobs) < submission.profile.chain:
+            executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
+            with _clean_environment(submission.profile):
+                if not jobs:
+                    (run.folder / "script.sh").write_text(script_text(executor))
+                with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
+                    jobs.append(str(executor.submit(task).job_id))
+            run.note(job=jobs[0], successors=jobs[1:])
+    except BaseException as error:
+        if jobs:
+            _take_back(run)
+        else:
+            _forget(run)
+        if isinstance(error, FailedJobError):
+            raise refusal(str(error)) from error
         raise
     return run
 
@@ -326,7 +358,7 @@ def _take_back(run: Run) -> None:
     """Cancel a job that was just submitted."""
     run.cancel()
     with contextlib.suppress(WorkError):
-        cancel_job(str(run.record().job))
+        cancel_jobs(run.record().jobs)
 
 
 @contextlib.contextmanager
@@ -339,7 +371,8 @@ def _clean_environment(profile: Profile) -> Iterator[None]:
     left_out = {f"SBATCH_{key.upper()}" for key in LEFT_OUT if getattr(profile, key) is None}
     kept = {*left_out, "SBATCH_RESERVATION", "SLURM_CONF"}
     inside = "SLURM_JOB_ID" in os.environ
-    names = [n for n in os.environ if n.startswith("SBATCH_") or (inside and n.startswith("SLURM_"))]
+    ours = ("SLURM_", PLACE_IN_CHAIN)
+    names = [n for n in os.environ if n.startswith("SBATCH_") or (inside and n.startswith(ours))]
     hidden = {name: os.environ.pop(name) for name in names if name not in kept}
     try:
         yield
