@@ -112,6 +112,16 @@ PROFILES = {
         "sbatch: {exclusive: true, mail-type: FAIL}\n"
     ),
     "eval": "mem_gb: 8\ntime_minutes: 60\n",
+    "gen-trajectories-pyxis": (
+        "nodes: 2\ngpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\n"
+        "container: {runtime: pyxis, image: registry.example.org#team/dsno:1, mounts: [/data/images, '/cache:/root/.cache:ro'],\n"
+        "  options: [--no-container-mount-home]}\n"
+    ),
+    "train-apptainer": (
+        "nodes: 2\ntasks_per_node: 4\ngpus_per_node: 4\nmem_gb: 100\ntime_minutes: 90\n"
+        "container: {runtime: apptainer, image: ./my images/dsno.sif, mounts: [/data], python: /opt/venv/bin/python}\n"
+    ),
+    "eval-singularity": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: singularity, image: docker://team/dsno}\n",
     "eval-chain": "mem_gb: 8\ntime_minutes: 60\nchain: 4\n",
 }
 
@@ -160,6 +170,23 @@ def test_the_script_is_that_of_the_golden_file(
         ({"time_minutes": "UNLIMITED"}, "time_minutes: 'UNLIMITED' is not a number of minutes"),
         ({"time_minutes": "0:00"}, "time_minutes: input should be greater than 0"),
         ({"chain": 3, "sbatch": {"requeue": True}}, "chain 3: not with `requeue` in sbatch"),
+        (
+            {"container": {"runtime": "docker", "image": "x"}},
+            "container.runtime: input should be 'pyxis', 'apptainer'",
+        ),
+        ({"container": {"runtime": "pyxis"}}, "container.image"),
+        (
+            {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:/b:rx"]}},
+            "container.mounts.0: '/a:/b:rx' is not PATH, PATH:INSIDE or PATH:INSIDE:ro",
+        ),
+        (
+            {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:b"]}},
+            "container.mounts.0: '/a:b': 'b' does not begin with /",
+        ),
+        (
+            {"container": {"runtime": "apptainer", "image": "x", "options": ["--home", "/a"]}},
+            "container.options: '/a' is not an option, which begins with - and has its value after =",
+        ),
         ({"chain": 0}, "chain: input should be greater than 0"),
     ],
 )

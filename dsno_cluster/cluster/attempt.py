@@ -30,6 +30,7 @@ from dsno_cluster.cluster.slurm_commands import (
     patiently,
     requeue_job,
     who_ends,
+    why_told,
 )
 from dsno_cluster.cluster.task import attempt_number
 from dsno_cluster.errors import UserError, WorkError
@@ -113,8 +114,12 @@ def end(run: Run, status: int) -> int:
         attempt.note(Outcome(state="done"))
         return 0
     ended = "cancelled" if run.cancelled else patiently(lambda: who_ends(job, attempt.number))
-    if ended == "preempted":
-        attempt.note(Stopped(why="preempted"))
+    stopped = attempt.read(Stopped)
+    if ended == "preempted" or (stopped is not None and stopped.why == "signal"):
+        # the tasks had no time to ask Slurm, or could not, as from a container
+        told = "preempted" if ended in ("requeued", "preempted") else ended
+        stopped = Stopped(why=told or patiently(lambda: why_told(job, run.profile().save_seconds)))
+        attempt.note(stopped)
     if ended == "cancelled" or (ended == "preempted" and run.profile().chain == 1):
         attempt.note(Outcome(state="cancelled"))
         return KILLED + signal.SIGTERM
@@ -122,7 +127,7 @@ def end(run: Run, status: int) -> int:
     if ended == "requeued":  # by Slurm for another job, or by an administrator
         attempt.note(Outcome(state="again", reason=reason))
         return 1
-    if ended == "time limit" and attempt.read(Stopped) is None:
+    if ended == "time limit" and stopped is None:
         reason = "its time limit was reached before it had saved"
     failure = attempt.failure()
     if failure and failure.kind == "user":

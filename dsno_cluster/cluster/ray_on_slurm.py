@@ -37,7 +37,7 @@ from dsno_cluster.cluster.slurm_commands import (
     patiently,
     requeue_job,
 )
-from dsno_cluster.errors import WorkError
+from dsno_cluster.errors import UserError, WorkError
 
 START_SECONDS, START_PAUSE = (
     180.0,
@@ -171,7 +171,7 @@ def _slurm_lost_first_node(node: Node, attempt: Path, head: str) -> bool:
             if first not in job_nodes(node.job):
                 return True
             patience += node_timeout()
-        except WorkError as error:
+        except (UserError, WorkError) as error:  # in a container there may be no command of Slurm
             verdict = str(error)
             waited = 0.0 if may_heal(verdict) else waited
         if verdict != said:

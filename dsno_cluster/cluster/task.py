@@ -240,6 +240,9 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
             raise RuntimeError("submitit installed no handler to requeue the job")
         requeue(signal.SIGUSR2, None)  # leaves by SystemExit
     attempt.note(Stopped(why="signal"))  # for now: this process may be killed before Slurm answers
+    if run.profile().container is not None:  # which need not have Slurm's commands: the batch script asks
+        console.say("this job was asked to end: what is done is kept")
+        return
     job = os.environ["SLURM_JOB_ID"]
 
     def ask() -> WhyStopped:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dsno_cluster.config.base import PositiveInt, Strict
+from dsno_cluster.config.container import Container
 
 SECRETS = r"SECRET|TOKEN(?!IZER)|PASSW|_PWD$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
 _OURS = "dsno-cluster sets it itself"
@@ -106,6 +107,7 @@ class Profile(Strict):
         None,
         description="network interface between the nodes, e.g. ib0; null: the one that leads to the other nodes",
     )
+    container: Container | None = Field(None, description="the container in which the tasks run; null: none")
     save_seconds: PositiveInt = Field(
         120,
         description="how long before its time limit the job is warned, so that it saves and is requeued, in seconds",

@@ -11,6 +11,7 @@ from pathlib import Path
 import submitit
 
 from dsno_cluster.cluster.attempt import FINISHED
+from dsno_cluster.cluster.launchers.containers import container_words
 from dsno_cluster.cluster.runs import BATCH_LOG
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.submitit_internals import MOST_REQUEUES
@@ -26,19 +27,28 @@ def executor_for(
     `after` are the jobs of the run that this one waits for, `earlier` those before this job in its own chain.
     """
     stage, profile = submission.stage, submission.profile
-    ray, python = stage.kind == "ray", shlex.quote(sys.executable)
+    ray, container = stage.kind == "ray", profile.container
+    python = shlex.quote(sys.executable)
+    in_srun, task = (
+        ([], [python])
+        if container is None
+        else container_words(container, submission.config, profile.gpus_per_node > 0)
+    )
+    # a Ray stage continues without a lost node, but not from a container, in which nobody can ask Slurm to start the job
+    # again if it is the first; in a training the other ranks must not wait for a lost one
+    no_kill = ray and container is None
     srun = [
         *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
         f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
-        # a Ray stage continues without a lost node; in a training the other ranks must not wait for a lost
-        # one
-        *(("--no-kill", "--kill-on-bad-exit=0") if ray else ("--kill-on-bad-exit=1",)),
+        *(["--no-kill"] if no_kill else []),
+        f"--kill-on-bad-exit={0 if ray else 1}",
+        *in_srun,
     ]
     dependency = _dependency(after, earlier)
     executor = submitit.SlurmExecutor(
         folder=folder / "submitit",
         max_num_timeout=MOST_REQUEUES,  # submitit takes any signal to a job of under ten minutes for a time-out
-        python=" ".join([*srun, python]),
+        python=" ".join([*srun, *task]),
     )
     executor.update_parameters(
         job_name=f"{stage.name}-{submission.config.name}",
@@ -62,7 +72,7 @@ def executor_for(
             "output": folder / BATCH_LOG,
             "error": folder / BATCH_LOG,
             **({"requeue": True} if profile.requeue else {}),
-            **({"no_kill": True} if ray and profile.nodes > 1 else {}),
+            **({"no_kill": True} if no_kill and profile.nodes > 1 else {}),
             **({"kill_on_invalid_dep": "yes"} if dependency else {}),
             **profile.sbatch_options,
         },

@@ -132,6 +132,7 @@ class SlurmLauncher:
 
     def check(self, submission: Submission) -> None:
         check_room(submission.stage, submission.config, submission.profile)
+        check_image(submission.stage, submission.profile)
         check_profile(submission.profile, _profile_file(submission.stage))
 
     def submit(self, submissions: Sequence[Submission]) -> list[Run]:
@@ -237,6 +238,13 @@ def check_room(stage: Stage[Any], config: Config, profile: Profile) -> None:
         )
 
 
+def check_image(stage: Stage[Any], profile: Profile) -> None:
+    """Raises UserError if the image of the tasks' container is a file that does not exist."""
+    container = profile.container
+    if container is not None and os.path.isabs(container.image) and not os.path.exists(container.image):
+        raise UserError(f"{_profile_file(stage)}: container.image: {container.image}: no such file or folder")
+
+
 def _profile_file(stage: Stage[Any]) -> str:
     return f"jobs/{stage.name}.yaml"
 
@@ -328,6 +336,9 @@ def _submit(submission: Submission, after: Run | None) -> Run:
     run = create_run(submission, snapshot=True)
     run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
     task, jobs = StageTask(submission.stage, submission.options, str(run.folder)), list[str]()
+    root = submission.config.storage.root
+    if submission.profile.container is not None and "://" not in root:
+        Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
     try:
         while len(jobs) < submission.profile.chain:
             executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
