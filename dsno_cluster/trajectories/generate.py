@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
 from dsno_cluster.cluster.ray_pool import (
     CONCURRENCY,
@@ -31,6 +31,7 @@ from dsno_cluster.trajectories.plan import Plan
 from dsno_cluster.trajectories.shards import (
     MADE_SHARDS,
     MadeShards,
+    Manifest,
     Shard,
     commit_manifest,
     keep_vanishing,
@@ -42,11 +43,19 @@ from dsno_cluster.trajectories.shards import (
     vouches_for_itself,
     write_made_shards,
 )
+from dsno_cluster.trajectories.sharing import (
+    Share,
+    delete_notes,
+    environments_noted,
+    read_all_notes,
+    together,
+)
 from dsno_cluster.trajectories.solve_actor import SolveActor
 from dsno_cluster.trajectories.spec import TrajectorySpec
 
 ROUNDS = 3  # in which shards are made again that vanish before the manifest names them
 NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
+NOTES_SECONDS = 2.0  # how often the notes of others are looked for when all shards are there
 
 
 def describe_plan(config: Config, plan: Plan, crew: Crew) -> str:
@@ -60,11 +69,12 @@ def describe_plan(config: Config, plan: Plan, crew: Crew) -> str:
     )
 
 
-def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
+def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW, share: Share | None = None) -> str:
     """Make the missing shards of a `plan`, then commit the manifest; returns the data set's address.
 
-    The work is done by the Ray actors of `crew`. Raises UserError for a teacher that does not fit the config and for
-    devices or library versions that must not be mixed, WorkError if shards cannot be made.
+    The work is done by the Ray actors of `crew`. With a `share`, other tasks do the rest of it: see `sharing.py`. Raises
+    UserError for a teacher that does not fit the config and for devices or library versions that must not be mixed,
+    WorkError if shards cannot be made.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{config.storage.root.rstrip('/')}/{plan.folder.rstrip('/')}"
@@ -79,13 +89,15 @@ def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
         console.say(f"all {plan.size.num_shards} shards exist already: {shown_path(address)}")
         return address
     made_by = [current[0].environment] if current else []
-    made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
+    notes = read_all_notes(storage, plan.folder)
+    # with a share, others may be at work: what they have not noted yet need not be read now
+    made = _surviving(storage, plan, _unnamed(found, named), notes, read=share is None or not notes)
     if made.shards and made.environment is None:
         made = _proven(config, plan, storage, made, made_by, crew)
     made_by += [made.environment] if made.environment and made.shards else []
-    shards, here = _complete(config, plan, storage, named, found, made, made_by, crew)
+    shards, here = _complete(config, plan, storage, named, found, made, made_by, crew, share)
     commit_manifest(storage, plan.folder, make_manifest(plan.spec, shards, here))
-    storage.delete(plan.folder + MADE_SHARDS)
+    delete_notes(storage, plan.folder)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
         storage.tidy(plan.folder)
     console.say(f"done: {shown_path(address)}")
@@ -115,11 +127,13 @@ def _complete(
     made: MadeShards,
     made_by: list[Environment],
     crew: Crew,
+    share: Share | None,
 ) -> tuple[tuple[Shard, ...], Environment]:
     """All shards of the data set, and the environment that made the last of them.
 
     Some are `named` by the manifest and some were `made` before, in the environments `made_by`, and those that
-    are not `found` are made, until all are there. Raises WorkError if they keep vanishing.
+    are not `found` are made, until all are there: with a `share` also by others. Raises WorkError if they keep
+    vanishing.
     """
     num_shards = max(plan.size.num_shards, len(named))
     for number in range(ROUNDS + 1):
@@ -128,20 +142,30 @@ def _complete(
         todo = [index for index in range(num_shards) if shard_key(index) not in done]
         if not todo:
             break
+        if share is not None:
+            if number == 0:  # what another task has just made is looked at when all are there
+                todo = [i for i in todo if shard_key(i) not in found or shard_key(i) in named]
+            todo = share.in_order(todo)
         if number == ROUNDS:
             raise keep_vanishing(f"{storage.url}/{plan.folder}{shard_key(todo[0])}", ROUNDS)
         if number:
             console.say(f"{len(todo)} shards have vanished since they were made; they are made again")
-        elif done:
+        elif len(todo) < num_shards:
             console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
         bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
         try:
-            made = _make_shards(config, plan, storage, todo, bad, made, made_by, crew)
+            if todo:
+                made = _make_shards(config, plan, storage, todo, bad, made, made_by, crew, share)
         except KeyboardInterrupt:
             console.say("interrupted: finished shards are kept, the same command makes the others")
             raise
-        made_by += [made.environment] if made.environment else []
         found = _shards_there(storage, plan)  # what the manifest names must be there
+        if share is not None:
+            if (committed := _wait_for_notes(storage, plan, found)) is not None:
+                return committed.shards, committed.environment
+            notes = read_all_notes(storage, plan.folder)
+            made = _surviving(storage, plan, _unnamed(found, named), notes, read=True)
+        made_by += [made.environment] if made.environment else []
     return tuple(done[shard_key(index)] for index in range(num_shards)), (
         made_by[-1] if made_by else environment()
     )
@@ -150,6 +174,28 @@ def _complete(
 def _shards_there(storage: Storage, plan: Plan) -> dict[str, Stat]:
     """The objects of the data set that are named like shards, by key."""
     return {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
+
+
+def _unnamed(found: Mapping[str, Stat], named: Mapping[str, Shard]) -> dict[str, Stat]:
+    return {key: stat for key, stat in found.items() if key not in named}
+
+
+def _wait_for_notes(storage: Storage, plan: Plan, found: Mapping[str, Stat]) -> Manifest | None:
+    """Wait until other tasks have noted the shards that they have just finished, but not for long.
+
+    Returns the manifest if one of them has committed it meanwhile.
+    """
+    for _ in range(int(2 * NOTE_SECONDS / NOTES_SECONDS)):
+        current = read_manifest(storage, plan.folder)
+        if current is not None and len(current[0].shards) >= plan.size.num_shards:
+            return current[0]
+        known = {shard.key for shard in current[0].shards} if current else set()
+        known |= together(read_all_notes(storage, plan.folder)).by_key.keys()
+        if found.keys() <= known:
+            break
+        liveness.moved()
+        time.sleep(NOTES_SECONDS)
+    return None
 
 
 def _is_there(shard: Shard, found: Mapping[str, Stat]) -> bool:
@@ -181,12 +227,14 @@ def check_alike(environment: Environment, first: Environment, what: str = "a dat
             )
 
 
-def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShards:
-    """The complete shards that no manifest names, as noted by an interrupted run, or read again.
+def _surviving(
+    storage: Storage, plan: Plan, found: Mapping[str, Stat], notes: Sequence[MadeShards], *, read: bool
+) -> MadeShards:
+    """The complete shards that no manifest names, as in the `notes` of interrupted runs, or, if asked for, read again.
 
     If there is no note of what made them, because the manifest was lost, their environment is None.
     """
-    noted = read_made_shards(storage, plan.folder)
+    noted = together(notes)
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
     per_shard, expected = plan.spec.samples_per_shard, shard_tensors(plan.spec)
     kept = {
@@ -206,7 +254,7 @@ def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShar
         shard = Shard(key=key, start=start, stop=start + per_shard, size=len(data), sha256=sha256)
         return shard, found[key].etag
 
-    unknown = [key for key in found if key in wanted and key not in kept]
+    unknown = [key for key in found if key in wanted and key not in kept] if read else []
     with (
         ThreadPoolExecutor(4) as threads,
         console.progress("reading shards", len(unknown), "shards", quiet=not unknown) as advance,
@@ -255,6 +303,7 @@ def _solving(
     todo: Sequence[int],
     bad: Mapping[int, str],
     welcome: Callable[[Environment], None],
+    elsewhere: Callable[[], set[int]] | None = None,
 ) -> Generator[tuple[int, tuple[Shard, str]]]:
     """The shards `todo` with their etags, made by actors on the cluster; see `_make_shards`."""
     remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
@@ -271,6 +320,8 @@ def _solving(
         todo,
         cluster.capacity,
         in_flight=2,  # while one shard is encoded and uploaded, the next is solved
+        in_order=elsewhere is not None,
+        elsewhere=elsewhere,
         greet=lambda actor: actor.environment.remote(),
         welcome=welcome,
     )
@@ -285,26 +336,34 @@ def _make_shards(
     before: MadeShards,
     made_by: Sequence[Environment],
     crew: Crew,
+    share: Share | None,
 ) -> MadeShards:
     """Make the shards `todo`; `bad` has the etags of those that exist but are wrong, which are replaced.
 
     The environment in the result also has the `seconds` that this took, including those of the runs in
-    `made_by`.
+    `made_by`. With a `share`, shards that others finish meanwhile are left out.
     """
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
+    notes_file, where = MADE_SHARDS, f"{storage.url}/{plan.folder}"
+    spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
+    if share is not None:
+        notes_file = share.notes
+        before = read_made_shards(storage, plan.folder, notes_file)
+        spent = (before.environment.seconds or 0.0) if before.environment else 0.0
     lines = before.by_key
     present: list[Environment] = []
 
     def welcome(environment: Environment) -> None:
-        check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
+        check_same_environment(environment, made_by, where)
         if not present:
             present.append(environment)
             note()  # before the first shard, so that it is known what made each existing shard
+            if share is not None:  # of two tasks that begin together, one at least sees the other's
+                check_same_environment(environment, environments_noted(storage, plan.folder), where)
         check_alike(environment, present[0])
 
     say_compiling(config, plan.spec)
-    spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
     started = time.monotonic()
 
     def made() -> MadeShards:
@@ -314,23 +373,39 @@ def _make_shards(
 
     def note() -> None:
         if present:
-            write_made_shards(storage, plan.folder, made())
+            write_made_shards(storage, plan.folder, made(), notes_file)
 
     with open_ray(crew, settings.threads) as cluster:
         began, finished = time.monotonic(), 0
+        ready: set[str] = set()  # here or elsewhere
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
         ) as advance:
 
-            def finish_one() -> None:
+            def elsewhere() -> set[int]:
+                there = _shards_there(storage, plan)
+                found = {i: there[shard_key(i)] for i in todo if shard_key(i) in there}
+                others = {i for i, stat in found.items() if stat.etag != bad.get(i)}
+                new = {shard_key(i) for i in others} - ready
+                ready.update(new)
+                advance(len(new) * settings.samples_per_shard)
+                return others
+
+            def finish_one(key: str) -> None:
                 nonlocal finished
                 finished += 1
+                new = key not in ready
+                ready.add(key)
                 rate = finished * settings.samples_per_shard / (time.monotonic() - began)
                 evaluations = rate * plan.size.evaluations_per_sample
-                advance(settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations})
+                advance(
+                    new * settings.samples_per_shard, **{"trajectories/s": rate, "evaluations/s": evaluations}
+                )
 
-            pool = _solving(config, plan, cluster, todo, bad, welcome)
+            pool = _solving(config, plan, cluster, todo, bad, welcome, elsewhere if share else None)
             collect_shards(pool, lines, note, finish_one)
+            if share is not None:
+                note()
     return made()
 
 
@@ -338,14 +413,14 @@ def collect_shards(
     pool: Generator[tuple[Any, tuple[Shard, str]]],
     lines: dict[str, tuple[Shard, str]],
     note: Callable[[], None],
-    finish_one: Callable[[], None],
+    finish_one: Callable[[str], None],
 ) -> None:
     """Add a pool's shards to `lines` by key, calling `note` now and then and if the run is stopped."""
     noted = time.monotonic()
     try:
         for _, (shard, etag) in pool:
             lines[shard.key] = (shard, etag)
-            finish_one()
+            finish_one(shard.key)
             if time.monotonic() - noted > NOTE_SECONDS:
                 note()
                 noted = time.monotonic()
