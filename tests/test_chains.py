@@ -1,4 +1,4 @@
-"""Chains of jobs: what the beginning and the end of each of them decide, by what the others left in the run folder."""
+"""Chains and arrays of jobs: what the beginning and the end of each decide, by what the others left in the run folder."""
 
 from __future__ import annotations
 
@@ -9,28 +9,42 @@ import pytest
 
 from dsno_cluster.cluster.attempt import FINISHED
 from dsno_cluster.cluster.attempt import main as begin_or_end
-from dsno_cluster.cluster.launchers import states_of
+from dsno_cluster.cluster.launchers import State, states_of
+from dsno_cluster.cluster.launchers.protocol import state_of_array
 from dsno_cluster.cluster.records import AttemptProgress, AttemptRecord, Failure, Outcome, Result, Stopped
 from dsno_cluster.cluster.runs import Run, create_run, find_run
-from dsno_cluster.cluster.stage import Submission
+from dsno_cluster.cluster.stage import SharedOptions, Submission
+from dsno_cluster.cluster.status import history, log_lines, overview
 from dsno_cluster.cluster.task import PLACE_IN_CHAIN
 from dsno_cluster.config import load_config, load_profile
-from dsno_cluster.stages import TRAIN
+from dsno_cluster.errors import UserError
+from dsno_cluster.stages import GEN_TRAJECTORIES, TRAIN
 
 Asked = Callable[[], list[str]]
+# two tasks of the array 10, as squeue lists them
+QUEUE = "10_1|RUNNING|None|node1|2026-11-29T03:12:17|node1\\n10_2|PENDING|Resources|||"
 JOBS = ("10", "11", "12")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A chain of three, and Slurm's commands, which note what they are asked."""
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands, which note what they are asked."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "bin").mkdir()
-    for name, answer in (("scancel", ""), ("scontrol", "JobState=RUNNING Restarts=0"), ("squeue", "")):
+    for name, answer in (
+        ("scancel", ""),
+        ("scontrol", "JobState=RUNNING Restarts=0"),
+        ("squeue", QUEUE),
+    ):
         tool = tmp_path / "bin" / name
         tool.write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/asked\necho "{answer}"\n')
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+
+
+@pytest.fixture
+def run(slurm: None, tmp_path: Path) -> Run:
+    """A chain of three."""
     profile = load_profile(TRAIN.name, {"chain": len(JOBS)})
     config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
     made = create_run(Submission(TRAIN, config, profile, "dsno-cluster train"), snapshot=False)
@@ -165,3 +179,68 @@ def test_preempted_where_slurm_must_not_requeue(
     begin(run, 0, monkeypatch)
     end(run)
     assert outcome(run, 0)[0] == ("again" if chain > 1 else "cancelled")
+
+
+@pytest.fixture
+def array(slurm: None, tmp_path: Path) -> Run:
+    """An array of three tasks."""
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
+    profile, options = load_profile(GEN_TRAJECTORIES.name, {}), SharedOptions(array=3)
+    submission = Submission(GEN_TRAJECTORIES, config, profile, "dsno-cluster", options)
+    made = create_run(submission, snapshot=False)
+    made.note(job="10", launcher="slurm")
+    for place, task in enumerate(made.tasks):
+        task.note(job=f"10_{place}", launcher="slurm")
+    return made
+
+
+def test_a_task_of_an_array_begins_and_ends_by_itself(
+    array: Run, cancelled: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until one is done: then those that wait are cancelled, and one that begins all the same ends at once."""
+    monkeypatch.setenv(
+        "SLURM_JOB_ID", "10"
+    )  # as the last task of an array has it, which stands for all of them
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    first, second, third = array.tasks
+    for place, task in enumerate((first, second)):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(place))
+        assert begin_or_end(["begin", str(task.folder)]) == 0
+        task.attempt(0).write(AttemptProgress(title="solving", start=0, reached=0, done=place, total=9))
+    first.attempt(0).note(Failure(kind="user", reason="another kind of device", rank=0))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert end(first) == 2 and not cancelled()
+    (row,) = overview([array])
+    assert (row.state, row.why, row.job, row.attempts) == (
+        "running",
+        "1 failed, 1 running, 1 waiting: for free nodes",
+        "10",
+        2,
+    )
+    assert (row.done, row.total, row.last_error) == (1, 9, "task 0: another kind of device")
+
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    second.attempt(0).note(Result(result="there"))
+    assert end(second, 0) == 0 and cancelled() == ["--state=PENDING", "10"]
+    assert begin_or_end(["begin", str(third.folder)]) == FINISHED and not third.attempts()
+    assert states_of([array])[array].word == "done"
+    assert history(array) == ["task 0, attempt 0: another kind of device"]
+    assert [find_run(word) for word in ("10", "10_2")] == [array] * 2
+    (second.attempt(0).log(0)).write_text("solved\n")
+    assert list(log_lines(array, 1, None, follow=False)) == ["solved"]
+    with pytest.raises(UserError, match=r"--rank 3: .* is an array of 3 tasks, counted from 0"):
+        list(log_lines(array, 3, None, follow=False))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["failed", "running"], "running"),
+        (["failed", "waiting", "ending"], "ending"),
+        (["done", "running", "failed"], "done"),
+        (["failed", "cancelled"], "cancelled"),
+        (["ended", "failed"], "failed"),
+    ],
+)
+def test_the_state_of_an_array(words: list[str], found: str) -> None:
+    assert state_of_array([State(word) for word in words]).word == found

@@ -7,7 +7,8 @@ decides whether the job is done, is started again (if a node, a network or a lib
 Its exit status becomes that of the job, on which Slurm's `afterok` and `afternotok` depend.
 
 An attempt is a start of the run's only job, which is requeued, or a job of the run's chain, of which the next
-begins when all before it have ended without success. If there is nothing left to do, the rest of a chain is cancelled.
+begins when all before it have ended without success. RUN may also be a task of an array. If there is nothing left to do,
+the jobs of a chain or array that wait are cancelled.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
 from dsno_cluster.cluster.slurm_commands import (
     OUTAGE_SECONDS,
     cancel_jobs,
+    own_job,
     patiently,
     requeue_job,
     who_ends,
@@ -41,13 +43,17 @@ FINISHED = 100  # the exit status of `begin` if the run is finished
 def begin(run: Run) -> int:
     """Open this attempt; returns the exit status, 0 if the job may run.
 
-    A job of a chain whose run is over opens none.
+    A job of a chain or array whose run is over opens none.
     """
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
-    if run.profile().chain > 1 and former and (over := _over(former[-1])) is not None:
+    over = _over(former[-1]) if run.profile().chain > 1 and former else None
+    if over == "done" or _array_is_done(run):
+        console.say("nothing to do: the run is finished")
+        return FINISHED
+    if over is not None:
         console.say(f"nothing to do: the run is over, {over}")
-        return FINISHED if over == "done" else 1
+        return 1
     log = run.folder / BATCH_LOG
     begun = Begin(
         job=os.environ.get("SLURM_JOB_ID"),
@@ -84,6 +90,11 @@ def _over(attempt: Attempt) -> str | None:
     return None if outcome is None or outcome.state == "again" else outcome.state
 
 
+def _array_is_done(run: Run) -> bool:
+    """Whether a task of the array to which this one belongs has found all the work done."""
+    return any(a.read(Result) is not None for task in run.whole.tasks for a in task.attempts())
+
+
 def _may_begin(run: Run) -> bool:
     """Whether the run that this one waits for is done.
 
@@ -109,7 +120,7 @@ def _open(attempt: Attempt, begun: Begin) -> None:
 
 def end(run: Run, status: int) -> int:
     """Close this attempt, whose srun ended with `status`; returns the job's exit status."""
-    attempt, job = run.attempt(attempt_number()), os.environ["SLURM_JOB_ID"]
+    attempt, job = run.attempt(attempt_number()), own_job()
     if attempt.read(Result) is not None:  # rank 0 finished; other tasks may have been lost with their nodes
         attempt.note(Outcome(state="done"))
         return 0
@@ -149,7 +160,7 @@ def _start_again(run: Run, attempt: Attempt, reason: str) -> int:
         return 1
     console.error(f"{reason}; the job is started again")
     try:
-        patiently(lambda: requeue_job(os.environ["SLURM_JOB_ID"], attempt.number))
+        patiently(lambda: requeue_job(own_job(), attempt.number))
     except WorkError as error:
         reason += f"; and Slurm did not requeue the job: {error}"
         attempt.note(Outcome(state="failed", reason=reason))
@@ -168,8 +179,11 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     return 1
 
 
-def _closing_chain(run: Run, status: int) -> int:
-    """Cancel the later jobs of a chain if nothing is left for them to do; returns `status`."""
+def _cancelling_others(run: Run, status: int) -> int:
+    """Cancel the jobs of a chain or array that wait if nothing is left for them to do; returns `status`."""
+    if (array := run.whole.record()).array is not None and _array_is_done(run):
+        with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
+            cancel_jobs([str(array.job)], pending=True)
     later, attempts = run.record().jobs[attempt_number() + 1 :], run.attempts()
     if later and attempts and _over(attempts[-1]) is not None:
         with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
@@ -181,10 +195,10 @@ def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
     try:
         if words[0] == "begin":
-            return _closing_chain(run, begin(run))
+            return _cancelling_others(run, begin(run))
         attempt = run.attempt(attempt_number())
         try:
-            return _closing_chain(run, end(run, int(words[2])))
+            return _cancelling_others(run, end(run, int(words[2])))
         except OSError as error:  # a disk that fails: whatever it hides, the job is started again
             return _start_again(run, attempt, str(error))
         finally:

@@ -38,8 +38,9 @@ class Note(SparseRecord):
 class RunRecord(Note):
     """What was submitted, by which command, as which job.
 
-    `root` is the storage root. `job` is its job, or the first of its chain, which `successors` continue. `after` is
-    the folder of the run it waits for; in older folders, that run's job.
+    `root` is the storage root. `job` is its job, or the first of its chain, which `successors` continue, or the
+    array of `array` tasks; each of these has a record of its own, with its `place`. `after` is the folder of the run it
+    waits for; in older folders, that run's job.
     """
 
     FILE = "run.json"
@@ -56,6 +57,8 @@ class RunRecord(Note):
     launcher: str | None = None
     job: str | None = None
     successors: tuple[str, ...] = ()
+    array: int | None = None
+    place: int | None = None
     cluster: str | None = None
     after: str | None = None
     host: str | None = None
@@ -69,7 +72,9 @@ class RunRecord(Note):
 
     @property
     def jobs(self) -> tuple[str, ...]:
-        """All its jobs: one, or those of its chain in their order."""
+        """All its jobs: one, or those of its chain or array in their order."""
+        if self.job is not None and self.array is not None:
+            return tuple(f"{self.job}_{place}" for place in range(self.array))
         return () if self.job is None else (self.job, *self.successors)
 
 

@@ -154,7 +154,7 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e|%B")
+    listing = _ask("squeue", "-a", "-h", "-r", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e|%B")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
@@ -273,10 +273,22 @@ def requeue_job(job: str, attempt: int) -> None:
         _ask("scontrol", "requeue", job)
 
 
-def cancel_jobs(jobs: Iterable[str]) -> None:
-    """Cancel jobs; those that have ended stay as they are. Raises WorkError if Slurm refuses."""
+def own_job() -> str:
+    """The id of the job in which this process runs.
+
+    In an array it is the task's, as the number in SLURM_JOB_ID may stand for the whole array.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
+def cancel_jobs(jobs: Iterable[str], *, pending: bool = False) -> None:
+    """Cancel jobs; those that have ended stay as they are. `pending`: only those that wait.
+
+    Raises WorkError if Slurm refuses.
+    """
     try:
-        _ask("scancel", *jobs)
+        _ask("scancel", *(["--state=PENDING"] if pending else []), *jobs)
     except WorkError as error:
         if "Invalid job id" not in str(error):
             raise

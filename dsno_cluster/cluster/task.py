@@ -230,7 +230,7 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
 
     The batch script then requeues the job. A local job exits here, through submitit.
     """
-    from dsno_cluster.cluster.slurm_commands import patiently, who_ends, why_told
+    from dsno_cluster.cluster.slurm_commands import own_job, patiently, who_ends, why_told
 
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         attempt.note(Stopped(why="time limit"))
@@ -243,7 +243,7 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
     if run.profile().container is not None:  # which need not have Slurm's commands: the batch script asks
         console.say("this job was asked to end: what is done is kept")
         return
-    job = os.environ["SLURM_JOB_ID"]
+    job = own_job()
 
     def ask() -> WhyStopped:
         ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)

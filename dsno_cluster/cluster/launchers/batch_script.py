@@ -12,11 +12,10 @@ import submitit
 
 from dsno_cluster.cluster.attempt import FINISHED
 from dsno_cluster.cluster.launchers.containers import container_words
-from dsno_cluster.cluster.runs import BATCH_LOG
+from dsno_cluster.cluster.runs import ARRAY, BATCH_LOG
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.submitit_internals import MOST_REQUEUES
 from dsno_cluster.cluster.task import PLACE_IN_CHAIN
-from dsno_cluster.config import Profile
 
 
 def executor_for(
@@ -27,6 +26,10 @@ def executor_for(
     `after` are the jobs of the run that this one waits for, `earlier` those before this job in its own chain.
     """
     stage, profile = submission.stage, submission.profile
+    # an array's tasks have folders of their own; sbatch has a sign for their numbers, the shell a variable
+    run, logs = shlex.quote(str(folder)), folder
+    if submission.array > 1:
+        run, logs = f"{run}/{ARRAY}/$SLURM_ARRAY_TASK_ID", folder / ARRAY / "%a"
     ray, container = stage.kind == "ray", profile.container
     python = shlex.quote(sys.executable)
     in_srun, task = (
@@ -39,7 +42,7 @@ def executor_for(
     no_kill = ray and container is None
     srun = [
         *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
-        f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
+        f"--output={run}/attempts/$attempt/task-%t.log",
         *(["--no-kill"] if no_kill else []),
         f"--kill-on-bad-exit={0 if ray else 1}",
         *in_srun,
@@ -66,11 +69,12 @@ def executor_for(
         dependency=dependency,
         wckey=None,
         use_srun=False,  # our own srun line has log files per attempt
-        setup=_setup_lines(folder, profile, ray, len(earlier)),
-        teardown=[f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
+        setup=_setup_lines(submission, folder, run, len(earlier)),
+        teardown=[f"{python} -m dsno_cluster.cluster.attempt end {run} $?"],
+        array_parallelism=submission.array,
         additional_parameters={
-            "output": folder / BATCH_LOG,
-            "error": folder / BATCH_LOG,
+            "output": logs / BATCH_LOG,
+            "error": logs / BATCH_LOG,
             **({"requeue": True} if profile.requeue else {}),
             **({"no_kill": True} if no_kill and profile.nodes > 1 else {}),
             **({"kill_on_invalid_dep": "yes"} if dependency else {}),
@@ -90,27 +94,29 @@ def _dependency(after: Sequence[str], earlier: Sequence[str]) -> str | None:
     return "?".join(f"afterok:{job}" for job in after) or None
 
 
-def _setup_lines(folder: Path, profile: Profile, ray: bool, place: int) -> list[str]:
-    """The lines of the batch script before srun: the profile's setup, then ours. `place` is the job's in its chain."""
-    run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
-    here = shlex.quote(os.getcwd())
+def _setup_lines(submission: Submission, folder: Path, run: str, place: int) -> list[str]:
+    """The lines of the batch script before srun: the profile's setup, then ours.
+
+    `run` is the folder of the run, or of a task of its array, for the shell. `place` is the job's in its chain.
+    """
+    profile, python, here = submission.profile, shlex.quote(sys.executable), shlex.quote(os.getcwd())
     lines = [*profile.setup, *(["set +e  # what follows reads exit statuses"] if profile.setup else [])]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
     lines += [
         "# the code as it was at submission, then the folder of submission, for teachers of your own",
-        f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(folder))}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
         "attempt=${SLURM_RESTART_COUNT:-0}"
         if profile.chain == 1
         else f"export {PLACE_IN_CHAIN}={place}; attempt={place}",
         "trap : TERM  # the signal is for the tasks; this script waits for them",
         "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
     ]
-    if ray:
+    if submission.stage.kind == "ray":
         lines += [
             "# the token with which Ray's processes authenticate; new for each attempt, printed nowhere",
             "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
         ]
     begin = f"{python} -m dsno_cluster.cluster.attempt begin {run} ||"
-    if profile.chain == 1:
+    if profile.chain == 1 and submission.array == 1:
         return [*lines, f"{begin} exit $?"]
     return [*lines, f"{begin} exit $(($? == {FINISHED} ? 0 : $?))  # {FINISHED}: the run is finished already"]

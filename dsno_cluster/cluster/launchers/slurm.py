@@ -11,13 +11,14 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.crew import actors_on_gpus
 from dsno_cluster.cluster.launchers.following import wait_for
-from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
+from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state, state_of_array
 from dsno_cluster.cluster.reasons import how_it_ended
 from dsno_cluster.cluster.records import Result, RunRecord, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, jobs_folder, unlink
@@ -32,11 +33,14 @@ from dsno_cluster.cluster.slurm_commands import (
     refusal,
     user_name,
 )
+from dsno_cluster.cluster.stage import SharedOptions
 from dsno_cluster.cluster.task import PLACE_IN_CHAIN, StageTask
 from dsno_cluster.config import Config, Profile, load_profile
 from dsno_cluster.errors import UserError, WorkError
 
 if TYPE_CHECKING:
+    import submitit
+
     from dsno_cluster.cluster.stage import Stage, Submission
 
 SETTLE_SECONDS = 15.0
@@ -119,7 +123,7 @@ class SlurmLauncher:
         from dsno_cluster.cluster.submitit_internals import script_text
 
         chain, folder = submission.profile.chain, jobs_folder(submission.config) / "RUN"
-        first = script_text(executor_for(submission, folder))
+        first = script_text(executor_for(submission, folder), submission.array)
         if chain == 1:
             return first
         second = script_text(executor_for(submission, folder, earlier=["FIRST"]))
@@ -132,6 +136,11 @@ class SlurmLauncher:
 
     def check(self, submission: Submission) -> None:
         check_room(submission.stage, submission.config, submission.profile)
+        if submission.array > 1 and submission.profile.chain > 1:
+            raise UserError(
+                f"--array {submission.array}: not with chain {submission.profile.chain} of {_profile_file(submission.stage)}; "
+                "the tasks of an array make up for each other"
+            )
         check_image(submission.stage, submission.profile)
         check_profile(submission.profile, _profile_file(submission.stage))
 
@@ -151,6 +160,7 @@ class SlurmLauncher:
         for run in runs:
             record = run.record()
             more = f" and {len(record.successors)} that continue it" if record.successors else ""
+            more = f", an array of {record.array} tasks" if record.array else more
             console.say(
                 f"submitted {record.stage} of {record.name} as Slurm job {record.job}{more}: `dsno-cluster status {run.word}`, "
                 f"`dsno-cluster logs {run.word} --follow`; files: {run.folder}"
@@ -188,7 +198,7 @@ class SlurmLauncher:
         except (UserError, WorkError) as error:
             console.say(f"Slurm does not report the states of jobs now: {error}")
             jobs = None
-        return {run: _state(run, jobs) for run in runs}
+        return {run: _state_of_run(run, jobs) for run in runs}
 
     def follow(self, run: Run) -> str:
         def ask() -> State:
@@ -205,7 +215,7 @@ class SlurmLauncher:
         return batch if rank == 0 and begun and batch.is_file() else None
 
     def cancel(self, run: Run) -> None:
-        cancel_jobs(run.record().jobs)
+        cancel_jobs(_whole_jobs(run))
 
 
 def check_tasks(stage: Stage[Any], profile: Profile) -> None:
@@ -245,8 +255,21 @@ def check_image(stage: Stage[Any], profile: Profile) -> None:
         raise UserError(f"{_profile_file(stage)}: container.image: {container.image}: no such file or folder")
 
 
+def _whole_jobs(run: Run) -> Sequence[str]:
+    """The jobs to cancel: those of a chain, or an array by its own number, as some of its tasks may have ended."""
+    record = run.record()
+    return record.jobs if record.array is None else [str(record.job)]
+
+
 def _profile_file(stage: Stage[Any]) -> str:
     return f"jobs/{stage.name}.yaml"
+
+
+def _state_of_run(run: Run, jobs: dict[str, JobState] | None) -> State:
+    """The state of a run's job or array; `jobs` None: Slurm does not answer."""
+    if not run.tasks:
+        return _state(run, jobs)
+    return state_of_array([final_state(task) or _state(task, jobs) for task in run.tasks])
 
 
 def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
@@ -335,7 +358,7 @@ def _submit(submission: Submission, after: Run | None) -> Run:
     cluster = cluster_name()
     run = create_run(submission, snapshot=True)
     run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
-    task, jobs = StageTask(submission.stage, submission.options, str(run.folder)), list[str]()
+    jobs: list[str] = []
     root = submission.config.storage.root
     if submission.profile.container is not None and "://" not in root:
         Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
@@ -344,10 +367,12 @@ def _submit(submission: Submission, after: Run | None) -> Run:
             executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
             with _clean_environment(submission.profile):
                 if not jobs:
-                    (run.folder / "script.sh").write_text(script_text(executor))
+                    (run.folder / "script.sh").write_text(script_text(executor, submission.array))
                 with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
-                    jobs.append(str(executor.submit(task).job_id))
+                    jobs.append(_sbatch(executor, submission, run))
             run.note(job=jobs[0], successors=jobs[1:])
+        for place, task in enumerate(run.tasks):
+            task.note(job=f"{jobs[0]}_{place}", launcher=SlurmLauncher.name, cluster=cluster)
     except BaseException as error:
         if jobs:
             _take_back(run)
@@ -357,6 +382,19 @@ def _submit(submission: Submission, after: Run | None) -> Run:
             raise refusal(str(error)) from error
         raise
     return run
+
+
+def _sbatch(executor: submitit.SlurmExecutor, submission: Submission, run: Run) -> str:
+    """Submit a job or an array; returns its number."""
+    stage, options = submission.stage, submission.options
+    if not isinstance(options, SharedOptions) or options.array == 1:
+        return str(executor.submit(StageTask(stage, options, str(run.folder))).job_id)
+    with executor.batch():
+        tasks = [
+            executor.submit(StageTask(stage, replace(options, place=place), str(task.folder)))
+            for place, task in enumerate(run.tasks)
+        ]
+    return str(tasks[0].job_id).partition("_")[0]
 
 
 def _forget(run: Run) -> None:
@@ -369,7 +407,7 @@ def _take_back(run: Run) -> None:
     """Cancel a job that was just submitted."""
     run.cancel()
     with contextlib.suppress(WorkError):
-        cancel_jobs(run.record().jobs)
+        cancel_jobs(_whole_jobs(run))
 
 
 @contextlib.contextmanager
