@@ -164,7 +164,7 @@ def _complete(
             if (committed := _wait_for_notes(storage, plan, found)) is not None:
                 return committed.shards, committed.environment
             notes = read_all_notes(storage, plan.folder)
-            made = _surviving(storage, plan, _unnamed(found, named), notes, read=True)
+            made = _surviving(storage, plan, _unnamed(found, named), notes, read=True, quiet=True)
         made_by += [made.environment] if made.environment else []
     return tuple(done[shard_key(index)] for index in range(num_shards)), (
         made_by[-1] if made_by else environment()
@@ -228,11 +228,18 @@ def check_alike(environment: Environment, first: Environment, what: str = "a dat
 
 
 def _surviving(
-    storage: Storage, plan: Plan, found: Mapping[str, Stat], notes: Sequence[MadeShards], *, read: bool
+    storage: Storage,
+    plan: Plan,
+    found: Mapping[str, Stat],
+    notes: Sequence[MadeShards],
+    *,
+    read: bool,
+    quiet: bool = False,
 ) -> MadeShards:
     """The complete shards that no manifest names, as in the `notes` of interrupted runs, or, if asked for, read again.
 
-    If there is no note of what made them, because the manifest was lost, their environment is None.
+    If there is no note of what made them, because the manifest was lost, their environment is None. `quiet` leaves the
+    progress of the work as it is.
     """
     noted = together(notes)
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
@@ -255,9 +262,11 @@ def _surviving(
         return shard, found[key].etag
 
     unknown = [key for key in found if key in wanted and key not in kept] if read else []
+    if quiet and unknown:
+        console.say(f"reading {len(unknown)} shards that their task did not note")
     with (
         ThreadPoolExecutor(4) as threads,
-        console.progress("reading shards", len(unknown), "shards", quiet=not unknown) as advance,
+        console.progress("reading shards", len(unknown), "shards", quiet=quiet or not unknown) as advance,
     ):
         for key, line in zip(unknown, threads.map(hashed, unknown), strict=True):
             kept |= {} if line is None else {key: line}
