@@ -38,6 +38,7 @@ def test_killed_tasks_are_made_up_for(disk_user: User, cluster: Cluster) -> None
     assert "an array of 2 tasks" in disk_user.dsno("logs", run.id, "--rank", "2", status=2).stderr
 
 
+@pytest.mark.drill
 def test_an_array_is_cancelled_and_fails_as_one_run(disk_user: User, cluster: Cluster) -> None:
     disk_user.profile(cpus_per_task=2, retries=0)
     run = disk_user.submit("gen-trajectories", *SLOW, "--array", "6")

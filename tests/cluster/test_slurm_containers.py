@@ -21,7 +21,15 @@ def contained(user: User, runtime: str, **values: object) -> None:
     user.profile(container=container, setup=[f"export PATH={user.home}/bin:$PATH"], **values)
 
 
-@pytest.mark.parametrize("runtime", ["apptainer", pytest.param("pyxis", marks=pytest.mark.drill)])
+def test_two_nodes_make_shards_in_a_container(disk_user: User) -> None:
+    contained(disk_user, "apptainer")
+    run = disk_user.submit("gen-trajectories", *TINY, "--nodes", "2")
+    assert disk_user.ends(run)["attempts"] == 1
+    all_shards_made_once(disk_user, 6)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
 def test_all_stages_in_a_container(runtime: str, disk_user: User) -> None:
     contained(disk_user, runtime)
     said = disk_user.dsno("run", *TINY, *disk_user.storage, "--nodes", "2").stderr
