@@ -195,7 +195,7 @@ def array(slurm: None, tmp_path: Path) -> Run:
 
 
 def test_a_task_of_an_array_begins_and_ends_by_itself(
-    array: Run, cancelled: Asked, monkeypatch: pytest.MonkeyPatch
+    array: Run, cancelled: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until one is done: then those that wait are cancelled, and one that begins all the same ends at once."""
     monkeypatch.setenv(
@@ -210,6 +210,7 @@ def test_a_task_of_an_array_begins_and_ends_by_itself(
     first.attempt(0).note(Failure(kind="user", reason="another kind of device", rank=0))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     assert end(first) == 2 and not cancelled()
+    assert "scontrol show job -o 10_0\n" in (tmp_path / "asked").read_text()  # not the whole array
     (row,) = overview([array])
     assert (row.state, row.why, row.job, row.attempts) == (
         "running",
