@@ -28,8 +28,8 @@ from dsno_cluster.cluster.ray_pool import import_ray, local_ray, run_pool
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.device import compute_device, wait_for_gpu
 from dsno_cluster.teachers import find_teacher
-from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.trajectories.solve_actor import SolveActor
 from dsno_cluster.trajectories.spec import solve_shard, spec_of
 
 ROUNDS = 5

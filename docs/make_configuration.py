@@ -61,6 +61,7 @@ def document() -> str:
     parts = [INTRODUCTION, RENAMED + "\n".join([*renamed, ""]), _section("The experiment", Config, "")]
     parts += [_section(name, model, f"{name}.") for name, model in _sections(Config)]
     parts.append(_section(PROFILES, Profile, ""))
+    parts += [_section(name, model, f"{name}.") for name, model in _sections(Profile)]
     return "\n".join(parts)
 
 
@@ -75,7 +76,8 @@ def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, t
 def undescribed() -> list[str]:
     """Keys of the page without a meaning."""
     sections = {f"{name}.": model for name, model in _sections(Config)}
-    models = [("", Config), *sections.items(), ("profile ", Profile)]
+    of_profiles = {f"profile {name}.": model for name, model in _sections(Profile)}
+    models = [("", Config), *sections.items(), ("profile ", Profile), *of_profiles.items()]
     return [
         prefix + key
         for prefix, model in models

@@ -71,7 +71,7 @@ COMMANDS = {
         "solve the teacher's ODE for many noises: trajectory shards and their manifest",
         "[CONFIG] [key=value ...]",
         "dsno-cluster gen-trajectories configs/digits.yaml trajectories.num_samples=4000 --actors 2",
-        [options.launching, options.actors],
+        [options.launching, options.actors, options.array],
     ),
     "plan": Command(
         trajectories.plan_trajectories,

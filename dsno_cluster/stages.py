@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
-from dsno_cluster.cluster.stage import Checked, RayOptions, Stage, StageOptions, StageResult
+from dsno_cluster.cluster.stage import (
+    Checked,
+    RayOptions,
+    SharedOptions,
+    Stage,
+    StageOptions,
+    StageResult,
+)
 from dsno_cluster.files import shown_path
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ class EvaluationOptions(RayOptions):
         return "each checkpoint" if self.watch else self.samples or self.student or ""
 
 
-def _check_generation(config: Config, options: RayOptions, processes: int) -> Checked:
+def _check_generation(config: Config, options: SharedOptions, processes: int) -> Checked:
     from dsno_cluster.trajectories.generate import describe_plan
     from dsno_cluster.trajectories.plan import check_reachable, make_plan
 
@@ -47,14 +54,16 @@ def _check_generation_ahead(config: Config, ranks: int) -> None:
 
 
 def _generate(
-    config: Config, options: RayOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
+    config: Config, options: SharedOptions, ray_address: str | None, teacher: ConfiguredTeacher | None
 ) -> StageResult:
     from dsno_cluster.trajectories.generate import generate
     from dsno_cluster.trajectories.plan import make_plan
+    from dsno_cluster.trajectories.sharing import Share
 
     plan = make_plan(config, teacher)
     plan.teacher.forget()  # the actors load it
-    return StageResult(generate(config, plan, options.crew(ray_address)), teacher=plan.teacher)
+    share = Share(options.place, options.array) if options.array > 1 else None
+    return StageResult(generate(config, plan, options.crew(ray_address), share), teacher=plan.teacher)
 
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
@@ -166,7 +175,7 @@ GEN_TRAJECTORIES = Stage(
     purpose="the teacher solves its ODE, many evaluations an image",
     kind="ray",
     section="trajectories",
-    options=RayOptions,
+    options=SharedOptions,
     check=_check_generation,
     check_ahead=_check_generation_ahead,
     work=_generate,

@@ -145,7 +145,7 @@ def on_cluster(command: Command) -> bool:
     words = command.words
     if words[0] != "dsno-cluster" or words[1] == "plan":
         return False
-    several = any(word in ("--nodes", "--wait") for word in words)
+    several = any(word in ("--nodes", "--wait", "--array") for word in words)
     return several or words[1] in ("status", "logs", "cancel") or any("s3://" in word for word in words)
 
 

@@ -228,8 +228,8 @@ def check_pip(command: Command) -> None:
 def check_apt(command: Command) -> None:
     """CI installs Debian's packages; that they are the ones named is seen in its script."""
     assert command.words[1] == "install"
-    missing = set(command.words[2:]) - set((ROOT / ".ci/run").read_text().split())
-    assert not missing, f"not installed by .ci/run: {missing}"
+    missing = set(command.words[2:]) - set((ROOT / ".ci/apt-packages").read_text().split())
+    assert not missing, f"not in .ci/apt-packages: {missing}"
 
 
 def check_python(command: Command) -> None:

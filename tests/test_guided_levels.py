@@ -23,7 +23,7 @@ from dsno_cluster.diffusion.solvers import SOLVERS, Method
 from dsno_cluster.errors import UserError
 from dsno_cluster.teachers import Teacher, find_teacher, gaussian_teacher, gaussian_trajectory
 from dsno_cluster.teachers.of_config import load_of_config
-from dsno_cluster.trajectories.generate import check_teacher
+from dsno_cluster.trajectories.solve_actor import check_teacher
 from dsno_cluster.trajectories.spec import former_specs, read_spec, solve_shard, spec_of
 
 MEAN, OTHER, STD, SCALE = 0.5, 0.2, 0.4, 3.0

@@ -19,7 +19,7 @@ from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster.cluster.launchers import SLURM
 from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
-from dsno_cluster.cluster.stage import Submission
+from dsno_cluster.cluster.stage import SharedOptions, StageOptions, Submission
 from dsno_cluster.cluster.submitit_internals import controller_variables, start_on_this_machine
 from dsno_cluster.cluster.task import StageTask
 from dsno_cluster.config import (
@@ -95,6 +95,31 @@ def test_a_ray_cluster_that_is_given_is_used_from_here(slurm: Path, tmp_path: Pa
     assert own.returncode == 0 and "#SBATCH" in own.stdout, own.stderr
 
 
+def test_an_array_is_for_slurm_and_has_a_node_for_each_task(slurm: Path, tmp_path: Path) -> None:
+    words = ["gen-trajectories", *TINY, "--array", "8", f"storage.root={tmp_path}/out"]
+    path = f"{slurm}:/usr/bin:/bin"
+    shown = answer(*words, "--dry-run", cwd=tmp_path, PATH=path)
+    assert shown.returncode == 0 and "#SBATCH --array=0-7%8" in shown.stdout, shown.stderr
+    (tmp_path / "jobs").mkdir()
+    profile = "nodes: 4\nmem_gb: 1\ntime_minutes: 10\n"
+    for more, refused in (
+        ("", ""),  # the profile's number of nodes is for a single job
+        ("chain: 2\n", "--array 8: not with chain 2 of jobs/gen-trajectories.yaml"),
+    ):
+        (tmp_path / "jobs/gen-trajectories.yaml").write_text(profile + more)
+        shown = answer(*words, "--dry-run", cwd=tmp_path, PATH=path)
+        assert "#SBATCH --nodes=1\n" in shown.stdout and refused in shown.stderr
+        assert shown.returncode == (2 if refused else 0), shown.stderr
+    for option, refused in (
+        (["--nodes", "2"], "--nodes 2 with --array 8: each task of an array has one node"),
+        (["--launcher", "local"], "--array 8: an array is for Slurm"),
+    ):
+        said = answer(*words, *option, cwd=tmp_path, PATH=path)
+        assert said.returncode == 2 and refused in said.stderr, said.stderr
+        assert len(said.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_silent_controller_is_not_waited_for(slurm: Path, tmp_path: Path) -> None:
     (slurm / "scontrol").write_text("#!/bin/sh\nexec sleep 60\n")
     local = dsno(
@@ -112,27 +137,41 @@ PROFILES = {
         "sbatch: {exclusive: true, mail-type: FAIL}\n"
     ),
     "eval": "mem_gb: 8\ntime_minutes: 60\n",
+    "gen-trajectories-pyxis": (
+        "nodes: 2\ngpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\n"
+        "container: {runtime: pyxis, image: registry.example.org#team/dsno:1, mounts: [/data/images, '/cache:/root/.cache:ro'],\n"
+        "  options: [--no-container-mount-home]}\n"
+    ),
+    "train-apptainer": (
+        "nodes: 2\ntasks_per_node: 4\ngpus_per_node: 4\nmem_gb: 100\ntime_minutes: 90\n"
+        "container: {runtime: apptainer, image: ./my images/dsno.sif, mounts: [/data], python: /opt/venv/bin/python}\n"
+    ),
+    "eval-singularity": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: singularity, image: docker://team/dsno}\n",
+    "gen-trajectories-array": "gpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\n",
+    "eval-chain": "mem_gb: 8\ntime_minutes: 60\nchain: 4\n",
 }
 
 
-def script(name: str, config: Config, profile: Profile) -> str:
+def script(name: str, config: Config, profile: Profile, array: int = 1) -> str:
     (stage,) = (stage for stage in STAGES if stage.name == name)
-    return str(SLURM.describe(Submission(stage, config, profile, "dsno-cluster")))
+    options = SharedOptions(array=array) if array > 1 else StageOptions()
+    return str(SLURM.describe(Submission(stage, config, profile, "dsno-cluster", options)))
 
 
-@pytest.mark.parametrize("stage", PROFILES)
+@pytest.mark.parametrize("name", PROFILES)
 def test_the_script_is_that_of_the_golden_file(
-    stage: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole text that sbatch gets. After a change that is meant: put what this test found into tests/data/sbatch/."""
     (tmp_path / "jobs").mkdir()
-    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[stage])
+    stage = next(stage.name for stage in STAGES if name.startswith(stage.name))
+    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     config = load_config("configs/digits.yaml", ["run.dir=scratch"])
-    text = script(stage, config, load_profile(stage, {}))
+    text = script(stage, config, load_profile(stage, {}), 64 if name.endswith("array") else 1)
     text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/venv/bin/python")
-    assert text == (DATA / f"sbatch/{stage}.sh").read_text()
+    assert text == (DATA / f"sbatch/{name}.sh").read_text()
     assert not (tmp_path / "scratch").exists()
 
 
@@ -157,6 +196,25 @@ def test_the_script_is_that_of_the_golden_file(
         ({"time_minutes": "1-24"}, "time_minutes: '1-24' is not a number of minutes"),
         ({"time_minutes": "UNLIMITED"}, "time_minutes: 'UNLIMITED' is not a number of minutes"),
         ({"time_minutes": "0:00"}, "time_minutes: input should be greater than 0"),
+        ({"chain": 3, "sbatch": {"requeue": True}}, "chain 3: not with `requeue` in sbatch"),
+        (
+            {"container": {"runtime": "docker", "image": "x"}},
+            "container.runtime: input should be 'pyxis', 'apptainer'",
+        ),
+        ({"container": {"runtime": "pyxis"}}, "container.image"),
+        (
+            {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:/b:rx"]}},
+            "container.mounts.0: '/a:/b:rx' is not PATH, PATH:INSIDE or PATH:INSIDE:ro",
+        ),
+        (
+            {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/a:b"]}},
+            "container.mounts.0: '/a:b': 'b' does not begin with /",
+        ),
+        (
+            {"container": {"runtime": "apptainer", "image": "x", "options": ["--home", "/a"]}},
+            "container.options: '/a' is not an option, which begins with - and has its value after =",
+        ),
+        ({"chain": 0}, "chain: input should be greater than 0"),
     ],
 )
 def test_wrong_profiles_are_one_line(
@@ -220,14 +278,18 @@ def test_secrets_that_a_command_gives_do_not_stand_in_the_script() -> None:
     assert load_profile("train", {"setup": setup}).setup == tuple(setup)
 
 
-@pytest.mark.parametrize("words", [{"no-requeue": True}, {"requeue": False}])
+@pytest.mark.parametrize(
+    ("words", "chain"),
+    [({"no-requeue": True}, 1), ({"requeue": False}, 1), ({}, 2), ({"no-requeue": True}, 2)],
+)
 def test_a_site_without_requeue_has_its_way(
-    words: dict[str, bool], slurm: Path, monkeypatch: pytest.MonkeyPatch
+    words: dict[str, bool], chain: int, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
-    profile = load_profile("train", {"sbatch": {**words, "exclusive": True, "overcommit": False}})
+    options = {**words, "exclusive": True, "overcommit": False}
+    profile = load_profile("train", {"sbatch": options, "chain": chain})
     lines = script("train", load_config("configs/digits.yaml", []), profile).splitlines()
-    asked = [line for line in lines if re.search("requeue|exclusive|overcommit", line) and "SBATCH" in line]
+    asked = [line for line in lines if re.match("#SBATCH.*(requeue|exclusive|overcommit)", line)]
     assert sorted(asked) == ["#SBATCH --exclusive", "#SBATCH --no-requeue"]
 
 
@@ -298,6 +360,13 @@ def test_what_is_used_of_submitit_is_as_it_was() -> None:
     assert isinstance(submitit.SlurmExecutor._submitit_command_str, property)
     text = inspect.signature(submitit.SlurmExecutor._make_submission_file_text)
     assert list(text.parameters) == ["self", "command", "uid"]
+    made = inspect.getsource(submitit.SlurmExecutor._make_submission_file_text)
+    assert "_make_sbatch_string(command=command, folder=self.folder, **self.parameters)" in made
+    several = inspect.getsource(submitit.SlurmExecutor._internal_process_submissions)
+    assert 'array_ex.parameters["map_count"] = n' in several
+    assert (
+        'job_id=f"{first_job.job_id}_{a}"' in several and "array_ex._submit_command(self._submitit" in several
+    )
 
 
 def test_wait_is_accepted_everywhere(tmp_path: Path) -> None:

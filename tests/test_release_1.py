@@ -19,8 +19,8 @@ from dsno_cluster.model_folder import AboutModel
 from dsno_cluster.provenance import environment
 from dsno_cluster.records import record_bytes
 from dsno_cluster.training.checkpoint import CheckpointState, RunNotes
-from dsno_cluster.trajectories.generate import SolveActor
 from dsno_cluster.trajectories.plan import make_plan
+from dsno_cluster.trajectories.solve_actor import SolveActor
 
 RELEASE = DATA / "release_1"
 STUDENTS = Path("runs/students/release")

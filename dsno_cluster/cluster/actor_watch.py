@@ -16,6 +16,9 @@ from dsno_cluster import console, liveness
 
 ASIDE = "aside"  # the concurrency group of an actor's thread that answers while the others work
 ASK_SECONDS = 60.0  # how often busy actors are asked for a sign of life
+NEW_SECONDS = 1.0  # how often their answers are looked for while some are new
+# how often the actor that has worked longest is asked whether it waits for the storage, and its answer shown
+STORAGE_SECONDS, SAY_SECONDS = 10.0, 60.0
 # a task that takes this many times the median, and this long, makes its actor slow
 SLOW, SLOW_SECONDS = 5.0, 10.0
 KNOWN = 3  # so many tasks must be done before it is known how long one usually takes
@@ -78,6 +81,36 @@ class SlowWatch:
             console.remark(f"{name} is slow: {age:.0f} s so far for what usually takes {usual:.2g} s")
 
 
+class StorageWatch:
+    """Asks the actor that has worked longest whether it waits for the storage, whose own words nobody would see."""
+
+    def __init__(self) -> None:
+        self.answer: Any = None  # the reference to an answer that has not come yet
+        self.asked = time.monotonic()
+        self.said = -SAY_SECONDS
+
+    def listen(self, running: Collection[Started]) -> None:
+        """Say the answer if there is one, and ask again if it is time to."""
+        import ray
+
+        now = time.monotonic()
+        if self.answer is not None:
+            if not ray.wait([self.answer], timeout=0)[0]:
+                return
+            with contextlib.suppress(ray.exceptions.RayError):  # it has died
+                text = ray.get(self.answer)
+                if text is not None and now - self.said >= SAY_SECONDS:
+                    console.say(f"an actor reports: {text}")
+                    self.said = now
+            self.answer = None
+        if not running or now - self.asked < STORAGE_SECONDS:
+            return
+        oldest = min(running, key=lambda attempt: attempt.began)
+        ask = getattr(oldest.worker.actor, "silence", None)  # actors of other classes are not asked
+        if ask is not None and now - oldest.began >= STORAGE_SECONDS:
+            self.asked, self.answer = now, ask.remote()
+
+
 class HangWatch:
     """Asks busy actors for a sign of life, and kills those whose work shows none for `liveness.limit_seconds`.
 
@@ -87,18 +120,24 @@ class HangWatch:
 
     def __init__(self) -> None:
         self.every = min(ASK_SECONDS, liveness.limit_seconds / 6)
-        self.asked = time.monotonic()
+        self.asked = self.looked = time.monotonic()
+        self.new: set[Worker] = set()
 
     def welcome(self, worker: Worker) -> None:
         """Ask a new actor for its process, before it has work."""
         self._ask(worker)
+        self.new.add(worker)
 
     def look(self, workers: set[Worker]) -> None:
-        if time.monotonic() - self.asked < self.every:
+        now = time.monotonic()
+        if self.new and now - self.looked >= NEW_SECONDS:
+            self.looked = now
+            self._hear_new()
+        if now - self.asked < self.every:
             return
         import ray
 
-        self.asked = time.monotonic()
+        self.asked = now
         asked = [worker.asked for worker in workers]
         answered = set(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
         for worker in workers:
@@ -111,6 +150,15 @@ class HangWatch:
 
     def _ask(self, worker: Worker) -> None:
         worker.asked = worker.actor.__ray_call__.options(concurrency_group=ASIDE).remote(_sign_of_actor)
+
+    def _hear_new(self) -> None:
+        """Hear the new actors that have answered: a line about an actor should name it from the beginning."""
+        import ray
+
+        asked = {worker.asked: worker for worker in self.new}
+        for answer in ray.wait([*asked], num_returns=len(asked), timeout=0)[0]:
+            self._hear(asked[answer])
+            self.new.discard(asked[answer])
 
     def _hear(self, worker: Worker) -> None:
         import ray

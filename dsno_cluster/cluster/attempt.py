@@ -4,11 +4,16 @@ The batch script runs `python -m dsno_cluster.cluster.attempt begin|end RUN`.
 
 `begin` makes the attempt's folder, or refuses if too many earlier attempts made no progress. `end RUN STATUS`
 decides whether the job is done, is started again (if a node, a network or a library failed) or is given up.
-Its exit status becomes that of the job, on which Slurm's `afterok` depends.
+Its exit status becomes that of the job, on which Slurm's `afterok` and `afternotok` depend.
+
+An attempt is a start of the run's only job, which is requeued, or a job of the run's chain, of which the next
+begins when all before it have ended without success. RUN may also be a task of an array. If there is nothing left to do,
+the jobs of a chain or array that wait are cancelled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,16 +24,36 @@ from pathlib import Path
 from dsno_cluster import console
 from dsno_cluster.cluster.reasons import KILLED, TAKEN_BY_SLURM, how_it_ended, oom_kills, why
 from dsno_cluster.cluster.records import Begin, Outcome, Result, Stopped
-from dsno_cluster.cluster.runs import BATCH_LOG, NO_REQUEUE, Attempt, Run, fruitless
-from dsno_cluster.cluster.slurm_commands import OUTAGE_SECONDS, patiently, requeue_job, who_ends
+from dsno_cluster.cluster.runs import BATCH_LOG, Attempt, Run, fruitless
+from dsno_cluster.cluster.slurm_commands import (
+    OUTAGE_SECONDS,
+    cancel_jobs,
+    own_job,
+    patiently,
+    requeue_job,
+    who_ends,
+    why_told,
+)
 from dsno_cluster.cluster.task import attempt_number
 from dsno_cluster.errors import UserError, WorkError
 
+FINISHED = 100  # the exit status of `begin` if the run is finished
+
 
 def begin(run: Run) -> int:
-    """Open this attempt; returns the exit status, 0 if the job may run."""
+    """Open this attempt; returns the exit status, 0 if the job may run.
+
+    A job of a chain or array whose run is over opens none.
+    """
     attempt = run.attempt(attempt_number())
     former = [a for a in run.attempts() if a.number < attempt.number]
+    over = _over(former[-1]) if run.profile().chain > 1 and former else None
+    if over == "done" or _array_is_done(run):
+        console.say("nothing to do: the run is finished")
+        return FINISHED
+    if over is not None:
+        console.say(f"nothing to do: the run is over, {over}")
+        return 1
     log = run.folder / BATCH_LOG
     begun = Begin(
         job=os.environ.get("SLURM_JOB_ID"),
@@ -47,11 +72,36 @@ def begin(run: Run) -> int:
     if run.cancelled:
         attempt.note(Outcome(state="cancelled", reason="cancelled before it began"))
         return 1
+    if attempt.number and not former and not _may_begin(run):
+        attempt.note(Outcome(state="cancelled", reason="the stage that it waited for did not succeed"))
+        return 1
     if former:
         _note_preemption(former[-1])
     if (streak := fruitless(former)) > run.profile().retries:
         return _give_up(attempt, streak, why(former[-1], None))
     return 0
+
+
+def _over(attempt: Attempt) -> str | None:
+    """The final state that an attempt of a chain has left; None if the next one is to continue."""
+    if attempt.read(Result) is not None:
+        return "done"
+    outcome = attempt.read(Outcome)
+    return None if outcome is None or outcome.state == "again" else outcome.state
+
+
+def _array_is_done(run: Run) -> bool:
+    """Whether a task of the array to which this one belongs has found all the work done."""
+    return any(a.read(Result) is not None for task in run.whole.tasks for a in task.attempts())
+
+
+def _may_begin(run: Run) -> bool:
+    """Whether the run that this one waits for is done.
+
+    Slurm cancels the first job of a chain if it is not, and then starts the second.
+    """
+    before = run.record().after
+    return before is None or any(a.read(Result) is not None for a in Run(Path(before)).attempts())
 
 
 def _note_preemption(earlier: Attempt) -> None:
@@ -70,38 +120,47 @@ def _open(attempt: Attempt, begun: Begin) -> None:
 
 def end(run: Run, status: int) -> int:
     """Close this attempt, whose srun ended with `status`; returns the job's exit status."""
-    attempt, job = run.attempt(attempt_number()), os.environ["SLURM_JOB_ID"]
+    attempt, job = run.attempt(attempt_number()), own_job()
     if attempt.read(Result) is not None:  # rank 0 finished; other tasks may have been lost with their nodes
         attempt.note(Outcome(state="done"))
         return 0
     ended = "cancelled" if run.cancelled else patiently(lambda: who_ends(job, attempt.number))
-    if ended == "cancelled":
+    stopped = attempt.read(Stopped)
+    if ended == "preempted" or (stopped is not None and stopped.why == "signal"):
+        # the tasks had no time to ask Slurm, or could not, as from a container
+        told = "preempted" if ended in ("requeued", "preempted") else ended
+        stopped = Stopped(why=told or patiently(lambda: why_told(job, run.profile().save_seconds)))
+        attempt.note(stopped)
+    if ended == "cancelled" or (ended == "preempted" and run.profile().chain == 1):
         attempt.note(Outcome(state="cancelled"))
         return KILLED + signal.SIGTERM
     reason = why(attempt, status)
     if ended == "requeued":  # by Slurm for another job, or by an administrator
         attempt.note(Outcome(state="again", reason=reason))
         return 1
-    if ended == "time limit" and attempt.read(Stopped) is None:
+    if ended == "time limit" and stopped is None:
         reason = "its time limit was reached before it had saved"
     failure = attempt.failure()
     if failure and failure.kind == "user":
         attempt.note(Outcome(state="failed", reason=reason))
         return 2
-    if run.profile().requeue and (streak := fruitless(run.attempts())) > run.profile().retries:
+    if attempt.why_last is None and (streak := fruitless(run.attempts())) > run.profile().retries:
         return _give_up(attempt, streak, reason)
     return _start_again(run, attempt, reason)
 
 
 def _start_again(run: Run, attempt: Attempt, reason: str) -> int:
-    """Have the job requeued, unless its profile forbids it; returns the exit status."""
-    if not run.profile().requeue:
-        attempt.note(Outcome(state="failed", reason=f"{reason}; {NO_REQUEUE}"))
+    """Have the job requeued, or leave the rest to the next of its chain; returns the exit status."""
+    if (last := attempt.why_last) is not None:
+        attempt.note(Outcome(state="failed", reason=f"{reason}; {last}"))
         return 1
     attempt.note(Outcome(state="again", reason=reason))
+    if run.profile().chain > 1:
+        console.error(f"{reason}; the next job of the chain continues")
+        return 1
     console.error(f"{reason}; the job is started again")
     try:
-        patiently(lambda: requeue_job(os.environ["SLURM_JOB_ID"], attempt.number))
+        patiently(lambda: requeue_job(own_job(), attempt.number))
     except WorkError as error:
         reason += f"; and Slurm did not requeue the job: {error}"
         attempt.note(Outcome(state="failed", reason=reason))
@@ -120,14 +179,26 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
     return 1
 
 
+def _cancelling_others(run: Run, status: int) -> int:
+    """Cancel the jobs of a chain or array that wait if nothing is left for them to do; returns `status`."""
+    if (array := run.whole.record()).array is not None and _array_is_done(run):
+        with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
+            cancel_jobs([str(array.job)], pending=True)
+    later, attempts = run.record().jobs[attempt_number() + 1 :], run.attempts()
+    if later and attempts and _over(attempts[-1]) is not None:
+        with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
+            cancel_jobs(later)
+    return status
+
+
 def main(words: Sequence[str]) -> int:
     run = Run(Path(words[1]))
     try:
         if words[0] == "begin":
-            return begin(run)
+            return _cancelling_others(run, begin(run))
         attempt = run.attempt(attempt_number())
         try:
-            return end(run, int(words[2]))
+            return _cancelling_others(run, end(run, int(words[2])))
         except OSError as error:  # a disk that fails: whatever it hides, the job is started again
             return _start_again(run, attempt, str(error))
         finally:

@@ -28,16 +28,16 @@ from dsno_cluster.cluster.ray_folder import INSIDE, claimed, place_for
 from dsno_cluster.cluster.ray_pool import KEEP_MEMORY
 from dsno_cluster.cluster.records import Outcome, RayEnded, RayStarted
 from dsno_cluster.cluster.rendezvous import free_ports, hear, own_address, tell
-from dsno_cluster.cluster.runs import NO_REQUEUE, Attempt
+from dsno_cluster.cluster.runs import Attempt
 from dsno_cluster.cluster.slurm_commands import (
-    cancel_job,
+    cancel_jobs,
     job_nodes,
     may_heal,
     node_timeout,
     patiently,
     requeue_job,
 )
-from dsno_cluster.errors import WorkError
+from dsno_cluster.errors import UserError, WorkError
 
 START_SECONDS, START_PAUSE = (
     180.0,
@@ -171,7 +171,7 @@ def _slurm_lost_first_node(node: Node, attempt: Path, head: str) -> bool:
             if first not in job_nodes(node.job):
                 return True
             patience += node_timeout()
-        except WorkError as error:
+        except (UserError, WorkError) as error:  # in a container there may be no command of Slurm
             verdict = str(error)
             waited = 0.0 if may_heal(verdict) else waited
         if verdict != said:
@@ -186,19 +186,21 @@ def _slurm_lost_first_node(node: Node, attempt: Path, head: str) -> bool:
 
 
 def _start_again(node: Node, attempt: Path) -> None:
-    """Requeue the job, whose batch script is lost; end it if it may not be requeued or Slurm refuses."""
-    here = Attempt(attempt)
-    if here.run.profile().requeue:
+    """Requeue the job, whose batch script is lost; end it if another continues it, none may, or Slurm refuses."""
+    here, lost = Attempt(attempt), f"{node.hosts[0]}, the first node, was lost"
+    profile, last = here.run.profile(), here.why_last
+    if profile.requeue:
         console.say(f"{node.hosts[0]}, the first node, is lost: the job asks to be requeued")
         try:
             patiently(lambda: requeue_job(node.job, here.number), math.inf)
             return
         except WorkError as error:
-            reason = f"{node.hosts[0]}, the first node, was lost, and Slurm did not requeue the job: {error}"
+            last = f"Slurm did not requeue the job: {error}"
+    if last is None:
+        here.note(Outcome(state="again", reason=lost))
     else:
-        reason = f"{node.hosts[0]}, the first node, was lost; {NO_REQUEUE}"
-    here.note(Outcome(state="failed", reason=reason))
-    patiently(lambda: cancel_job(node.job), math.inf)
+        here.note(Outcome(state="failed", reason=f"{lost}; {last}"))
+    patiently(lambda: cancel_jobs([node.job]), math.inf)
 
 
 def _common(node: Node, address: str, agents: list[int]) -> list[str]:

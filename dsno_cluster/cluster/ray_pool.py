@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dsno_cluster import console, liveness
-from dsno_cluster.cluster.actor_watch import ASIDE, HangWatch, SlowWatch, Worker
+from dsno_cluster.cluster.actor_watch import ASIDE, HangWatch, SlowWatch, StorageWatch, Worker
 from dsno_cluster.cluster.crew import Crew, actors_that_fit, default_actors, keep_to_share
 from dsno_cluster.cluster.noted_signals import NotedSignals
 from dsno_cluster.cluster.ray_folder import claimed, place_for
@@ -43,8 +43,7 @@ CONCURRENCY = 3  # calls that an actor answers at a time: two tasks, and whether
 POLL_SECONDS = 1.0
 STRAGGLER = 1.5  # a task that takes this many times the median may be run a second time by an idle actor
 WAITING_SECONDS = 30.0
-ASK_SECONDS = 10.0  # how often the actor that has worked longest is asked whether it waits for the storage
-SAY_SECONDS = 60.0
+ELSEWHERE_SECONDS = 15.0  # how often it is asked which tasks others have done
 
 
 class PoolActor:
@@ -241,34 +240,6 @@ class _Attempt(Generic[Task]):
     began: float
 
 
-class _Listener:
-    """Asks the actor that has worked longest whether it waits for the storage, whose own words nobody would see."""
-
-    def __init__(self) -> None:
-        self.answer: Any = None  # the reference to an answer that has not come yet
-        self.asked = time.monotonic()
-        self.said = -SAY_SECONDS
-
-    def listen(self, running: Mapping[Any, _Attempt[Any]]) -> None:
-        """Say the answer if there is one, and ask again if it is time to."""
-        ray, now = import_ray(), time.monotonic()
-        if self.answer is not None:
-            if not ray.wait([self.answer], timeout=0)[0]:
-                return
-            with contextlib.suppress(ray.exceptions.RayError):  # it has died
-                text = ray.get(self.answer)
-                if text is not None and now - self.said >= SAY_SECONDS:
-                    console.say(f"an actor reports: {text}")
-                    self.said = now
-            self.answer = None
-        if not running or now - self.asked < ASK_SECONDS:
-            return
-        oldest = min(running.values(), key=lambda attempt: attempt.began)
-        ask = getattr(oldest.worker.actor, "silence", None)  # actors of other classes are not asked
-        if ask is not None and now - oldest.began >= ASK_SECONDS:
-            self.asked, self.answer = now, ask.remote()
-
-
 @dataclass
 class _Failures(Generic[Task]):
     """The failures so far, by task."""
@@ -304,6 +275,7 @@ def run_pool(
     *,
     in_flight: int = 1,
     in_order: bool = False,
+    elsewhere: Callable[[], Collection[Task]] | None = None,
     greet: Callable[[Any], Any] | None = None,
     welcome: Callable[[Any], None] = lambda answer: None,
     release: Callable[[Any], None] | None = None,
@@ -320,7 +292,8 @@ def run_pool(
     its reason, after the others are finished. Failures that are no task's fault stop it at once: a UserError,
     three StorageErrors with no success between them, and `PROBES` tasks spread over a longer list that all
     fail alike, or whose actors die, before any task succeeds. `in_order`: without such probes, so that tasks
-    begin in their own order.
+    begin in their own order. `elsewhere()` gives the tasks that others have done by now, which have no result here;
+    one that runs here is left a while to end.
     """
     ray = import_ray()
     greet = greet or (lambda actor: actor.__ray_ready__.remote())
@@ -334,8 +307,9 @@ def run_pool(
     durations: list[float] = []
     hangs, slow = HangWatch(), SlowWatch()
     failed_starts = storage_failures = 0
-    listener = _Listener()
-    quiet_since = polled = time.monotonic()
+    listener = StorageWatch()
+    quiet_since = polled = asked = time.monotonic()
+    known_elsewhere: set[Task] = set()
     try:
         room = told = capacity()
         while open_tasks:
@@ -347,11 +321,18 @@ def run_pool(
                 if room == before and room != told:  # say it once if many nodes join or leave together
                     console.say(f"Ray has room for {room} actor(s) now, {told} before")
                     told = room
+            if elsewhere is not None and time.monotonic() - asked > ELSEWHERE_SECONDS:
+                before_that, known_elsewhere = known_elsewhere, set(elsewhere())
+                mine = {attempt.task for attempt in running.values()} - before_that
+                open_tasks -= known_elsewhere - mine
+                waiting = deque(task for task in waiting if task in open_tasks)
+                asked = time.monotonic()
+                continue
             while len(starting) + len(workers) < min(room, len(open_tasks)):
                 worker = Worker(make_actor())
                 starting[greet(worker.actor)] = worker
             _hand_out(waiting, open_tasks, workers, running, in_flight, durations, call)
-            listener.listen(running)
+            listener.listen(running.values())
             if not running and time.monotonic() - quiet_since > WAITING_SECONDS:
                 console.say("waiting for actors: none has started yet, or Ray has no room for one now")
                 quiet_since = time.monotonic()

@@ -38,7 +38,9 @@ class Note(SparseRecord):
 class RunRecord(Note):
     """What was submitted, by which command, as which job.
 
-    `root` is the storage root, `after` the job it waits for.
+    `root` is the storage root. `job` is its job, or the first of its chain, which `successors` continue, or the
+    array of `array` tasks; each of these has a record of its own, with its `place`. `after` is the folder of the run it
+    waits for; in older folders, that run's job.
     """
 
     FILE = "run.json"
@@ -54,6 +56,9 @@ class RunRecord(Note):
     code: Code | None = None
     launcher: str | None = None
     job: str | None = None
+    successors: tuple[str, ...] = ()
+    array: int | None = None
+    place: int | None = None
     cluster: str | None = None
     after: str | None = None
     host: str | None = None
@@ -64,6 +69,13 @@ class RunRecord(Note):
         if isinstance(content, dict) and "kind" not in content:
             return {**content, "kind": "ranks" if content.get("stage") == _RANKS_BEFORE_SCHEMAS else "ray"}
         return content
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """All its jobs: one, or those of its chain or array in their order."""
+        if self.job is not None and self.array is not None:
+            return tuple(f"{self.job}_{place}" for place in range(self.array))
+        return () if self.job is None else (self.job, *self.successors)
 
 
 class AttemptRecord(Note):

@@ -8,6 +8,7 @@
       submitit/       submitit's pickles
       attempts/0/     the first attempt; a requeued job makes 1, 2, ...
         begin.json  progress.json  result.json  failure-<rank>.json  stopped.json  outcome.json  task-<rank>.log
+      array/0/        in place of attempts/ and batch.log: the first task of an array, itself like a run folder
 
 `records.py` has the models of the JSON files. A link to each run folder is kept below the user's state
 folder, so that `status`, `logs` and `cancel` find it from any terminal. If there is none, they take the folder.
@@ -32,6 +33,7 @@ from dsno_cluster.cluster.records import (
     AttemptRecord,
     Begin,
     Failure,
+    Outcome,
     RunRecord,
     Stopped,
     read_note,
@@ -54,10 +56,9 @@ from dsno_cluster.provenance import code_version
 from dsno_cluster.records import record_bytes
 
 # files of a run folder, besides its records
-BATCH_LOG, CONFIG, PROFILE = "batch.log", "config.yaml", "profile.yaml"
+BATCH_LOG, CONFIG, PROFILE, ARRAY = "batch.log", "config.yaml", "profile.yaml", "array"
 # notes of an attempt's end for which its beginning keeps room on the disk, and how many bytes each
 LAST_NOTES, ROOM = ("result.json", "stopped.json", "failure-0.json", "outcome.json"), 4096
-NO_REQUEUE = "its profile says no-requeue: the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        return self.folder.name
+        return self.folder.name if self.whole == self else f"{self.whole.id}, task {self.folder.name}"
 
     @property
     def word(self) -> str:
@@ -97,7 +98,17 @@ class Run:
         """The user who owns the folder and the job."""
         return user_name(self.folder.stat().st_uid)
 
-    def note(self, **values: str | float | None) -> None:
+    @property
+    def job(self) -> str | None:
+        """Its job or array; in a chain the job of the newest attempt, or the one that continues it."""
+        record, attempts = self.record(), self.attempts()
+        if not attempts or not record.successors:
+            return record.job
+        jobs, outcome = record.jobs, attempts[-1].read(Outcome)
+        continued = outcome is not None and outcome.state == "again"
+        return jobs[min(attempts[-1].number + continued, len(jobs) - 1)]
+
+    def note(self, **values: str | float | Sequence[str] | None) -> None:
         """Change values of its record."""
         write_note(RunRecord.model_validate(self.record().model_dump() | values), self.folder)
 
@@ -112,8 +123,18 @@ class Run:
     def profile(self) -> Profile:
         return load_resolved_profile(self.folder / PROFILE)
 
+    @property
+    def tasks(self) -> list[Run]:
+        """The tasks of its array, each of which is like a run; none if it is no array."""
+        return [Run(self.folder / ARRAY / str(place)) for place in range(self.record().array or 0)]
+
+    @property
+    def whole(self) -> Run:
+        """The run of the array whose task this is; otherwise itself."""
+        return Run(self.folder.parents[1]) if self.folder.parent.name == ARRAY else self
+
     def attempts(self) -> list[Attempt]:
-        """The attempts so far, oldest first."""
+        """The attempts so far, oldest first; not those of an array's tasks."""
         numbers = sorted(int(p.name) for p in self.folder.glob("attempts/*") if p.name.isdigit())
         return [self.attempt(number) for number in numbers]
 
@@ -123,7 +144,7 @@ class Run:
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was asked for."""
-        return (self.folder / "cancelled").exists()
+        return (self.whole.folder / "cancelled").exists()
 
     def cancel(self) -> None:
         (self.folder / "cancelled").touch()
@@ -213,8 +234,31 @@ class Attempt:
         progress = self.read(AttemptProgress)
         return (progress.title, progress.reached) if progress else None
 
+    @property
+    def why_last(self) -> str | None:
+        """Why no other attempt can follow this one, in words; None if one can."""
+        profile = self.run.profile()
+        if profile.chain == 1:
+            return None if profile.requeue else "its profile says no-requeue: the same command resumes"
+        if self.number + 1 < profile.chain:
+            return None
+        return f"it was the last of the {profile.chain} jobs of its chain: the same command resumes"
+
     def log(self, rank: int) -> Path:
         return self.folder / f"task-{rank}.log"
+
+
+def newest_attempts(run: Run) -> list[Attempt]:
+    """The attempts of a run, or of all tasks of an array; the one that is furthest last."""
+    attempts = [attempt for task in run.tasks or [run] for attempt in task.attempts()]
+    if not run.tasks:
+        return attempts
+
+    def done(attempt: Attempt) -> int:
+        progress = attempt.read(AttemptProgress)
+        return progress.done if progress else -1
+
+    return sorted(attempts, key=done)
 
 
 def fruitless(attempts: Sequence[Attempt]) -> int:
@@ -255,7 +299,6 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
     run = Run(folder)
     (folder / CONFIG).write_text(dump_config(config))
     (folder / PROFILE).write_text(dump_profile(submission.profile))
-    (folder / "attempts").mkdir()
     record = RunRecord(
         name=config.name,
         stage=stage.name,
@@ -266,8 +309,17 @@ def create_run(submission: Submission, *, snapshot: bool) -> Run:
         command=submission.command_line,
         cwd=os.getcwd(),
         code=code_version(),
+        array=submission.array if submission.array > 1 else None,
     )
     write_note(record, folder)
+    for task in run.tasks:
+        (task.folder / "attempts").mkdir(parents=True)
+        for file in (CONFIG, PROFILE):
+            (task.folder / file).symlink_to(f"../../{file}")
+        place = int(task.folder.name)
+        write_note(record.model_copy(update={"array": None, "place": place}), task.folder)
+    if not run.tasks:
+        (folder / "attempts").mkdir()
     if snapshot:
         package = Path(__file__).resolve().parent.parent
         shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -351,7 +403,7 @@ def matching_runs(word: str) -> list[Run]:
     except OSError as error:
         raise UserError(f"{word}: cannot be read: {error.strerror}") from None
     runs = all_runs()
-    same = [run for run in runs if run.id == word or run.record().job == word]
+    same = [run for run in runs if run.id == word or word in (*run.record().jobs, run.record().job)]
     if matching := same[:1] or [run for run in runs if run.id.startswith(word)]:
         return matching
     newest = f"; the newest is {runs[0].id}" if runs else f"; no link to any is in {index()}"

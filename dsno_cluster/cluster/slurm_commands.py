@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -154,7 +154,7 @@ def job_states(jobs: Iterable[str], owner: str) -> dict[str, JobState]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    listing = _ask("squeue", "-a", "-h", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e|%B")
+    listing = _ask("squeue", "-a", "-h", "-r", "-t", "all", "-u", owner, "-o", "%i|%T|%r|%N|%e|%B")
     found = {
         row[0]: JobState(*row[1:])
         for row in (line.split("|") for line in listing.splitlines())
@@ -217,12 +217,13 @@ def has_accounting() -> bool:
     return storage.endswith("/slurmdbd") and shutil.which("sacct") is not None
 
 
-def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "cancelled"] | None:
-    """Why Slurm is ending a running job: `requeued`, `time limit` or `cancelled`; None if it is not.
+def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "preempted", "cancelled"] | None:
+    """Why Slurm is ending a running job: `requeued`, `time limit`, `preempted` or `cancelled`; None if it is not.
 
-    In all three cases its state is COMPLETING. After a requeue the job has one more restart than this
-    attempt; at a time limit the limit is reached; otherwise it was scancel, unless the job lost a node and may
-    not be requeued. Raises WorkError if the controller does not answer.
+    In all these cases its state is COMPLETING. After a requeue the job has one more restart than this
+    attempt; at a time limit the limit is reached; a job that was preempted and may not be requeued has a time of
+    that; otherwise it was scancel, unless the job lost a node and may not be requeued. Raises WorkError if the
+    controller does not answer.
     """
     fields = _fields(job)
     state = fields.get("JobState")
@@ -234,6 +235,8 @@ def who_ends(job: str, attempt: int) -> Literal["requeued", "time limit", "cance
         return "time limit"
     if fields.get("Reason") == "NodeDown":
         return None
+    if state in ("COMPLETING", "PREEMPTED") and _was_preempted(fields):
+        return "preempted"
     return "cancelled" if state in ("COMPLETING", "CANCELLED") else None
 
 
@@ -243,10 +246,14 @@ def why_told(job: str, save_seconds: int) -> Literal["preempted", "time limit", 
     Raises WorkError if the controller does not answer.
     """
     fields = _fields(job)
-    if fields.get("PreemptTime", "None") not in ("None", "N/A"):
+    if _was_preempted(fields):
         return "preempted"
     left = 60 * (_minutes(fields["TimeLimit"]) - _minutes(fields["RunTime"]))
     return "time limit" if left < save_seconds + 60 else "signal"
+
+
+def _was_preempted(fields: Mapping[str, str]) -> bool:
+    return fields.get("PreemptTime", "None") not in ("None", "N/A")
 
 
 def job_nodes(job: str) -> list[str]:
@@ -262,14 +269,26 @@ def host_names(hosts: str) -> list[str]:
 
 def requeue_job(job: str, attempt: int) -> None:
     """Requeue a job, unless somebody requeued or cancelled this attempt. Raises WorkError if Slurm refuses."""
-    if who_ends(job, attempt) not in ("requeued", "cancelled"):
+    if who_ends(job, attempt) not in ("requeued", "preempted", "cancelled"):
         _ask("scontrol", "requeue", job)
 
 
-def cancel_job(job: str) -> None:
-    """Cancel a job; one that has ended stays as it is. Raises WorkError if Slurm refuses."""
+def own_job() -> str:
+    """The id of the job in which this process runs.
+
+    In an array it is the task's, as the number in SLURM_JOB_ID may stand for the whole array.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
+def cancel_jobs(jobs: Iterable[str], *, pending: bool = False) -> None:
+    """Cancel jobs; those that have ended stay as they are. `pending`: only those that wait.
+
+    Raises WorkError if Slurm refuses.
+    """
     try:
-        _ask("scancel", job)
+        _ask("scancel", *(["--state=PENDING"] if pending else []), *jobs)
     except WorkError as error:
         if "Invalid job id" not in str(error):
             raise

@@ -40,6 +40,17 @@ class RayOptions(StageOptions):
         return Crew(self.actors, self.gpus_per_actor, ray_address)
 
 
+@dataclass(frozen=True)
+class SharedOptions(RayOptions):
+    """The options of a Ray stage that the tasks of an array may share: `array` of them, each with a Ray of its own.
+
+    `place` is the number of this task, from 0.
+    """
+
+    array: int = 1
+    place: int = 0
+
+
 Options = TypeVar("Options", bound=StageOptions)
 
 
@@ -112,3 +123,8 @@ class Submission:
     profile: Profile
     command_line: str
     options: StageOptions = field(default_factory=StageOptions)
+
+    @property
+    def array(self) -> int:
+        """The number of tasks that share the stage, each a job of its own; 1: a single job."""
+        return self.options.array if isinstance(self.options, SharedOptions) else 1

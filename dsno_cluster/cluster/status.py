@@ -14,7 +14,7 @@ from dsno_cluster.cluster.launchers import State, launcher_of, states_of
 from dsno_cluster.cluster.launchers.following import POLL_SECONDS, followed
 from dsno_cluster.cluster.reasons import how_it_ended, lost_nodes
 from dsno_cluster.cluster.records import AttemptProgress, Idle, Outcome, Result
-from dsno_cluster.cluster.runs import Attempt, Run, matching_runs, the_only_run
+from dsno_cluster.cluster.runs import Attempt, Run, matching_runs, newest_attempts, the_only_run
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import Code
 
@@ -48,7 +48,7 @@ class Row(BaseModel):
 def overview(runs: Sequence[Run]) -> list[Row]:
     """A row for each run."""
     attempts = {
-        run: run.attempts() for run in runs
+        run: newest_attempts(run) for run in runs
     }  # before the states: one that begins meanwhile is not over
     return [_row(run, state, attempts[run]) for run, state in states_of(runs).items()]
 
@@ -68,7 +68,7 @@ def _row(run: Run, state: State, attempts: Sequence[Attempt]) -> Row:
     return Row(
         run=run.id,
         stage=record.stage or None,
-        job=record.job,
+        job=run.job,
         launcher=record.launcher,
         state=state.word,
         why=why_now,
@@ -91,6 +91,8 @@ def _last_error(state: State, attempts: Sequence[Attempt]) -> str:
         return state.why if state.word == "failed" else ""
     if not attempts:
         return ""
+    if attempts[0].run != attempts[0].run.whole:
+        return _last_error_of_array(attempts)
     if state.word == "running" and (lost := lost_nodes(attempts[-1])):
         return f"continues without {len(lost)} node(s): {lost[-1]}"
     # a job that waits has no attempt, even if the batch script of its last one left no outcome
@@ -99,8 +101,19 @@ def _last_error(state: State, attempts: Sequence[Attempt]) -> str:
     return how_it_ended(over[-1]) if over else ""
 
 
+def _last_error_of_array(attempts: Sequence[Attempt]) -> str:
+    """Why a task's attempt ended last, of those that ended before the work was done."""
+    ends = [(a, outcome) for a in attempts if (outcome := a.read(Outcome)) is not None and outcome.reason]
+    if not ends:
+        return ""
+    attempt, outcome = max(ends, key=lambda end: end[1].time)
+    return f"task {attempt.run.record().place}: {outcome.reason}"
+
+
 def history(run: Run) -> list[str]:
     """A line for each attempt that ended before the work was done, or that lost nodes."""
+    if run.tasks:
+        return [f"task {place}, {line}" for place, task in enumerate(run.tasks) for line in history(task)]
     lines = []
     for attempt in run.attempts():
         if (outcome := attempt.read(Outcome)) is not None and outcome.reason:
@@ -135,6 +148,11 @@ def log_lines(run: Run, rank: int, attempt: int | None, follow: bool) -> Iterato
 
     Raises UserError if there is none.
     """
+    if run.tasks:
+        if rank >= len(run.tasks):
+            raise UserError(f"--rank {rank}: {run.id} is an array of {len(run.tasks)} tasks, counted from 0")
+        yield from log_lines(run.tasks[rank], 0, attempt, follow)
+        return
     current, place, shown, look = attempt, 0, None, followed(run, lambda: states_of([run])[run])
     launcher = launcher_of(run)
     while True:

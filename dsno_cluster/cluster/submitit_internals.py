@@ -21,6 +21,7 @@ from typing import Any
 
 import submitit
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, Controller, LocalJob
+from submitit.slurm.slurm import _make_sbatch_string
 
 MOST_REQUEUES = 1000
 MINUTES = 30 * 24 * 60  # submitit requires a time limit, even for a local job
@@ -28,9 +29,10 @@ MINUTES = 30 * 24 * 60  # submitit requires a time limit, even for a local job
 ALONE_SECONDS, LOOK_SECONDS = 30.0, 0.2
 
 
-def script_text(executor: submitit.SlurmExecutor) -> str:
-    """The batch script that an executor hands to sbatch."""
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "uid"))
+def script_text(executor: submitit.SlurmExecutor, array: int = 1) -> str:
+    """The batch script that an executor hands to sbatch, for an array of so many tasks if it is more than one."""
+    parameters = executor.parameters | ({"map_count": array} if array > 1 else {})
+    return str(_make_sbatch_string(executor._submitit_command_str, executor.folder, **parameters))
 
 
 def start_on_this_machine(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dsno_cluster.cluster.ray_on_slurm import Node
 
 REQUEUE_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+PLACE_IN_CHAIN = "DSNO_PLACE_IN_CHAIN"  # set by the script of a job in a chain
 AGAIN_SECONDS = 1.0
 LONE_SECONDS = (
     10.0  # how long a rank that got a signal to end waits for rank 0 to note that it got one as well
@@ -156,9 +157,10 @@ def _failure(kind: Literal["user", "work", "bug"], reason: str, rank: int) -> Fa
 
 
 def attempt_number() -> int:
-    """The number of this start of its job, from 0."""
+    """The number of this start of its job, or of this job in its chain, from 0."""
     on_this_machine = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    return 0 if on_this_machine else int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    number = os.environ.get(PLACE_IN_CHAIN) or os.environ.get("SLURM_RESTART_COUNT")
+    return 0 if on_this_machine else int(number or 0)
 
 
 @contextlib.contextmanager
@@ -233,7 +235,7 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
 
     The batch script then requeues the job. A local job exits here, through submitit.
     """
-    from dsno_cluster.cluster.slurm_commands import patiently, who_ends, why_told
+    from dsno_cluster.cluster.slurm_commands import own_job, patiently, who_ends, why_told
 
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         attempt.note(Stopped(why="time limit"))
@@ -243,7 +245,10 @@ def _leave_for_later(run: Run, attempt: Attempt, requeue: Any) -> None:
             raise RuntimeError("submitit installed no handler to requeue the job")
         requeue(signal.SIGUSR2, None)  # leaves by SystemExit
     attempt.note(Stopped(why="signal"))  # for now: this process may be killed before Slurm answers
-    job = os.environ["SLURM_JOB_ID"]
+    if run.profile().container is not None:  # which need not have Slurm's commands: the batch script asks
+        console.say("this job was asked to end: what is done is kept")
+        return
+    job = own_job()
 
     def ask() -> WhyStopped:
         ended = "cancelled" if run.cancelled else who_ends(job, attempt.number)

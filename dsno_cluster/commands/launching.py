@@ -40,6 +40,7 @@ def run_stage(
     launcher = choose(arguments, stage)
     submission = make_submission(arguments, launcher, stage, config, options)
     if not launcher.takes(submission):
+        launcher.check(submission)
         return stage.run(config, options, getattr(asked, "ray_address", None), checked.found)
     stage.check_ahead(config, _ranks(submission))
     (run,) = launcher.submit([submission])
@@ -81,7 +82,8 @@ def make_submission(
     """
     from dsno_cluster.cluster.stage import RayOptions, Submission
 
-    profile = launcher.profile(stage, arguments.options.nodes, _tasks_asked(arguments))
+    nodes = 1 if getattr(options, "array", 1) > 1 else arguments.options.nodes
+    profile = launcher.profile(stage, nodes, _tasks_asked(arguments))
     if isinstance(options, RayOptions):
         if options.gpus_per_actor is None:
             options = replace(options, gpus_per_actor=profile.gpus_per_actor)

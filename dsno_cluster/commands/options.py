@@ -50,6 +50,16 @@ def actors(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def array(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--array",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="on Slurm: N jobs of one node each, which share the work and begin whenever there is room for one",
+    )
+
+
 def tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks-per-node",

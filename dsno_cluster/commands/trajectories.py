@@ -21,7 +21,13 @@ def gen_trajectories(arguments: Arguments) -> None:
     from dsno_cluster.stages import GEN_TRAJECTORIES
 
     asked = arguments.options
-    options = GEN_TRAJECTORIES.options(actors=asked.actors, gpus_per_actor=asked.gpus_per_actor)
+    if asked.array > 1 and asked.nodes not in (None, 1):
+        raise UserError(
+            f"--nodes {asked.nodes} with --array {asked.array}: each task of an array has one node"
+        )
+    options = GEN_TRAJECTORIES.options(
+        actors=asked.actors, gpus_per_actor=asked.gpus_per_actor, array=asked.array
+    )
     run_stage(arguments, GEN_TRAJECTORIES, arguments.config(), options)
 
 

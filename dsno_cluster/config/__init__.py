@@ -4,6 +4,7 @@ Start with `load_config("configs/digits.yaml", ["training.lr=1e-4"])`. Every mis
 `UserError` of one line that names the key and the nearest valid one. `Profile` describes where a stage runs.
 """
 
+from dsno_cluster.config.container import Container
 from dsno_cluster.config.evaluation import Evaluation, MetricName
 from dsno_cluster.config.experiment import Config, DataConfig
 from dsno_cluster.config.loading import (
@@ -26,6 +27,7 @@ from dsno_cluster.config.validation import validate
 
 __all__ = [
     "Config",
+    "Container",
     "DataConfig",
     "Evaluation",
     "MetricName",

@@ -66,6 +66,19 @@ def _node_path(path: str, info: ValidationInfo) -> str:
     return path if "$" in path else _local(path, info)
 
 
+def _image(path: str, info: ValidationInfo) -> str:
+    return _local(path, info) if path.startswith(("/", ".", "~", "$")) else path
+
+
+def _mount(mount: str, info: ValidationInfo) -> str:
+    path, *inside = mount.split(":")
+    if "," in mount or len(inside) > 2 or inside[1:] not in ([], ["ro"], ["rw"]):
+        raise ValueError(f"{mount!r} is not PATH, PATH:INSIDE or PATH:INSIDE:ro")
+    if inside and not os.path.isabs(inside[0]):
+        raise ValueError(f"{mount!r}: {inside[0]!r} does not begin with /")
+    return ":".join([_local(path, info), *inside])
+
+
 LocalPath = Annotated[str, AfterValidator(_local)]
 """A file or folder, or `package:NAME`."""
 
@@ -80,6 +93,12 @@ ReferencePath = Annotated[str, AfterValidator(_reference)]
 
 ImagesPath = Annotated[str, AfterValidator(resolved)]
 """A file, a folder or an address; a name of tars may have `*`, `?`, `{a,b}` and `{000..146}` in it."""
+
+ContainerImage = Annotated[str, AfterValidator(_image)]
+"""A file or folder, or an address in the words of a container runtime, which stays as it is."""
+
+Mount = Annotated[str, AfterValidator(_mount)]
+"""What a container sees of its node: a path, PATH:INSIDE or PATH:INSIDE:ro."""
 
 NodePath = Annotated[str, AfterValidator(_node_path)]
 """A folder whose `$VARIABLES` belong to the node that uses it: they are expanded only by `on_this_node`."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dsno_cluster.config.base import SECRETS, PositiveInt, Strict
+from dsno_cluster.config.container import Container
 
 _OURS = "dsno-cluster sets it itself"
 # options of sbatch that another key of a profile sets, or that dsno-cluster needs to run and follow a job
@@ -105,6 +106,7 @@ class Profile(Strict):
         None,
         description="network interface between the nodes, e.g. ib0; null: the one that leads to the other nodes",
     )
+    container: Container | None = Field(None, description="the container in which the tasks run; null: none")
     save_seconds: PositiveInt = Field(
         120,
         description="how long before its time limit the job is warned, so that it saves and is requeued, in seconds",
@@ -112,6 +114,13 @@ class Profile(Strict):
     retries: Annotated[int, Field(ge=0)] = Field(
         3,
         description="how many times in a row the job is started again although the last attempt made no progress",
+    )
+    chain: PositiveInt = Field(
+        1,
+        description=(
+            "number of jobs that are submitted for the stage, each to continue where the one before it had to end, for clusters "
+            "that forbid requeue; 1: a single job, which is requeued"
+        ),
     )
     hang_minutes: Annotated[float, Field(gt=0)] = Field(
         30,
@@ -121,7 +130,7 @@ class Profile(Strict):
 
     @property
     def sbatch_options(self) -> dict[str, str | bool]:
-        """`sbatch` as options: false flags are omitted, except that `requeue: false` becomes `no-requeue`."""
+        """`sbatch` as options: false flags are omitted, except that `requeue: false` and a chain become `no-requeue`."""
         options: dict[str, str | bool] = {
             key: value for key, value in self.sbatch.items() if value is not False
         }
@@ -129,8 +138,10 @@ class Profile(Strict):
 
     @property
     def requeue(self) -> bool:
-        """Whether the job may be started again."""
-        return self.sbatch.get("requeue") is not False and not self.sbatch.get("no-requeue")
+        """Whether the job may be started again by Slurm."""
+        return (
+            self.chain == 1 and self.sbatch.get("requeue") is not False and not self.sbatch.get("no-requeue")
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Profile:
@@ -149,6 +160,10 @@ class Profile(Strict):
         for key in self.sbatch:
             if (own := OWN_OPTIONS.get(key.replace("_", "-"))) is not None:
                 raise ValueError(f"sbatch: {key}: {own}")
+        if self.chain > 1 and self.sbatch.get("requeue"):
+            raise ValueError(
+                f"chain {self.chain}: not with `requeue` in sbatch; leave one out: a job is requeued or the next continues it"
+            )
         if self.time_minutes * 60 <= self.save_seconds:
             raise ValueError(
                 f"save_seconds {self.save_seconds}: not below the time limit of {self.time_minutes} minutes"

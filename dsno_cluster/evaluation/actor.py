@@ -32,8 +32,9 @@ from dsno_cluster.images import to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import load_student
 from dsno_cluster.teachers import States, find_teacher
-from dsno_cluster.trajectories.generate import check_teacher, kernels_folder
+from dsno_cluster.trajectories.generate import kernels_folder
 from dsno_cluster.trajectories.shards import Shard, write_shard
+from dsno_cluster.trajectories.solve_actor import check_teacher
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples
 
 Result = TypeVar("Result")

@@ -206,7 +206,7 @@ def _draw(
                 greet=lambda actor: actor.environment.remote(),
                 welcome=welcome,
             )
-            collect_shards(pool, lines, note, lambda: advance(size))
+            collect_shards(pool, lines, note, lambda _: advance(size))
     return present[0]
 
 

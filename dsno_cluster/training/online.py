@@ -29,7 +29,7 @@ from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import NOWHERE
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.torch_internals import check_rank_0_answers
-from dsno_cluster.trajectories.generate import SolveActor, kernels_folder, say_compiling
+from dsno_cluster.trajectories.generate import kernels_folder, say_compiling
 from dsno_cluster.trajectories.plan import Plan, make_plan
 from dsno_cluster.trajectories.reader import Arrays, ShardReader, parse_shard
 from dsno_cluster.trajectories.shards import (
@@ -40,6 +40,7 @@ from dsno_cluster.trajectories.shards import (
     shard_tensors,
     vouches_for_itself,
 )
+from dsno_cluster.trajectories.solve_actor import SolveActor
 from dsno_cluster.yaml_text import parse_yaml
 
 _CONFIG = "the config of online training"

@@ -7,42 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from dsno_cluster import console
+from dsno_cluster import console, liveness
 from dsno_cluster.cluster.crew import ANY_CREW, Crew, actor_count
 from dsno_cluster.cluster.ray_pool import (
     CONCURRENCY,
-    PoolActor,
     RayCluster,
     import_ray,
     open_ray,
     run_pool,
 )
-from dsno_cluster.config import Config, StorageConfig, TeacherConfig
-from dsno_cluster.diffusion.noise import noise_checksum
-from dsno_cluster.diffusion.schedule import same_times
+from dsno_cluster.config import Config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.provenance import Environment, environment
 from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
-from dsno_cluster.teachers import Teacher
-from dsno_cluster.teachers.of_config import check_planned_grid, load_of_config
 from dsno_cluster.trajectories.plan import Plan
 from dsno_cluster.trajectories.shards import (
     MADE_SHARDS,
     MadeShards,
+    Manifest,
     Shard,
     commit_manifest,
     keep_vanishing,
     make_manifest,
-    put_shard,
     read_made_shards,
     read_manifest,
     shard_key,
@@ -50,10 +43,19 @@ from dsno_cluster.trajectories.shards import (
     vouches_for_itself,
     write_made_shards,
 )
-from dsno_cluster.trajectories.spec import TrajectorySpec, solve_shard
+from dsno_cluster.trajectories.sharing import (
+    Share,
+    delete_notes,
+    environments_noted,
+    read_all_notes,
+    together,
+)
+from dsno_cluster.trajectories.solve_actor import SolveActor
+from dsno_cluster.trajectories.spec import TrajectorySpec
 
 ROUNDS = 3  # in which shards are made again that vanish before the manifest names them
 NOTE_SECONDS = 10.0  # how often the driver notes which shards are finished
+NOTES_SECONDS = 2.0  # how often the notes of others are looked for when all shards are there
 
 
 def describe_plan(config: Config, plan: Plan, crew: Crew) -> str:
@@ -67,11 +69,12 @@ def describe_plan(config: Config, plan: Plan, crew: Crew) -> str:
     )
 
 
-def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
+def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW, share: Share | None = None) -> str:
     """Make the missing shards of a `plan`, then commit the manifest; returns the data set's address.
 
-    The work is done by the Ray actors of `crew`. Raises UserError for a teacher that does not fit the config and for
-    devices or library versions that must not be mixed, WorkError if shards cannot be made.
+    The work is done by the Ray actors of `crew`. With a `share`, other tasks do the rest of it: see `sharing.py`. Raises
+    UserError for a teacher that does not fit the config and for devices or library versions that must not be mixed,
+    WorkError if shards cannot be made.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     address = f"{config.storage.root.rstrip('/')}/{plan.folder.rstrip('/')}"
@@ -86,13 +89,15 @@ def generate(config: Config, plan: Plan, crew: Crew = ANY_CREW) -> str:
         console.say(f"all {plan.size.num_shards} shards exist already: {shown_path(address)}")
         return address
     made_by = [current[0].environment] if current else []
-    made = _surviving(storage, plan, {key: stat for key, stat in found.items() if key not in named})
+    notes = read_all_notes(storage, plan.folder)
+    # with a share, others may be at work: what they have not noted yet need not be read now
+    made = _surviving(storage, plan, _unnamed(found, named), notes, read=share is None or not notes)
     if made.shards and made.environment is None:
         made = _proven(config, plan, storage, made, made_by, crew)
     made_by += [made.environment] if made.environment and made.shards else []
-    shards, here = _complete(config, plan, storage, named, found, made, made_by, crew)
+    shards, here = _complete(config, plan, storage, named, found, made, made_by, crew, share)
     commit_manifest(storage, plan.folder, make_manifest(plan.spec, shards, here))
-    storage.delete(plan.folder + MADE_SHARDS)
+    delete_notes(storage, plan.folder)
     with contextlib.suppress(WorkError):  # housekeeping that some servers do not offer
         storage.tidy(plan.folder)
     console.say(f"done: {shown_path(address)}")
@@ -122,11 +127,13 @@ def _complete(
     made: MadeShards,
     made_by: list[Environment],
     crew: Crew,
+    share: Share | None,
 ) -> tuple[tuple[Shard, ...], Environment]:
     """All shards of the data set, and the environment that made the last of them.
 
     Some are `named` by the manifest and some were `made` before, in the environments `made_by`, and those that
-    are not `found` are made, until all are there. Raises WorkError if they keep vanishing.
+    are not `found` are made, until all are there: with a `share` also by others. Raises WorkError if they keep
+    vanishing.
     """
     num_shards = max(plan.size.num_shards, len(named))
     for number in range(ROUNDS + 1):
@@ -135,20 +142,30 @@ def _complete(
         todo = [index for index in range(num_shards) if shard_key(index) not in done]
         if not todo:
             break
+        if share is not None:
+            if number == 0:  # what another task has just made is looked at when all are there
+                todo = [i for i in todo if shard_key(i) not in found or shard_key(i) in named]
+            todo = share.in_order(todo)
         if number == ROUNDS:
             raise keep_vanishing(f"{storage.url}/{plan.folder}{shard_key(todo[0])}", ROUNDS)
         if number:
             console.say(f"{len(todo)} shards have vanished since they were made; they are made again")
-        elif done:
+        elif len(todo) < num_shards:
             console.say(f"{num_shards - len(todo)} of {num_shards} shards are done, {len(todo)} to make")
         bad = {index: found[shard_key(index)].etag for index in todo if shard_key(index) in found}
         try:
-            made = _make_shards(config, plan, storage, todo, bad, made, made_by, crew)
+            if todo:
+                made = _make_shards(config, plan, storage, todo, bad, made, made_by, crew, share)
         except KeyboardInterrupt:
             console.say("interrupted: finished shards are kept, the same command makes the others")
             raise
-        made_by += [made.environment] if made.environment else []
         found = _shards_there(storage, plan)  # what the manifest names must be there
+        if share is not None:
+            if (committed := _wait_for_notes(storage, plan, found)) is not None:
+                return committed.shards, committed.environment
+            notes = read_all_notes(storage, plan.folder)
+            made = _surviving(storage, plan, _unnamed(found, named), notes, read=True, quiet=True)
+        made_by += [made.environment] if made.environment else []
     return tuple(done[shard_key(index)] for index in range(num_shards)), (
         made_by[-1] if made_by else environment()
     )
@@ -157,6 +174,28 @@ def _complete(
 def _shards_there(storage: Storage, plan: Plan) -> dict[str, Stat]:
     """The objects of the data set that are named like shards, by key."""
     return {s.key.removeprefix(plan.folder): s for s in storage.list(plan.folder + "shard-")}
+
+
+def _unnamed(found: Mapping[str, Stat], named: Mapping[str, Shard]) -> dict[str, Stat]:
+    return {key: stat for key, stat in found.items() if key not in named}
+
+
+def _wait_for_notes(storage: Storage, plan: Plan, found: Mapping[str, Stat]) -> Manifest | None:
+    """Wait until other tasks have noted the shards that they have just finished, but not for long.
+
+    Returns the manifest if one of them has committed it meanwhile.
+    """
+    for _ in range(int(2 * NOTE_SECONDS / NOTES_SECONDS)):
+        current = read_manifest(storage, plan.folder)
+        if current is not None and len(current[0].shards) >= plan.size.num_shards:
+            return current[0]
+        known = {shard.key for shard in current[0].shards} if current else set()
+        known |= together(read_all_notes(storage, plan.folder)).by_key.keys()
+        if found.keys() <= known:
+            break
+        liveness.moved()
+        time.sleep(NOTES_SECONDS)
+    return None
 
 
 def _is_there(shard: Shard, found: Mapping[str, Stat]) -> bool:
@@ -188,12 +227,21 @@ def check_alike(environment: Environment, first: Environment, what: str = "a dat
             )
 
 
-def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShards:
-    """The complete shards that no manifest names, as noted by an interrupted run, or read again.
+def _surviving(
+    storage: Storage,
+    plan: Plan,
+    found: Mapping[str, Stat],
+    notes: Sequence[MadeShards],
+    *,
+    read: bool,
+    quiet: bool = False,
+) -> MadeShards:
+    """The complete shards that no manifest names, as in the `notes` of interrupted runs, or, if asked for, read again.
 
-    If there is no note of what made them, because the manifest was lost, their environment is None.
+    If there is no note of what made them, because the manifest was lost, their environment is None. `quiet` leaves the
+    progress of the work as it is.
     """
-    noted = read_made_shards(storage, plan.folder)
+    noted = together(notes)
     wanted = {shard_key(index): index for index in range(plan.size.num_shards)}
     per_shard, expected = plan.spec.samples_per_shard, shard_tensors(plan.spec)
     kept = {
@@ -213,10 +261,12 @@ def _surviving(storage: Storage, plan: Plan, found: dict[str, Stat]) -> MadeShar
         shard = Shard(key=key, start=start, stop=start + per_shard, size=len(data), sha256=sha256)
         return shard, found[key].etag
 
-    unknown = [key for key in found if key in wanted and key not in kept]
+    unknown = [key for key in found if key in wanted and key not in kept] if read else []
+    if quiet and unknown:
+        console.say(f"reading {len(unknown)} shards that their task did not note")
     with (
         ThreadPoolExecutor(4) as threads,
-        console.progress("reading shards", len(unknown), "shards", quiet=not unknown) as advance,
+        console.progress("reading shards", len(unknown), "shards", quiet=quiet or not unknown) as advance,
     ):
         for key, line in zip(unknown, threads.map(hashed, unknown), strict=True):
             kept |= {} if line is None else {key: line}
@@ -262,6 +312,7 @@ def _solving(
     todo: Sequence[int],
     bad: Mapping[int, str],
     welcome: Callable[[Environment], None],
+    elsewhere: Callable[[], set[int]] | None = None,
 ) -> Generator[tuple[int, tuple[Shard, str]]]:
     """The shards `todo` with their etags, made by actors on the cluster; see `_make_shards`."""
     remote = import_ray().remote(max_concurrency=CONCURRENCY, **cluster.actor_options())(SolveActor)
@@ -278,6 +329,8 @@ def _solving(
         todo,
         cluster.capacity,
         in_flight=2,  # while one shard is encoded and uploaded, the next is solved
+        in_order=elsewhere is not None,
+        elsewhere=elsewhere,
         greet=lambda actor: actor.environment.remote(),
         welcome=welcome,
     )
@@ -292,27 +345,35 @@ def _make_shards(
     before: MadeShards,
     made_by: Sequence[Environment],
     crew: Crew,
+    share: Share | None,
 ) -> MadeShards:
     """Make the shards `todo`; `bad` has the etags of those that exist but are wrong, which are replaced.
 
     The environment in the result also has the `seconds` that this took, including those of the runs in
-    `made_by`.
+    `made_by`. With a `share`, shards that others finish meanwhile are left out.
     """
     settings = config.trajectories
     total = max(plan.size.num_samples, len(todo) * settings.samples_per_shard)
     shards = total // settings.samples_per_shard
+    notes_file, where = MADE_SHARDS, f"{storage.url}/{plan.folder}"
+    spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
+    if share is not None:
+        notes_file = share.notes
+        before = read_made_shards(storage, plan.folder, notes_file)
+        spent = (before.environment.seconds or 0.0) if before.environment else 0.0
     lines = before.by_key
     present: list[Environment] = []
 
     def welcome(environment: Environment) -> None:
-        check_same_environment(environment, made_by, f"{storage.url}/{plan.folder}")
+        check_same_environment(environment, made_by, where)
         if not present:
             present.append(environment)
             note()  # before the first shard, so that it is known what made each existing shard
+            if share is not None:  # of two tasks that begin together, one at least sees the other's
+                check_same_environment(environment, environments_noted(storage, plan.folder), where)
         check_alike(environment, present[0])
 
     say_compiling(config, plan.spec)
-    spent = (made_by[-1].seconds or 0.0) if made_by else 0.0
     started = time.monotonic()
 
     def made() -> MadeShards:
@@ -322,29 +383,43 @@ def _make_shards(
 
     def note() -> None:
         if present:
-            write_made_shards(storage, plan.folder, made())
+            write_made_shards(storage, plan.folder, made(), notes_file)
 
     with open_ray(crew, settings.threads) as cluster:
         began, finished = time.monotonic(), 0
+        ready: set[str] = set()  # here or elsewhere
         with console.progress(
             "solving", total, "trajectories", done=total - len(todo) * settings.samples_per_shard
         ) as advance:
 
-            def finish_one() -> None:
+            def elsewhere() -> set[int]:
+                there = _shards_there(storage, plan)
+                found = {i: there[shard_key(i)] for i in todo if shard_key(i) in there}
+                others = {i for i, stat in found.items() if stat.etag != bad.get(i)}
+                new = {shard_key(i) for i in others} - ready
+                ready.update(new)
+                advance(len(new) * settings.samples_per_shard)
+                return others
+
+            def finish_one(key: str) -> None:
                 nonlocal finished
                 finished += 1
+                new = key not in ready
+                ready.add(key)
                 rate = finished * settings.samples_per_shard / (time.monotonic() - began)
                 evaluations = rate * plan.size.evaluations_per_sample
                 recorded = {
-                    "shards": shards - len(todo) + finished,
+                    "shards": shards - len(todo) + len(ready),
                     "shards_planned": shards,
                     "trajectories_per_second": rate,
                 }
                 shown = {"trajectories/s": rate, "evaluations/s": evaluations}
-                advance(settings.samples_per_shard, recorded, **shown)
+                advance(new * settings.samples_per_shard, recorded, **shown)
 
-            pool = _solving(config, plan, cluster, todo, bad, welcome)
+            pool = _solving(config, plan, cluster, todo, bad, welcome, elsewhere if share else None)
             collect_shards(pool, lines, note, finish_one)
+            if share is not None:
+                note()
     return made()
 
 
@@ -352,14 +427,14 @@ def collect_shards(
     pool: Generator[tuple[Any, tuple[Shard, str]]],
     lines: dict[str, tuple[Shard, str]],
     note: Callable[[], None],
-    finish_one: Callable[[], None],
+    finish_one: Callable[[str], None],
 ) -> None:
     """Add a pool's shards to `lines` by key, calling `note` now and then and if the run is stopped."""
     noted = time.monotonic()
     try:
         for _, (shard, etag) in pool:
             lines[shard.key] = (shard, etag)
-            finish_one()
+            finish_one(shard.key)
             if time.monotonic() - noted > NOTE_SECONDS:
                 note()
                 noted = time.monotonic()
@@ -368,70 +443,3 @@ def collect_shards(
         with contextlib.suppress(WorkError):  # report what stopped the run
             note()
         raise
-
-
-class SolveActor(PoolActor):
-    """A Ray actor that holds a teacher and makes shards of `spec` below `folder` of a storage.
-
-    The kernels of a compiled teacher are kept in the folder `kernels`. `auto_grid`: the config leaves the grid to the
-    teacher.
-
-    Raises UserError if the teacher that it loads is not the spec's.
-    """
-
-    def __init__(
-        self,
-        spec: TrajectorySpec,
-        teacher: TeacherConfig,
-        storage: StorageConfig,
-        folder: str,
-        kernels: str | None = None,
-        auto_grid: bool = False,
-    ) -> None:
-        if kernels is not None:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", kernels)  # before torch reads it
-        import torch
-
-        from dsno_cluster.device import compute_device
-
-        super().__init__()
-        torch.set_num_threads(spec.threads)  # bits depend on it
-        # the number of threads is also a property of the calling thread, so all solving is done in this one
-        self.compute = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(spec.threads,))
-        self.spec, self.folder = spec, folder
-        loaded = load_of_config(
-            teacher, storage.endpoint_url, precision=spec.inference_precision, compile=spec.compiled
-        )
-        check_teacher(spec, loaded, str(teacher.path))
-        if auto_grid:  # a factory's steps are known only now
-            check_planned_grid(loaded, spec.steps, not isinstance(spec.grid, str), str(teacher.path))
-        self.teacher = loaded.to(compute_device())
-        self.storage = open_storage(storage.root, storage.endpoint_url)
-
-    def make_shard(self, index: int, replace: str | None = None) -> tuple[Shard, str]:
-        """Solve, encode and write shard `index`; returns its line for the manifest and its object's etag.
-
-        `replace` is the etag of a bad object to replace. Raises WorkError as `put_shard` does.
-        """
-        tensors = self.compute.submit(solve_shard, self.spec, self.teacher, index).result()
-        start = index * self.spec.samples_per_shard
-        return put_shard(self.storage, self.folder, index, start, tensors, replace)
-
-
-def check_teacher(spec: TrajectorySpec, teacher: Teacher, path: str) -> None:
-    """Raises UserError unless `teacher`, as this process loaded it, is the one that the spec was made with."""
-    info = teacher.info
-    own_steps = None if isinstance(spec.grid, str) else teacher.native_grid(spec.steps)
-    same = {
-        "teacher": spec.teacher in (info.identity, *info.former_identities),
-        "guide": spec.guide == (teacher.guide and teacher.guide.identity),
-        "grid": own_steps is None or isinstance(spec.grid, str) or same_times(own_steps, spec.grid),
-        "shape": teacher.shape == spec.shape,
-        "labels": teacher.num_classes == spec.labels.num_classes,
-        "noise": noise_checksum(spec.seed, spec.shape) == spec.noise.first_sample_sha256,
-    }
-    if differing := [key for key, is_same in same.items() if not is_same]:
-        raise UserError(
-            f"{path}: the teacher changed, or differs on this node ({socket.gethostname()}), since the run "
-            f"began (other than planned: {', '.join(differing)}); make it the same everywhere and start again"
-        )

@@ -327,20 +327,20 @@ class MadeShards(Record):
         return {shard.key: (shard, etag) for shard, etag in self.shards}
 
 
-def read_made_shards(storage: Storage, folder: str) -> MadeShards:
+def read_made_shards(storage: Storage, folder: str, name: str = MADE_SHARDS) -> MadeShards:
     """The notes of an interrupted run, or empty ones. They only save work, so unreadable ones count as none."""
     try:
-        return read_record(MadeShards, storage.read(folder + MADE_SHARDS), folder + MADE_SHARDS)
+        return read_record(MadeShards, storage.read(folder + name), folder + name)
     except (MissingObject, UserError):
         return MadeShards()
 
 
-def write_made_shards(storage: Storage, folder: str, made: MadeShards) -> None:
+def write_made_shards(storage: Storage, folder: str, made: MadeShards, name: str = MADE_SHARDS) -> None:
     """Note the shards made so far, so that a restart need not read them all again.
 
     Only the manifest is binding.
     """
-    storage.write(folder + MADE_SHARDS, made.model_dump_json().encode())
+    storage.write(folder + name, made.model_dump_json().encode())
 
 
 def find_bad_shards(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[Shard, str | None]]:

@@ -19,7 +19,7 @@ from testbed import Cluster
 from tiny import TINY
 
 from dsno_cluster.cluster.records import AttemptProgress, Outcome, Stopped
-from dsno_cluster.cluster.runs import Attempt, Run
+from dsno_cluster.cluster.runs import Attempt, Run, newest_attempts
 
 # shards of about a second, so that there is time for things to go wrong
 SLOW = [*TINY, "trajectories.steps=80", "trajectories.num_samples=384"]
@@ -129,8 +129,8 @@ class User:
             time.sleep(1)
 
     def in_queue(self, run: Run) -> bool:
-        """Whether a run's job waits or runs; one that was requeued begins at once."""
-        job = str(run.record().job)
+        """Whether a job of a run waits or runs; one that was requeued begins at once."""
+        job = ",".join(run.record().jobs)
         listing = self.cluster.run("squeue", "-h", "-j", job, "-o", "%T %r", check=False).stdout.strip()
         if listing == "PENDING BeginTime":
             # the end of the attempt before, heard of after the next began, would be taken for its end
@@ -139,7 +139,7 @@ class User:
         return bool(listing)
 
     def all_logs(self, run: Run) -> str:
-        files = [run.folder / "batch.log", *sorted(run.folder.glob("attempts/*/task-*.log"))]
+        files = [run.folder / "batch.log", *sorted(run.folder.rglob("attempts/*/task-*.log"))]
         return "\n".join(f"== {f}\n{f.read_text()[-3000:]}" for f in files if f.is_file())
 
     def read(self, key: str) -> str:
@@ -193,6 +193,11 @@ def ray_processes(cluster: Cluster, node: str) -> list[str]:
 
 def last(run: Run) -> Attempt:
     return run.attempts()[-1]
+
+
+def newest(run: Run) -> Attempt:
+    """The attempt that is furthest, of those of all tasks of an array."""
+    return newest_attempts(run)[-1]
 
 
 def done_by(run: Run) -> int:

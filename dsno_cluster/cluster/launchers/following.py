@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dsno_cluster import console
 from dsno_cluster.cluster.launchers.protocol import State, final_state
 from dsno_cluster.cluster.records import AttemptProgress, Result
+from dsno_cluster.cluster.runs import newest_attempts
 from dsno_cluster.errors import UserError, WorkError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def followed(run: Run, ask: Callable[[], State]) -> Callable[[], State]:
 
     def look() -> State:
         nonlocal asked, begun, state
-        attempts = len(run.attempts())
+        attempts = len(newest_attempts(run))
         if final := final_state(run):
             return final
         if time.monotonic() - asked > ASK_SECONDS or attempts != begun:
@@ -49,7 +50,7 @@ def wait_for(run: Run, ask: Callable[[], State]) -> str:
         advance: Callable[[int], None]
         while True:
             state = look()
-            attempts = run.attempts()
+            attempts = newest_attempts(run)
             text = f"{run.id}: {state.word}" + (f", {state.why}" if state.why and state.live else "")
             if text != said and state.live:
                 console.say(text + (f" on {state.nodes}" if state.nodes else ""))
@@ -69,8 +70,9 @@ def wait_for(run: Run, ask: Callable[[], State]) -> str:
             if not state.live:
                 break
             time.sleep(POLL_SECONDS)
-    if (result := attempts[-1].read(Result) if attempts else None) is not None:
-        return result.result
+    for result in (attempt.read(Result) for attempt in attempts):
+        if result is not None:
+            return result.result
     failure = attempts[-1].failure() if attempts else None
     kind = UserError if failure and failure.kind == "user" else WorkError
     raise kind(f"{run.id} {state.word}: {state.why or 'see `dsno-cluster logs ' + run.word + '`'}")

@@ -51,9 +51,13 @@ class LocalLauncher:
         return None
 
     def check(self, submission: Submission) -> None:
-        """Raises UserError for more ranks than GPUs, if this machine has any."""
+        """Raises UserError for an array, and for more ranks than GPUs, if this machine has any."""
         from dsno_cluster.device import too_many_ranks, visible_gpus
 
+        if submission.array > 1:
+            raise UserError(
+                f"--array {submission.array}: an array is for Slurm; on this machine --actors says how many work"
+            )
         if self.takes(submission):
             ranks = submission.profile.tasks_per_node
             if 0 < (gpus := visible_gpus()) < ranks:  # all of them see the same ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from dsno_cluster.cluster.stage import Stage, Submission
     from dsno_cluster.config import Profile
 
+# as which an array with such tasks counts, the first that applies
+_FIRST = ("running", "stalled", "suspended", "starting", "ending", "waiting", "state unknown")
 LIVE = ("waiting", "starting", "running", "stalled", "ending", "suspended", "state unknown")
 
 
@@ -71,8 +74,32 @@ class Launcher(Protocol):
         """Ask for the end of a run. Finished work is kept."""
 
 
+def state_of_array(states: Sequence[State]) -> State:
+    """The state of an array from those of its tasks, in their order.
+
+    It is done when one of them is, since each ends when all the work is done, and lives as long as one of them does.
+    """
+    if any(state.word == "done" for state in states):
+        return State("done")
+    alive = sorted((state for state in states if state.live), key=lambda state: _FIRST.index(state.word))
+    if alive:
+        words = Counter(state.word for state in states)
+        waits = next((state.why for state in alive if state.word == "waiting" and state.why), "")
+        why = ", ".join(f"{count} {word}" for word, count in words.items()) + (f": {waits}" if waits else "")
+        return State(alive[0].word, why, ",".join(filter(None, (state.nodes for state in alive))))
+    ended = {state.word: (place, state.why) for place, state in reversed([*enumerate(states)])}
+    word = next(word for word in ("cancelled", "failed", *ended) if word in ended)
+    place, why = ended[word]
+    return State(word, f"task {place}: {why}" if why else "")
+
+
 def final_state(run: Run) -> State | None:
-    """The state that the last attempt's batch script noted, if it is final."""
+    """The state that the last attempt's batch script noted, if it is final; of an array, if it is known without its launcher."""
+    if tasks := run.tasks:
+        states = [final_state(task) for task in tasks]
+        known = [state for state in states if state is not None]
+        done = any(state.word == "done" for state in known)
+        return state_of_array(known) if done or len(known) == len(states) else None
     attempts = run.attempts()
     outcome = attempts[-1].read(Outcome) if attempts else None
     if outcome is None or outcome.state == "again":

@@ -8,25 +8,24 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.crew import actors_on_gpus
 from dsno_cluster.cluster.launchers.following import wait_for
-from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state
+from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state, state_of_array
 from dsno_cluster.cluster.reasons import how_it_ended
-from dsno_cluster.cluster.records import Result, Stopped
+from dsno_cluster.cluster.records import Result, RunRecord, Stopped
 from dsno_cluster.cluster.runs import BATCH_LOG, Run, all_runs, create_run, jobs_folder, unlink
 from dsno_cluster.cluster.slurm_commands import (
     UNACCOUNTED,
     JobState,
-    cancel_job,
+    cancel_jobs,
     check_profile,
     cluster_name,
     host_names,
@@ -34,7 +33,8 @@ from dsno_cluster.cluster.slurm_commands import (
     refusal,
     user_name,
 )
-from dsno_cluster.cluster.task import StageTask
+from dsno_cluster.cluster.stage import SharedOptions
+from dsno_cluster.cluster.task import PLACE_IN_CHAIN, StageTask
 from dsno_cluster.config import Config, Profile, load_profile
 from dsno_cluster.errors import UserError, WorkError
 
@@ -88,6 +88,7 @@ WAITS = {
     "QOSMaxJobsPerUserLimit": "for another job of yours to end",
     "AssocGrpGRES": "for the account's share of GPUs",
 }
+NEXT = "for the job before it in its chain"
 ENDS = {
     "NODE_FAIL": "a node was lost",
     "TIMEOUT": "its time limit was reached",
@@ -114,13 +115,33 @@ class SlurmLauncher:
         return True
 
     def describe(self, submission: Submission) -> str:
-        """The script for sbatch; RUN stands for the run folder, which does not exist yet."""
+        """The script for sbatch; RUN stands for the run folder, which does not exist yet.
+
+        A chain is described by the script of its first job, and by how that of the second differs.
+        """
+        from dsno_cluster.cluster.launchers.batch_script import executor_for
         from dsno_cluster.cluster.submitit_internals import script_text
 
-        return script_text(_executor(submission, jobs_folder(submission.config) / "RUN", None))
+        chain, folder = submission.profile.chain, jobs_folder(submission.config) / "RUN"
+        first = script_text(executor_for(submission, folder), submission.array)
+        if chain == 1:
+            return first
+        second = script_text(executor_for(submission, folder, earlier=["FIRST"]))
+        known = first.splitlines()
+        new = "".join(f"\n#   {line}" for line in second.splitlines() if line not in known)
+        return (
+            f"{first}\n\n# chain {chain}: {chain - 1} more job(s), each of which begins if all before it ended without success; "
+            f"the script of the second, after the job FIRST, differs by{new}"
+        )
 
     def check(self, submission: Submission) -> None:
         check_room(submission.stage, submission.config, submission.profile)
+        if submission.array > 1 and submission.profile.chain > 1:
+            raise UserError(
+                f"--array {submission.array}: not with chain {submission.profile.chain} of {_profile_file(submission.stage)}; "
+                "the tasks of an array make up for each other"
+            )
+        check_image(submission.stage, submission.profile)
         check_profile(submission.profile, _profile_file(submission.stage))
 
     def submit(self, submissions: Sequence[Submission]) -> list[Run]:
@@ -131,15 +152,17 @@ class SlurmLauncher:
         try:
             with _undisturbed():
                 for submission in submissions:
-                    runs.append(_submit(submission, runs[-1].record().job if runs else None))
+                    runs.append(_submit(submission, runs[-1] if runs else None))
         except BaseException:  # including Ctrl-C
             for run in runs:
                 _take_back(run)
             raise
         for run in runs:
             record = run.record()
+            more = f" and {len(record.successors)} that continue it" if record.successors else ""
+            more = f", an array of {record.array} tasks" if record.array else more
             console.say(
-                f"submitted {record.stage} of {record.name} as Slurm job {record.job}: `dsno-cluster status {run.word}`, "
+                f"submitted {record.stage} of {record.name} as Slurm job {record.job}{more}: `dsno-cluster status {run.word}`, "
                 f"`dsno-cluster logs {run.word} --follow`; files: {run.folder}"
             )
         return runs
@@ -159,14 +182,14 @@ class SlurmLauncher:
                 known = state.word != "state unknown"
                 found = f"is {state.word} already" if known else f"may run already ({state.why})"
                 raise WorkError(
-                    f"{stage} of {config.name} {found}, as job {run.record().job}: "
+                    f"{stage} of {config.name} {found}, as job {run.job}: "
                     f"follow it with `dsno-cluster logs {run.word} --follow`, or end it with `dsno-cluster cancel {run.word}`"
                 )
 
     def states(self, runs: Sequence[Run]) -> dict[Run, State]:
         by_owner: dict[str, list[str]] = {}
         for run in runs:
-            by_owner.setdefault(run.owner, []).append(str(run.record().job))
+            by_owner.setdefault(run.owner, []).extend(run.record().jobs)
         jobs: dict[str, JobState] | None
         try:
             jobs = {
@@ -175,7 +198,7 @@ class SlurmLauncher:
         except (UserError, WorkError) as error:
             console.say(f"Slurm does not report the states of jobs now: {error}")
             jobs = None
-        return {run: _state(run, jobs) for run in runs}
+        return {run: _state_of_run(run, jobs) for run in runs}
 
     def follow(self, run: Run) -> str:
         def ask() -> State:
@@ -192,7 +215,7 @@ class SlurmLauncher:
         return batch if rank == 0 and begun and batch.is_file() else None
 
     def cancel(self, run: Run) -> None:
-        cancel_job(str(run.record().job))
+        cancel_jobs(_whole_jobs(run))
 
 
 def check_tasks(stage: Stage[Any], profile: Profile) -> None:
@@ -225,8 +248,28 @@ def check_room(stage: Stage[Any], config: Config, profile: Profile) -> None:
         )
 
 
+def check_image(stage: Stage[Any], profile: Profile) -> None:
+    """Raises UserError if the image of the tasks' container is a file that does not exist."""
+    container = profile.container
+    if container is not None and os.path.isabs(container.image) and not os.path.exists(container.image):
+        raise UserError(f"{_profile_file(stage)}: container.image: {container.image}: no such file or folder")
+
+
+def _whole_jobs(run: Run) -> Sequence[str]:
+    """The jobs to cancel: those of a chain, or an array by its own number, as some of its tasks may have ended."""
+    record = run.record()
+    return record.jobs if record.array is None else [str(record.job)]
+
+
 def _profile_file(stage: Stage[Any]) -> str:
     return f"jobs/{stage.name}.yaml"
+
+
+def _state_of_run(run: Run, jobs: dict[str, JobState] | None) -> State:
+    """The state of a run's job or array; `jobs` None: Slurm does not answer."""
+    if not run.tasks:
+        return _state(run, jobs)
+    return state_of_array([final_state(task) or _state(task, jobs) for task in run.tasks])
 
 
 def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
@@ -236,7 +279,10 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
         return State("state unknown", "Slurm does not answer")
     if record.cluster not in (None, cluster_name()):
         return State("state unknown", f"it is on the cluster {record.cluster}, this is {cluster_name()}")
-    job = jobs.get(str(record.job))
+    # of a chain, the first that has not ended
+    alive = (id for id in record.jobs if id in jobs and WORDS.get(jobs[id].state, "state unknown") in LIVE)
+    number = next(alive, str(run.job))
+    job = jobs.get(number)
     if (job is None or job.state == UNACCOUNTED) and run.owner != user_name(os.getuid()):
         return State("state unknown", f"Slurm does not show {run.owner}'s jobs to {user_name(os.getuid())}")
     if job is None:
@@ -245,15 +291,23 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
     if word == "state unknown":
         return State(word, job.state)
     if word == "waiting":
-        return State(word, _wait(job.reason, str(record.job)))
+        first = number == record.job
+        return State(word, _wait(job.reason, number) if first or job.reason != "Dependency" else NEXT)
     if word == "running" and run.is_ray_stage and _lost_first_node(job):
         said = f"its first node, {job.batch_host}, is lost, and its work stands still"
-        return State("stalled", f"{said}; `scontrol requeue {record.job}` starts it again", job.nodes)
+        return State("stalled", f"{said}; {_restart(record, number)}", job.nodes)
     if word in LIVE:
         return State(word, "", job.nodes)
     if word == "failed" and job.seconds_over() < SETTLE_SECONDS:
         return State("ending")  # for a moment Slurm reports this for a job that it is about to requeue
     return _ended(run, word, ENDS.get(job.state) or ("" if word in ("done", "cancelled") else _how(run)))
+
+
+def _restart(record: RunRecord, job: str) -> str:
+    """What lets the work of a job continue that stands still."""
+    if record.successors:
+        return f"`scancel {job}` lets the next job of its chain continue"
+    return f"`scontrol requeue {job}` starts it again"
 
 
 def _wait(reason: str, job: str) -> str:
@@ -294,100 +348,53 @@ def _lost_first_node(job: JobState) -> bool:
     return job.batch_host != job.nodes and job.batch_host not in host_names(job.nodes)
 
 
-def _submit(submission: Submission, after: str | None) -> Run:
-    """Submit a stage, to begin when job `after` is done. Raises UserError for a job that Slurm will never take."""
+def _submit(submission: Submission, after: Run | None) -> Run:
+    """Submit a stage, to begin when the run `after` is done. Raises UserError for a job that Slurm will never take."""
     from submitit.core.utils import FailedJobError
 
+    from dsno_cluster.cluster.launchers.batch_script import executor_for
     from dsno_cluster.cluster.submitit_internals import script_text
 
     cluster = cluster_name()
     run = create_run(submission, snapshot=True)
+    run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
+    jobs: list[str] = []
+    root = submission.config.storage.root
+    if submission.profile.container is not None and "://" not in root:
+        Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
     try:
-        executor = _executor(submission, run.folder, after)
-        with _clean_environment(submission.profile):
-            (run.folder / "script.sh").write_text(script_text(executor))
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
-                job = executor.submit(StageTask(submission.stage, submission.options, str(run.folder)))
-        run.note(job=str(job.job_id), launcher=SlurmLauncher.name, cluster=cluster, after=after)
-    except FailedJobError as error:
-        _forget(run)
-        raise refusal(str(error)) from error
-    except BaseException:
-        _forget(run)
+        while len(jobs) < submission.profile.chain:
+            executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
+            with _clean_environment(submission.profile):
+                if not jobs:
+                    (run.folder / "script.sh").write_text(script_text(executor, submission.array))
+                with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints what it raises
+                    jobs.append(_sbatch(executor, submission, run))
+            run.note(job=jobs[0], successors=jobs[1:])
+        for place, task in enumerate(run.tasks):
+            task.note(job=f"{jobs[0]}_{place}", launcher=SlurmLauncher.name, cluster=cluster)
+    except BaseException as error:
+        if jobs:
+            _take_back(run)
+        else:
+            _forget(run)
+        if isinstance(error, FailedJobError):
+            raise refusal(str(error)) from error
         raise
     return run
 
 
-def _executor(submission: Submission, folder: Path, after: str | None) -> submitit.SlurmExecutor:
-    """submitit's executor for a run folder, which need not exist yet."""
-    import submitit
-
-    from dsno_cluster.cluster.submitit_internals import MOST_REQUEUES
-
-    stage, profile = submission.stage, submission.profile
-    ray = stage.kind == "ray"
-    srun = [
-        *("srun", "--unbuffered", "--export=ALL", f"--cpus-per-task={profile.cpus_per_task}"),
-        f"--output={shlex.quote(str(folder))}/attempts/$attempt/task-%t.log",
-        # a Ray stage continues without a lost node; in a training the other ranks must not wait for a lost
-        # one
-        *(("--no-kill", "--kill-on-bad-exit=0") if ray else ("--kill-on-bad-exit=1",)),
-    ]
-    python = shlex.quote(sys.executable)
-    executor = submitit.SlurmExecutor(
-        folder=folder / "submitit",
-        max_num_timeout=MOST_REQUEUES,  # submitit takes any signal to a job of under ten minutes for a time-out
-        python=f"{' '.join(srun)} {python}",
-    )
-    executor.update_parameters(
-        job_name=f"{stage.name}-{submission.config.name}",
-        nodes=profile.nodes,
-        ntasks_per_node=profile.tasks_per_node,
-        cpus_per_task=profile.cpus_per_task,
-        gpus_per_node=profile.gpus_per_node or None,  # a cluster without GPUs refuses even a request for none
-        mem=f"{profile.mem_gb}GB",
-        time=profile.time_minutes,
-        partition=profile.partition,
-        account=profile.account,
-        qos=profile.qos,
-        constraint=profile.constraint,
-        signal_delay_s=profile.save_seconds,
-        dependency=f"afterok:{after}" if after else None,
-        wckey=None,
-        use_srun=False,  # our own srun line has log files per attempt
-        setup=_setup_lines(folder, profile, ray),
-        teardown=[f"{python} -m dsno_cluster.cluster.attempt end {shlex.quote(str(folder))} $?"],
-        additional_parameters={
-            "output": folder / BATCH_LOG,
-            "error": folder / BATCH_LOG,
-            **({"requeue": True} if profile.requeue else {}),
-            **({"no_kill": True} if ray and profile.nodes > 1 else {}),
-            **({"kill_on_invalid_dep": "yes"} if after else {}),
-            **profile.sbatch_options,
-        },
-    )
-    return executor
-
-
-def _setup_lines(folder: Path, profile: Profile, ray: bool) -> list[str]:
-    """The lines of the batch script before srun: the profile's setup, then ours."""
-    run, python = shlex.quote(str(folder)), shlex.quote(sys.executable)
-    here = shlex.quote(os.getcwd())
-    lines = [*profile.setup, *(["set +e  # what follows reads exit statuses"] if profile.setup else [])]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
-    lines += [
-        "# the code as it was at submission, then the folder of submission, for teachers of your own",
-        f"export PYTHONSAFEPATH=1 PYTHONPATH={run}/code:{here}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "attempt=${SLURM_RESTART_COUNT:-0}",
-        "trap : TERM  # the signal is for the tasks; this script waits for them",
-        "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
-    ]
-    if ray:
-        lines += [
-            "# the token with which Ray's processes authenticate; new for each attempt, printed nowhere",
-            "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
+def _sbatch(executor: submitit.SlurmExecutor, submission: Submission, run: Run) -> str:
+    """Submit a job or an array; returns its number."""
+    stage, options = submission.stage, submission.options
+    if not isinstance(options, SharedOptions) or options.array == 1:
+        return str(executor.submit(StageTask(stage, options, str(run.folder))).job_id)
+    with executor.batch():
+        tasks = [
+            executor.submit(StageTask(stage, replace(options, place=place), str(task.folder)))
+            for place, task in enumerate(run.tasks)
         ]
-    return [*lines, f"{python} -m dsno_cluster.cluster.attempt begin {run} || exit $?"]
+    return str(tasks[0].job_id).partition("_")[0]
 
 
 def _forget(run: Run) -> None:
@@ -400,7 +407,7 @@ def _take_back(run: Run) -> None:
     """Cancel a job that was just submitted."""
     run.cancel()
     with contextlib.suppress(WorkError):
-        cancel_job(str(run.record().job))
+        cancel_jobs(_whole_jobs(run))
 
 
 @contextlib.contextmanager
@@ -413,7 +420,8 @@ def _clean_environment(profile: Profile) -> Iterator[None]:
     left_out = {f"SBATCH_{key.upper()}" for key in LEFT_OUT if getattr(profile, key) is None}
     kept = {*left_out, "SBATCH_RESERVATION", "SLURM_CONF"}
     inside = "SLURM_JOB_ID" in os.environ
-    names = [n for n in os.environ if n.startswith("SBATCH_") or (inside and n.startswith("SLURM_"))]
+    ours = ("SLURM_", PLACE_IN_CHAIN)
+    names = [n for n in os.environ if n.startswith("SBATCH_") or (inside and n.startswith(ours))]
     hidden = {name: os.environ.pop(name) for name in names if name not in kept}
     try:
         yield

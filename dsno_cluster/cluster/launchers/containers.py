@@ -1,0 +1,64 @@
+"""The command line that runs a job's tasks in a container."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dsno_cluster.config import Config, Container
+from dsno_cluster.errors import UserError
+
+
+def container_words(container: Container, config: Config, gpus: bool) -> tuple[list[str], list[str]]:
+    """Options of srun, and the words that stand before those of the task, each quoted for the shell.
+
+    The container sees the working directory, the places of the experiment and the files that its config names, all
+    under the paths that they have outside. Raises UserError for one of these that cannot be mounted.
+    """
+    places = [os.getcwd(), str(config.run_dir.absolute()), *_files_of(config.model_dump(mode="json"))]
+    if "://" not in config.storage.root:
+        places.append(config.storage.root)  # it may not be there yet, as it is made when the job is submitted
+    if odd := next((place for place in places if ":" in place or "," in place), None):
+        raise UserError(f"{odd}: a path with : or , cannot be mounted in a container")
+    mounts = [*_outermost(places), *container.mounts]
+    if container.runtime == "pyxis":
+        ends = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
+        options = [
+            f"--container-image={container.image}",
+            f"--container-mounts={','.join(ends)}",
+            f"--container-workdir={os.getcwd()}",
+            *container.options,
+        ]
+        return [shlex.quote(option) for option in options], [shlex.quote(container.python)]
+    words = [
+        *(container.runtime, "exec"),
+        *(["--nv"] if gpus else []),
+        *("--bind", ",".join(mounts), "--pwd", os.getcwd()),
+        *container.options,
+        *(container.image, container.python),
+    ]
+    return [], [shlex.quote(word) for word in words]
+
+
+def _files_of(values: Any) -> Iterator[str]:
+    """The files and folders that exist among the values of a config."""
+    if isinstance(values, str):
+        if os.path.isabs(values) and os.path.exists(values):
+            yield values
+    elif isinstance(values, dict):
+        yield from _files_of(list(values.values()))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _files_of(value)
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """The paths, sorted, without those inside another one."""
+    kept: list[str] = []
+    for path in sorted(set(paths), key=lambda path: Path(path).parts):
+        if not any(Path(path).is_relative_to(other) for other in kept):
+            kept.append(path)
+    return kept
