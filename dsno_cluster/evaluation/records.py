@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, Field
 
 from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.model_folder import FeatureWeights
 from dsno_cluster.provenance import Code
 from dsno_cluster.records import AnyRecord, Record, SparseRecord, Values, read_record, record_bytes
 from dsno_cluster.storage import MissingObject, PreconditionFailed, Storage
@@ -123,12 +124,13 @@ class Seeds(SparseRecord):
 
 
 class Checkpoint(Record):
-    """The student that was evaluated."""
+    """The student that was evaluated; `features` are those on which it was trained, if it was."""
 
     path: str = ""
     step: int | None = None
     ema_decay: float | None = None
     sha256: str = ""
+    features: FeatureWeights | None = None
 
 
 class Layout(Record):

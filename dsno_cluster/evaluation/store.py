@@ -196,7 +196,11 @@ def _differences(before: Metrics, comparison: Comparison) -> list[str]:
 def _checkpoint(comparison: Comparison) -> Checkpoint:
     student = comparison.subject.student
     return Checkpoint(
-        path=student.address, step=student.step, ema_decay=student.ema_decay, sha256=student.sha256
+        path=student.address,
+        step=student.step,
+        ema_decay=student.ema_decay,
+        sha256=student.sha256,
+        features=student.features,
     )
 
 

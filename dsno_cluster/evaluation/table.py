@@ -70,9 +70,13 @@ def figures_of(metrics: Metrics) -> list[Figure]:
 
 
 def conditions(metrics: Measurement) -> str:
-    """For the caption of a table: the extractor of its figures, and the protocol, if they follow one."""
+    """For the caption of a table: the extractor of its figures, whether the student was trained by it, and the protocol."""
     title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
-    return metrics.feature_extractor.name + (f", {title}" if title else "")
+    trained_by = metrics.checkpoint.features if isinstance(metrics, Metrics) else None
+    seen = trained_by is not None and trained_by.sha256 == metrics.feature_extractor.weights_sha256
+    return (
+        metrics.feature_extractor.name + (" (trained by)" if seen else "") + (f", {title}" if title else "")
+    )
 
 
 def spread_notes(figures: Sequence[Figure], rows: Sequence[Figures]) -> list[str]:
