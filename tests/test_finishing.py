@@ -284,7 +284,11 @@ def test_without_progress_it_ends_and_stays_ended(start: Path, tiny_data: Path, 
         (["data.name=null", "evaluation.reference=x.npz"], "adversarial_weight needs real images"),
         (["training.distribution.matching_weight=0", "training.distribution.adversarial_weight=0"], "all 0"),
         (
-            ["training.distribution.frechet_weight=1", "evaluation.feature_extractor=inception-v3-clean"],
+            [
+                "training.distribution.frechet_weight=1",
+                "evaluation.feature_extractor=inception-v3-clean",
+                "evaluation.metrics=[fid]",
+            ],
             "resizes images in 8 bits",
         ),
         (["training.distribution.noise_range=[0.5, 0.5]"], "0 < low < high"),
@@ -382,15 +386,15 @@ def test_best_in_a_path_is_the_best_student(finished: Path) -> None:
 
 def test_run_finishes_and_shows_the_student_before_and_after(tmp_path: Path) -> None:
     """All five parts in a row; the same command then has nothing left to do."""
-    finish = (
-        "finish={steps: 2, lr: 1e-4, checkpoint_every: 2, heldout_every: 2, distribution: {fake_updates: 1}}"
-    )
+    terms = "{fake_updates: 1, frechet_weight: 1, frechet_population: 64}"
+    finish = f"finish={{steps: 2, lr: 1e-4, checkpoint_every: 2, heldout_every: 2, distribution: {terms}}}"
     command = ["run", *TINY, f"storage.root={tmp_path}", "training.heldout_samples=4", finish]
     done = dsno(*command, "--launcher", "local")
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "[4/5] train" in said and "[5/5] eval" in said and "2 finishing steps" in said
     assert "student before finishing" in said
+    assert said.count("digits-features, by which the student was trained") == 1  # the second time
     rows = [
         json.loads((tmp_path / f"evaluation/{n}/metrics.json").read_text())
         for n in ("digits", "digits-finished")

@@ -109,7 +109,7 @@ def test_moments_follow_the_latest_samples() -> None:
     states = [torch.tanh(normal(8, 1, 8, 8, seed=seed)).float() for seed in range(4)]
     drawn = iter(states)
     term.begin(lambda: next(drawn))
-    term.loss(states[3])
+    term.loss(states[3], 0)
     of = [gaussian_of(extractor.of_float(part)["64"]) for part in states]
     first_three = gaussian_of(extractor.of_float(torch.cat(states[:3]))["64"])
     wanted = mixed(first_three, of[3], 8 / 24)
@@ -142,12 +142,26 @@ def test_elsewhere_torch_fidelity_still_takes_only_8_bit_images(tmp_path: Path) 
         extractor.network(torch.zeros(1, 3, 32, 32))
 
 
-def test_many_images_have_the_gradient_of_each() -> None:
+def test_many_samples_have_the_gradient_of_each() -> None:
+    """Those of parts are computed again in the backward pass."""
     extractor = digits_extractor()
+    real = diagonal([0.0] * 64, [1.0] * 64)
     images = torch.tanh(normal(130, 1, 8, 8)).float().requires_grad_()
-    (together,) = torch.autograd.grad(extractor.of_float(images)["64"].square().sum(), images)
-    (alone,) = torch.autograd.grad(extractor.of_float(images[129:])["64"].square().sum(), images)
-    assert torch.allclose(together[129:], alone[129:], atol=1e-5)
+    loss, _ = FrechetTerm(extractor, None, real, population=10, world_size=1, device=CPU).loss(images, 0)
+    (gradient,) = torch.autograd.grad(loss, images)
+    features = extractor.of_float(images)["64"]
+    carry = transport(gaussian_of(features.detach()), real, root_of(real.covariance))
+    (wanted,) = torch.autograd.grad(frechet_loss(features, carry(features.detach())), images)
+    assert torch.allclose(gradient, wanted, atol=1e-6)
+
+
+def test_what_is_not_finite_is_left_to_the_loop() -> None:
+    """The step before has the cause, and is judged later."""
+    term = FrechetTerm(
+        digits_extractor(), None, diagonal([0.0] * 64, [1.0] * 64), population=10, world_size=1, device=CPU
+    )
+    loss, distance = term.loss(torch.full((4, 1, 8, 8), float("nan")), 0)
+    assert not loss.isfinite() and not distance.isfinite()
 
 
 def test_samples_get_the_moments_of_real_images() -> None:
@@ -167,8 +181,8 @@ def test_samples_get_the_moments_of_real_images() -> None:
     optimizer = torch.optim.Adam([images], lr=0.02)
     distances = []
     term.begin(lambda: images.detach())
-    for _ in range(60):
-        loss, distance = term.loss(images)
+    for step in range(60):
+        loss, distance = term.loss(images, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

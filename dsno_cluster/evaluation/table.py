@@ -74,9 +74,8 @@ def conditions(metrics: Measurement) -> str:
     title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
     trained_by = metrics.checkpoint.features if isinstance(metrics, Metrics) else None
     seen = trained_by is not None and trained_by.sha256 == metrics.feature_extractor.weights_sha256
-    return (
-        metrics.feature_extractor.name + (" (trained by)" if seen else "") + (f", {title}" if title else "")
-    )
+    words = [metrics.feature_extractor.name, "by which the student was trained" if seen else None, title]
+    return ", ".join(word for word in words if word)
 
 
 def spread_notes(figures: Sequence[Figure], rows: Sequence[Figures]) -> list[str]:

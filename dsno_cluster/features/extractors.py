@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 import urllib.request
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
@@ -86,30 +84,20 @@ class Extractor:
         for batch in images_NCHW.split(BATCH):
             batch = batch.expand(-1, self.channels, -1, -1) if batch.shape[1] == 1 else batch
             parts.append(tuple(self.network(batch.to(device))))
-        return self._joined(parts)
+        return {layer: torch.cat([part[i] for part in parts]) for i, layer in enumerate(self.layers)}
 
     def of_float(self, images_NCHW: Tensor) -> dict[str, Tensor]:
         """The features of images in [-1, 1], which are not rounded to 8 bits, with gradients if the images have them.
 
-        The images are on the extractor's device. A backward pass computes the features again, BATCH images at a time, so that
-        it never holds more.
+        The images are on the extractor's device, and taken all at once.
         """
-        of = functools.partial(checkpoint, self._of_float, use_reentrant=False)
-        parts = [
-            of(part) if part.requires_grad and len(images_NCHW) > BATCH else self._of_float(part)
-            for part in images_NCHW.split(BATCH)
-        ]
-        return self._joined(parts)
-
-    def _of_float(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
         images = images_NCHW.expand(-1, self.channels, -1, -1) if images_NCHW.shape[1] == 1 else images_NCHW
         if isinstance(self.network, Classifier):
-            return self.network.of_float(images)
-        with accepting_floats(self.network):
-            return tuple(self.network(127.5 * images.clamp(-1.0, 1.0) + 127.5))
-
-    def _joined(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-        return {layer: torch.cat([part[i] for part in parts]) for i, layer in enumerate(self.layers)}
+            found = self.network.of_float(images)
+        else:
+            with accepting_floats(self.network):
+                found = tuple(self.network(127.5 * images.clamp(-1.0, 1.0) + 127.5))
+        return dict(zip(self.layers, found, strict=True))
 
 
 def check_differentiable(extractor: str, key: str) -> None:

@@ -98,9 +98,7 @@ def training_memory(
 
 
 def _has_fake_score(config: Config) -> bool:
-    """Whether a second network is trained. Without it distribution matching holds no more than learning of trajectories does,
-    except for the feature extractor of the Frechet loss, which is not counted.
-    """
+    """Whether a second network is trained. What the feature extractor of the Frechet loss holds is not counted."""
     return config.training.objective == "distribution" and config.training.distribution.needs_fake_score
 
 
@@ -179,7 +177,10 @@ def activation_bytes(
             if _has_fake_score(config):
                 matching_passes(student, fake, distance, config, images)
             else:
-                one_pass(student, distance, config, images, torch.device("cpu"))
+                settings_of = config.training.distribution
+                # an anchor sees the noise of the trajectories, the samples are of other noise
+                anchored = config.training.objective == "distribution" and settings_of.trajectory_weight > 0.0
+                one_pass(student, distance, config, 2 * images if anchored else images, torch.device("cpu"))
     return live.peak
 
 

