@@ -474,7 +474,7 @@ def test_faulty_folders(fault: str, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_faulty_folders_on_the_command_line(fault: str, folder: Path) -> None:
     apply, options, _ = FAULTS[fault]
     apply(folder)
-    words = ["network.channels=3", "network.num_classes=3", f"teacher.path={folder}"]
+    words = ["network.state_channels=3", "network.num_classes=3", f"teacher.path={folder}"]
     refused = answer("plan", *words, f"teacher.options={json.dumps(options)}", cwd=folder)
     assert refused.returncode == 2, refused.stderr
     lines = [line for line in refused.stderr.splitlines() if "teacher.path" in line]

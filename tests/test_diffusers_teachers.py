@@ -175,7 +175,12 @@ def test_attention_under_the_names_of_old_diffusers(unet: Any, tmp_path: Path) -
 def experiment(path: str, *more: str) -> list[str]:
     """Overrides of the digits config for a few trajectories of the diffusers model at `path`."""
     return [
-        *("network.channels=3", "network.num_classes=5", "network.null_class=false", f"teacher.path={path}"),
+        *(
+            "network.state_channels=3",
+            "network.num_classes=5",
+            "network.null_class=false",
+            f"teacher.path={path}",
+        ),
         *("trajectories.num_samples=4", "trajectories.samples_per_shard=2", "trajectories.batch_size=2"),
         *("trajectories.times=[0.0]", "trajectories.steps=10", "student.modes=1"),
         *more,

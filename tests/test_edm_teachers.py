@@ -168,7 +168,12 @@ def test_a_config_names_a_snapshot(tmp_path: Path) -> None:
     words = [
         f"teacher.path={path}",
         "teacher.options={schedule: native}",
-        *("network.image_size=8", "network.channels=3", "network.num_classes=3", "network.null_class=true"),
+        *(
+            "network.state_size=8",
+            "network.state_channels=3",
+            "network.num_classes=3",
+            "network.null_class=true",
+        ),
         *(
             "trajectories.solver=heun-edm",
             "trajectories.steps=18",

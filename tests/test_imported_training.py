@@ -75,7 +75,7 @@ REFUSED = {
         "student.modes=1",
     ],
     "network.num_classes: 4, the imported": ["network.num_classes=4"],
-    "network: images of (3, 8, 8)": ["network.channels=3"],
+    "network: images of (3, 8, 8)": ["network.state_channels=3"],
     "has 96 trajectories, trajectories.num_samples is 100": ["trajectories.num_samples=100"],
     "no finished trajectories": [f"trajectories.imported={'0' * 16}"],
     "trajectories.imported: string should match": ["trajectories.imported=best"],

@@ -437,7 +437,7 @@ def test_a_training_checkpoint_is_its_ema(tmp_path: Path) -> None:
 
 
 def test_the_size_of_images_is_needed_to_make_a_data_set() -> None:
-    words = [f"teacher.path={weights_of('adm')}", "network.image_size=16", "network.channels=3"]
+    words = [f"teacher.path={weights_of('adm')}", "network.state_size=16", "network.state_channels=3"]
     words += ["network.num_classes=6", "network.null_class=false", "network.attention_resolutions=[8]"]
     shown = ", ".join(f"{key}: {str(value).lower()}" for key, value in ADM.items())
     assert find_teacher(

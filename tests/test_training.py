@@ -234,7 +234,7 @@ def test_losses_by_hand() -> None:
 
 def test_the_objective_by_hand() -> None:
     """At the points that are drawn for a step, weights times distances; at the others nothing is known."""
-    words = [*TINY, *FORMS["drawn"], "network.image_size=4", "network.attention_resolutions=[2]"]
+    words = [*TINY, *FORMS["drawn"], "network.state_size=4", "network.attention_resolutions=[2]"]
     config = load_config("configs/digits.yaml", words)
     objective = TrajectoryObjective(config, torch.device("cpu"))
     noise, states = torch.zeros(2, 1, 4, 4), torch.arange(4.0).reshape(1, 4, 1, 1, 1).expand(2, 4, 1, 4, 4)

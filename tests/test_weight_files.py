@@ -110,7 +110,7 @@ def test_a_diffusers_folder(kind: str, unet: Any, tmp_path: Path) -> None:
     says = spoil(tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors", kind)
     words = [
         "teacher.path=teacher",
-        "network.channels=3",
+        "network.state_channels=3",
         "network.num_classes=5",
         "network.null_class=false",
     ]
@@ -160,8 +160,8 @@ def test_vgg(kind: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         *(
             "training.loss=lpips",
             "training.lpips_weights=vgg16.pth",
-            "network.channels=3",
-            "network.image_size=32",
+            "network.state_channels=3",
+            "network.state_size=32",
         ),
         *(
             "network.attention_resolutions=[16]",

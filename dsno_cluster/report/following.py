@@ -28,9 +28,9 @@ def follow_report(
     progress = _look(stages)
     stored, states = stored_versions(config), progress.states
     files = read_run_files(config)
-    write_page(path, files, config_words, progress)
-    console.say(f"following {config.name}: {path} loads its newer versions; Ctrl-C ends this")
-    try:
+    try:  # from before the first version on, which already loads newer ones
+        write_page(path, files, config_words, progress)
+        console.say(f"following {config.name}: {path} loads its newer versions; Ctrl-C ends this")
         while not progress.finished:
             time.sleep(LOOK_SECONDS)
             before = files, progress, _is_quiet(progress)
