@@ -15,9 +15,11 @@ from tiny import TINY
 from dsno_cluster.cluster.crew import Crew
 from dsno_cluster.config import load_config
 from dsno_cluster.errors import UserError
+from dsno_cluster.provenance import Environment
 from dsno_cluster.trajectories.generate import generate
 from dsno_cluster.trajectories.plan import make_plan
-from dsno_cluster.trajectories.sharing import Share
+from dsno_cluster.trajectories.shards import MadeShards, Shard
+from dsno_cluster.trajectories.sharing import Share, together
 
 TASK = """
 import sys
@@ -92,4 +94,13 @@ def test_the_notes_of_others_are_read_in_place_of_their_shards(tiny_data: Path, 
     (folder / "progress-1.json").write_text(json.dumps({"environment": {"device": "another"}, "shards": []}))
     with pytest.raises(UserError, match="was made on another, this is"):
         generate(config, plan, Crew(actors=1), Share(0, 2))
-    assert not list(folder.glob("shard-*")) and not (folder / "manifest.json").exists()
+    # and the refused task leaves no notes, for which others would be refused
+    assert [file.name for file in folder.iterdir()] == ["progress-1.json"]
+
+
+def test_the_environment_of_all_notes_is_that_of_the_shards() -> None:
+    shard = Shard(key="shard-000000.safetensors", start=0, stop=16, size=1, sha256="0")
+    here = Environment(device="here", versions={}, seconds=2.0)
+    idle = MadeShards(environment=here.model_copy(update={"device": "another"}))
+    found = together([idle, MadeShards(environment=here, shards=((shard, "etag"),))]).environment
+    assert found is not None and (found.device, found.seconds) == ("here", 4.0)

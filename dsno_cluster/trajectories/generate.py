@@ -370,7 +370,13 @@ def _make_shards(
             present.append(environment)
             note()  # before the first shard, so that it is known what made each existing shard
             if share is not None:  # of two tasks that begin together, one at least sees the other's
-                check_same_environment(environment, environments_noted(storage, plan.folder), where)
+                try:
+                    check_same_environment(environment, environments_noted(storage, plan.folder), where)
+                except UserError:  # the others must not be refused for what this task has not made
+                    present.clear()
+                    with contextlib.suppress(WorkError):  # report the refusal
+                        unnote()
+                    raise
         check_alike(environment, present[0])
 
     say_compiling(config, plan.spec)
@@ -384,6 +390,12 @@ def _make_shards(
     def note() -> None:
         if present:
             write_made_shards(storage, plan.folder, made(), notes_file)
+
+    def unnote() -> None:
+        if before.shards:
+            write_made_shards(storage, plan.folder, before, notes_file)
+        else:
+            storage.delete(plan.folder + notes_file)
 
     with open_ray(crew, settings.threads) as cluster:
         began, finished = time.monotonic(), 0
