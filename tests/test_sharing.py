@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tiny import TINY
 
 from dsno_cluster.cluster.crew import Crew
 from dsno_cluster.config import load_config
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.provenance import Environment
 from dsno_cluster.trajectories.generate import generate
 from dsno_cluster.trajectories.plan import make_plan
@@ -104,3 +105,19 @@ def test_the_environment_of_all_notes_is_that_of_the_shards() -> None:
     idle = MadeShards(environment=here.model_copy(update={"device": "another"}))
     found = together([idle, MadeShards(environment=here, shards=((shard, "etag"),))]).environment
     assert found is not None and (found.device, found.seconds) == ("here", 4.0)
+
+
+def test_a_repair_with_other_bits_is_not_reported_as_done(tiny_data: Path, tmp_path: Path) -> None:
+    """As after an upgrade of a library: the shard made again is not the one that the manifest names."""
+    shutil.copytree(tiny_data / "trajectories", tmp_path / "trajectories")
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tmp_path}"])
+    plan = make_plan(config)
+    folder = tmp_path / plan.folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][2]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / manifest["shards"][2]["key"]).unlink()
+    with pytest.raises(
+        WorkError, match=r"manifest.json: names other bytes for shard-000002.* than were just made"
+    ):
+        generate(config, plan, Crew(actors=1), Share(0, 2))
