@@ -121,3 +121,18 @@ def test_a_repair_with_other_bits_is_not_reported_as_done(tiny_data: Path, tmp_p
         WorkError, match=r"manifest.json: names other bytes for shard-000002.* than were just made"
     ):
         generate(config, plan, Crew(actors=1), Share(0, 2))
+
+
+def test_all_is_finished_elsewhere_before_an_actor_is_ready(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tmp_path}"])
+    plan = make_plan(config)
+
+    def others_finish(*_: object) -> None:
+        shutil.copytree(tiny_data / "trajectories", tmp_path / "trajectories", dirs_exist_ok=True)
+
+    monkeypatch.setattr("dsno_cluster.trajectories.generate.say_compiling", others_finish)
+    monkeypatch.setattr("dsno_cluster.cluster.ray_pool.ELSEWHERE_SECONDS", 0.0)
+    assert generate(config, plan, Crew(actors=1), Share(0, 2)).startswith(str(tmp_path))
+    same_data(tmp_path, tiny_data)

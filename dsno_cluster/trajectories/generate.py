@@ -447,7 +447,7 @@ def _make_shards(
             collect_shards(pool, lines, note, finish_one)
             if share is not None:
                 note()
-    return made()
+    return made() if present else before  # all were finished elsewhere before an actor was ready
 
 
 def collect_shards(
