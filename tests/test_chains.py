@@ -115,6 +115,7 @@ def test_the_others_are_cancelled_when_one_is_done(
         (Outcome(state="done"), FINISHED),
         (Outcome(state="failed", reason="a key is unknown"), 1),
         (Outcome(state="cancelled"), 1),
+        (Stopped(why="cancelled"), 1),  # noted before its batch script was killed as well
     ],
 )
 def test_a_job_that_begins_after_the_end_ends_at_once(

@@ -87,7 +87,10 @@ def _over(attempt: Attempt) -> str | None:
     if attempt.read(Result) is not None:
         return "done"
     outcome = attempt.read(Outcome)
-    return None if outcome is None or outcome.state == "again" else outcome.state
+    if outcome is None:  # its batch script was killed; by scancel, as a task may have noted
+        stopped = attempt.read(Stopped)
+        return "cancelled" if stopped is not None and stopped.why == "cancelled" else None
+    return None if outcome.state == "again" else outcome.state
 
 
 def _array_is_done(run: Run) -> bool:
