@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_the_others_are_cancelled_when_one_is_done(
     begin(run, 0, monkeypatch)
     run.attempt(0).note(Result(result="there"))
     assert end(run) == 0 and cancelled() == ["11", "12"]
+
+
+def test_an_outcome_stands_if_the_others_cannot_be_cancelled(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    begin(run, 0, monkeypatch)
+    run.attempt(0).note(Result(result="there"))
+    monkeypatch.setattr("dsno_cluster.cluster.attempt.cancel_jobs", fails)
+    assert end(run) == 0 and outcome(run, 0) == ("done", "")
 
 
 @pytest.mark.parametrize(
