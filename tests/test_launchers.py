@@ -175,6 +175,21 @@ def test_the_script_is_that_of_the_golden_file(
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.parametrize("pattern", ["in64-{000..146}.tar", "*.tar", "part-[01]/in64.tar", "in64-?.tar"])
+def test_a_container_sees_the_files_of_a_pattern(
+    pattern: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    for folder in ("here", "images"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(
+        "configs/digits.yaml", ["data.name=null", f"data.images={tmp_path}/images/{pattern}"]
+    )
+    profile = load_profile("train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}})
+    assert f" --bind {tmp_path}/here,{tmp_path}/images --pwd " in script("train", config, profile)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
