@@ -229,6 +229,14 @@ def test_a_container_sees_the_files_of_a_pattern(
             {"container": {"runtime": "apptainer", "image": "x", "options": ["--home", "/a"]}},
             "container.options: '/a' is not an option, which begins with - and has its value after =",
         ),
+        (
+            {"container": {"runtime": "apptainer", "image": "x", "options": ["--env=WANDB_API_KEY=hush=="]}},
+            "container.options: WANDB_API_KEY looks like a secret",
+        ),
+        (
+            {"container": {"runtime": "apptainer", "image": "x", "options": ["--env", "HF_TOKEN=hush"]}},
+            "container.options: HF_TOKEN looks like a secret",
+        ),
         ({"chain": 0}, "chain: input should be greater than 0"),
     ],
 )
@@ -240,7 +248,7 @@ def test_wrong_profiles_are_one_line(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as told:
         check_tasks(TRAIN, load_profile(TRAIN.name, change))
-    assert expected in str(told.value) and "\n" not in str(told.value)
+    assert expected in str(told.value) and "\n" not in str(told.value) and "hush" not in str(told.value)
 
 
 @pytest.mark.parametrize(
