@@ -19,6 +19,7 @@ from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster.cluster.launchers import SLURM
 from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
+from dsno_cluster.cluster.runs import all_runs
 from dsno_cluster.cluster.stage import SharedOptions, StageOptions, Submission
 from dsno_cluster.cluster.submitit_internals import controller_variables, start_on_this_machine
 from dsno_cluster.cluster.task import StageTask
@@ -188,6 +189,22 @@ def test_a_container_sees_the_files_of_a_pattern(
     )
     profile = load_profile("train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}})
     assert f" --bind {tmp_path}/here,{tmp_path}/images --pwd " in script("train", config, profile)
+
+
+def test_a_root_that_cannot_be_made_leaves_no_run_folder(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made before a job whose container mounts it."""
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "file").write_text("")
+    place = [f"storage.root={tmp_path}/file/root", f"run.dir={tmp_path}/out"]
+    config = load_config("configs/digits.yaml", place)
+    container = {"runtime": "pyxis", "image": "team/dsno"}
+    profile = load_profile("eval", {"container": container, "mem_gb": 1, "time_minutes": 10})
+    with pytest.raises(NotADirectoryError):
+        SLURM.submit([Submission(EVAL, config, profile, "dsno-cluster eval")])
+    assert list((tmp_path / "out/jobs").iterdir()) == all_runs() == []
 
 
 @pytest.mark.parametrize(

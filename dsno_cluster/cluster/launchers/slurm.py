@@ -360,9 +360,9 @@ def _submit(submission: Submission, after: Run | None) -> Run:
     run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
     jobs: list[str] = []
     root = submission.config.storage.root
-    if submission.profile.container is not None and "://" not in root:
-        Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
     try:
+        if submission.profile.container is not None and "://" not in root:
+            Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
         while len(jobs) < submission.profile.chain:
             executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
             with _clean_environment(submission.profile):
