@@ -179,6 +179,27 @@ def test_the_second_begins_only_if_the_stage_before_is_done(
         assert cancelled() == ["12"]
 
 
+@pytest.mark.parametrize(
+    ("job", "advice"),
+    [
+        ("11", "`scancel 11` lets the next job of its chain continue"),
+        ("12", "it is the last of its chain: `scancel 12`, then the same command resumes"),
+    ],
+)
+def test_what_lets_work_continue_whose_first_node_is_lost(
+    job: str, advice: str, slurm: None, tmp_path: Path
+) -> None:
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
+    profile = load_profile(GEN_TRAJECTORIES.name, {"chain": len(JOBS)})
+    run = create_run(Submission(GEN_TRAJECTORIES, config, profile, "dsno-cluster"), snapshot=False)
+    run.note(job=JOBS[0], successors=JOBS[1:], launcher="slurm")
+    listed = f"{job}|RUNNING|None|node2|2026-11-29T03:12:17|node1"
+    (tmp_path / "bin/squeue").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho node2\n")
+    found = states_of([run])[run]
+    assert found.word == "stalled" and found.why.endswith(advice), found
+
+
 @pytest.mark.parametrize("chain", [1, 3])
 def test_preempted_where_slurm_must_not_requeue(
     chain: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -305,6 +305,8 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
 
 def _restart(record: RunRecord, job: str) -> str:
     """What lets the work of a job continue that stands still."""
+    if record.successors and job == record.jobs[-1]:
+        return f"it is the last of its chain: `scancel {job}`, then the same command resumes"
     if record.successors:
         return f"`scancel {job}` lets the next job of its chain continue"
     return f"`scontrol requeue {job}` starts it again"
