@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def test_the_others_are_cancelled_when_one_is_done(
     assert end(run) == 0 and cancelled() == ["11", "12"]
 
 
+def test_an_outcome_stands_if_the_others_cannot_be_cancelled(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    begin(run, 0, monkeypatch)
+    run.attempt(0).note(Result(result="there"))
+    monkeypatch.setattr("dsno_cluster.cluster.attempt.cancel_jobs", fails)
+    assert end(run) == 0 and outcome(run, 0) == ("done", "")
+
+
 @pytest.mark.parametrize(
     ("note", "status"),
     [
@@ -115,6 +128,7 @@ def test_the_others_are_cancelled_when_one_is_done(
         (Outcome(state="done"), FINISHED),
         (Outcome(state="failed", reason="a key is unknown"), 1),
         (Outcome(state="cancelled"), 1),
+        (Stopped(why="cancelled"), 1),  # noted before its batch script was killed as well
     ],
 )
 def test_a_job_that_begins_after_the_end_ends_at_once(
@@ -163,6 +177,27 @@ def test_the_second_begins_only_if_the_stage_before_is_done(
     if not done:
         assert outcome(run, 1) == ("cancelled", "the stage that it waited for did not succeed")
         assert cancelled() == ["12"]
+
+
+@pytest.mark.parametrize(
+    ("job", "advice"),
+    [
+        ("11", "`scancel 11` lets the next job of its chain continue"),
+        ("12", "it is the last of its chain: `scancel 12`, then the same command resumes"),
+    ],
+)
+def test_what_lets_work_continue_whose_first_node_is_lost(
+    job: str, advice: str, slurm: None, tmp_path: Path
+) -> None:
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}"])
+    profile = load_profile(GEN_TRAJECTORIES.name, {"chain": len(JOBS)})
+    run = create_run(Submission(GEN_TRAJECTORIES, config, profile, "dsno-cluster"), snapshot=False)
+    run.note(job=JOBS[0], successors=JOBS[1:], launcher="slurm")
+    listed = f"{job}|RUNNING|None|node2|2026-11-29T03:12:17|node1"
+    (tmp_path / "bin/squeue").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho node2\n")
+    found = states_of([run])[run]
+    assert found.word == "stalled" and found.why.endswith(advice), found
 
 
 @pytest.mark.parametrize("chain", [1, 3])

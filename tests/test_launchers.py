@@ -19,6 +19,7 @@ from tiny import DATA, TINY, answer, dsno
 
 from dsno_cluster.cluster.launchers import SLURM
 from dsno_cluster.cluster.launchers.slurm import check_room, check_tasks
+from dsno_cluster.cluster.runs import all_runs
 from dsno_cluster.cluster.stage import SharedOptions, StageOptions, Submission
 from dsno_cluster.cluster.submitit_internals import controller_variables, start_on_this_machine
 from dsno_cluster.cluster.task import StageTask
@@ -175,6 +176,37 @@ def test_the_script_is_that_of_the_golden_file(
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.parametrize("pattern", ["in64-{000..146}.tar", "*.tar", "part-[01]/in64.tar", "in64-?.tar"])
+def test_a_container_sees_the_files_of_a_pattern(
+    pattern: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    for folder in ("here", "images"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(
+        "configs/digits.yaml", ["data.name=null", f"data.images={tmp_path}/images/{pattern}"]
+    )
+    profile = load_profile("train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}})
+    assert f" --bind {tmp_path}/here,{tmp_path}/images --pwd " in script("train", config, profile)
+
+
+def test_a_root_that_cannot_be_made_leaves_no_run_folder(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made before a job whose container mounts it."""
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "file").write_text("")
+    place = [f"storage.root={tmp_path}/file/root", f"run.dir={tmp_path}/out"]
+    config = load_config("configs/digits.yaml", place)
+    container = {"runtime": "pyxis", "image": "team/dsno"}
+    profile = load_profile("eval", {"container": container, "mem_gb": 1, "time_minutes": 10})
+    with pytest.raises(NotADirectoryError):
+        SLURM.submit([Submission(EVAL, config, profile, "dsno-cluster eval")])
+    assert list((tmp_path / "out/jobs").iterdir()) == all_runs() == []
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -214,6 +246,14 @@ def test_the_script_is_that_of_the_golden_file(
             {"container": {"runtime": "apptainer", "image": "x", "options": ["--home", "/a"]}},
             "container.options: '/a' is not an option, which begins with - and has its value after =",
         ),
+        (
+            {"container": {"runtime": "apptainer", "image": "x", "options": ["--env=WANDB_API_KEY=hush=="]}},
+            "container.options: WANDB_API_KEY looks like a secret",
+        ),
+        (
+            {"container": {"runtime": "apptainer", "image": "x", "options": ["--env", "HF_TOKEN=hush"]}},
+            "container.options: HF_TOKEN looks like a secret",
+        ),
         ({"chain": 0}, "chain: input should be greater than 0"),
     ],
 )
@@ -225,7 +265,7 @@ def test_wrong_profiles_are_one_line(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as told:
         check_tasks(TRAIN, load_profile(TRAIN.name, change))
-    assert expected in str(told.value) and "\n" not in str(told.value)
+    assert expected in str(told.value) and "\n" not in str(told.value) and "hush" not in str(told.value)
 
 
 @pytest.mark.parametrize(

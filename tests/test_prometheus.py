@@ -14,7 +14,8 @@ from tiny import TINY, dsno
 from training_runs import link_data, metrics, words
 
 from dsno_cluster import console
-from dsno_cluster.cluster.stage import RayOptions, StageResult
+from dsno_cluster.cluster.prometheus import progress_exported, read_progress
+from dsno_cluster.cluster.stage import RayOptions, SharedOptions, StageResult
 from dsno_cluster.config import Config, load_config
 from dsno_cluster.errors import Preempted, WorkError
 from dsno_cluster.stages import GEN_TRAJECTORIES
@@ -84,14 +85,103 @@ def test_an_evaluation(tiny_data: Path, tmp_path: Path) -> None:
     assert found["dsno_evaluation_samples_total"][()] >= 200
 
 
-def run_stage(config: Config, work: Callable[[], None]) -> None:
+def run_stage(config: Config, work: Callable[[], None], options: RayOptions | None = None) -> None:
     """Run a stage whose work is a function, as launchers run stages."""
 
     def do(config: Config, options: RayOptions, address: str | None, found: None) -> StageResult:
         work()
         return StageResult("somewhere")
 
-    replace(GEN_TRAJECTORIES, work=do).run(config, RayOptions(), None, None)
+    replace(GEN_TRAJECTORIES, work=do).run(config, options or RayOptions(), None, None)
+
+
+def reach(done: int, error: Exception | Preempted | None = None) -> Callable[[], None]:
+    """Work that has done so many of 10 trajectories, and ends or fails then."""
+
+    def work() -> None:
+        with console.progress("solving", 10, "trajectories", done=done):
+            if error is not None:
+                raise error
+
+    return work
+
+
+def find_nothing_to_do() -> None:
+    """Work that an earlier start, or another task, has finished."""
+
+
+def fail_at_once() -> None:
+    raise WorkError("no")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config("configs/digits.yaml", [f"run.dir={tmp_path}"])
+
+
+def test_a_start_that_finds_the_work_done_says_so(config: Config) -> None:
+    file = config.run_dir / "prometheus/digits-gen-trajectories.prom"
+    with pytest.raises(Preempted):
+        run_stage(config, reach(7, Preempted()))
+    before = read(file, stage="gen-trajectories")
+    with pytest.raises(WorkError):
+        run_stage(config, fail_at_once)
+    assert read(file, stage="gen-trajectories") == before
+    run_stage(config, find_nothing_to_do)
+    after = read(file, stage="gen-trajectories")
+    assert (state(before), state(after)) == ("interrupted", "done")
+    start = "dsno_stage_start_timestamp_seconds"
+    assert before.pop(start)[()] < after.pop(start)[()]
+    del before["dsno_stage_state"], after["dsno_stage_state"]
+    assert after == before
+
+
+def test_the_tasks_of_an_array(config: Config) -> None:
+    """One that is lost says no more; another does its work, and the stage is done until it begins again."""
+
+    def task(place: int, work: Callable[[], None]) -> None:
+        run_stage(config, work, SharedOptions(array=3, place=place))
+
+    folder, lost = config.run_dir / "prometheus", {}
+
+    def until_it_is_lost() -> None:
+        reach(4)()
+        lost.update({file: file.read_bytes() for file in folder.iterdir()})
+
+    def now() -> tuple[str, int | None]:
+        progress = read_progress(config, "gen-trajectories")
+        assert progress is not None
+        return progress.state, progress.done
+
+    assert read_progress(config, "gen-trajectories") is None
+    task(0, until_it_is_lost)
+    for file, content in lost.items():
+        file.write_bytes(content)
+    assert now() == ("running", 4)
+    with pytest.raises(WorkError):
+        task(1, reach(5, WorkError("no")))
+    assert now() == ("failed", 5)
+    task(2, reach(10))
+    with pytest.raises(WorkError):
+        fail_in_another_experiment(config)
+    assert now() == ("done", 10)
+    names = [f"digits-gen-trajectories-{place}.prom" for place in range(3)]
+    assert sorted(file.name for file in folder.iterdir()) == [*names, "digits-gen-trajectories-x-train.prom"]
+    samples = read(folder / names[2], stage="gen-trajectories")
+    assert samples["dsno_trajectories_total"] == {("2",): 10}
+    assert samples["dsno_stage_state"]["done", "2"] == 1
+    with pytest.raises(WorkError):
+        run_stage(config, reach(6, WorkError("no")))  # by itself, for more trajectories
+    assert now() == ("failed", 6)
+    task(1, find_nothing_to_do)
+    assert now() == ("done", 5)
+
+
+def fail_in_another_experiment(config: Config) -> None:
+    """Another experiment with a similar name, which fails."""
+    other = config.model_copy(update={"name": "digits-gen-trajectories-x"})
+    with progress_exported(other, "train"):
+        reach(1, WorkError("no"))()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from tiny import TINY
 
 from dsno_cluster.cluster.crew import Crew
 from dsno_cluster.config import load_config
-from dsno_cluster.errors import UserError
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.provenance import Environment
 from dsno_cluster.trajectories.generate import generate
 from dsno_cluster.trajectories.plan import make_plan
-from dsno_cluster.trajectories.sharing import Share
+from dsno_cluster.trajectories.shards import MadeShards, Shard
+from dsno_cluster.trajectories.sharing import Share, together
 
 TASK = """
 import sys
@@ -92,4 +95,44 @@ def test_the_notes_of_others_are_read_in_place_of_their_shards(tiny_data: Path, 
     (folder / "progress-1.json").write_text(json.dumps({"environment": {"device": "another"}, "shards": []}))
     with pytest.raises(UserError, match="was made on another, this is"):
         generate(config, plan, Crew(actors=1), Share(0, 2))
-    assert not list(folder.glob("shard-*")) and not (folder / "manifest.json").exists()
+    # and the refused task leaves no notes, for which others would be refused
+    assert [file.name for file in folder.iterdir()] == ["progress-1.json"]
+
+
+def test_the_environment_of_all_notes_is_that_of_the_shards() -> None:
+    shard = Shard(key="shard-000000.safetensors", start=0, stop=16, size=1, sha256="0")
+    here = Environment(device="here", versions={}, seconds=2.0)
+    idle = MadeShards(environment=here.model_copy(update={"device": "another"}))
+    found = together([idle, MadeShards(environment=here, shards=((shard, "etag"),))]).environment
+    assert found is not None and (found.device, found.seconds) == ("here", 4.0)
+
+
+def test_a_repair_with_other_bits_is_not_reported_as_done(tiny_data: Path, tmp_path: Path) -> None:
+    """As after an upgrade of a library: the shard made again is not the one that the manifest names."""
+    shutil.copytree(tiny_data / "trajectories", tmp_path / "trajectories")
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tmp_path}"])
+    plan = make_plan(config)
+    folder = tmp_path / plan.folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][2]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / manifest["shards"][2]["key"]).unlink()
+    with pytest.raises(
+        WorkError, match=r"manifest.json: names other bytes for shard-000002.* than were just made"
+    ):
+        generate(config, plan, Crew(actors=1), Share(0, 2))
+
+
+def test_all_is_finished_elsewhere_before_an_actor_is_ready(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={tmp_path}"])
+    plan = make_plan(config)
+
+    def others_finish(*_: object) -> None:
+        shutil.copytree(tiny_data / "trajectories", tmp_path / "trajectories", dirs_exist_ok=True)
+
+    monkeypatch.setattr("dsno_cluster.trajectories.generate.say_compiling", others_finish)
+    monkeypatch.setattr("dsno_cluster.cluster.ray_pool.ELSEWHERE_SECONDS", 0.0)
+    assert generate(config, plan, Crew(actors=1), Share(0, 2)).startswith(str(tmp_path))
+    same_data(tmp_path, tiny_data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from tiny import TINY, answer, dsno
 from training_runs import STUDENT, link_data, metrics, words
 
 from dsno_cluster.config import load_config
+from dsno_cluster.errors import Preempted
 from dsno_cluster.training.metrics_log import MetricsLine, MetricsLog, metrics_file
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # as long as a real one
@@ -113,6 +115,42 @@ def test_training_survives_the_end_of_its_process(tmp_path: Path, capsys: pytest
         log.picture(3, b"", torch.zeros(2, 1, 8, 8))
     assert [row["step"] for row in map(json.loads, log.file.read_text().splitlines())] == [1, 2, 3]
     assert capsys.readouterr().err.count("training.wandb: gets no more figures") == 1
+
+
+def test_training_survives_the_end_of_its_process_while_it_finishes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What wandb then raises has no class in common with its other errors."""
+    from wandb.sdk.mailbox import HandleAbandonedError
+
+    def abandoned(**_: object) -> None:
+        raise HandleAbandonedError
+
+    with pytest.raises(Preempted), new_log(tmp_path, PROJECT) as log:
+        (tracker,) = log.trackers
+        tracker.run.finish, finish = abandoned, tracker.run.finish
+        tracker.wandb.teardown, teardown = abandoned, tracker.wandb.teardown
+        raise Preempted
+    tracker.wandb.teardown = teardown
+    finish()
+    teardown()
+    assert "training.wandb: gets no more figures" in capsys.readouterr().err
+
+
+def test_a_tracker_that_cannot_be_closed_leaves_no_other_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(OSError, match="No space"),
+        new_log(tmp_path, PROJECT, "training.tensorboard=true") as log,
+    ):
+        log.write(line(1))
+        monkeypatch.setattr(log.trackers[0], "close", full)
+    (folder,) = starts(tmp_path / STUDENT)
+    assert of_kind("exit", records(folder))[0]["exit_code"] == 0
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,10 @@ def _over(attempt: Attempt) -> str | None:
     if attempt.read(Result) is not None:
         return "done"
     outcome = attempt.read(Outcome)
-    return None if outcome is None or outcome.state == "again" else outcome.state
+    if outcome is None:  # its batch script was killed; by scancel, as a task may have noted
+        stopped = attempt.read(Stopped)
+        return "cancelled" if stopped is not None and stopped.why == "cancelled" else None
+    return None if outcome.state == "again" else outcome.state
 
 
 def _array_is_done(run: Run) -> bool:
@@ -180,13 +183,17 @@ def _give_up(attempt: Attempt, streak: int, reason: str) -> int:
 
 
 def _cancelling_others(run: Run, status: int) -> int:
-    """Cancel the jobs of a chain or array that wait if nothing is left for them to do; returns `status`."""
-    if (array := run.whole.record()).array is not None and _array_is_done(run):
-        with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
+    """Cancel the jobs of a chain or array that wait if nothing is left for them to do; returns `status`.
+
+    If that fails, those that begin all the same end at once: this job's own outcome stands.
+    """
+    failures = (UserError, WorkError, OSError)
+    with contextlib.suppress(*failures):
+        if (array := run.whole.record()).array is not None and _array_is_done(run):
             cancel_jobs([str(array.job)], pending=True)
-    later, attempts = run.record().jobs[attempt_number() + 1 :], run.attempts()
-    if later and attempts and _over(attempts[-1]) is not None:
-        with contextlib.suppress(UserError, WorkError):  # those that begin all the same end at once
+    with contextlib.suppress(*failures):
+        later, attempts = run.record().jobs[attempt_number() + 1 :], run.attempts()
+        if later and attempts and _over(attempts[-1]) is not None:
             cancel_jobs(later)
     return status
 

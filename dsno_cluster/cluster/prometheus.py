@@ -1,12 +1,14 @@
 """The progress of a stage as a text file of metrics, `<run.dir>/prometheus/<name>-<stage>.prom`, for Prometheus.
 
 The textfile collector of a node exporter reads such files. A file is replaced when there is progress, at
-most every two seconds, by the process that shows it, and keeps its last state when the stage has ended.
+most every two seconds, by the process that shows it, and keeps its last state when the stage has ended. Each
+task of an array has a file of its own, `<name>-<stage>-<task>.prom`, counted from 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     from dsno_cluster.config import Config
 
 FOLDER = "prometheus"
-_STATE, _WRITTEN, _REMAINING = (
+_STATE, _BEGAN, _WRITTEN, _REMAINING = (
     "dsno_stage_state",
+    "dsno_stage_start_timestamp_seconds",
     "dsno_stage_progress_timestamp_seconds",
     "dsno_stage_remaining_seconds",
 )
@@ -56,18 +59,21 @@ FIGURES = {
 }  # fmt: skip
 
 
-def progress_file(config: Config, stage: str) -> Path:
-    """Where a stage of an experiment writes its metrics."""
-    return config.run_dir / FOLDER / f"{config.name}-{stage}.prom"
+def progress_file(config: Config, stage: str, task: int | None = None) -> Path:
+    """Where a stage of an experiment, or a task of its array, writes its metrics."""
+    of_task = "" if task is None else f"-{task}"
+    return config.run_dir / FOLDER / f"{config.name}-{stage}{of_task}.prom"
 
 
 @contextlib.contextmanager
-def progress_exported(config: Config, stage: str) -> Iterator[None]:
+def progress_exported(config: Config, stage: str, task: int | None = None) -> Iterator[None]:
     """In this context the progress of this process is in `progress_file`, and in the end how the work ended.
 
-    A process that shows no progress, such as a rank other than 0, writes nothing.
+    A process that shows no progress writes nothing, such as a rank other than 0, or a start that finds the work done:
+    then only the state that an earlier start left becomes `done`.
     """
-    export = _Export(progress_file(config, stage), {"run": config.name, "stage": stage})
+    labels = {"run": config.name, "stage": stage} | ({} if task is None else {"task": str(task)})
+    export = _Export(progress_file(config, stage, task), labels)
     state = "failed"
     try:
         with console.recording(export.take):
@@ -86,7 +92,7 @@ def progress_exported(config: Config, stage: str) -> Iterator[None]:
 class StageProgress:
     """How far a stage is: `done` of `planned` in its `unit`, None before any was counted; its state since `written`.
 
-    `remaining`: seconds until that work is done, if known. Times are seconds of the epoch.
+    `began`: when its last start did. `remaining`: seconds until that work is done, if known. Times are seconds of the epoch.
     """
 
     state: str
@@ -94,16 +100,33 @@ class StageProgress:
     done: int | None
     planned: int | None
     remaining: float | None
+    began: float
     written: float
 
 
 def read_progress(config: Config, stage: str) -> StageProgress | None:
-    """What the `progress_file` of a stage says; None if there is none that can be read."""
+    """What the `progress_file` of a stage says; None if there is none that can be read.
+
+    Of several, as the tasks of an array have them, the file counts that says `done`, unless a task began after that;
+    else the one that was written last.
+    """
+    whole = progress_file(config, stage)
+    names = re.compile(re.escape(whole.stem) + r"(-\d+)?" + re.escape(whole.suffix))
+    try:
+        files = [file for file in whole.parent.iterdir() if names.fullmatch(file.name)]
+    except OSError:
+        return None
+    found = [progress for file in files if (progress := _read(file)) is not None]
+    begun = max((progress.began for progress in found), default=0.0)
+    ended = [p for p in found if p.state == "done" and max(p.began, p.written) >= begun]
+    return max(ended or found, key=lambda progress: progress.written, default=None)
+
+
+def _read(file: Path) -> StageProgress | None:
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
-        text = progress_file(config, stage).read_text()
-        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        samples = [s for family in text_string_to_metric_families(file.read_text()) for s in family.samples]
     except (OSError, ValueError):
         return None
     values = {sample.name: sample.value for sample in samples if sample.name != _STATE}
@@ -118,6 +141,7 @@ def read_progress(config: Config, stage: str) -> StageProgress | None:
         done=int(values[f"{name}_total"]) if counted else None,
         planned=int(values[f"{name}_planned"]) if counted else None,
         remaining=values.get(_REMAINING),
+        began=values.get(_BEGAN, 0.0),
         written=values[_WRITTEN],
     )
 
@@ -126,6 +150,7 @@ class _Export:
     def __init__(self, file: Path, labels: dict[str, str]) -> None:
         self.file, self.labels, self.began = file, labels, time.time()
         self.metrics: dict[str, Metric] = {}
+        self.before = self._content()
 
     def take(self, tally: console.Tally) -> None:
         if tally.unit in UNITS:
@@ -137,9 +162,7 @@ class _Export:
             self._set(_REMAINING, "gauge", "Until this work is done, by its rate since this start", seconds)
         for name, value in tally.recorded.items():
             self._set(*FIGURES[name], value)
-        self._set(
-            "dsno_stage_start_timestamp_seconds", "gauge", "When this start of the stage began", self.began
-        )
+        self._set_beginning()
         self._set(
             _WRITTEN,
             "gauge",
@@ -149,9 +172,22 @@ class _Export:
         self._write("running")
 
     def end(self, state: str) -> None:
-        """Write the last state, if any progress was written before."""
+        """Write the last state, if any progress was written before: by this start, or by an earlier one if the work is done."""
+        if not self.metrics and state == "done" and self.before and self._content() == self.before:
+            self.metrics = _metrics_of(self.before)
         if self.metrics:
+            self._set_beginning()
             self._write(state)
+
+    def _content(self) -> str:
+        """What the file holds, empty if it cannot be read. Another process of this start may replace it."""
+        try:
+            return self.file.read_text()
+        except (OSError, ValueError):
+            return ""
+
+    def _set_beginning(self) -> None:
+        self._set(_BEGAN, "gauge", "When this start of the stage began", self.began)
 
     def _set(self, name: str, kind: str, meaning: str, value: console.Figure) -> None:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -183,6 +219,16 @@ class _Export:
         for each in STATES:
             metric.add_metric([*self.labels.values(), each], float(each == state))
         return metric
+
+
+def _metrics_of(text: str) -> dict[str, Metric]:
+    """The metrics in a file's text besides the state, by name; none if it cannot be read."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        return {m.name: m for m in text_string_to_metric_families(text) if m.name != _STATE}
+    except ValueError:
+        return {}
 
 
 @dataclass(eq=False)

@@ -95,7 +95,7 @@ class Stage(Generic[Options]):
     def run(self, config: Config, options: Options, ray_address: str | None, found: Any) -> StageResult:
         """Do the work, its progress exported. Afterwards its memory on a GPU is there for the next stage, also if it failed."""
         try:
-            with progress_exported(config, self.name):
+            with progress_exported(config, self.name, _place(options)):
                 return self.work(config, options, ray_address, found)
         except BaseException as error:
             _drop_variables(error)
@@ -105,6 +105,11 @@ class Stage(Generic[Options]):
                 from dsno_cluster.device import give_back_memory
 
                 give_back_memory()
+
+
+def _place(options: StageOptions) -> int | None:
+    """The place of this task in the array that shares the stage, None if it works by itself."""
+    return options.place if isinstance(options, SharedOptions) and options.array > 1 else None
 
 
 def _drop_variables(error: BaseException | None) -> None:

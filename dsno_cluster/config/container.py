@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dsno_cluster.config.base import Strict
+from dsno_cluster.config.base import SECRETS, Strict
 from dsno_cluster.config.paths import ContainerImage, Mount
 
 
 def _words(options: tuple[str, ...]) -> tuple[str, ...]:
     for option in options:
+        names = re.findall(r"([\w-]+)=", option)  # both of --env=NAME=value
+        if (name := next((name for name in names if re.search(SECRETS, name.upper())), None)) is not None:
+            raise ValueError(
+                f"{name} looks like a secret, and the script would show it; set it in the shell that submits"
+            )
         if not option.startswith("-"):
             raise ValueError(f"{option!r} is not an option, which begins with - and has its value after =")
     return options

@@ -189,7 +189,7 @@ def frechet(metric: str, moments: Moments, features_ND: np.ndarray, reference: G
 
 
 def check_width(metric: str, mean: np.ndarray, reading: Reading) -> None:
-    """Raises UserError if imported means do not have the width that the layer has, if its name tells it."""
+    """Raises UserError if imported means do not have the width that the layer has, if its name says it."""
     if reading.layer == SPATIAL:
         _check_width(metric, mean, SPATIAL_WIDTH)
     if reading.layer.isdecimal():

@@ -1,4 +1,4 @@
-"""Inception with the layer of sFID, which torch-fidelity's has not, and with clean-fid's way of resizing."""
+"""Inception with the layer of sFID, which torch-fidelity's lacks, and with clean-fid's way of resizing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WithSpatial(nn.Module):
 
     @staticmethod
     def layers_of_inception(layers: Sequence[str]) -> list[str]:
-        """The layers that the network inside must give for these; one that is far enough behind `spatial` if it is alone."""
+        """The layers that the network inside must give for these; if only `spatial` is asked for, one that lies behind it."""
         return [layer for layer in layers if layer != SPATIAL] or ["768"]
 
     def _keep(self, _block: nn.Module, _inputs: object, output: Tensor) -> None:

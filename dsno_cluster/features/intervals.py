@@ -13,7 +13,7 @@ from dsno_cluster.features.statistics import Gaussian, Moments
 
 Z_95 = 1.959964  # of the normal distribution: 95 % lie within this many standard deviations
 ROWS = 4096  # features at a time
-RANK = 1e-10  # an eigenvalue below this share of the largest is zero but for rounding
+RANK = 1e-10  # an eigenvalue below this share of the largest is zero up to rounding
 
 
 def of_mean(influence_N: np.ndarray) -> float:

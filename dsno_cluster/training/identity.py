@@ -21,7 +21,7 @@ class Inputs:
 
     `trajectories` is the folder of its data set, `other_folders` are those by which earlier versions know it. `start` is the
     student that it begins with; `teacher` and `images` are hashes of the teacher and of the real images that distribution
-    matching uses, and `features` those of the Frechet loss.
+    matching uses, and `features` names the extractor of the Frechet loss and the sha256 of its weights.
     """
 
     trajectories: str

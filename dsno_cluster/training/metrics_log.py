@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for tracker in self.trackers:
-            tracker.close(failed=kind is not None)
+        with contextlib.ExitStack() as all_of_them:  # also after one that raises
+            for tracker in reversed(self.trackers):
+                all_of_them.callback(tracker.close, failed=kind is not None)
 
     def write(self, line: MetricsLine) -> None:
         try:

@@ -34,6 +34,7 @@ from dsno_cluster.trajectories.shards import (
     Manifest,
     Shard,
     commit_manifest,
+    contradiction,
     keep_vanishing,
     make_manifest,
     read_made_shards,
@@ -161,6 +162,7 @@ def _complete(
             raise
         found = _shards_there(storage, plan)  # what the manifest names must be there
         if share is not None:
+            _check_named(storage, plan, named, made, found)  # if others commit, nothing else compares them
             if (committed := _wait_for_notes(storage, plan, found)) is not None:
                 return committed.shards, committed.environment
             notes = read_all_notes(storage, plan.folder)
@@ -178,6 +180,19 @@ def _shards_there(storage: Storage, plan: Plan) -> dict[str, Stat]:
 
 def _unnamed(found: Mapping[str, Stat], named: Mapping[str, Shard]) -> dict[str, Stat]:
     return {key: stat for key, stat in found.items() if key not in named}
+
+
+def _check_named(
+    storage: Storage,
+    plan: Plan,
+    named: Mapping[str, Shard],
+    made: MadeShards,
+    found: Mapping[str, Stat],
+) -> None:
+    """Raises WorkError if a shard that was `made` again, and is there, has other bytes than the manifest names."""
+    for key, (shard, etag) in made.by_key.items():
+        if key in named and named[key] != shard and key in found and found[key].etag == etag:
+            raise contradiction(f"{storage.url}/{plan.folder}", key)
 
 
 def _wait_for_notes(storage: Storage, plan: Plan, found: Mapping[str, Stat]) -> Manifest | None:
@@ -370,7 +385,13 @@ def _make_shards(
             present.append(environment)
             note()  # before the first shard, so that it is known what made each existing shard
             if share is not None:  # of two tasks that begin together, one at least sees the other's
-                check_same_environment(environment, environments_noted(storage, plan.folder), where)
+                try:
+                    check_same_environment(environment, environments_noted(storage, plan.folder), where)
+                except UserError:  # the others must not be refused for what this task has not made
+                    present.clear()
+                    with contextlib.suppress(WorkError):  # report the refusal
+                        unnote()
+                    raise
         check_alike(environment, present[0])
 
     say_compiling(config, plan.spec)
@@ -384,6 +405,12 @@ def _make_shards(
     def note() -> None:
         if present:
             write_made_shards(storage, plan.folder, made(), notes_file)
+
+    def unnote() -> None:
+        if before.shards:
+            write_made_shards(storage, plan.folder, before, notes_file)
+        else:
+            storage.delete(plan.folder + notes_file)
 
     with open_ray(crew, settings.threads) as cluster:
         began, finished = time.monotonic(), 0
@@ -420,7 +447,7 @@ def _make_shards(
             collect_shards(pool, lines, note, finish_one)
             if share is not None:
                 note()
-    return made()
+    return made() if present else before  # all were finished elsewhere before an actor was ready
 
 
 def collect_shards(

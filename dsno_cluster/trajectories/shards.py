@@ -237,6 +237,10 @@ def missing_shard(where: str) -> WorkError:
     return WorkError(f"{where}: is missing, though the manifest names it; {REPAIR}")
 
 
+def contradiction(where: str, key: str) -> WorkError:
+    return WorkError(f"{where}{MANIFEST}: names other bytes for {key} than were just made")
+
+
 def read_manifest(storage: Storage, folder: str) -> tuple[Manifest, str] | None:
     """The manifest below `folder` and the etag to replace it with, or None if there is none.
 
@@ -288,9 +292,7 @@ def commit_manifest(storage: Storage, folder: str, manifest: Manifest) -> None:
             common = min(len(theirs), len(manifest.shards))
             if theirs[:common] != manifest.shards[:common]:
                 bad = next(a.key for a, b in zip(theirs, manifest.shards, strict=False) if a != b)
-                raise WorkError(
-                    f"{storage.url}/{folder}{MANIFEST}: names other bytes for {bad} than were just made"
-                )
+                raise contradiction(f"{storage.url}/{folder}", bad)
             if len(theirs) >= len(manifest.shards):
                 return
         try:

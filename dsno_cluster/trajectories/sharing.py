@@ -51,9 +51,10 @@ def environments_noted(storage: Storage, folder: str) -> list[Environment]:
 
 
 def together(notes: Sequence[MadeShards]) -> MadeShards:
-    """All notes as those of one task, which took the time of all."""
+    """All notes as those of one task, which took the time of all; its environment is one that made shards, if any did."""
     shards = {key: line for one in notes for key, line in one.by_key.items()}
-    environments = [one.environment for one in notes if one.environment is not None]
+    first_those_with_shards = sorted(notes, key=lambda one: not one.shards)
+    environments = [one.environment for one in first_those_with_shards if one.environment is not None]
     if not environments:
         return MadeShards(shards=tuple(shards.values()))
     seconds = round(sum(environment.seconds or 0.0 for environment in environments), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -44,10 +45,14 @@ def container_words(container: Container, config: Config, gpus: bool) -> tuple[l
 
 
 def _files_of(values: Any) -> Iterator[str]:
-    """The files and folders that exist among the values of a config."""
+    """The files and folders that exist among the values of a config, and those in which the files of a pattern are."""
     if isinstance(values, str):
         if os.path.isabs(values) and os.path.exists(values):
             yield values
+        elif os.path.isabs(values) and len(plain := re.split(r"[*?{\[]", values, maxsplit=1)) > 1:
+            folder = os.path.dirname(plain[0])  # such as /data of /data/in64-{000..146}.tar
+            if folder != "/" and os.path.isdir(folder):
+                yield folder
     elif isinstance(values, dict):
         yield from _files_of(list(values.values()))
     elif isinstance(values, list):

@@ -305,6 +305,8 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
 
 def _restart(record: RunRecord, job: str) -> str:
     """What lets the work of a job continue that stands still."""
+    if record.successors and job == record.jobs[-1]:
+        return f"it is the last of its chain: `scancel {job}`, then the same command resumes"
     if record.successors:
         return f"`scancel {job}` lets the next job of its chain continue"
     return f"`scontrol requeue {job}` starts it again"
@@ -360,9 +362,9 @@ def _submit(submission: Submission, after: Run | None) -> Run:
     run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
     jobs: list[str] = []
     root = submission.config.storage.root
-    if submission.profile.container is not None and "://" not in root:
-        Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
     try:
+        if submission.profile.container is not None and "://" not in root:
+            Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
         while len(jobs) < submission.profile.chain:
             executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
             with _clean_environment(submission.profile):

@@ -81,7 +81,7 @@ class WeightsAndBiases:
 
     def close(self, *, failed: bool) -> None:
         self._unless_ended(lambda: self.run.finish(exit_code=int(failed)))
-        with contextlib.suppress(self.wandb.Error, OSError):
+        with contextlib.suppress(Exception):  # as in `_unless_ended`
             self.wandb.teardown()  # its process, and what would complain about the end of that when Python exits
 
     def _unless_ended(self, work: Callable[[], object]) -> None:
@@ -90,7 +90,7 @@ class WeightsAndBiases:
             return
         try:
             work()
-        except (self.wandb.Error, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (wandb's errors have no common class, and none may end a training)
             self.ended = True
             console.say(
                 f"training.wandb: gets no more figures ({said_by('wandb', error)}); metrics.jsonl has them all"
