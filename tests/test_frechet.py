@@ -13,16 +13,10 @@ from torch import Tensor
 
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.extractors import Extractor, find_weights, layer_of, load_extractor
-from dsno_cluster.features.statistics import frechet_distance
+from dsno_cluster.features.statistics import Gaussian, frechet_distance
+from dsno_cluster.features.transport import gaussian_of, mixed, root_of, transport
 from dsno_cluster.files import file_sha256
-from dsno_cluster.training.objectives.frechet import FrechetTerm, frechet_loss, moments_of_images
-from dsno_cluster.training.objectives.transport import (
-    Gaussian,
-    gaussian_of,
-    mixed,
-    root_of,
-    transport,
-)
+from dsno_cluster.training.objectives.frechet import FrechetTerm, frechet_loss, gaussian_of_images
 
 CPU = torch.device("cpu")
 
@@ -31,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def diagonal(mean: list[float], variances: list[float]) -> Gaussian:
+def diagonal(mean: list[float], variances: list[float]) -> Gaussian[Tensor]:
     covariance = torch.diag(torch.tensor(variances, dtype=torch.float64))
     return Gaussian(torch.tensor(mean, dtype=torch.float64), covariance)
 
@@ -103,7 +97,7 @@ def test_moments_follow_the_latest_samples() -> None:
     """They are those of all samples until there are `population`; then a sample's share falls by its batch's."""
     extractor = digits_extractor()
     pictures = (255 * normal(96, 1, 8, 8).sigmoid()).to(torch.uint8)
-    real = moments_of_images(extractor, pictures.split(40))
+    real = gaussian_of_images(extractor, pictures.split(40))
     assert torch.allclose(real.mean, gaussian_of(extractor(pictures)["64"]).mean)
     term = FrechetTerm(extractor, None, real, population=24, world_size=1, device=CPU)
     states = [torch.tanh(normal(8, 1, 8, 8, seed=seed)).float() for seed in range(4)]
@@ -172,7 +166,7 @@ def test_samples_get_the_moments_of_real_images() -> None:
     term = FrechetTerm(
         extractor,
         None,
-        moments_of_images(extractor, [pictures]),
+        gaussian_of_images(extractor, [pictures]),
         population=100,
         world_size=1,
         device=CPU,

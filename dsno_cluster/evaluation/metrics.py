@@ -89,7 +89,7 @@ class Reference:
     """
 
     identity: DataIdentity | ReferenceParts
-    statistics: dict[str, Gaussian]
+    statistics: dict[str, Gaussian[np.ndarray]]
     count: int | None
     resolution: int | None
     features: dict[str, np.ndarray] = field(default_factory=dict)
@@ -175,7 +175,7 @@ def _pair(reading: Reading, samples: Collected, reference: Reference | None) -> 
     return samples.features[reading.key], reference.features[reading.key]
 
 
-def frechet(metric: str, moments: Moments, features_ND: np.ndarray, reference: Gaussian) -> Found:
+def frechet(metric: str, moments: Moments, features_ND: np.ndarray, reference: Gaussian[np.ndarray]) -> Found:
     """Frechet distance (Heusel et al. 2017) of samples, with their moments, from the reference; its interval.
 
     Raises UserError if features on either side are not finite.

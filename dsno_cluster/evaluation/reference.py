@@ -142,7 +142,7 @@ def _statistics(file: Path, settings: Evaluation) -> Reference | None:
     return Reference(identity, found, settings.reference_count, resolution)
 
 
-def _read_statistics(file: Path, names: tuple[str, str]) -> Gaussian:
+def _read_statistics(file: Path, names: tuple[str, str]) -> Gaussian[np.ndarray]:
     """The mean (D,) and covariance (D, D) of these names. Raises UserError unless they are of real, finite numbers."""
     mean, covariance = read_arrays(file, list(names))
     named = tuple(zip(names, (mean, covariance), strict=True))

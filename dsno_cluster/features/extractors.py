@@ -17,11 +17,13 @@ from torch_fidelity.utils import create_feature_extractor
 
 from dsno_cluster import console
 from dsno_cluster.config import Evaluation
+from dsno_cluster.device import allowing_tf32
 from dsno_cluster.errors import UserError, WorkError, said_by
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.classifiers import CLASSIFIERS, Classifier
 from dsno_cluster.features.fidelity_internals import accepting_floats
 from dsno_cluster.features.inception import CLEAN, SPATIAL, WithSpatial
+from dsno_cluster.features.statistics import Moments, merge, moments_on_device
 from dsno_cluster.features.vision_transformers import TRANSFORMERS, check_installed
 from dsno_cluster.files import cache_folder, file_sha256, not_there, written_aside
 from dsno_cluster.model_folder import package_path
@@ -166,7 +168,7 @@ def find_all_weights(settings: Evaluation) -> dict[str, WeightsFile]:
         if name in found:
             continue
         if name == settings.feature_extractor:
-            found[name] = find_weights(name, settings.weights_path, settings.weights_sha256)
+            found[name] = main_weights(settings)
         else:
             found[name] = find_weights(
                 name,
@@ -232,12 +234,17 @@ def find_weights(
     return weights
 
 
+def main_weights(settings: Evaluation) -> WeightsFile:
+    """The checked weights of `evaluation.feature_extractor`. Raises as `find_weights` does."""
+    return find_weights(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
+
+
 def check_given_weights(settings: Evaluation) -> None:
     """Raises as `find_weights` does for the weights that the config names itself; downloads nothing."""
     used = {reading.extractor for reading in find_readings(settings).values()}
     other = settings.precision_recall_extractor
     if settings.weights_path and settings.feature_extractor in used:
-        find_weights(settings.feature_extractor, settings.weights_path, settings.weights_sha256)
+        main_weights(settings)
     if settings.precision_recall_weights_path and other in used and other != settings.feature_extractor:
         find_weights(
             other, settings.precision_recall_weights_path, settings.precision_recall_weights_sha256, OTHER_KEY
@@ -271,19 +278,21 @@ def load_extractor(
 ) -> Extractor:
     """The extractor, giving `layers`, on `device` (default: the GPU that this process uses, or the CPU).
 
-    Raises WorkError if the file has changed, and UserError if its weights are not this extractor's.
+    torch's global random numbers are left as they are. Raises WorkError if the file has changed, and UserError if its
+    weights are not this extractor's.
     """
     if (found := file_sha256(weights.path)) != weights.sha256:
         raise WorkError(f"{weights.path}: has sha256 {found} now, not {weights.sha256}")
     layers = tuple(dict.fromkeys(layers))
     try:
-        network = create_feature_extractor(
-            weights.extractor,
-            WithSpatial.layers_of_inception(layers),
-            cuda=False,
-            feature_extractor_weights_path=str(weights.path),
-            verbose=False,
-        )
+        with torch.random.fork_rng(devices=[]):  # layers draw their weights before they are given them
+            network = create_feature_extractor(
+                weights.extractor,
+                WithSpatial.layers_of_inception(layers),
+                cuda=False,
+                feature_extractor_weights_path=str(weights.path),
+                verbose=False,
+            )
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
@@ -294,6 +303,27 @@ def load_extractor(
         network = WithSpatial(network, layers)
     network.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Extractor(network, 1 if weights.extractor in CLASSIFIERS else 3, layers)
+
+
+def load_fid_extractor(settings: Evaluation, shape: Sequence[int], device: torch.device) -> Extractor:
+    """The extractor of `evaluation.feature_extractor` with the layer that `fid` reads, for samples (C, H, W) of that shape.
+
+    Raises UserError or WorkError as `main_weights` and `load_extractor`, and UserError if it does not read such samples.
+    """
+    weights = main_weights(settings)
+    check_shape([weights.extractor], shape, "the samples")
+    return load_extractor(weights, [layer_of(weights.extractor, "fid")], device)
+
+
+@torch.no_grad()
+def moments_of_images(extractor: Extractor, batches: Iterable[Tensor]) -> Moments:
+    """The moments of the features of images, uint8 (n, C, H, W), which are drawn as they are needed, by the only layer.
+
+    In float32, as `eval` has them: a training may allow TensorFloat-32 in the whole process.
+    """
+    (layer,) = extractor.layers
+    with allowing_tf32(False):
+        return merge(moments_on_device(extractor(images)[layer]) for images in batches)
 
 
 def _check_known(name: str) -> None:

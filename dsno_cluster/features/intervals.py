@@ -10,10 +10,10 @@ import math
 import numpy as np
 
 from dsno_cluster.features.statistics import Gaussian, Moments
+from dsno_cluster.features.transport import as_tensors, root_of, transport
 
-Z_95 = 1.959964  # of the normal distribution: 95 % lie within this many standard deviations
+Z_95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations of its mean
 ROWS = 4096  # features at a time
-RANK = 1e-10  # an eigenvalue below this share of the largest is zero up to rounding
 
 
 def of_mean(influence_N: np.ndarray) -> float:
@@ -25,18 +25,21 @@ def of_mean(influence_N: np.ndarray) -> float:
     return float(Z_95 * influence_N.std(ddof=1) / math.sqrt(len(influence_N)))
 
 
-def of_frechet_distance(features_ND: np.ndarray, samples: Moments, reference: Gaussian) -> float | None:
+def of_frechet_distance(
+    features_ND: np.ndarray, samples: Moments, reference: Gaussian[np.ndarray]
+) -> float | None:
     """That of the Frechet distance of features (N, D), of which `samples` are the moments, from a reference's.
 
     None if there are not more samples than features, whose covariance then has no inverse.
 
     With z = x - m, the influence of x is 2 (m - m_r).z + z'(I - T) z up to a constant, since the derivatives of the distance are
-    2 (m - m_r) by the mean m and I - T by the covariance C; T = R (R C R)^(-1/2) R with R = C_r^(1/2) is the optimal map
-    from the samples' Gaussian to the reference's (Dowson & Landau 1982).
+    2 (m - m_r) by the mean m and I - T by the covariance C; T is the map of `transport` from the samples' Gaussian to the
+    reference's.
     """
     if samples.count <= len(samples.mean):
         return None
-    to_reference = _optimal_map(samples.covariance, reference.covariance)
+    target = as_tensors(reference)
+    to_reference = transport(as_tensors(samples.gaussian), target, root_of(target.covariance)).map.numpy()
     slope = (np.eye(len(samples.mean)) - to_reference).astype(np.float32)
     shift = samples.mean - reference.mean
     influence = []
@@ -45,17 +48,6 @@ def of_frechet_distance(features_ND: np.ndarray, samples: Moments, reference: Ga
         quadratic = np.einsum("nd,nd->n", centred.astype(np.float32) @ slope, centred)
         influence.append(2 * centred @ shift + quadratic)
     return of_mean(np.concatenate(influence))
-
-
-def _optimal_map(covariance: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The symmetric matrix T with T C T = the target's covariance."""
-    values, vectors = np.linalg.eigh(target)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    values, vectors = np.linalg.eigh(root @ covariance @ root)
-    some = values > RANK * values.max()
-    halves = root @ vectors[:, some] / values[some] ** 0.25
-    found: np.ndarray = halves @ halves.T
-    return found
 
 
 def of_subsets(deviation: float, subsets: int, size: int, count: int) -> float | None:

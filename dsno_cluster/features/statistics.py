@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from dsno_cluster.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Array = TypeVar("Array", "np.ndarray", "Tensor")
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,16 @@ class Moments:
         return self.m2 / (self.count - 1)
 
     @property
-    def gaussian(self) -> Gaussian:
+    def gaussian(self) -> Gaussian[np.ndarray]:
         return Gaussian(self.mean, self.covariance)
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Generic[Array]):
     """Mean (D,) and covariance (D, D) of features, float64."""
 
-    mean: np.ndarray
-    covariance: np.ndarray
+    mean: Array
+    covariance: Array
 
 
 def moments_of(features: np.ndarray) -> Moments:
@@ -121,7 +124,7 @@ class BlockMerger:
         return next(iter(self.waiting.values()))
 
 
-def distance_from(samples: Moments, reference: Gaussian) -> float:
+def distance_from(samples: Moments, reference: Gaussian[np.ndarray]) -> float:
     """The Frechet distance of samples from a reference.
 
     Raises UserError if features on either side are not finite.

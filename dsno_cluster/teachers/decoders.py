@@ -166,18 +166,19 @@ class LoadedDecoder:
 
         return torch.cat(list(self.parts(latents_NCHW)))
 
-    def parts(self, latents_NCHW: Tensor) -> Iterator[Tensor]:
-        """The images of so few latents at a time that the decoder's largest tensor stays below `MOST_ELEMENTS`.
+    def at_a_time(self, latents_NCHW: Tensor) -> int:
+        """How many of such latents can be decoded at a time, so that the decoder's largest tensor stays below `MOST_ELEMENTS`."""
+        pixels = latents_NCHW.shape[-2] * latents_NCHW.shape[-1] * self.decoder.factor**2
+        return self.decoder.at_a_time(pixels)
 
-        They have gradients if the latents do.
-        """
+    def parts(self, latents_NCHW: Tensor) -> Iterator[Tensor]:
+        """The images of `at_a_time` latents after the other. They have gradients if the latents do."""
         import torch
 
         parameter = next(self.network.parameters())
         scale, shift = self.decoder.scale_and_shift(parameter.device)
-        pixels = latents_NCHW.shape[-2] * latents_NCHW.shape[-1] * self.decoder.factor**2
         with torch.set_grad_enabled(latents_NCHW.requires_grad and torch.is_grad_enabled()):
-            for part in latents_NCHW.split(self.decoder.at_a_time(pixels)):
+            for part in latents_NCHW.split(self.at_a_time(latents_NCHW)):
                 scaled = part.to(parameter.device, torch.float32) * scale + shift
                 image = self.network.decode(scaled.to(parameter.dtype), return_dict=False)[0]
                 yield image.float().to(latents_NCHW.device)

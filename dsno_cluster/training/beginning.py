@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
-from dsno_cluster.features.extractors import check_differentiable, find_weights
+from dsno_cluster.features.extractors import check_differentiable, main_weights
 from dsno_cluster.model_folder import FeatureWeights, StartModel
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
@@ -121,7 +121,7 @@ def _inputs(
     config: Config, teacher: ConfiguredTeacher | None, folder: str, other_folders: tuple[str, ...] = ()
 ) -> Inputs:
     """What a training of this config reads. Raises UserError if the student that it starts from is not there, and as
-    `find_weights`.
+    `main_weights`.
     """
     images = teacher_hash = features = None
     if config.training.objective == "distribution":
@@ -129,9 +129,8 @@ def _inputs(
         if config.training.distribution.needs_images:
             images = find_real_images(config, teacher, quiet=True)
         if config.training.distribution.frechet_weight:
-            measured = config.evaluation
-            check_differentiable(measured.feature_extractor, "training.distribution.frechet_weight")
-            found = find_weights(measured.feature_extractor, measured.weights_path, measured.weights_sha256)
+            check_differentiable(config.evaluation.feature_extractor, "training.distribution.frechet_weight")
+            found = main_weights(config.evaluation)
             features = FeatureWeights(extractor=found.extractor, sha256=found.sha256)
         teacher_hash = canonical_hash(teacher.info.identity.model_dump(mode="json"))
     return Inputs(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,11 +19,11 @@ from dsno_cluster.teachers import ConfiguredTeacher, states_of
 from dsno_cluster.training.beginning import Beginning
 from dsno_cluster.training.heldout_distance import HeldOutDistance
 from dsno_cluster.training.judging import images_to_judge_by
+from dsno_cluster.training.kept_tensors import kept_tensors
 from dsno_cluster.training.metrics_log import metrics_file
 from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
 from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples, spec_of
-from dsno_cluster.weight_files import NotWeights, parse_safetensors
 
 
 @dataclass(frozen=True)
@@ -120,18 +119,15 @@ def heldout_states(
     key = canonical_hash({"spec": spec.model_dump(mode="json"), "seed": seed, "samples": count})
     folder = FolderStorage(metrics_file(config).parent)
     name = f"heldout-{key}.safetensors"
-    if folder.stat(name) is not None:
-        try:
-            return parse_safetensors(folder.read(name), name)["states"].to(device)
-        except (NotWeights, KeyError) as error:
-            console.say(f"note: {error}; it is made again")
-    console.say(f"solving {count} held-out trajectories with the teacher")
-    # too few samples for the minutes of compiling
-    network = teacher.load(compile=False).to(device)
-    parts = []
-    for start in range(0, count, config.trajectories.batch_size):
-        indices = range(start, min(start + config.trajectories.batch_size, count))
-        parts.append(solve_samples(spec, network, seed, indices)[0].float())
-    states = torch.cat(parts)
-    folder.write(name, safetensors.torch.save({"states": states.cpu().contiguous()}))
-    return states.to(device)
+
+    def solve() -> dict[str, Tensor]:
+        console.say(f"solving {count} held-out trajectories with the teacher")
+        # too few samples for the minutes of compiling
+        network = teacher.load(compile=False).to(device)
+        parts = []
+        for start in range(0, count, config.trajectories.batch_size):
+            indices = range(start, min(start + config.trajectories.batch_size, count))
+            parts.append(solve_samples(spec, network, seed, indices)[0].float())
+        return {"states": torch.cat(parts)}
+
+    return kept_tensors(folder, name, ["states"], solve)["states"].to(device)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.device import allowing_tf32
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError
-from dsno_cluster.features.extractors import check_shape, find_weights, layer_of, load_extractor
-from dsno_cluster.features.statistics import Moments, distance_from, merge, moments_on_device
+from dsno_cluster.features.extractors import check_shape, load_fid_extractor, moments_of_images
+from dsno_cluster.features.statistics import distance_from
 from dsno_cluster.images import to_uint8
 from dsno_cluster.teachers import LoadedDecoder
 
@@ -39,19 +38,15 @@ class HeldOutDistance:
         """`real`: batches of uint8 images (N, C, H, W), read once; `samples`: of the student, 2 or more.
 
         `decoder` makes the images of the student's states; None: these are images. Raises UserError or WorkError as
-        `find_weights` does, and UserError for images that the extractor does not read or a single real one.
+        `load_fid_extractor` does, and UserError for images that the extractor does not read or a single real one.
         """
         settings = config.evaluation
-        name = settings.feature_extractor
-        weights = find_weights(name, settings.weights_path, settings.weights_sha256)
         self.seed, self.samples, self.batch_size = settings.seed, samples, settings.batch_size
         self.state_shape, self.num_classes = config.network.state_shape, config.network.num_classes
-        self.decoder, self.device, self.layer = decoder, device, layer_of(name, "fid")
+        self.decoder, self.device = decoder, device
         shape = self.state_shape if decoder is None else decoder.decoder.image_shape(self.state_shape)
-        check_shape([name], shape, "the samples")
-        with torch.random.fork_rng(devices=[]):  # layers draw their weights before they are given them
-            self.extractor = load_extractor(weights, [self.layer], device)
-        found = self._moments(_checked(real, name))
+        self.extractor = load_fid_extractor(settings, shape, device)
+        found = moments_of_images(self.extractor, _checked(real, settings.feature_extractor))
         if found.count < 2:
             raise UserError("the held-out real images: their distance needs 2 or more, there is 1")
         self.real = found.gaussian
@@ -62,7 +57,7 @@ class HeldOutDistance:
         `sample` gives states (N, C, H, W) in [-1, 1] from noise of that shape on the device and labels (N,) on the CPU,
         which are None without classes. Raises UserError if features are not finite.
         """
-        return distance_from(self._moments(self._images(sample)), self.real)
+        return distance_from(moments_of_images(self.extractor, self._images(sample)), self.real)
 
     def _images(self, sample: Callable[[Tensor, Tensor | None], Tensor]) -> Iterator[Tensor]:
         """The student's images, uint8 (N, C, H, W), `evaluation.batch_size` at a time."""
@@ -74,12 +69,6 @@ class HeldOutDistance:
             states = sample(noise, labels)
             parts = [states] if self.decoder is None else self.decoder.parts(states)
             yield torch.cat([to_uint8(part) for part in parts])
-
-    @torch.no_grad()
-    def _moments(self, batches: Iterable[Tensor]) -> Moments:
-        """Moments of the features of images, which are drawn as they are needed; in float32, as `eval` has them."""
-        with allowing_tf32(False):  # a training may allow it in the whole process
-            return merge(moments_on_device(self.extractor(images)[self.layer]) for images in batches)
 
 
 def _checked(real: Iterable[Tensor], extractor: str) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from dsno_cluster.config import Config
 from dsno_cluster.device import autocast_to
 from dsno_cluster.diffusion.guidance import guided
 from dsno_cluster.diffusion.schedule import alpha_sigma
+from dsno_cluster.features.statistics import Gaussian
 from dsno_cluster.students.dsno import form_of
 from dsno_cluster.teachers import ConfiguredTeacher
 from dsno_cluster.teachers.fake_score import FakeScore, trainable_copy
@@ -36,7 +37,6 @@ from dsno_cluster.training.objectives.matching import (
     with_noise,
 )
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
-from dsno_cluster.training.objectives.transport import Gaussian
 from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.reader import Batch
 
@@ -286,14 +286,14 @@ def begin_distribution(
     teacher: ConfiguredTeacher,
     real: RealImages | None,
     device: torch.device,
-    real_moments: Gaussian | None = None,
+    real_moments: Gaussian[Tensor] | None = None,
     world_size: int = 1,
 ) -> DistributionObjective:
     """The objective with what its terms need on `device`: the teacher and a copy of it as the fake score network, and for the
     Frechet loss the extractor and `real_moments`, those of the real images.
 
     Raises UserError for a teacher of which there is no copy, and as `ConfiguredTeacher.load`, `RealImages.states` and
-    `find_weights` do.
+    `load_fid_extractor` do.
     """
     settings, matching, frechet = config.training.distribution, None, None
     if settings.needs_fake_score:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import safetensors.torch
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,24 +22,16 @@ from dsno_cluster.device import allowing_tf32
 from dsno_cluster.errors import UserError
 from dsno_cluster.features.extractors import (
     Extractor,
-    WeightsFile,
-    check_shape,
-    find_weights,
-    layer_of,
-    load_extractor,
+    load_fid_extractor,
+    main_weights,
+    moments_of_images,
 )
+from dsno_cluster.features.statistics import Gaussian
+from dsno_cluster.features.transport import Transport, as_tensors, gaussian_of, mixed, root_of, transport
 from dsno_cluster.storage import FolderStorage
 from dsno_cluster.teachers import LoadedDecoder, States
-from dsno_cluster.training.objectives.transport import (
-    Gaussian,
-    Transport,
-    gaussian_of,
-    mixed,
-    root_of,
-    transport,
-)
+from dsno_cluster.training.kept_tensors import kept_tensors
 from dsno_cluster.training.real_images import RealImages
-from dsno_cluster.weight_files import NotWeights, parse_safetensors
 
 IMAGES = 64  # images at a time of which a backward pass holds what the extractor computed
 
@@ -55,7 +47,7 @@ class FrechetTerm:
         self,
         extractor: Extractor,
         decoder: LoadedDecoder | None,
-        real: Gaussian,
+        real: Gaussian[Tensor],
         population: int,
         world_size: int,
         device: torch.device,
@@ -64,11 +56,9 @@ class FrechetTerm:
         self.population, self.world_size, self.begun = population, world_size, False
         self.real = Gaussian(real.mean.to(device), real.covariance.to(device))
         self.root = root_of(self.real.covariance)
-        self.carry: Transport | None = None
-        self.carried_at = -1
-        self.seen = torch.zeros(
-            (), dtype=torch.float64, device=device
-        )  # samples that ever were in the moments
+        self.carried: tuple[int, Transport] | None = None  # the transport of a step
+        # how many samples ever were in the moments
+        self.seen = torch.zeros((), dtype=torch.float64, device=device)
         self.mean, self.covariance = torch.zeros_like(self.real.mean), torch.zeros_like(self.real.covariance)
 
     @property
@@ -91,10 +81,10 @@ class FrechetTerm:
         """
         features = self._features(states_NCHW)
         self._add(features.detach())
-        if self.carry is None or step != self.carried_at:
-            self.carry = transport(Gaussian(self.mean, self.covariance), self.real, self.root)
-            self.carried_at = step
-        return frechet_loss(features, self.carry(features.detach())), self.carry.distance.float()
+        if self.carried is None or self.carried[0] != step:
+            self.carried = step, transport(Gaussian(self.mean, self.covariance), self.real, self.root)
+        _, carry = self.carried
+        return frechet_loss(features, carry(features.detach())), carry.distance.float()
 
     def _add(self, features_ND: Tensor) -> None:
         """Take features of every rank into the moments, in place of as many of the oldest once these are `population`."""
@@ -111,12 +101,7 @@ class FrechetTerm:
 
         A backward pass computes them again, part by part, so that it never holds more than one.
         """
-        size = IMAGES
-        if self.decoder is not None:
-            height, width = states_NCHW.shape[-2:]
-            size = min(
-                IMAGES, self.decoder.decoder.at_a_time(height * width * self.decoder.decoder.factor**2)
-            )
+        size = IMAGES if self.decoder is None else min(IMAGES, self.decoder.at_a_time(states_NCHW))
         return torch.cat(
             [
                 checkpoint(self._of_part, part, use_reentrant=False)
@@ -134,61 +119,43 @@ class FrechetTerm:
 
 
 def make_frechet_term(
-    config: Config, states: States, moments: Gaussian, device: torch.device, world_size: int
+    config: Config, states: States, moments: Gaussian[Tensor], device: torch.device, world_size: int
 ) -> FrechetTerm:
     """The term of a config, given the `moments` of the real images. Raises as `find_real_moments` does."""
     decoder = states.decoder.load(device) if states.decoder else None
     population = config.training.distribution.frechet_population
-    extractor = _extractor_of(_weights_of(config), device)
+    extractor = load_fid_extractor(config.evaluation, states.image_shape, device)
+    extractor.network.requires_grad_(False)
     return FrechetTerm(extractor, decoder, moments, population, world_size, device)
 
 
-def find_real_moments(config: Config, states: States, real: RealImages, device: torch.device) -> Gaussian:
+def find_real_moments(
+    config: Config, states: States, real: RealImages, device: torch.device
+) -> Gaussian[Tensor]:
     """The moments of the real images in the features of the config's extractor; kept in `run.dir`, for the next time.
 
-    Raises UserError or WorkError as `find_weights` does, UserError for images or states that the extractor does not read, and
-    for features that are not finite.
+    Raises UserError or WorkError as `load_fid_extractor` does, and UserError for states that nothing decodes, a single image,
+    and features that are not finite.
     """
-    weights = _weights_of(config)
+    settings, weights = config.evaluation, main_weights(config.evaluation)
     states.check_decoded("training.distribution.frechet_weight", "set it to 0")
-    check_shape([weights.extractor], states.image_shape, "the samples")
+    if real.count < 2:
+        raise UserError("data: the Frechet loss needs two real images or more")
+
+    def measure() -> dict[str, Tensor]:
+        with console.progress("features of the real images", real.count, "images") as advance:
+
+            def batches() -> Iterator[Tensor]:
+                for images in real.picture_batches(settings.batch_size):
+                    yield images
+                    advance(len(images))
+
+            found = gaussian_of_images(load_fid_extractor(settings, states.image_shape, device), batches())
+        return {"mean": found.mean, "covariance": found.covariance}
+
     folder = FolderStorage(config.run_dir / "real-images")
     name = f"{real.identity}-{weights.extractor}-{weights.sha256}.safetensors"
-    if folder.stat(name) is not None:
-        try:
-            kept = parse_safetensors(folder.read(name), name)
-            return Gaussian(kept["mean"], kept["covariance"])
-        except (NotWeights, KeyError) as error:
-            console.say(f"note: {error}; it is made again")
-    size = config.evaluation.batch_size
-    with (
-        console.progress("features of the real images", real.count, "images") as advance,
-        allowing_tf32(False),
-    ):
-
-        def batches() -> Iterator[Tensor]:
-            for images in real.picture_batches(size):
-                yield images
-                advance(len(images))
-
-        found = moments_of_images(_extractor_of(weights, device), batches())
-    found = Gaussian(found.mean.cpu(), found.covariance.cpu())
-    tensors = {"mean": found.mean, "covariance": found.covariance}
-    folder.write(name, safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}))
-    return found
-
-
-def _weights_of(config: Config) -> WeightsFile:
-    measured = config.evaluation
-    return find_weights(measured.feature_extractor, measured.weights_path, measured.weights_sha256)
-
-
-def _extractor_of(weights: WeightsFile, device: torch.device) -> Extractor:
-    """The extractor with the layer that `fid` reads, its weights constant."""
-    with torch.random.fork_rng(devices=[]):  # layers draw their weights before they are given them
-        extractor = load_extractor(weights, [layer_of(weights.extractor, "fid")], device)
-    extractor.network.requires_grad_(False)
-    return extractor
+    return Gaussian(**kept_tensors(folder, name, ["mean", "covariance"], measure))
 
 
 def frechet_loss(features_ND: Tensor, targets_ND: Tensor) -> Tensor:
@@ -197,23 +164,20 @@ def frechet_loss(features_ND: Tensor, targets_ND: Tensor) -> Tensor:
     return apart.square().sum(dim=1).mean().float()
 
 
-def moments_of_images(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian:
-    """The moments of the features of images, uint8 (n, C, H, W), which are read once. Raises UserError for a single one."""
-    (layer,) = extractor.layers
-    found, seen = None, 0
-    for images in batches:
-        new, seen = gaussian_of(extractor(images)[layer]), seen + len(images)
-        found = new if found is None else mixed(found, new, len(images) / seen)
-    if found is None or seen < 2:
-        raise UserError("data: the Frechet loss needs two real images or more")
-    if not found.covariance.isfinite().all():
+def gaussian_of_images(extractor: Extractor, batches: Iterable[Tensor]) -> Gaussian[Tensor]:
+    """The moments of the features of images, uint8 (n, C, H, W), with ddof 0 as `gaussian_of` has them.
+
+    Raises UserError if features are not finite.
+    """
+    found = moments_of_images(extractor, batches)
+    if not np.isfinite(found.m2).all():
         raise UserError(
             "evaluation.feature_extractor: its features of the real images are not finite; are its weights damaged?"
         )
-    return found
+    return as_tensors(Gaussian(found.mean, found.m2 / found.count))
 
 
-def _of_all_ranks(features_ND: Tensor, world_size: int) -> Gaussian:
+def _of_all_ranks(features_ND: Tensor, world_size: int) -> Gaussian[Tensor]:
     """The moments of as many features of each rank, centred before they are summed."""
     if world_size == 1:
         return gaussian_of(features_ND)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dsno_cluster.config import Config
+from dsno_cluster.features.statistics import Gaussian
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training.objectives import Objective
 from dsno_cluster.training.objectives.distribution import begin_distribution
 from dsno_cluster.training.objectives.frechet import find_real_moments
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
-from dsno_cluster.training.objectives.transport import Gaussian
 from dsno_cluster.training.ranks import Ranks, broadcast_weights, from_rank_0, on_every_rank
 from dsno_cluster.training.real_images import RealImages, real_images
 
@@ -58,6 +59,6 @@ def make_objective(
 
 def _real_moments(
     config: Config, teacher: ConfiguredTeacher | None, real: RealImages | None, ranks: Ranks
-) -> Gaussian:
+) -> Gaussian[Tensor]:
     assert real is not None  # the config was checked
     return find_real_moments(config, (teacher or find_teacher(config)).states, real, ranks.device)

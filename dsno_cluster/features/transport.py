@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dsno_cluster.features.statistics import Gaussian
 
 SMALLEST = 1e-10  # eigenvalues below this share of the largest count as 0
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """The mean (D,) and covariance (D, D) of feature vectors, float64."""
-
-    mean: Tensor
-    covariance: Tensor
+def as_tensors(gaussian: Gaussian[np.ndarray]) -> Gaussian[Tensor]:
+    """The same Gaussian in tensors on the CPU, which share its memory."""
+    return Gaussian(torch.from_numpy(gaussian.mean), torch.from_numpy(gaussian.covariance))
 
 
-def gaussian_of(features_ND: Tensor) -> Gaussian:
+def gaussian_of(features_ND: Tensor) -> Gaussian[Tensor]:
     """The moments of features (N, D), the covariance with ddof 0."""
     features = features_ND.double()
     mean = features.mean(dim=0)
@@ -26,7 +26,7 @@ def gaussian_of(features_ND: Tensor) -> Gaussian:
     return Gaussian(mean, centred.T @ centred / len(features))
 
 
-def mixed(before: Gaussian, new: Gaussian, share: Tensor | float) -> Gaussian:
+def mixed(before: Gaussian[Tensor], new: Gaussian[Tensor], share: Tensor | float) -> Gaussian[Tensor]:
     """The moments of a mixture of two populations, of which the new one has so large a share, in 0..1."""
     apart = new.mean - before.mean
     between = share * (1.0 - share) * torch.outer(apart, apart)
@@ -58,7 +58,7 @@ class Transport:
         return self.mean_to + (features_ND.double() - self.mean_from) @ self.map
 
 
-def transport(start: Gaussian, end: Gaussian, root: Tensor) -> Transport:
+def transport(start: Gaussian[Tensor], end: Gaussian[Tensor], root: Tensor) -> Transport:
     """The optimal transport between two Gaussians; `root` is the square root of the end's covariance, R.
 
     map = R (R S R)^-1/2 R for the start's covariance S, and distance = |mean_to - mean_from|^2 + tr(S + R^2 - 2 (R S R)^1/2)
