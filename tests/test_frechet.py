@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest import mock
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from inception import save_random_inception
 from torch import Tensor
 
@@ -16,6 +19,8 @@ from dsno_cluster.features.extractors import Extractor, find_weights, layer_of, 
 from dsno_cluster.features.statistics import Gaussian, frechet_distance
 from dsno_cluster.features.transport import gaussian_of, mixed, root_of, transport
 from dsno_cluster.files import file_sha256
+from dsno_cluster.teachers import decoders
+from dsno_cluster.teachers.decoders import open_decoder
 from dsno_cluster.training.objectives.frechet import FrechetTerm, frechet_loss, gaussian_of_images
 
 CPU = torch.device("cpu")
@@ -147,6 +152,55 @@ def test_many_samples_have_the_gradient_of_each() -> None:
     carry = transport(gaussian_of(features.detach()), real, root_of(real.covariance))
     (wanted,) = torch.autograd.grad(frechet_loss(features, carry(features.detach())), images)
     assert torch.allclose(gradient, wanted, atol=1e-6)
+
+
+def test_the_loss_of_latents_goes_through_the_decoder(tmp_path: Path) -> None:
+    """In parts of one, with the gradient of all at once; the decoder itself is not trained."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    vae.save_pretrained(tmp_path / "vae")
+    decoder, extractor = (
+        open_decoder(str(tmp_path / "vae"), None, 4, "teacher.decoder").load(),
+        digits_extractor(),
+    )
+    extractor.network.requires_grad_(False)
+    real = diagonal([0.0] * 64, [1.0] * 64)
+    latents = normal(3, 4, 8, 8).float().requires_grad_()
+    gradients = []
+    for most in (decoders.MOST_ELEMENTS, 1):
+        with mock.patch.object(decoders, "MOST_ELEMENTS", most):
+            loss, _ = FrechetTerm(extractor, decoder, real, population=3, world_size=1, device=CPU).loss(
+                latents, 0
+            )
+            gradients += torch.autograd.grad(loss, latents)
+    features = extractor.of_float(vae.eval().decode(latents / vae.config.scaling_factor).sample)["64"]
+    carry = transport(gaussian_of(features.detach()), real, root_of(real.covariance))
+    (wanted,) = torch.autograd.grad(frechet_loss(features, carry(features.detach())), latents)
+    assert float(wanted.abs().max()) > 0.0
+    assert all(torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-6) for gradient in gradients)
+
+
+def _moments_of_a_rank(rank: int, folder: str) -> None:
+    """The moments that a rank of two has after each of them saw its half of the same samples."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    real = diagonal([0.0] * 64, [1.0] * 64)
+    term = FrechetTerm(digits_extractor(), None, real, population=12, world_size=2, device=CPU)
+    halves = iter(torch.tanh(normal(12, 1, 8, 8)).float()[rank::2].split(3))
+    term.begin(lambda: next(halves))
+    torch.save(term.state, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_have_the_moments_of_the_samples_of_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_moments_of_a_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    wanted = gaussian_of(digits_extractor().of_float(torch.tanh(normal(12, 1, 8, 8)).float())["64"])
+    assert float(first["seen"]) == 12
+    for found in (first, second):  # features of other batches differ by float32's rounding
+        assert torch.allclose(found["mean"], wanted.mean, atol=1e-6)
+        assert torch.allclose(found["covariance"], wanted.covariance, atol=1e-6)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_what_is_not_finite_is_left_to_the_loop() -> None:
