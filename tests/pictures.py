@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-EVERY = 13  # of a resized picture's rows and columns, how many are kept once
+EVERY = 13  # one row and one column in so many of a resized picture are kept
 
 
 def picture(height: int, width: int) -> np.ndarray:

@@ -33,7 +33,7 @@ def repeated(draws: int, count: int, scale: float, shift: float, seed: int) -> t
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.3), (1.2, 0.0), (0.8, 0.1)])
 def test_an_interval_holds_the_known_distance_of_gaussians(scale: float, shift: float) -> None:
-    """(1 - scale)^2 tr C + |shift|^2, in 95 of 100 draws but for the distance's bias, which is small here."""
+    """It is (1 - scale)^2 tr C + |shift|^2, and about 95 of 100 intervals hold it; the distance's own bias is small here."""
     known = (1 - scale) ** 2 * (SPREADS**2).sum() + WIDTH * shift**2
     found, halves = repeated(400, 4000, scale, shift, 0)
     assert 0.91 <= (np.abs(found - known) <= halves).mean() <= 0.98

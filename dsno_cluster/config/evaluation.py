@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, Named, PositiveInt, Seed, Sha256Start, later
 from dsno_cluster.config.paths import LocalPath, ReferencePath
-from dsno_cluster.config.protocols import ProtocolName, contradiction
+from dsno_cluster.config.protocols import INCEPTION, ProtocolName, contradiction
 
 MetricName = Literal[
     "fid",
@@ -63,7 +63,7 @@ class Evaluation(Named):
         "the others are torch-fidelity's",
     )
     feature_extractor: str = Field(
-        "inception-v3-compat",
+        INCEPTION,
         description="one of torch-fidelity's extractors, or inception-v3-clean, dinov2, clip, digits-features or mnist-features",
     )
     weights_path: LocalPath | None = Field(

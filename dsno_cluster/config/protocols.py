@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 ProtocolName = Literal["edm", "adm", "clean-fid", "fd-dinov2", "cmmd"]
-INCEPTION = "inception-v3-compat"
+INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the field calls FID
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,10 @@ class Checkpoint(Record):
     sha256: str = ""
     features: FeatureWeights | None = None
 
+    def was_trained_by(self, extractor: ExtractorName) -> bool:
+        """Whether it was trained on the features of an extractor with the same weights."""
+        return self.features is not None and self.features.sha256 == extractor.weights_sha256
+
 
 class Layout(Record):
     """The layout of teacher.png, student.png and strips.png; sizes are in pixels of these files.

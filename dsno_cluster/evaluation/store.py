@@ -219,13 +219,12 @@ def _student_row(comparison: Comparison, found: Findings) -> StudentRow:
 
 
 def _trained_on(comparison: Comparison) -> Iterator[str]:
-    """A warning if the student was trained on the features that measure it."""
-    features = comparison.subject.student.features
-    read = comparison.weights.get(features.extractor) if features is not None else None
-    if features is not None and read is not None and read.sha256 == features.sha256:
+    """A warning if the student was trained on the features by which its distance is measured."""
+    extractor = extractor_of(comparison)
+    if _checkpoint(comparison).was_trained_by(extractor):
         yield (
             "the student was trained to have the mean and covariance that real images have in the features "
-            f"of {features.extractor}, by which its distance is measured: judge it by the other figures too, or by an extractor "
+            f"of {extractor.name}, by which its distance is measured: judge it by the other figures too, or by an extractor "
             "that it has not seen"
         )
 

@@ -72,8 +72,7 @@ def figures_of(metrics: Metrics) -> list[Figure]:
 def conditions(metrics: Measurement) -> str:
     """For the caption of a table: the extractor of its figures, whether the student was trained by it, and the protocol."""
     title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
-    trained_by = metrics.checkpoint.features if isinstance(metrics, Metrics) else None
-    seen = trained_by is not None and trained_by.sha256 == metrics.feature_extractor.weights_sha256
+    seen = isinstance(metrics, Metrics) and metrics.checkpoint.was_trained_by(metrics.feature_extractor)
     words = [metrics.feature_extractor.name, "by which the student was trained" if seen else None, title]
     return ", ".join(word for word in words if word)
 

@@ -1,3 +1,5 @@
 """Features of images: networks that extract them, their statistics, distances between sets of them."""
 
-INCEPTION = "inception-v3-compat"  # the network whose Frechet distance the field calls FID
+from dsno_cluster.config.protocols import INCEPTION
+
+__all__ = ["INCEPTION"]

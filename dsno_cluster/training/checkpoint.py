@@ -35,7 +35,7 @@ from dsno_cluster.training.deepspeed_internals import (
 )
 from dsno_cluster.training.divergence import NormalDistances
 from dsno_cluster.training.engine import EMA, Engines, ema_kind
-from dsno_cluster.training.fragments import SavedFragments, load_state, write_fragments, write_state
+from dsno_cluster.training.fragments import SavedFragments, load_tensors, write_fragments, write_tensors
 from dsno_cluster.training.identity import (
     Inputs,
     RunIdentity,
@@ -178,7 +178,7 @@ def save(
             about = notes.about.model_copy(update={"train_seconds": round(notes.seconds, 1), "step": step})
             publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
             if objective_state:
-                write_state(aside / OBJECTIVE, objective_state)
+                write_tensors(aside / OBJECTIVE, objective_state)
                 sync(aside / OBJECTIVE)
             state = _state(engines, config, ranks, step, notes)
             FolderStorage(aside).write(STATE, record_bytes(state))
@@ -326,7 +326,7 @@ def load(
 ) -> None:
     """Load a checkpoint of any stage and number of ranks; the engines' models have their weights already."""
     if objective_state:
-        load_state(saved.folder / OBJECTIVE, objective_state)
+        load_tensors(saved.folder / OBJECTIVE, objective_state)
     saved.load(engines.fragments(replicas=True))
     ema.load(saved)
     _load_optimizer(engines.student, state)

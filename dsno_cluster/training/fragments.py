@@ -56,29 +56,21 @@ def write_fragments(
         if name in held
     }
     starts = json.dumps({name: fragment.start for name, fragment in held.items()})
-    try:
-        safetensors.torch.save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            file,
-            {"starts": starts},
-        )
-    except (OSError, safetensors.SafetensorError) as error:
-        raise WorkError(f"{file}: cannot be written: {error}") from error
+    write_tensors(file, tensors, {"starts": starts})
 
 
-def write_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of an objective's state as safetensors. Raises WorkError if the file cannot be written."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors. Raises WorkError if the file cannot be written."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        safetensors.torch.save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file
-        )
+        safetensors.torch.save_file(on_cpu, file, metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise WorkError(f"{file}: cannot be written: {error}") from error
 
 
 @torch.no_grad()
-def load_state(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Copy what `write_state` wrote into the tensors of that name. Raises WorkError if it cannot be read, or has others."""
+def load_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy what `write_tensors` wrote into the tensors of that name. Raises WorkError if it cannot be read, or has others."""
     try:
         saved = safetensors.torch.load_file(file)
         for name, tensor in tensors.items():

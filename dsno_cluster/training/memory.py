@@ -177,10 +177,7 @@ def activation_bytes(
             if _has_fake_score(config):
                 matching_passes(student, fake, distance, config, images)
             else:
-                settings_of = config.training.distribution
-                # an anchor sees the noise of the trajectories, the samples are of other noise
-                anchored = config.training.objective == "distribution" and settings_of.trajectory_weight > 0.0
-                one_pass(student, distance, config, 2 * images if anchored else images, torch.device("cpu"))
+                one_pass(student, distance, config, passed_images(config, images), torch.device("cpu"))
     return live.peak
 
 
@@ -200,8 +197,7 @@ def matching_passes(
         return output.float()
 
     denoised(torch.zeros(judged, *shape)).square().mean().backward()
-    # an anchor sees the noise of the trajectories, the samples are of other noise
-    passed = 2 * images if settings.trajectory_weight else images
+    passed = passed_images(config, images)
     labels = torch.zeros(passed, dtype=torch.int64) if config.network.num_classes else None
     points = most_points(config) if settings.trajectory_weight else most_points(config)[-1:]
     if not form_of(config.student).points_apart:
@@ -213,6 +209,16 @@ def matching_passes(
     if settings.trajectory_weight:
         loss = loss + distance(states[images:], torch.zeros_like(states[images:])).mean()
     loss.backward()
+
+
+def passed_images(config: Config, images: int) -> int:
+    """How many images the student computes for a micro-batch of so many.
+
+    With the trajectory loss as an anchor of distribution matching it is twice as many: the samples are of other noise.
+    """
+    settings = config.training
+    anchored = settings.objective == "distribution" and settings.distribution.trajectory_weight > 0.0
+    return 2 * images if anchored else images
 
 
 def one_pass(student: DSNO, distance: Distance, config: Config, images: int, device: torch.device) -> None:

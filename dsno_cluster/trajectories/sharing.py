@@ -41,8 +41,7 @@ class Share:
 
 def read_all_notes(storage: Storage, folder: str) -> list[MadeShards]:
     """The notes of all tasks that have not finished the data set in `folder`."""
-    names = [stat.key.removeprefix(folder) for stat in storage.list(folder + MADE_SHARDS.partition(".")[0])]
-    return [read_made_shards(storage, folder, name) for name in names]
+    return [read_made_shards(storage, folder, name) for name in _names_of_notes(storage, folder)]
 
 
 def environments_noted(storage: Storage, folder: str) -> list[Environment]:
@@ -65,5 +64,10 @@ def together(notes: Sequence[MadeShards]) -> MadeShards:
 def delete_notes(storage: Storage, folder: str) -> None:
     """Delete the notes of all tasks, which a manifest has replaced."""
     with contextlib.suppress(WorkError):  # housekeeping
-        for stat in list(storage.list(folder + MADE_SHARDS.partition(".")[0])):
-            storage.delete(stat.key)
+        for name in _names_of_notes(storage, folder):
+            storage.delete(folder + name)
+
+
+def _names_of_notes(storage: Storage, folder: str) -> list[str]:
+    """The files in which tasks, and runs that shared with nobody, have noted their shards."""
+    return [stat.key.removeprefix(folder) for stat in storage.list(folder + MADE_SHARDS.partition(".")[0])]

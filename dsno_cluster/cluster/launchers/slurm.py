@@ -279,7 +279,7 @@ def _state(run: Run, jobs: dict[str, JobState] | None) -> State:
         return State("state unknown", "Slurm does not answer")
     if record.cluster not in (None, cluster_name()):
         return State("state unknown", f"it is on the cluster {record.cluster}, this is {cluster_name()}")
-    # of a chain, the first that has not ended
+    # the first job of a chain that has not ended, or the run's only job
     alive = (id for id in record.jobs if id in jobs and WORDS.get(jobs[id].state, "state unknown") in LIVE)
     number = next(alive, str(run.job))
     job = jobs.get(number)

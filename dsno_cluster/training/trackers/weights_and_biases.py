@@ -17,6 +17,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, config_values
 from dsno_cluster.errors import UserError, WorkError, said_by, without_passwords
 from dsno_cluster.files import replace_file, shown_path
+from dsno_cluster.images import to_uint8
 
 FINISH_SECONDS = 30.0  # for the last uploads; a job that must leave its node has two minutes for everything
 
@@ -73,9 +74,7 @@ class WeightsAndBiases:
         self._unless_ended(lambda: self.run.log(dict(numbers), step=step))
 
     def images(self, step: int, images_NCHW: Tensor) -> None:
-        pixels_NHWC = (
-            (127.5 * images_NCHW + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        )
+        pixels_NHWC = to_uint8(images_NCHW).permute(0, 2, 3, 1).cpu().numpy()
         shown = [self.wandb.Image(image if image.shape[-1] > 1 else image[..., 0]) for image in pixels_NHWC]
         self._unless_ended(lambda: self.run.log({"samples": shown}, step=step))
 
