@@ -34,7 +34,7 @@ def a_student(form: str) -> DSNO:
     if form == "diffusers":
         pytest.importorskip("diffusers")
         model = DiffusersModel(config=DIFFUSERS, scheduler=SCHEDULER)
-        return DSNO(network(11), Form(2), TIMES, diffusers=model)
+        return DSNO(network(11), Form(2), TIMES, backbone=model)
     return DSNO(network(10), FORMS[form], TIMES)
 
 
