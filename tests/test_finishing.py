@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,19 @@ import pytest
 import torch
 from test_teacher_backbones import words_of
 from tiny import TINY, answer, dsno
-from training_runs import STUDENT, checkpoints, ends, metrics, start_ranks, train, wait_for, weights, words
+from training_runs import (
+    STUDENT,
+    checkpoints,
+    ends,
+    kill,
+    link_data,
+    metrics,
+    start_ranks,
+    train,
+    wait_for,
+    weights,
+    words,
+)
 
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
@@ -277,6 +290,33 @@ def test_without_progress_it_ends_and_stays_ended(start: Path, tiny_data: Path, 
     assert "finished already at step 6" in again.stderr + again.stdout
 
 
+def test_a_checkpoint_by_a_signal_takes_no_part(start: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """One that is only there because of a signal is neither the best nor counted: the undisturbed run has none there."""
+    out = link_data(tiny_data, tmp_path)
+    patient = ["training.distribution.patience=1", "training.checkpoint_every=1000", "training.steps=2000"]
+    (rank,) = start_ranks(out, 1, *FINISHED, *HELD_OUT, f"training.start={start}", *patient)
+    wait_for(lambda: (out / STUDENT / "metrics.jsonl").is_file() and len(metrics(out)) >= 1)
+    kill(rank, signal.SIGUSR2)
+    codes, errors = ends([rank])
+    assert codes == [130], errors
+    (saved,) = checkpoints(out)
+    state = json.loads((out / STUDENT / f"resume/step-{saved:09d}/state.json").read_text())
+    assert metrics(out)[-1]["step"] == saved and "heldout_distance" in metrics(out)[-1]
+    assert state.get("best") is None and state.get("without_progress", 0) == 0
+
+
+def test_another_distance_is_not_compared_with(
+    finished: Path, start: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """That of fewer samples is larger: no checkpoint would ever be better than one of before."""
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out, symlinks=True)
+    fewer = ["training.distribution.heldout_samples=20", "training.steps=6"]
+    done = train(tiny_data, out, *FINISHED, *HELD_OUT, f"training.start={start}", *fewer)
+    assert "the best checkpoint is sought anew" in done.stderr
+    assert (out / STUDENT / "best").read_text().strip() == "step-000000006"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -294,6 +334,7 @@ def test_without_progress_it_ends_and_stays_ended(start: Path, tiny_data: Path, 
         (["training.distribution.noise_range=[0.5, 0.5]"], "0 < low < high"),
         (["training.distribution.fake_lrs=1"], "did you mean training.distribution.fake_lr"),
         (["training.objective=distributions"], "training.objective"),
+        (["training.distribution.patience=2"], "set training.heldout_every"),
     ],
 )
 def test_what_cannot_work_is_refused(more: list[str], said: str, tiny_data: Path, tmp_path: Path) -> None:

@@ -56,12 +56,14 @@ class Best(BaseModel):
     """The checkpoint with the smallest held-out figure so far.
 
     The figure is the relative error at t=0 of a student that learns trajectories, and the distance from real
-    images of one that learns by distribution matching. Older files call it `error`.
+    images of one that learns by distribution matching. Older files call it `error`. `basis` is a hash of what it is measured
+    of, which older files lack.
     """
 
     model_config = ConfigDict(frozen=True)
     step: int
     figure: float = Field(validation_alias=AliasChoices("figure", "error"))
+    basis: str | None = None
 
 
 class CompanionState(BaseModel):
@@ -109,13 +111,25 @@ class RunNotes:
     divergence: NormalDistances | None = None
     without_progress: int = 0  # checkpoints that were compared since the best
     ended: bool = False  # before its last step
+    basis: str | None = None  # of the figures by which checkpoints are compared
+
+    def judge_by(self, basis: str | None) -> bool:
+        """Compare checkpoints by figures of this `basis` from now on; returns whether the best so far had another one.
+
+        It is then forgotten: figures of different samples, features or images do not compare.
+        """
+        self.basis = basis
+        differs = self.best is not None and None not in (basis, self.best.basis) and self.best.basis != basis
+        if differs:
+            self.best, self.without_progress = None, 0
+        return differs
 
     def compare(self, step: int, figure: float | None) -> None:
         """Record the checkpoint of `step` as the best if it has the smallest held-out `figure`; None: not measured."""
         if figure is None:
             return
         if self.best is None or figure < self.best.figure:
-            self.best, self.without_progress = Best(step=step, figure=figure), 0
+            self.best, self.without_progress = Best(step=step, figure=figure, basis=self.basis), 0
         else:
             self.without_progress += 1
 

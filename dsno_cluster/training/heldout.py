@@ -43,7 +43,8 @@ class HeldOut:
 
     Trajectories need the teacher; the distance is one of distribution matching (`images_to_judge_by`). `student` is modified:
     it takes the weights that are measured. The teacher's trajectories from the noise of `evaluation.seed` are solved once and
-    kept beside metrics.jsonl.
+    kept beside metrics.jsonl. `basis` is a hash of what the figure is measured of by which checkpoints are judged; None if they
+    are not.
     """
 
     def __init__(
@@ -72,15 +73,20 @@ class HeldOut:
                 f"the states are latents that nothing decodes: pictures of samples show the first three of {shape[0]} "
                 "channels as colours; teacher.decoder names the folder of an AutoencoderKL"
             )
-        self.target = self.distance = None
+        self.target = self.distance = self.basis = None
         if measured:
             assert teacher is not None  # on rank 0; without one nothing is compared
             self.target = heldout_states(config, teacher, beginning.manifest, device)
+            if not self.matched:
+                self.basis = _key(config, _solved(config, teacher, beginning.manifest))
         if measured and self.matched:
             folder, samples = beginning.inputs.trajectories, settings.distribution.heldout_samples
             images = images_to_judge_by(config, real, states, self.decoder, folder, beginning.manifest)
             if images is not None:
-                self.distance = HeldOutDistance(config, images, self.decoder, device, samples)
+                self.distance = HeldOutDistance(config, images.batches, self.decoder, device, samples)
+                self.basis = canonical_hash(
+                    {"distance": self.distance.settings, "from": list(images.identity)}
+                )
 
     def load(self, weights: dict[str, Tensor]) -> None:
         self.student.load_state_dict(weights)
@@ -110,15 +116,20 @@ def _solved(config: Config, teacher: ConfiguredTeacher, manifest: Manifest) -> T
     return spec if isinstance(spec, TrajectorySpec) else spec_of(config, teacher)
 
 
+def _key(config: Config, spec: TrajectorySpec) -> str:
+    """A hash of the held-out trajectories."""
+    seed, count = config.evaluation.seed, config.training.heldout_samples
+    return canonical_hash({"spec": spec.model_dump(mode="json"), "seed": seed, "samples": count})
+
+
 def heldout_states(
     config: Config, teacher: ConfiguredTeacher, manifest: Manifest, device: torch.device
 ) -> Tensor:
     """The teacher's states for the held-out noises, (N, M, C, H, W) float32, from their file or solved now."""
     count, seed = config.training.heldout_samples, config.evaluation.seed
     spec = _solved(config, teacher, manifest)
-    key = canonical_hash({"spec": spec.model_dump(mode="json"), "seed": seed, "samples": count})
     folder = FolderStorage(metrics_file(config).parent)
-    name = f"heldout-{key}.safetensors"
+    name = f"heldout-{_key(config, spec)}.safetensors"
 
     def solve() -> dict[str, Tensor]:
         console.say(f"solving {count} held-out trajectories with the teacher")

@@ -10,9 +10,10 @@ from torch import Tensor
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.errors import UserError
-from dsno_cluster.features.extractors import check_shape, load_fid_extractor, moments_of_images
+from dsno_cluster.features.extractors import check_shape, load_fid_extractor, main_weights, moments_of_images
 from dsno_cluster.features.statistics import distance_from
 from dsno_cluster.images import to_uint8
+from dsno_cluster.records import Values
 from dsno_cluster.teachers import LoadedDecoder
 
 # The first of the samples of `evaluation.seed` that are drawn here, beyond those of any evaluation: if the best
@@ -24,7 +25,8 @@ class HeldOutDistance:
     """The Frechet distance (Heusel et al. 2017, equation 6) of a student's images from held-out real ones, as `eval` has it.
 
     The features are those that `fid` reads, of `evaluation.feature_extractor` with its weights. Both sets of images
-    have 8 bits. The extractor stays on `device`; torch's global random numbers are left as they are.
+    have 8 bits. The extractor stays on `device`; torch's global random numbers are left as they are. `settings` are all that
+    determines the distance beside the images that the student makes, and the real ones.
     """
 
     def __init__(
@@ -41,6 +43,13 @@ class HeldOutDistance:
         `load_fid_extractor` does, and UserError for images that the extractor does not read or a single real one.
         """
         settings = config.evaluation
+        weights = main_weights(settings)
+        self.settings: Values = {
+            "extractor": weights.extractor,
+            "weights": weights.sha256,
+            "seed": settings.seed,
+            "samples": samples,
+        }
         self.seed, self.samples, self.batch_size = settings.seed, samples, settings.batch_size
         self.state_shape, self.num_classes = config.network.state_shape, config.network.num_classes
         self.decoder, self.device = decoder, device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ FEWEST_HELD_OUT = 2000
 MOST = 10_000
 
 
+def can_judge(config: Config, states: States) -> bool:
+    """Whether there are images from which the distance of samples can be measured.
+
+    There are none if nothing decodes the states, nor without real images if the trajectories are made online.
+    """
+    real = (config.data.name, config.data.images) != (None, None)
+    return not states.undecoded and (real or not config.training.online)
+
+
+@dataclass(frozen=True)
+class JudgingImages:
+    """Batches of uint8 images (n, C, H, W), read once, and which ones they are: what no other images have."""
+
+    identity: tuple[str, str]
+    batches: Iterator[Tensor]
+
+
 def images_to_judge_by(
     config: Config,
     real: RealImages | None,
@@ -27,26 +45,25 @@ def images_to_judge_by(
     decoder: LoadedDecoder | None,
     folder: str,
     manifest: Manifest,
-) -> Iterator[Tensor] | None:
-    """Batches of uint8 images (n, C, H, W) with which samples are compared; which ones, is said.
+) -> JudgingImages | None:
+    """The images with which samples are compared; which ones, is said.
 
     They are the held-out real images. If these are too few, they are the real images of training, so that only the noise of
-    the samples is held out; without real images, the teacher's own, at the end of its trajectories in `folder`. None if
-    there are none, as when the trajectories are made online, or nothing decodes the states.
+    the samples is held out; without real images, the teacher's own, at the end of its trajectories in `folder`. None unless
+    `can_judge`.
     """
-    if states.undecoded:
+    if not can_judge(config, states):
         return None
     size = config.evaluation.batch_size
     if real is not None and real.heldout >= FEWEST_HELD_OUT:
-        return _said(f"{real.heldout} held-out real images", real.heldout_batches(size))
+        return _said(f"{real.heldout} held-out real images", "", real.identity, real.heldout_batches(size))
     if real is not None:
         count = min(real.count, MOST)
-        why = f"as the {real.heldout} that are held out are too few to tell checkpoints apart"
-        return _said(f"{count} real images of training, {why}", real.picture_batches(size, MOST))
-    if config.training.online:
-        return None
+        why = f", as the {real.heldout} that are held out are too few to tell checkpoints apart"
+        return _said(f"{count} real images of training", why, real.identity, real.picture_batches(size, MOST))
     shards = [shard for shard in manifest.shards if shard.start < MOST]
-    return _said(f"{shards[-1].stop} images of the teacher", _of_teacher(config, decoder, folder, manifest))
+    images = _of_teacher(config, decoder, folder, manifest)
+    return _said(f"{shards[-1].stop} images of the teacher", "", folder, images)
 
 
 def _of_teacher(
@@ -60,6 +77,6 @@ def _of_teacher(
             yield to_uint8(torch.cat(list(parts)))
 
 
-def _said(what: str, images: Iterator[Tensor]) -> Iterator[Tensor]:
-    console.say(f"checkpoints are judged by the distance of their samples from {what}")
-    return images
+def _said(what: str, why: str, source: str, batches: Iterator[Tensor]) -> JudgingImages:
+    console.say(f"checkpoints are judged by the distance of their samples from {what}{why}")
+    return JudgingImages((what, source), batches)

@@ -104,6 +104,11 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         notes = checkpoint.begin_notes(student, config, beginning.inputs, ranks.world_size, beginning.state)
         if main:
             _say_beginning(config, beginning, engine, ranks, notes)
+        if heldout is not None and notes.judge_by(heldout.basis):
+            console.say(
+                "the best checkpoint is sought anew: what checkpoints are judged by is measured of other samples, features or "
+                "images than before"
+            )
         publisher = Publisher(asked, beginning.inputs) if main else None
         divergence = DivergenceWatch(settings.divergence_factor, objective.figure_names, notes.divergence)
         pace, readback = Pace(notes.seconds), Readback(ranks)
@@ -145,7 +150,10 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                     log.write(_line(engine, settings, done, seen, measured, pace, ranks))
                 advance(1, _recorded(settings, done, seen, measured, pace), **_shown(seen, pace, ranks))
                 if due.checkpoint:
-                    notes.compare(done, measured.judged_by)
+                    if (
+                        last or done % settings.checkpoint_every == 0
+                    ):  # others are only there because of a signal
+                        notes.compare(done, measured.judged_by)
                     notes.ended = not last and from_rank_0(ranks, lambda: _is_stuck(settings, notes))
                     checkpoint.save(
                         engines, ema, objective.state, config, ranks, done, notes, students, publisher
