@@ -92,11 +92,13 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
 
 
 def _check_training_ahead(config: Config, ranks: int) -> None:
+    from dsno_cluster.training.beginning import check_matched
     from dsno_cluster.training.checkpoint import newest_step
     from dsno_cluster.training.ownership import check_students, students_claim
 
     _check_ranks(config, ranks)
     check_students(students_claim(config), newest_step(config))
+    check_matched(config)
 
 
 def _check_ranks(config: Config, ranks: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics, written_metrics
 from dsno_cluster.commands.launching import choose, follow_to_end, make_submission, show_scripts
@@ -27,10 +30,9 @@ def run_pipeline(arguments: Arguments) -> None:
             print(f"would make {describe_path(config)}")
         for submission in submissions:
             launcher.check(submission)
+        _check_ahead(submissions)
         return
-    for submission in submissions:
-        profile = submission.profile
-        submission.stage.check_ahead(submission.config, profile.nodes * profile.tasks_per_node)
+    _check_ahead(submissions)
     if not any(launcher.takes(submission) for submission in submissions):
         show_metrics(run_path(config, checked).details)
         return
@@ -38,6 +40,12 @@ def run_pipeline(arguments: Arguments) -> None:
     if options.wait:
         follow_to_end(launcher, runs)
         show_metrics(written_metrics(parts[-1].config))
+
+
+def _check_ahead(submissions: Sequence[Submission]) -> None:
+    for submission in submissions:
+        profile = submission.profile
+        submission.stage.check_ahead(submission.config, profile.nodes * profile.tasks_per_node)
 
 
 def run_demo(arguments: Arguments) -> None:

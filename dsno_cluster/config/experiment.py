@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
@@ -17,11 +17,12 @@ from dsno_cluster.config.places import RunConfig, StorageConfig
 from dsno_cluster.config.training import TeacherTraining, Training
 from dsno_cluster.config.trajectories import Reader, Trajectories
 from dsno_cluster.files import too_long
+from dsno_cluster.records import first_mistake
 
-# folders beside those of the experiments in evaluation/
 # feature extractors that name a class of each image
 CLASSIFIERS = ("digits-features", "mnist-features")
 FINISHED = "-finished"  # the end of the name of a student that `finish` makes
+# folders beside those of the experiments in evaluation/
 TAKEN_NAMES = {"teachers": "the teachers' measured rows", "references": "statistics of real images"}
 
 
@@ -139,6 +140,8 @@ class Config(Strict):
                 "run": RunConfig(dir=str(self.run_dir)),
                 "training": training,
                 "finish": None,
+                # it has one average only
+                "evaluation": self.evaluation.model_copy(update={"ema_decay": None}),
             }
         )
 
@@ -202,20 +205,32 @@ class Config(Strict):
             matched["training"] = self.training
         if self.finish is not None and self.finish.enabled:
             matched["finish"] = self.finish
-            if problem := too_long(f"{self.name}{FINISHED}"):
-                raise ValueError(f"finish: {problem}")
-            accumulation = self.training.accumulation
-            size = self.finish.batch_size
-            if size is not None and accumulation != "auto" and size % accumulation:
-                raise ValueError(
-                    f"finish.batch_size {size} is not a multiple of training.accumulation {accumulation}"
-                )
         for section, settings in matched.items():
+            if settings.distribution.patience is not None and settings.heldout_every is None:
+                raise ValueError(
+                    f"{section}.distribution.patience counts measurements of held-out noise: set {section}.heldout_every, or "
+                    "set it to null"
+                )
             key = settings.distribution.needs_images
             if key is not None and (self.data.name, self.data.images) == (None, None):
                 raise ValueError(
                     f"{section}.distribution.{key} needs real images: set data.name or data.images, or set it to 0"
                 )
+        if (finished := self.finished) is not None:
+            self._check_finished(finished)
+
+    def _check_finished(self, finished: Config) -> None:
+        """Raises ValueError if the experiment that finishes the student breaks a rule between keys, as only it may do."""
+        taken, asked = self.training.ema_decays[0], self.evaluation.ema_decay
+        if asked is not None and asked != taken:
+            raise ValueError(
+                f"evaluation.ema_decay {asked:g}: finish begins with the first of training.ema_decay, {taken:g}, and is compared "
+                "with that; set evaluation.ema_decay to null, or name that average first"
+            )
+        try:
+            Config.model_validate_json(finished.model_dump_json())
+        except ValidationError as error:
+            raise ValueError(f"finish: in the training that it makes, {first_mistake(error)}") from None
 
     def _check_guidance(self) -> None:
         """Raises ValueError for guidance that has nothing to guide by, and for a guide that nothing uses."""

@@ -21,6 +21,7 @@ from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
 from dsno_cluster.training.checkpoint import CheckpointState
 from dsno_cluster.training.identity import Inputs
+from dsno_cluster.training.judging import can_judge
 from dsno_cluster.training.objectives.making import find_real_images
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.training.ownership import hold_students, students_claim
@@ -126,21 +127,49 @@ def _inputs(
     images = teacher_hash = features = None
     if config.training.objective == "distribution":
         assert teacher is not None
-        if config.training.distribution.needs_images:
-            images = find_real_images(config, teacher, quiet=True)
-        if config.training.distribution.frechet_weight:
-            check_differentiable(config.evaluation.feature_extractor, "training.distribution.frechet_weight")
-            found = main_weights(config.evaluation)
-            features = FeatureWeights(extractor=found.extractor, sha256=found.sha256)
+        images, features = find_matched(config, teacher)
         teacher_hash = canonical_hash(teacher.info.identity.model_dump(mode="json"))
     return Inputs(
         folder,
         other_folders,
         start=find_start(config),
         teacher=teacher_hash,
-        images=None if images is None else images.identity,
+        images=images,
         features=features,
     )
+
+
+def check_matched(config: Config) -> None:
+    """Raises UserError if the config's training matches distributions and lacks what it needs, as far as this can be known before
+    there are trajectories or a student to start from.
+    """
+    if config.training.objective == "distribution" and (teacher := find_training_teacher(config)) is not None:
+        find_matched(config, teacher)
+
+
+def find_matched(config: Config, teacher: ConfiguredTeacher) -> tuple[str | None, FeatureWeights | None]:
+    """The identity of the real images, and the features, by which distribution matching trains; None: by none.
+
+    Raises UserError as `find_real_images`, `check_differentiable` and `main_weights`, the last one also for weights by which
+    checkpoints are only judged; and for a `patience` without images to judge by.
+    """
+    settings, images, features = config.training.distribution, None, None
+    if settings.frechet_weight:
+        check_differentiable(config.evaluation.feature_extractor, "training.distribution.frechet_weight")
+    if config.training.heldout_every is not None:
+        if can_judge(config, teacher.states):
+            main_weights(config.evaluation)
+        elif settings.patience is not None:
+            raise UserError(
+                "training.distribution.patience: no images are known that would tell checkpoints apart; set data.images "
+                "or data.name, and teacher.decoder for latents, or set patience to null"
+            )
+    if settings.needs_images:
+        images = find_real_images(config, teacher, quiet=True)
+    if settings.frechet_weight:
+        found = main_weights(config.evaluation)
+        features = FeatureWeights(extractor=found.extractor, sha256=found.sha256)
+    return None if images is None else images.identity, features
 
 
 def _check_imported(config: Config, spec: AnySpec) -> None:
