@@ -97,6 +97,10 @@ def test_pypi_would_take_both(built: tuple[Path, Path]) -> None:
         name.endswith("/licenses/LICENSE") for name in names
     )
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    page = about.get_payload()
+    assert isinstance(page, str) and page.startswith("# dsno-cluster") and "## Commands" in page
+    targets = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)", page)  # relative ones would lead nowhere
+    assert targets and all(link.startswith(("https://", "#")) for pair in targets for link in pair if link)
 
 
 @pytest.mark.slow
@@ -111,8 +115,10 @@ def test_the_wheel_works_outside_a_checkout(
     home = run([python, "-c", "import dsno_cluster; print(dsno_cluster.__file__)"], work)
     assert Path(home.strip()).is_relative_to(elsewhere)
     assert run([command, "--version"], work).strip() == __version__
-    # the config, the profile and the teacher that travel inside
-    run([command, "gen-trajectories", *TINY, "--launcher", "local"], work)
+    run([sys.executable, "-m", "pip", "--python", python, "check"], work)  # of what it says that it needs, all is there
+    # the config, the profiles, the teacher and the classifier that travel inside
+    run([command, "demo", *TINY, "training.threads=1"], work)
+    assert (work / "runs/evaluation/digits/samples.png").is_file()
     assert "all as the manifest says" in run([command, "verify", "configs/digits.yaml", *TINY], work)
 
 
