@@ -22,7 +22,12 @@ def of_mean(influence_N: np.ndarray) -> float:
     This is the infinitesimal jackknife, to which the bootstrap of the samples converges without drawing any (Efron 1982, The
     Jackknife, the Bootstrap and Other Resampling Plans, section 6).
     """
-    return float(Z_95 * influence_N.std(ddof=1) / math.sqrt(len(influence_N)))
+    return _rounded(Z_95 * influence_N.std(ddof=1) / math.sqrt(len(influence_N)))
+
+
+def _rounded(half_width: float) -> float:
+    """To six digits, far more than it is known to: the last bits of a decomposition depend on the number of threads."""
+    return float(f"{half_width:.6g}")
 
 
 def of_frechet_distance(
@@ -40,12 +45,12 @@ def of_frechet_distance(
         return None
     target = as_tensors(reference)
     to_reference = transport(as_tensors(samples.gaussian), target, root_of(target.covariance)).map.numpy()
-    slope = (np.eye(len(samples.mean)) - to_reference).astype(np.float32)
+    slope = np.eye(len(samples.mean)) - to_reference
     shift = samples.mean - reference.mean
     influence = []
     for start in range(0, len(features_ND), ROWS):
         centred = features_ND[start : start + ROWS] - samples.mean
-        quadratic = np.einsum("nd,nd->n", centred.astype(np.float32) @ slope, centred)
+        quadratic = np.einsum("nd,nd->n", centred @ slope, centred)
         influence.append(2 * centred @ shift + quadratic)
     return of_mean(np.concatenate(influence))
 
@@ -61,4 +66,4 @@ def of_subsets(deviation: float, subsets: int, size: int, count: int) -> float |
     if subsets < 2 or 2 * size > count:
         return None
     share, of_subset = size / count, deviation * math.sqrt(subsets / (subsets - 1))
-    return Z_95 * of_subset * math.sqrt(share / (1 - share) + 1 / subsets)
+    return _rounded(Z_95 * of_subset * math.sqrt(share / (1 - share) + 1 / subsets))
