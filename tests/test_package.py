@@ -115,7 +115,9 @@ def test_the_wheel_works_outside_a_checkout(
     home = run([python, "-c", "import dsno_cluster; print(dsno_cluster.__file__)"], work)
     assert Path(home.strip()).is_relative_to(elsewhere)
     assert run([command, "--version"], work).strip() == __version__
-    run([sys.executable, "-m", "pip", "--python", python, "check"], work)  # of what it says that it needs, all is there
+    run(
+        [sys.executable, "-m", "pip", "--python", python, "check"], work
+    )  # of what it says that it needs, all is there
     # the config, the profiles, the teacher and the classifier that travel inside
     run([command, "demo", *TINY, "training.threads=1"], work)
     assert (work / "runs/evaluation/digits/samples.png").is_file()

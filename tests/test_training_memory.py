@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_gpu_layout import DIFFUSERS, SCHEDULER
 from tiny import TINY
 from torch.profiler import ProfilerActivity, profile
 
 from dsno_cluster.config import Config, load_config
+from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.students.dsno import DSNO
 from dsno_cluster.training.beginning import make_student
 from dsno_cluster.training.memory import (
@@ -72,6 +74,20 @@ def test_activations_are_those_that_the_allocator_counts(
     tolerance = 0.2 if recompute == "blocks" else 0.15
     memory = training_memory(config, micro_batch=IMAGES, device="cpu")
     assert memory.activations == pytest.approx(real, rel=tolerance)
+
+
+def test_estimates_and_real_passes_do_not_meet() -> None:
+    """The levels of a diffusers model are kept from one evaluation to the next, but not those of an estimate."""
+    pytest.importorskip("diffusers")
+    sizes = "network={state_size: 16, state_channels: 3, num_classes: 11}"
+    config = configured(sizes, "student.backbone=teacher", "data.name=null", "evaluation.reference=x.npz",
+                        "evaluation.metrics=[trajectory_error]")  # fmt: skip
+    model = DiffusersModel(config=DIFFUSERS, scheduler=SCHEDULER)
+    student = make_student(config, model)
+    noise, labels = torch.zeros(1, *config.network.state_shape), torch.tensor([0])
+    before = student(noise, labels)
+    assert activation_bytes(config, 1, model, device="cpu") > 0
+    assert torch.equal(student(noise, labels), before)
 
 
 MATCHED = ["training.objective=distribution"]

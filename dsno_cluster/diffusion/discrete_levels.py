@@ -156,7 +156,7 @@ def timesteps_at(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
     import torch
 
     finite = levels[:-1] if levels[-1] == -math.inf else levels
-    ascending = _ascending(finite, logsnr.device)
+    ascending = ascending_levels(finite, logsnr.device)
     last = len(ascending) - 1
     level = logsnr.double().clamp(finite[-1], finite[0]).contiguous()
     upper = torch.searchsorted(ascending, level).clamp(1, last)
@@ -177,7 +177,7 @@ def _nearest(levels: tuple[float, ...], logsnr: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _ascending(levels: tuple[float, ...], device: torch.device) -> Tensor:
+def ascending_levels(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """The levels as a tensor, made once: every evaluation of the network asks for it."""
     import torch
 

@@ -65,11 +65,15 @@ def nearest_level(sigma: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Indices of the `levels`, which fall, that are nearest to the sigmas; int64."""
     import torch
 
-    return len(levels) - 1 - torch.searchsorted(_middles(levels, sigma.device), sigma.double().contiguous())
+    return (
+        len(levels)
+        - 1
+        - torch.searchsorted(middles_of_levels(levels, sigma.device), sigma.double().contiguous())
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _middles(levels: tuple[float, ...], device: torch.device) -> Tensor:
+def middles_of_levels(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """The middles between levels, rising, as a tensor; made once, since every evaluation of the network asks for it."""
     import torch
 

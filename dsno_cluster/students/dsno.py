@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from dsno_cluster.config import Network, StudentConfig, too_many_modes, validate
 from dsno_cluster.config.base import Strict
 from dsno_cluster.device import autocast_to
+from dsno_cluster.diffusion.discrete_levels import ascending_levels
+from dsno_cluster.diffusion.preconditioning import middles_of_levels
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr, logsnr_at, same_time, time_points
 from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
@@ -425,11 +427,11 @@ def _series(times: tuple[float, ...], modes: int, device: torch.device, dtype: t
 
 @contextlib.contextmanager
 def forgetting_time_tensors() -> Iterator[None]:
-    """In this context the tensors above, and the Fourier bases, are made anew, and are forgotten at its end.
+    """In this context the tensors above, the Fourier bases and the teachers' levels are made anew, and are forgotten at its end.
 
     It is for passes on pretended tensors, whose values must not reach a real one.
     """
-    kept = (_logsnrs, _row, _scales, _series, fourier_basis)
+    kept = (_logsnrs, _row, _scales, _series, fourier_basis, ascending_levels, middles_of_levels)
     for made in kept:
         made.cache_clear()
     try:
