@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from test_teacher_backbones import words_of
 from tiny import TINY, answer, dsno
+from torch import Tensor
 from training_runs import STUDENT, checkpoints, ends, metrics, start_ranks, train, wait_for, weights, words
 
 from dsno_cluster import load_student
@@ -362,6 +365,35 @@ def test_samples_are_of_new_noise(tmp_path: Path) -> None:
         assert torch.allclose(figures[0][:of_matching], figures[1][:of_matching], rtol=1e-5)
         assert float(figures[0][1]) > 0.0
     assert not torch.allclose(figures[0][len(FIGURES) :], figures[1][len(FIGURES) :], rtol=1e-2)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1], ids=["samples only", "anchored"])
+def test_what_is_matched_are_the_samples_that_are_evaluated(weight: float, tmp_path: Path) -> None:
+    """A student in training has no dropout: the states that any of its losses sees are those of the evaluated student."""
+    anchored = f"training.distribution.trajectory_weight={weight}"
+    config = load_config("configs/digits.yaml", [*TINY, *FINISHED, anchored, "network.dropout=0.2"])
+    teacher = find_teacher(config)
+    student = new_student(config, teacher).train()
+    evaluated = copy.deepcopy(student).eval()
+    compared = 0
+
+    def seen(noise: Tensor, labels: Tensor | None, points: Sequence[int]) -> Tensor:
+        nonlocal compared
+        states = student(noise, labels, points)
+        times = [student.times[i] for i in points]
+        torch.testing.assert_close(states, evaluated.trajectory(noise, labels, times))
+        compared += 1
+        return states
+
+    objective = begin_distribution(config, teacher, find_real_images(config, teacher), torch.device("cpu"))
+    labels = torch.arange(6)
+    batch = Batch(labels.numpy(), torch.randn(6, 1, 8, 8), torch.zeros(6, 4, 1, 8, 8), labels)
+    objective.loss(seen, batch, 0)
+    companion = objective.companions["fake_score"]
+    companion.loss(seen, companion.network, batch, 0, 0)
+    assert compared == 2
+    learning = load_config("configs/digits.yaml", [*TINY, "network.dropout=0.2"])
+    assert new_student(learning, teacher).train().backbone.training  # of trajectories it has dropout, as ever
 
 
 def test_no_two_updates_draw_the_same(tmp_path: Path) -> None:

@@ -161,10 +161,11 @@ def _check_imported(config: Config, spec: AnySpec) -> None:
 
 
 def make_student(config: Config, backbone: Backbone | DiffusersModel | None) -> DSNO:
-    """The config's student with random weights."""
+    """The config's student with random weights; one that is finished by its samples has no dropout, as when `eval` draws them."""
     settings = config.student
     times, init = config.trajectories.time_points, settings.temporal_init
-    return DSNO(config.network, form_of(settings), times, backbone=backbone, init=init)
+    student = DSNO(config.network, form_of(settings), times, backbone=backbone, init=init)
+    return student.without_dropout() if config.training.objective == "distribution" else student
 
 
 def new_student(
