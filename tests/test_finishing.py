@@ -122,6 +122,16 @@ def test_killed_it_resumes_to_the_same_bytes(
     assert (out / STUDENT / file).read_bytes() == (finished / STUDENT / file).read_bytes()
 
 
+@pytest.mark.slow
+def test_recomputing_activations_changes_nothing(
+    finished: Path, start: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Of either network."""
+    train(tiny_data, tmp_path, *FINISHED, *HELD_OUT, f"training.start={start}", "training.recompute=blocks")
+    file = "resume/step-000000004/rank-00000.safetensors"
+    assert (tmp_path / STUDENT / file).read_bytes() == (finished / STUDENT / file).read_bytes()
+
+
 FRECHET = [
     *FINISHED[:-1],
     "training.distribution={matching_weight: 0, adversarial_weight: 0, frechet_weight: 1, frechet_population: 40}",

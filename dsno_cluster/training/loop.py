@@ -17,6 +17,7 @@ from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import step_name
+from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
@@ -91,6 +92,8 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         if known is not None:
             known.forget()  # nothing below needs its weights
         student.recompute(settings.recompute)
+        for companion in objective.companions.values():
+            recompute_in_backward(companion.network, settings.recompute)
         config = decide_accumulation(config, ranks, beginning, student)
         settings = config.training
         accelerate(student, config, ranks)
