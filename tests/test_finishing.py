@@ -21,6 +21,7 @@ from training_runs import STUDENT, checkpoints, ends, metrics, start_ranks, trai
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.stages import parts_of
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.loop import seed_of_draws
@@ -154,6 +155,53 @@ def test_the_frechet_loss_resumes_to_the_same_bytes(start: Path, tiny_data: Path
     assert all(set(line["figures"]) == {"frechet_distance"} and line["loss"] > 0 for line in lines)
     meta = json.loads((tmp_path / "whole" / STUDENT / "step-000000004/meta.json").read_text())
     assert meta["features"]["extractor"] == "digits-features"
+
+
+def test_without_an_anchor_no_trajectories_are_needed(start: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The run is the same with and without them, and may be continued either way; only their held-out error is not logged."""
+    more = [*FRECHET, *HELD_OUT, f"training.start={start}"]
+    without, beside = tmp_path / "without", tmp_path / "beside"
+    done = dsno(*words(without, *more), "training.online=true", "reader.shuffle=none", "--launcher", "local")
+    assert done.returncode == 0, done.stderr
+    assert not (without / STUDENT / "staging").exists() and not (without / "trajectories").exists()
+    train(tiny_data, beside, *more, "reader.shuffle=none")
+    file = "resume/step-000000004/rank-00000.safetensors"
+    assert (without / STUDENT / file).read_bytes() == (beside / STUDENT / file).read_bytes()
+    first, second = (
+        json.loads((out / STUDENT / "resume/step-000000004/state.json").read_text())
+        for out in (without, beside)
+    )
+    assert first["identity"] == second["identity"] and first["best"] == second["best"]
+    measured = [
+        {key for line in metrics(out) for key in line if key.startswith("heldout")}
+        for out in (without, beside)
+    ]
+    assert measured == [{"heldout_distance"}, {"heldout_distance", "heldout_error_per_time"}]
+
+
+NO_IMAGES = ["data.name=null", "evaluation.reference=x.npz"]
+ONLY_MATCHING = [*FINISHED[:-1], "training.distribution.adversarial_weight=0"]
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        (FRECHET, None),
+        (FINISHED, "run `dsno-cluster gen-trajectories`"),
+        ([*ONLY_MATCHING, *NO_IMAGES], None),
+        ([*ONLY_MATCHING, *NO_IMAGES, *HELD_OUT], "(data.images), or by training.heldout_every=null"),
+    ],
+    ids=["none", "an anchor", "no real images, nothing held out", "no real images"],
+)
+def test_who_needs_trajectories(more: list[str], refused: str | None, start: Path, tmp_path: Path) -> None:
+    done = answer(*words(tmp_path, *more, f"training.start={start}"), "--launcher", "local", "--dry-run")
+    assert done.returncode == (2 if refused else 0), done.stderr
+    if refused:
+        assert refused in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    else:
+        assert "on samples of its own" in done.stdout + done.stderr
+    path = parts_of(load_config("configs/digits.yaml", words(tmp_path, *more)[1:]))
+    assert ("gen-trajectories" in [part.stage.name for part in path]) == bool(refused)
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])

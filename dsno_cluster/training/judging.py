@@ -26,7 +26,7 @@ def images_to_judge_by(
     states: States,
     decoder: LoadedDecoder | None,
     folder: str,
-    manifest: Manifest,
+    manifest: Manifest | None,
 ) -> Iterator[Tensor] | None:
     """Batches of uint8 images (n, C, H, W) with which samples are compared; which ones, is said.
 
@@ -43,7 +43,7 @@ def images_to_judge_by(
         count = min(real.count, MOST)
         why = f"as the {real.heldout} that are held out are too few to tell checkpoints apart"
         return _said(f"{count} real images of training, {why}", real.picture_batches(size, MOST))
-    if config.training.online:
+    if config.training.online or manifest is None:
         return None
     shards = [shard for shard in manifest.shards if shard.start < MOST]
     return _said(f"{shards[-1].stop} images of the teacher", _of_teacher(config, decoder, folder, manifest))
