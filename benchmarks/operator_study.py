@@ -186,6 +186,7 @@ def read_all(overrides: list[str]) -> Batch:
     config = load_config("configs/digits.yaml", [*DATA, *overrides])
     plan = make_plan(config)
     manifest = find_data_set(config, plan.teacher).manifest
+    assert manifest is not None  # it is trained on
     batches = read_batches(
         ShardReader(open_storage(config.storage.root), plan.folder, manifest),
         seed=0, first_sample=0, batch_size=manifest.num_samples, rank=0, world_size=1,

@@ -84,9 +84,11 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
     if is_end(config, newest, data.inputs):
         done = f"nothing to do: {config.name} has already reached step {begun}; for a new training run choose another name="
         return Checked(done, teacher)
+    read = f"{shown_path(config.storage.root)}/{data.inputs.trajectories}"
+    learned = read if config.training.reads_trajectories else "samples of its own"
     would = (
-        f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on "
-        f"{shown_path(config.storage.root)}/{data.inputs.trajectories} in {processes} process(es) on this machine"
+        f"would train {config.name} for {config.training.steps} steps of batch {config.training.batch_size} on {learned} in "
+        f"{processes} process(es) on this machine"
     )
     return Checked(would, teacher)
 
@@ -217,11 +219,12 @@ class Part:
 def parts_of(config: Config) -> tuple[Part, ...]:
     """The parts of a config's whole path.
 
-    Online training makes the trajectories itself, and others were imported. A student that is finished is trained and
-    evaluated once more, under its own name.
+    Online training makes the trajectories itself, others were imported, and a student that exists may be finished without
+    any. A student that is finished here is trained and evaluated once more, under its own name.
     """
     made = config.training.online or config.trajectories.imported is not None
-    parts = [Part(stage, config, stage.purpose) for stage in (STAGES[1:] if made else STAGES)]
+    stages = STAGES[1:] if made or not config.needs_trajectories else STAGES
+    parts = [Part(stage, config, stage.purpose) for stage in stages]
     if (finished := config.finished) is not None:
         parts += [
             Part(
@@ -238,10 +241,11 @@ def describe_path(config: Config) -> str:
     """A description of the whole path, in one line."""
     made = ", made while training" if config.training.online else ""
     whose = "imported trajectories" if config.trajectories.imported else f"trajectories of the teacher{made}"
+    read = f"{config.trajectories.num_samples} {whose}, " if config.needs_trajectories else ""
     finished = config.finished
     finishing = f", {finished.training.steps} finishing steps" if finished is not None else ""
     return (
-        f"{config.trajectories.num_samples} {whose}, {config.training.steps} training steps{finishing}, "
+        f"{read}{config.training.steps} training steps{finishing}, "
         f"{config.evaluation.num_samples} evaluated samples; results below {shown_path(config.storage.root)}"
     )
 

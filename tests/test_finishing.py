@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+from test_guided_levels import GUIDE, SCALED
+from test_latents import LATENTS, OF_STATE_DICT
+from test_published_students import imported
+from test_student import CONVOLUTION, DIFFUSERS_NETWORK, REFERENCE, diffusers_folder
 from test_teacher_backbones import words_of
 from tiny import TINY, answer, dsno
+from torch import Tensor
 from training_runs import (
     STUDENT,
     checkpoints,
@@ -31,12 +40,13 @@ from training_runs import (
 from dsno_cluster import load_student
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
+from dsno_cluster.stages import parts_of
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.beginning import new_student
 from dsno_cluster.training.loop import seed_of_draws
 from dsno_cluster.training.objectives.distribution import FIGURES, begin_distribution
 from dsno_cluster.training.objectives.making import find_real_images
-from dsno_cluster.trajectories.reader import Batch
+from dsno_cluster.trajectories.reader import Batch, blank_batch
 
 FINISHED = [
     "training.objective=distribution",
@@ -132,6 +142,66 @@ def test_killed_it_resumes_to_the_same_bytes(
     assert (out / STUDENT / file).read_bytes() == (finished / STUDENT / file).read_bytes()
 
 
+@pytest.mark.slow
+def test_recomputing_activations_changes_nothing(
+    finished: Path, start: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Of either network."""
+    train(tiny_data, tmp_path, *FINISHED, *HELD_OUT, f"training.start={start}", "training.recompute=blocks")
+    file = "resume/step-000000004/rank-00000.safetensors"
+    assert (tmp_path / STUDENT / file).read_bytes() == (finished / STUDENT / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_preempted_it_resumes_to_the_same_bytes(
+    count: int, start: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Nothing but the signal saves it; two ranks draw different samples and share the states of both networks."""
+    more = [*FINISHED, f"training.start={start}", "training.zero_stage=2"]
+    more += ["training.steps=20", "training.checkpoint_every=1000"]
+    whole, out = (link_data(tiny_data, tmp_path / name) for name in ("whole", "out"))
+    statuses, errors = ends(start_ranks(whole, count, *more))
+    assert statuses == [0] * count, errors
+    ranks = start_ranks(out, count, *more)
+    wait_for(lambda: (out / STUDENT / "metrics.jsonl").is_file() and len(metrics(out)) >= 2)
+    kill(ranks[-1], signal.SIGUSR2)
+    statuses, errors = ends(ranks)
+    assert statuses == [130] * count, errors
+    (saved,) = checkpoints(out)
+    assert saved == metrics(out)[-1]["step"] < 20
+    statuses, errors = ends(start_ranks(out, count, *more))
+    assert statuses == [0] * count, errors
+    files = [f"resume/step-000000020/rank-{rank:05d}.safetensors" for rank in range(count)]
+    for file in ("step-000000020/model.safetensors", *files):
+        assert (out / STUDENT / file).read_bytes() == (whole / STUDENT / file).read_bytes(), file
+    assert [line["figures"] for line in metrics(out)] == [line["figures"] for line in metrics(whole)]
+
+
+def test_a_fake_score_network_that_is_not_finite_ends_the_run(start: Path, tmp_path: Path) -> None:
+    """In the step that sees it; the checkpoint before is whole, and the line names no trajectories, as none were read."""
+    script = (
+        "import sys\n"
+        "from dsno_cluster.training import loop\n"
+        "take = loop.take_step\n"
+        "def poisoned(engines, objective, batches, config, ranks, step):\n"
+        "    if step == 2:\n"
+        "        next(engines.companions['fake_score'].module.parameters()).data.fill_(float('nan'))\n"
+        "    return take(engines, objective, batches, config, ranks, step)\n"
+        "loop.take_step = poisoned\n"
+        "from dsno_cluster.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    more = [*ONLY_MATCHING, f"training.start={start}"]
+    (status,), (error,) = ends(start_ranks(tmp_path, 1, *more, script=script))
+    assert status == 1 and "step 3: the loss is not finite" in error, error
+    assert (
+        "the batch: samples of the student from new noise; the last good checkpoint is that of step 2"
+        in error
+    )
+    assert checkpoints(tmp_path) == [2]
+
+
 FRECHET = [
     *FINISHED[:-1],
     "training.distribution={matching_weight: 0, adversarial_weight: 0, frechet_weight: 1, frechet_population: 40}",
@@ -154,6 +224,53 @@ def test_the_frechet_loss_resumes_to_the_same_bytes(start: Path, tiny_data: Path
     assert all(set(line["figures"]) == {"frechet_distance"} and line["loss"] > 0 for line in lines)
     meta = json.loads((tmp_path / "whole" / STUDENT / "step-000000004/meta.json").read_text())
     assert meta["features"]["extractor"] == "digits-features"
+
+
+def test_without_an_anchor_no_trajectories_are_needed(start: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The run is the same with and without them, and may be continued either way; only their held-out error is not logged."""
+    more = [*FRECHET, *HELD_OUT, f"training.start={start}"]
+    without, beside = tmp_path / "without", tmp_path / "beside"
+    done = dsno(*words(without, *more), "training.online=true", "reader.shuffle=none", "--launcher", "local")
+    assert done.returncode == 0, done.stderr
+    assert not (without / STUDENT / "staging").exists() and not (without / "trajectories").exists()
+    train(tiny_data, beside, *more, "reader.shuffle=none")
+    file = "resume/step-000000004/rank-00000.safetensors"
+    assert (without / STUDENT / file).read_bytes() == (beside / STUDENT / file).read_bytes()
+    first, second = (
+        json.loads((out / STUDENT / "resume/step-000000004/state.json").read_text())
+        for out in (without, beside)
+    )
+    assert first["identity"] == second["identity"] and first["best"] == second["best"]
+    measured = [
+        {key for line in metrics(out) for key in line if key.startswith("heldout")}
+        for out in (without, beside)
+    ]
+    assert measured == [{"heldout_distance"}, {"heldout_distance", "heldout_error_per_time"}]
+
+
+NO_IMAGES = ["data.name=null", "evaluation.reference=x.npz"]
+ONLY_MATCHING = [*FINISHED[:-1], "training.distribution.adversarial_weight=0"]
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        (FRECHET, None),
+        (FINISHED, "run `dsno-cluster gen-trajectories`"),
+        ([*ONLY_MATCHING, *NO_IMAGES], None),
+        ([*ONLY_MATCHING, *NO_IMAGES, *HELD_OUT], "(data.images), or by training.heldout_every=null"),
+    ],
+    ids=["none", "an anchor", "no real images, nothing held out", "no real images"],
+)
+def test_who_needs_trajectories(more: list[str], refused: str | None, start: Path, tmp_path: Path) -> None:
+    done = answer(*words(tmp_path, *more, f"training.start={start}"), "--launcher", "local", "--dry-run")
+    assert done.returncode == (2 if refused else 0), done.stderr
+    if refused:
+        assert refused in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    else:
+        assert "on samples of its own" in done.stdout + done.stderr
+    path = parts_of(load_config("configs/digits.yaml", words(tmp_path, *more)[1:]))
+    assert ("gen-trajectories" in [part.stage.name for part in path]) == bool(refused)
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
@@ -252,6 +369,79 @@ def test_teachers_of_other_families(name: str, tmp_path: Path) -> None:
         done = dsno(command, *matched, *more, *where)
         assert done.returncode == 0, done.stderr
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out", 3).values())
+
+
+def in_latents(folder: Path) -> list[str]:
+    """A transformer of latents, whose autoencoder encodes the real images, and through which features are seen."""
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (100, 1, 8, 8), np.uint8)
+    np.savez(folder / "real.npz", images=images, labels=np.arange(100) % 10)
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 4}
+    diffusers.AutoencoderKL(in_channels=1, out_channels=1, **sizes).save_pretrained(folder / "vae")
+    terms = "{fake_updates: 1, adversarial_weight: 0.05, frechet_weight: 0.1, frechet_population: 32}"
+    return [
+        *(*TINY, *LATENTS, *OF_STATE_DICT, f"teacher.decoder={folder / 'vae'}"),
+        *(f"data.images={folder / 'real.npz'}", f"training.distribution={terms}", *HELD_OUT),
+    ]
+
+
+def on_a_diffusers_unet(folder: Path) -> list[str]:
+    """A student that takes over the network of a diffusers teacher, whose copy is trained too."""
+    path = diffusers_folder(folder, "epsilon")
+    return [
+        *(*TINY, f"teacher.path={path}", "data.name=null", *REFERENCE, *DIFFUSERS_NETWORK, *CONVOLUTION),
+        *("student.backbone=diffusers", "trajectories.clip_denoised=true"),
+        "training.distribution={fake_updates: 1, adversarial_weight: 0}",
+    ]
+
+
+def with_a_guide(_folder: Path) -> list[str]:
+    """A weaker teacher guides the denoiser that is matched, through which gradients flow."""
+    terms = "{fake_updates: 1, matching: score-identity, adversarial_weight: 0.05}"
+    return [*TINY, *GUIDE, SCALED, f"training.distribution={terms}"]
+
+
+def from_a_published_student(folder: Path) -> list[str]:
+    """Of the published network and its time points; its closed-form teacher is replaced in the copy by our U-Net."""
+    at = imported("cifar_like", folder)
+    student = load_student(at)
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 16, 16), np.uint8)
+    np.savez(folder / "real.npz", images=images)
+    return [
+        *(*TINY, *REFERENCE, f"training.start={at}", "data.name=null", f"data.images={folder / 'real.npz'}"),
+        *("teacher.path=closed-form:gaussian", "teacher.options={mean: 0.0, std: 0.5, shape: [3, 16, 16]}"),
+        *(f"network={student.network.model_dump_json()}", f"trajectories.times={list(student.times)}"),
+        f"student={{operator: convolution, modes: {student.form.modes}, prediction: state, warm_start: false}}",
+        "training.distribution={fake_updates: 1, fake_warmup: 1, adversarial_weight: 0.05}",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [in_latents, on_a_diffusers_unet, with_a_guide, from_a_published_student],
+    ids=lambda x: x.__name__,
+)
+def test_finished_without_trajectories_and_resumed(
+    given: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    matched = ["training.objective=distribution", "training.lr=1e-4", *given(tmp_path), "training.threads=1"]
+    for steps in (2, 3):
+        where = [f"storage.root={tmp_path / 'out'}", f"training.steps={steps}", "--launcher", "local"]
+        done = dsno("train", *matched, *where)
+        assert done.returncode == 0, done.stderr
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out", 3).values())
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    config = load_config("configs/digits.yaml", matched)
+    terms = config.training.distribution
+    expected = {"fake_loss", "matching"}
+    expected |= {"discriminator_loss", "adversarial_loss"} if terms.adversarial_weight else set()
+    expected |= {"frechet_distance"} if terms.frechet_weight else set()
+    for line in lines:
+        assert set(line["figures"]) == expected and all(value > 0 for value in line["figures"].values())
+    measured = config.training.heldout_every is not None
+    assert ["heldout_distance" in line for line in lines] == [False, measured, measured]
 
 
 @pytest.mark.slow
@@ -403,6 +593,48 @@ def test_samples_are_of_new_noise(tmp_path: Path) -> None:
         assert torch.allclose(figures[0][:of_matching], figures[1][:of_matching], rtol=1e-5)
         assert float(figures[0][1]) > 0.0
     assert not torch.allclose(figures[0][len(FIGURES) :], figures[1][len(FIGURES) :], rtol=1e-2)
+
+
+def test_a_guide_moves_what_is_matched() -> None:
+    """At first the copy answers as the teacher does by itself, so that nothing tells them apart but guidance."""
+    matching = []
+    for guide in ([], [*GUIDE, SCALED]):
+        config = load_config("configs/digits.yaml", [*TINY, *ONLY_MATCHING, *guide])
+        teacher = find_teacher(config)
+        objective = begin_distribution(config, teacher, None, torch.device("cpu"))
+        torch.manual_seed(3)
+        _, figures = objective.loss(new_student(config, teacher), blank_batch(6, (1, 8, 8)), 0)
+        matching.append(float(figures[list(FIGURES).index("matching")]))
+    assert matching[0] < 1e-3 < 0.05 < matching[1]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1], ids=["samples only", "anchored"])
+def test_what_is_matched_are_the_samples_that_are_evaluated(weight: float, tmp_path: Path) -> None:
+    """A student in training has no dropout: the states that any of its losses sees are those of the evaluated student."""
+    anchored = f"training.distribution.trajectory_weight={weight}"
+    config = load_config("configs/digits.yaml", [*TINY, *FINISHED, anchored, "network.dropout=0.2"])
+    teacher = find_teacher(config)
+    student = new_student(config, teacher).train()
+    evaluated = copy.deepcopy(student).eval()
+    compared = 0
+
+    def seen(noise: Tensor, labels: Tensor | None, points: Sequence[int]) -> Tensor:
+        nonlocal compared
+        states = student(noise, labels, points)
+        times = [student.times[i] for i in points]
+        torch.testing.assert_close(states, evaluated.trajectory(noise, labels, times))
+        compared += 1
+        return states
+
+    objective = begin_distribution(config, teacher, find_real_images(config, teacher), torch.device("cpu"))
+    labels = torch.arange(6)
+    batch = Batch(labels.numpy(), torch.randn(6, 1, 8, 8), torch.zeros(6, 4, 1, 8, 8), labels)
+    objective.loss(seen, batch, 0)
+    companion = objective.companions["fake_score"]
+    companion.loss(seen, companion.network, batch, 0, 0)
+    assert compared == 2
+    learning = load_config("configs/digits.yaml", [*TINY, "network.dropout=0.2"])
+    assert new_student(learning, teacher).train().backbone.training  # of trajectories it has dropout, as ever
 
 
 def test_no_two_updates_draw_the_same(tmp_path: Path) -> None:

@@ -107,6 +107,15 @@ def test_what_distribution_matching_adds() -> None:
     assert half.teacher == matched.teacher // 2
 
 
+def test_recomputing_saves_memory_of_the_fake_score_network_too() -> None:
+    """It is the larger holder, as it sees real images beside as many samples."""
+    kept, recomputed = (
+        training_memory(configured(*MATCHED, f"training.recompute={what}"), device="cpu").per_image
+        for what in ("none", "blocks")
+    )
+    assert recomputed < 0.6 * kept
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stages_divide_the_fake_score_network(stage: int) -> None:
     config = configured(*MATCHED, f"training.zero_stage={stage}")

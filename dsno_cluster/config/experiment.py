@@ -145,6 +145,18 @@ class Config(Strict):
             }
         )
 
+    @property
+    def judged_by_trajectories(self) -> bool:
+        """Whether the images by which checkpoints of distribution matching are judged can only be the ends of trajectories."""
+        settings, real = self.training, (self.data.name, self.data.images) != (None, None)
+        return settings.objective == "distribution" and settings.heldout_every is not None and not real
+
+    @property
+    def needs_trajectories(self) -> bool:
+        """Whether training cannot do without finished trajectories, or such as it makes itself."""
+        settings = self.training
+        return settings.reads_trajectories or (self.judged_by_trajectories and not settings.online)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         points = self.trajectories.num_points

@@ -51,7 +51,10 @@ class Network(Named):
         None,
         description="channels of the embedding of noise level and class; needed with student.backbone=unet",
     )
-    dropout: BelowOne = Field(0.0, description="share of activations left out in training")
+    dropout: BelowOne = Field(
+        0.0,
+        description="share of activations left out in training, except with training.objective=distribution",
+    )
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -151,6 +151,11 @@ class Training(Strict):
         return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
     @property
+    def reads_trajectories(self) -> bool:
+        """Whether steps learn from the teacher's trajectories; distribution matching does so only with them as an anchor."""
+        return self.objective == "trajectories" or self.distribution.trajectory_weight > 0.0
+
+    @property
     def micro_batches(self) -> int:
         """`accumulation` of a run that has begun, which has chosen it."""
         assert self.accumulation != "auto"

@@ -36,6 +36,7 @@ from dsno_cluster.networks.activations import largest_tensor, samples_at_a_time,
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_backbone import DiffusersBackbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
+from dsno_cluster.networks.dropout import DropoutSwitch
 from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.networks.teacher_backbone import TeacherBackbone
 from dsno_cluster.networks.temporal import cosine_series, fourier_basis
@@ -105,7 +106,7 @@ def student_model(meta: ModelMeta, where: str) -> StudentModel:
     return validate(StudentModel, meta.model.values(), f"{where}/{META}: model")
 
 
-class DSNO(nn.Module):
+class DSNO(DropoutSwitch):
     """The solution operator of the probability-flow ODE (Zheng et al. 2023), for states of `network`'s shape.
 
     The network is our U-Net unless `backbone` describes another one: a teacher's. `init` is that of the temporal

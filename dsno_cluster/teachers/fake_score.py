@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsno_cluster.errors import UserError
 from dsno_cluster.networks.backbones import EDM2Network
 from dsno_cluster.networks.discriminator import DiscriminatorHead
+from dsno_cluster.networks.dropout import DropoutSwitch
 from dsno_cluster.networks.edm2_unet import train_filters
 from dsno_cluster.networks.middle import middle_of
 from dsno_cluster.networks.trainable import give_weights_an_axis, keep_constants_out
@@ -25,7 +26,7 @@ from dsno_cluster.teachers.teacher import Teacher
 from dsno_cluster.teachers.unet_denoiser import denoiser
 
 
-class FakeScore(nn.Module):
+class FakeScore(DropoutSwitch):
     """A teacher's denoiser, trainable, with a discriminator head on its middle features.
 
     It takes over the network of `teacher`, which must be one that `middle_of` knows. Its state consists of weights only, below
@@ -48,7 +49,7 @@ class FakeScore(nn.Module):
             self.head = DiscriminatorHead(channels)
         self._features: Tensor | None = None
         middle.register_forward_hook(self._keep)
-        self.train().requires_grad_(True)
+        self.without_dropout().requires_grad_(True)  # whatever the teacher was trained with
 
     def forward(self, x_NCHW: Tensor, t_N: Tensor, labels_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy states (N, C, H, W) at cosine times (N,), float64 -> clean x0 (N, C, H, W) and logits (N, L), both float32.
@@ -71,11 +72,6 @@ class FakeScore(nn.Module):
         x0_NCHW = self._teacher.denoise(x_NCHW, t_N, labels_N)
         features, self._features = self._features, None
         return features is not None and x0_NCHW.requires_grad
-
-    def train(self, mode: bool = True) -> FakeScore:
-        """Leave every part in the mode for evaluation: the copy has no dropout, whatever the teacher was trained with."""
-        super().train(False)
-        return self
 
     def __deepcopy__(self, memo: Any) -> FakeScore:
         raise TypeError(

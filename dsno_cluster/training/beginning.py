@@ -15,7 +15,7 @@ from dsno_cluster.model_folder import FeatureWeights, StartModel
 from dsno_cluster.networks.backbones import Backbone
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.records import canonical_hash
-from dsno_cluster.storage import open_storage
+from dsno_cluster.storage import Storage, open_storage
 from dsno_cluster.students.dsno import DSNO, form_of
 from dsno_cluster.teachers import ConfiguredTeacher, find_teacher
 from dsno_cluster.training import checkpoint
@@ -36,12 +36,12 @@ from dsno_cluster.trajectories.spec import AnySpec, imported_folder
 class Beginning:
     """Where a training begins: its inputs, the data set's manifest, and the `backbone` if it is the teacher's.
 
-    `state` is that of the newest checkpoint, None for a new training; `network` describes the teacher's own network, if there
-    is a teacher and it is known.
+    There is no manifest if no trajectories are needed and none are there. `state` is that of the newest checkpoint, None for a
+    new training; `network` describes the teacher's own network, if there is a teacher and it is known.
     """
 
     inputs: Inputs
-    manifest: Manifest
+    manifest: Manifest | None
     backbone: Backbone | DiffusersModel | None
     state: CheckpointState | None
     network: Backbone | None = None
@@ -54,10 +54,10 @@ class Beginning:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a training reads, and the manifest of its trajectories."""
+    """What a training reads, and the manifest of its trajectories; None if it needs none and none are there."""
 
     inputs: Inputs
-    manifest: Manifest
+    manifest: Manifest | None
 
 
 def find_training_teacher(config: Config) -> ConfiguredTeacher | None:
@@ -101,21 +101,37 @@ def find_beginning(config: Config, teacher: ConfiguredTeacher | None) -> Beginni
 def find_data_set(config: Config, teacher: ConfiguredTeacher | None) -> DataSet:
     """The finished trajectories of a config, or those that online training will make.
 
-    Raises UserError if there are none, and if imported ones are not those that the config describes.
+    A run is known by the data set that its config describes, whether or not it is read and there. Raises UserError if there
+    are no trajectories and the training needs them, and if imported ones are not those that the config describes.
     """
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
-    wanted = config.trajectories.num_samples
     if config.trajectories.imported is not None:
         folder = imported_folder(config.trajectories.imported)
-        manifest = open_trajectories(storage, folder, wanted)
-        _check_imported(config, trajectory_spec(manifest, f"{storage.url}/{folder}"))
+        manifest = _find_trajectories(config, storage, folder)
+        if manifest is not None:
+            _check_imported(config, trajectory_spec(manifest, f"{storage.url}/{folder}"))
         return DataSet(_inputs(config, teacher, folder), manifest)
     plan = make_plan(config, teacher)
-    if config.training.online:
+    if config.training.online and config.training.reads_trajectories:
         manifest = planned_manifest(plan)
     else:
-        manifest = open_trajectories(storage, plan.folder, wanted)
+        manifest = _find_trajectories(config, storage, plan.folder)
     return DataSet(_inputs(config, teacher, plan.folder, plan.other_folders), manifest)
+
+
+def _find_trajectories(config: Config, storage: Storage, folder: str) -> Manifest | None:
+    """The finished trajectories of a folder; None if they are not needed and cannot be used. Raises UserError if they are."""
+    try:
+        return open_trajectories(storage, folder, config.trajectories.num_samples)
+    except UserError as error:
+        if not config.needs_trajectories:
+            return None
+        if config.training.reads_trajectories:
+            raise
+        raise UserError(
+            f"{error}; checkpoints are judged by the teacher's images at their ends: do without them by real images "
+            "(data.images), or by training.heldout_every=null"
+        ) from None
 
 
 def _inputs(
@@ -190,10 +206,11 @@ def _check_imported(config: Config, spec: AnySpec) -> None:
 
 
 def make_student(config: Config, backbone: Backbone | DiffusersModel | None) -> DSNO:
-    """The config's student with random weights."""
+    """The config's student with random weights; one that is finished by its samples has no dropout, as when `eval` draws them."""
     settings = config.student
     times, init = config.trajectories.time_points, settings.temporal_init
-    return DSNO(config.network, form_of(settings), times, backbone=backbone, init=init)
+    student = DSNO(config.network, form_of(settings), times, backbone=backbone, init=init)
+    return student.without_dropout() if config.training.objective == "distribution" else student
 
 
 def new_student(

@@ -55,11 +55,13 @@ class DivergenceWatch:
         return None
 
 
-def describe_batch(batches: Sequence[Batch], manifest: Manifest, ranks: Ranks) -> str:
+def describe_batch(batches: Sequence[Batch], manifest: Manifest | None, ranks: Ranks) -> str:
     """Samples and shards of a step's global batch; only those with non-finite states, if any.
 
     It names the first `NAMED` of each. Collective.
     """
+    if manifest is None or not any(len(batch.indices) for batch in batches):
+        return "samples of the student from new noise"
     indices = torch.cat([torch.from_numpy(batch.indices) for batch in batches])
     finite = torch.cat([batch.states.isfinite().flatten(1).all(1) for batch in batches])
     mine = torch.stack([indices, (~finite).long()]).to(ranks.device)

@@ -30,12 +30,17 @@ from dsno_cluster.trajectories.spec import TrajectorySpec, solve_samples, spec_o
 class HeldOutFigures:
     """What was measured of a student on held-out noise: relative errors by time, and the distance from other images.
 
-    `judged_by` is the one by which the best checkpoint is chosen, the smaller the better; None: by none.
+    Errors are not measured of a student that is finished without trajectories at hand. `judged_by` is the figure by which the
+    best checkpoint is chosen, the smaller the better; None: by none.
     """
 
     errors: tuple[float, ...] | None = None
     distance: float | None = None
     judged_by: float | None = None
+
+    @property
+    def anything(self) -> bool:
+        return self.errors is not None or self.distance is not None
 
 
 class HeldOut:
@@ -74,7 +79,7 @@ class HeldOut:
                 "channels as colours; teacher.decoder names the folder of an AutoencoderKL"
             )
         self.target = self.distance = self.basis = None
-        if measured:
+        if measured and beginning.manifest is not None:
             assert teacher is not None  # on rank 0; without one nothing is compared
             self.target = heldout_states(config, teacher, beginning.manifest, device)
             if not self.matched:
@@ -93,10 +98,15 @@ class HeldOut:
 
     def figures(self) -> HeldOutFigures:
         """Those of the loaded student, as `eval` measures them."""
-        assert self.target is not None
-        errors = tuple(relative_errors(self.student.trajectory(self.noise, self.labels), self.target))
-        distance = None if self.distance is None else self.distance.of(self.student.sample)
-        return HeldOutFigures(errors, distance, distance if self.matched else errors[-1])
+        errors = distance = None
+        if self.target is not None:
+            errors = tuple(relative_errors(self.student.trajectory(self.noise, self.labels), self.target))
+        if self.distance is not None:
+            distance = self.distance.of(self.student.sample)
+        if self.matched:
+            return HeldOutFigures(errors, distance, distance)
+        assert errors is not None  # whoever learns trajectories has some
+        return HeldOutFigures(errors, distance, errors[-1])
 
     def picture(self, count: int = 64) -> tuple[bytes, Tensor]:
         """A grid of the loaded student's images from the first noises, as PNG, and the images (N, C, H, W).

@@ -44,7 +44,7 @@ def images_to_judge_by(
     states: States,
     decoder: LoadedDecoder | None,
     folder: str,
-    manifest: Manifest,
+    manifest: Manifest | None,
 ) -> JudgingImages | None:
     """The images with which samples are compared; which ones, is said.
 
@@ -61,6 +61,7 @@ def images_to_judge_by(
         count = min(real.count, MOST)
         why = f", as the {real.heldout} that are held out are too few to tell checkpoints apart"
         return _said(f"{count} real images of training", why, real.identity, real.picture_batches(size, MOST))
+    assert manifest is not None  # the beginning has found it, as `needs_trajectories` asks
     shards = [shard for shard in manifest.shards if shard.start < MOST]
     images = _of_teacher(config, decoder, folder, manifest)
     return _said(f"{shards[-1].stop} images of the teacher", "", folder, images)

@@ -17,6 +17,7 @@ from dsno_cluster.config import Config, Training
 from dsno_cluster.errors import WorkError
 from dsno_cluster.files import shown_path
 from dsno_cluster.model_folder import step_name
+from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.records import canonical_hash
 from dsno_cluster.storage import open_storage
 from dsno_cluster.students.dsno import DSNO
@@ -55,7 +56,7 @@ from dsno_cluster.training.ranks import (
 )
 from dsno_cluster.training.readback import Readback, Signals, Taken
 from dsno_cluster.training.real_images import RealImages
-from dsno_cluster.trajectories.reader import Batch, ShardReader, read_batches
+from dsno_cluster.trajectories.reader import Batch, ShardReader, blank_batch, read_batches
 
 
 def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
@@ -91,6 +92,8 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
         if known is not None:
             known.forget()  # nothing below needs its weights
         student.recompute(settings.recompute)
+        for companion in objective.companions.values():
+            recompute_in_backward(companion.network, settings.recompute)
         config = decide_accumulation(config, ranks, beginning, student)
         settings = config.training
         accelerate(student, config, ranks)
@@ -146,7 +149,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                 due = _due_after(settings, done, last=last or signals.any)
                 students = {decay: ema.whole(engine.module, decay) for decay in due.averages}
                 measured = _measure(heldout, log, due, students, done)
-                if log is not None and (due.line or measured.errors is not None):
+                if log is not None and (due.line or measured.anything):
                     log.write(_line(engine, settings, done, seen, measured, pace, ranks))
                 advance(1, _recorded(settings, done, seen, measured, pace), **_shown(seen, pace, ranks))
                 if due.checkpoint:
@@ -222,8 +225,13 @@ def _make_engines(
 
 @contextlib.contextmanager
 def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Iterator[list[Batch]]]:
-    """This rank's micro-batches of each step from the beginning's: read from storage, or made while training."""
+    """This rank's micro-batches of each step from the beginning's: read from storage, made while training, or blank ones."""
     settings, start, producer = config.training, beginning.step, None
+    if not settings.reads_trajectories:
+        size = settings.batch_size // (ranks.world_size * settings.micro_batches)
+        yield itertools.repeat([blank_batch(size, config.network.state_shape)] * settings.micro_batches)
+        return
+    assert beginning.manifest is not None
     shards: ShardReader
     if settings.online:
         producer = Producer(config, start) if ranks.rank == 0 else None
@@ -261,16 +269,17 @@ def _batches(config: Config, beginning: Beginning, ranks: Ranks) -> Iterator[Ite
 def _say_beginning(
     config: Config, beginning: Beginning, engine: Any, ranks: Ranks, notes: checkpoint.RunNotes
 ) -> None:
-    settings, reader = config.training, config.reader
+    settings, reader, manifest = config.training, config.reader, beginning.manifest
     parameters = sum(whole_shape(p).numel() for p in engine.module.parameters())
     console.say(
         f"student: {parameters / 1e6:.2f} M parameters, steps {beginning.step} to {settings.steps}, batch "
         f"{settings.batch_size} on {ranks.world_size} rank(s), ZeRO stage {engine.zero_optimization_stage()}, "
         f"{settings.precision}"
     )
-    fetched = "://" in config.storage.root and not settings.online and reader.cache_dir is None
+    reads = settings.reads_trajectories and not settings.online
+    fetched = "://" in config.storage.root and reads and reader.cache_dir is None
     # the shards of two windows stay open
-    if fetched and ranks.world_size > 1 and len(beginning.manifest.shards) > 2 * reader.window_shards:
+    if fetched and ranks.world_size > 1 and manifest and len(manifest.shards) > 2 * reader.window_shards:
         console.say(
             f"each of the {ranks.world_size} ranks fetches every shard in every epoch, as reader.cache_dir is null; "
             "with one, such as reader.cache_dir='$TMPDIR/shards', a node fetches each once, if reader.cache_gb holds all"

@@ -19,6 +19,7 @@ from dsno_cluster.device import HALVES, autocast_to
 from dsno_cluster.networks.backbones import Backbone, OurUNet
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import as_on_gpu
+from dsno_cluster.networks.recompute import recompute_in_backward
 from dsno_cluster.networks.teacher_backbone import TeacherBackbone
 from dsno_cluster.students.dsno import DSNO, forgetting_time_tensors, form_of
 from dsno_cluster.teachers.backbones import of_cosine_times
@@ -170,6 +171,7 @@ def activation_bytes(
             parameter.grad = torch.zeros_like(parameter)
         if _has_fake_score(config):
             fake = denoising_network(config, teacher)
+            recompute_in_backward(fake, settings.recompute)
             for parameter in fake.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         live = LiveMemory()

@@ -48,7 +48,10 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples: indices (N,), starting noise (N, C, H, W), states (N, M, C, H, W) float32, labels (N,)."""
+    """Samples: indices (N,), starting noise (N, C, H, W), states (N, M, C, H, W) float32, labels (N,).
+
+    An objective that reads no trajectories gets `blank_batch`es.
+    """
 
     indices: np.ndarray
     noise: Tensor
@@ -59,6 +62,12 @@ class Batch:
         """This batch in memory from which a GPU copies by itself."""
         labels = None if self.labels is None else self.labels.pin_memory()
         return Batch(self.indices, self.noise.pin_memory(), self.states.pin_memory(), labels)
+
+
+def blank_batch(count: int, shape: tuple[int, ...]) -> Batch:
+    """A batch that only says how many samples of which shape are asked for: no indices, noise of zeros and no states."""
+    noise = torch.zeros(1).expand(count, *shape)
+    return Batch(np.empty(0, np.int64), noise, noise[:, None][:, :0], None)
 
 
 def open_trajectories(storage: Storage, folder: str, num_samples: int) -> Manifest:
