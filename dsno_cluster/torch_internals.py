@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -94,11 +94,13 @@ def pretended_tensors() -> contextlib.AbstractContextManager[Any]:
     return FakeTensorMode()
 
 
-def actual_tensors() -> contextlib.AbstractContextManager[Any]:
-    """A context whose new tensors have values, also within one of `pretended_tensors`."""
+@contextlib.contextmanager
+def actual_tensors() -> Iterator[None]:
+    """A context whose new tensors are on the CPU and have values, also within `pretended_tensors` or on the device "meta"."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    return unset_fake_temporarily()
+    with unset_fake_temporarily(), torch.device("cpu"):
+        yield
 
 
 class LiveMemory(TorchDispatchMode):

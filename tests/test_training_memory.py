@@ -86,7 +86,7 @@ def test_estimates_and_real_passes_do_not_meet() -> None:
     student = make_student(config, model)
     noise, labels = torch.zeros(1, *config.network.state_shape), torch.tensor([0])
     before = student(noise, labels)
-    assert activation_bytes(config, 1, model, device="cpu") > 0
+    assert training_memory(config, backbone=model, device="cpu").activations > 0
     assert torch.equal(student(noise, labels), before)
 
 
