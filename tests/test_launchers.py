@@ -148,14 +148,21 @@ PROFILES = {
         "container: {runtime: apptainer, image: ./my images/dsno.sif, mounts: [/data], python: /opt/venv/bin/python}\n"
     ),
     "eval-singularity": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: singularity, image: docker://team/dsno}\n",
+    "eval-student": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: apptainer, image: docker://team/dsno}\n",
+    "eval-samples": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: pyxis, image: team/dsno}\n",
     "gen-trajectories-array": "gpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\n",
     "eval-chain": "mem_gb: 8\ntime_minutes: 60\nchain: 4\n",
 }
+# the options of those stages that have any; ../scratch is beside the working directory
+OPTIONS: dict[str, StageOptions] = {
+    "gen-trajectories-array": SharedOptions(array=64),
+    "eval-student": EvaluationOptions(student="../scratch/students/digits/best"),
+    "eval-samples": EvaluationOptions(samples="../scratch/samples/in64-{000..146}.tar"),
+}
 
 
-def script(name: str, config: Config, profile: Profile, array: int = 1) -> str:
+def script(name: str, config: Config, profile: Profile, options: StageOptions = StageOptions()) -> str:  # noqa: B008 (frozen)
     (stage,) = (stage for stage in STAGES if stage.name == name)
-    options = SharedOptions(array=array) if array > 1 else StageOptions()
     return str(SLURM.describe(Submission(stage, config, profile, "dsno-cluster", options)))
 
 
@@ -164,16 +171,21 @@ def test_the_script_is_that_of_the_golden_file(
     name: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole text that sbatch gets. After a change that is meant: put what this test found into tests/data/sbatch/."""
-    (tmp_path / "jobs").mkdir()
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    (home / "jobs").mkdir(parents=True)
+    (scratch / "students/digits/step-000000300").mkdir(parents=True)
+    (scratch / "students/digits/best").write_text("step-000000300")
+    (scratch / "samples").mkdir()
     stage = next(stage.name for stage in STAGES if name.startswith(stage.name))
-    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[name])
-    monkeypatch.chdir(tmp_path)
+    (home / f"jobs/{stage}.yaml").write_text(PROFILES[name])
+    monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     config = load_config("configs/digits.yaml", ["run.dir=scratch"])
-    text = script(stage, config, load_profile(stage, {}), 64 if name.endswith("array") else 1)
-    text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/venv/bin/python")
+    text = script(stage, config, load_profile(stage, {}), OPTIONS.get(name, StageOptions()))
+    text = text.replace(str(home), "/home/me").replace(str(scratch), "/scratch")
+    text = text.replace(sys.executable, "/venv/bin/python")
     assert text == (DATA / f"sbatch/{name}.sh").read_text()
-    assert not (tmp_path / "scratch").exists()
+    assert not (home / "scratch").exists()
 
 
 @pytest.mark.parametrize("pattern", ["in64-{000..146}.tar", "*.tar", "part-[01]/in64.tar", "in64-?.tar"])

@@ -32,11 +32,7 @@ def executor_for(
         run, logs = f"{run}/{ARRAY}/$SLURM_ARRAY_TASK_ID", folder / ARRAY / "%a"
     ray, container = stage.kind == "ray", profile.container
     python = shlex.quote(sys.executable)
-    in_srun, task = (
-        ([], [python])
-        if container is None
-        else container_words(container, submission.config, profile.gpus_per_node > 0)
-    )
+    in_srun, task = ([], [python]) if container is None else container_words(container, submission)
     # a Ray stage continues without a lost node, but not from a container, in which nobody can ask Slurm to start the job
     # again if it is the first; in a training the other ranks must not wait for a lost one
     no_kill = ray and container is None

@@ -9,19 +9,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dsno_cluster.config import Config, Container
+from dsno_cluster.cluster.stage import Submission
+from dsno_cluster.config import Container
 from dsno_cluster.errors import UserError
+from dsno_cluster.model_folder import BEST, LATEST
+from dsno_cluster.storage import absolute_address
 
 
-def container_words(container: Container, config: Config, gpus: bool) -> tuple[list[str], list[str]]:
+def container_words(container: Container, submission: Submission) -> tuple[list[str], list[str]]:
     """Options of srun, and the words that stand before those of the task, each quoted for the shell.
 
-    The container sees the working directory, the places of the experiment and the files that its config names, all
-    under the paths that they have outside. Raises UserError for one of these that cannot be mounted.
+    The container sees the working directory, the places of the experiment and the files that its config and the stage's
+    options name, all under the paths that they have outside. Raises UserError for one of these that cannot be mounted.
     """
-    places = [os.getcwd(), str(config.run_dir.absolute()), *_files_of(config.model_dump(mode="json"))]
-    if "://" not in config.storage.root:
-        places.append(config.storage.root)  # it may not be there yet, as it is made when the job is submitted
+    places = _places(submission)
     if odd := next((place for place in places if ":" in place or "," in place), None):
         raise UserError(f"{odd}: a path with : or , cannot be mounted in a container")
     mounts = [*_outermost(places), *container.mounts]
@@ -36,7 +37,7 @@ def container_words(container: Container, config: Config, gpus: bool) -> tuple[l
         return [shlex.quote(option) for option in options], [shlex.quote(container.python)]
     words = [
         *(container.runtime, "exec"),
-        *(["--nv"] if gpus else []),
+        *(["--nv"] if submission.profile.gpus_per_node > 0 else []),
         *("--bind", ",".join(mounts), "--pwd", os.getcwd()),
         *container.options,
         *(container.image, container.python),
@@ -44,11 +45,24 @@ def container_words(container: Container, config: Config, gpus: bool) -> tuple[l
     return [], [shlex.quote(word) for word in words]
 
 
+def _places(submission: Submission) -> list[str]:
+    """The files and folders of this machine that the tasks see."""
+    config = submission.config
+    options = [absolute_address(path) for path in submission.options.paths]
+    named = [*_files_of(config.model_dump(mode="json")), *_files_of(options)]
+    if "://" not in config.storage.root:
+        named.append(config.storage.root)  # it may not be there yet, as it is made when the job is submitted
+    # without .., by which a path seems to be inside a folder that it leaves
+    return [os.path.normpath(place) for place in (os.getcwd(), str(config.run_dir.absolute()), *named)]
+
+
 def _files_of(values: Any) -> Iterator[str]:
-    """The files and folders that exist among the values of a config, and those in which the files of a pattern are."""
+    """The files and folders that exist among values, and those in which the files of a pattern are."""
     if isinstance(values, str):
         if os.path.isabs(values) and os.path.exists(values):
-            yield values
+            # of a student, this file only names the folder beside it
+            names_another = os.path.basename(values) in (LATEST, BEST) and os.path.isfile(values)
+            yield os.path.dirname(values) if names_another else values
         elif os.path.isabs(values) and len(plain := re.split(r"[*?{\[]", values, maxsplit=1)) > 1:
             folder = os.path.dirname(plain[0])  # such as /data of /data/in64-{000..146}.tar
             if folder != "/" and os.path.isdir(folder):
