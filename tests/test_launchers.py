@@ -150,6 +150,7 @@ PROFILES = {
     "eval-singularity": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: singularity, image: docker://team/dsno}\n",
     "eval-student": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: apptainer, image: docker://team/dsno}\n",
     "eval-samples": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: pyxis, image: team/dsno}\n",
+    "train-links": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: pyxis, image: team/dsno}\n",
     "gen-trajectories-array": "gpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\n",
     "eval-chain": "mem_gb: 8\ntime_minutes: 60\nchain: 4\n",
 }
@@ -180,7 +181,12 @@ def test_the_script_is_that_of_the_golden_file(
     (home / f"jobs/{stage}.yaml").write_text(PROFILES[name])
     monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
-    config = load_config("configs/digits.yaml", ["run.dir=scratch"])
+    place = "run.dir=scratch"
+    if name == "train-links":
+        (scratch / "runs").mkdir()
+        (home / "runs").symlink_to(scratch / "runs")
+        place = "storage.root=runs"
+    config = load_config("configs/digits.yaml", [place])
     text = script(stage, config, load_profile(stage, {}), OPTIONS.get(name, StageOptions()))
     text = text.replace(str(home), "/home/me").replace(str(scratch), "/scratch")
     text = text.replace(sys.executable, "/venv/bin/python")
@@ -201,6 +207,60 @@ def test_a_container_sees_the_files_of_a_pattern(
     )
     profile = load_profile("train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}})
     assert f" --bind {tmp_path}/here,{tmp_path}/images --pwd " in script("train", config, profile)
+
+
+def test_a_container_sees_what_links_lead_to(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def mounted(*words: str) -> list[str]:
+        """What is mounted besides the working directory."""
+        config = load_config("configs/digits.yaml", list(words))
+        profile = load_profile(
+            "train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}}
+        )
+        (found,) = re.findall(r" --bind (\S+) --pwd ", script("train", config, profile))
+        assert str(tmp_path / "here") in found.split(",")
+        places = [Path(place) for place in found.split(",")]
+        return [str(p.relative_to(tmp_path)) for p in places if p != tmp_path / "here"]
+
+    # a link to what is reached by another: both places, as the first one names the second
+    (tmp_path / "lustre/me/runs").mkdir(parents=True)
+    (tmp_path / "disk").symlink_to("lustre")
+    Path("runs").symlink_to(tmp_path / "disk/me/runs")
+    assert mounted("storage.root=runs/new") == ["disk/me/runs/new", "lustre/me/runs/new"]
+    assert mounted("storage.root=runs") == ["disk/me/runs", "lustre/me/runs"]
+    Path("runs").unlink()
+
+    # a snapshot in Hugging Face's cache, which may be reached by a link
+    blobs, snapshot = tmp_path / "lustre/hub/blobs", tmp_path / "lustre/hub/snapshots/1a2b"
+    for folder in (blobs, snapshot / "unet", tmp_path / "models"):
+        folder.mkdir(parents=True)
+    for name in ("1", "2", "unused"):
+        (blobs / name).write_text("")
+    (snapshot / "model_index.json").symlink_to("../../blobs/1")
+    (snapshot / "unet/config.json").symlink_to("../../../blobs/2")
+    (snapshot / "gone.json").symlink_to("../../blobs/gone")
+    (snapshot / "python").symlink_to("/usr/bin/env")
+    real = ["lustre/hub/blobs/1", "lustre/hub/blobs/2", "lustre/hub/snapshots/1a2b"]
+    assert mounted(f"teacher.path={snapshot}") == real
+    by_link = [place.replace("lustre", "disk") for place in real]
+    assert mounted(f"teacher.path={tmp_path}/disk/hub/snapshots/1a2b") == [*by_link, *real]
+    (tmp_path / "models/dit").symlink_to(snapshot)
+    assert mounted(f"teacher.path={tmp_path}/models/dit") == [*real, "models"]
+
+    # many links into one folder
+    pictures = tmp_path / "lustre/pictures, all"
+    pictures.mkdir()
+    (tmp_path / "chosen").mkdir()
+    for number in range(20):
+        (pictures / f"{number}.png").write_text("")
+        (tmp_path / f"chosen/{number}.png").symlink_to(pictures / f"{number}.png")
+    with pytest.raises(UserError, match=r"lustre/pictures, all: a path with : or ,"):
+        mounted("data.name=null", f"data.images={tmp_path}/chosen")
 
 
 def test_a_root_that_cannot_be_made_leaves_no_run_folder(

@@ -15,17 +15,22 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import BEST, LATEST
 from dsno_cluster.storage import absolute_address
 
+MOST_LINKS = 16  # into one folder, which is mounted whole if there are more
+# what an image has of its own, and what a link leads to must not replace
+OF_THE_IMAGE = ("/bin/", "/dev/", "/etc/", "/lib/", "/lib64/", "/proc/", "/sbin/", "/sys/", "/usr/")
+
 
 def container_words(container: Container, submission: Submission) -> tuple[list[str], list[str]]:
     """Options of srun, and the words that stand before those of the task, each quoted for the shell.
 
     The container sees the working directory, the places of the experiment and the files that its config and the stage's
-    options name, all under the paths that they have outside. Raises UserError for one of these that cannot be mounted.
+    options name, and what links lead to from these, all under the paths that they have outside. Raises UserError for one of
+    these that cannot be mounted.
     """
-    places = _places(submission)
+    places = _outermost(_places(submission))
     if odd := next((place for place in places if ":" in place or "," in place), None):
         raise UserError(f"{odd}: a path with : or , cannot be mounted in a container")
-    mounts = [*_outermost(places), *container.mounts]
+    mounts = [*places, *container.mounts]
     if container.runtime == "pyxis":
         ends = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
         options = [
@@ -49,11 +54,13 @@ def _places(submission: Submission) -> list[str]:
     """The files and folders of this machine that the tasks see."""
     config = submission.config
     options = [absolute_address(path) for path in submission.options.paths]
-    named = [*_files_of(config.model_dump(mode="json")), *_files_of(options)]
+    named = [*_files_of(config.model_dump(mode="json")), *_files_of(options), str(config.run_dir.absolute())]
     if "://" not in config.storage.root:
         named.append(config.storage.root)  # it may not be there yet, as it is made when the job is submitted
     # without .., by which a path seems to be inside a folder that it leaves
-    return [os.path.normpath(place) for place in (os.getcwd(), str(config.run_dir.absolute()), *named)]
+    named = [os.path.normpath(place) for place in named]
+    targets = [target for place in named for target in _targets(place)]
+    return [os.getcwd(), *map(_seen_as_link, named), *targets, *_linked(named)]
 
 
 def _files_of(values: Any) -> Iterator[str]:
@@ -72,6 +79,52 @@ def _files_of(values: Any) -> Iterator[str]:
     elif isinstance(values, list):
         for value in values:
             yield from _files_of(value)
+
+
+def _targets(path: str) -> Iterator[str]:
+    """The paths to which links in a path lead, one after the other: the last of them has no links."""
+    for link in [*reversed(Path(path).parents), Path(path)]:
+        if link.is_symlink() and link.exists():
+            target = os.path.normpath(link.parent / os.readlink(link) / Path(path).relative_to(link))
+            yield target
+            yield from _targets(target)
+            return
+
+
+def _seen_as_link(place: str) -> str:
+    """The folder around a place that is a link to a folder; any other place as it is.
+
+    Mounted by itself it would be a folder, and relative links in it would lead elsewhere.
+    """
+    around = os.path.dirname(place)
+    return around if os.path.islink(place) and os.path.isdir(place) and around != "/" else place
+
+
+def _linked(places: Iterable[str]) -> Iterator[str]:
+    """What is reached by links in folders and in the folders in these, as in Hugging Face's snapshots of a pipeline."""
+    by_folder: dict[str, set[str]] = {}
+    for link in (link for place in places for link in _links_in(place)):
+        # where the link leads if a folder above it is a link too, but a mounted folder in the container
+        mounted = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
+        for target in (*_targets(link), mounted):
+            of_the_image = target == "/" or (target + "/").startswith(OF_THE_IMAGE)
+            if os.path.exists(target) and not of_the_image:
+                by_folder.setdefault(os.path.dirname(target), set()).add(target)
+    for folder, targets in by_folder.items():
+        yield from [folder] if len(targets) > MOST_LINKS and folder != "/" else targets
+
+
+def _links_in(folder: str, deep: bool = True) -> Iterator[str]:
+    """The links in a folder and, if `deep`, in the folders in it; none if it is a file, is not there or cannot be read."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_symlink():
+            yield entry.path
+        elif deep and entry.is_dir():
+            yield from _links_in(entry.path, deep=False)
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
