@@ -181,6 +181,11 @@ def test_the_script_is_that_of_the_golden_file(
     (home / f"jobs/{stage}.yaml").write_text(PROFILES[name])
     monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    if name == "gen-trajectories-pyxis":  # somebody whose home is elsewhere
+        (scratch / "me").mkdir()
+        monkeypatch.setenv("HOME", str(scratch / "me"))
     place = "run.dir=scratch"
     if name == "train-links":
         (scratch / "runs").mkdir()
@@ -202,6 +207,7 @@ def test_a_container_sees_the_files_of_a_pattern(
     for folder in ("here", "images"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     config = load_config(
         "configs/digits.yaml", ["data.name=null", f"data.images={tmp_path}/images/{pattern}"]
     )
@@ -215,6 +221,7 @@ def test_a_container_sees_what_links_lead_to(
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
 
     def mounted(*words: str) -> list[str]:
         """What is mounted besides the working directory."""
@@ -252,6 +259,16 @@ def test_a_container_sees_what_links_lead_to(
     (tmp_path / "models/dit").symlink_to(snapshot)
     assert mounted(f"teacher.path={tmp_path}/models/dit") == [*real, "models"]
 
+    # the folder for downloads
+    (tmp_path / "lustre/cache").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.cache").symlink_to("../lustre/cache")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert mounted() == ["home/.cache/dsno-cluster", "lustre/cache/dsno-cluster"]
+    (tmp_path / "lustre/cache").rename(tmp_path / "lustre/gone")  # it cannot be made
+    assert mounted() == []
+
     # many links into one folder
     pictures = tmp_path / "lustre/pictures, all"
     pictures.mkdir()
@@ -269,6 +286,7 @@ def test_a_root_that_cannot_be_made_leaves_no_run_folder(
     """It is made before a job whose container mounts it."""
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "file").write_text("")
     place = [f"storage.root={tmp_path}/file/root", f"run.dir={tmp_path}/out"]
     config = load_config("configs/digits.yaml", place)
@@ -277,6 +295,25 @@ def test_a_root_that_cannot_be_made_leaves_no_run_folder(
     with pytest.raises(NotADirectoryError):
         SLURM.submit([Submission(EVAL, config, profile, "dsno-cluster eval")])
     assert list((tmp_path / "out/jobs").iterdir()) == all_runs() == []
+
+
+def test_what_a_container_mounts_is_made_before(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root, and the folder for downloads unless the profile chooses another place for them."""
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}/root", f"run.dir={tmp_path}/out"])
+    changes = {"container": {"runtime": "pyxis", "image": "team/dsno"}, "mem_gb": 1, "time_minutes": 10}
+    own = load_profile("eval", {**changes, "environment": {"XDG_CACHE_HOME": "/own"}})
+    for profile, made in ((own, ["root"]), (load_profile("eval", changes), ["cache", "root"])):
+        with pytest.raises(UserError, match="Slurm refuses"):  # the sbatch here refuses every job
+            SLURM.submit([Submission(EVAL, config, profile, "dsno-cluster eval")])
+        assert [name for name in ("cache", "root") if (tmp_path / name).is_dir()] == made
+        assert ("export XDG_CACHE_HOME=${XDG" in script("eval", config, profile)) == ("cache" in made)
+    assert (tmp_path / "cache/dsno-cluster").is_dir()
 
 
 @pytest.mark.parametrize(

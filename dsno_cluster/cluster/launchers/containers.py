@@ -12,6 +12,7 @@ from typing import Any
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.config import Container
 from dsno_cluster.errors import UserError
+from dsno_cluster.files import CACHE_HOME, cache_folder
 from dsno_cluster.model_folder import BEST, LATEST
 from dsno_cluster.storage import absolute_address
 
@@ -24,8 +25,8 @@ def container_words(container: Container, submission: Submission) -> tuple[list[
     """Options of srun, and the words that stand before those of the task, each quoted for the shell.
 
     The container sees the working directory, the places of the experiment and the files that its config and the stage's
-    options name, and what links lead to from these, all under the paths that they have outside. Raises UserError for one of
-    these that cannot be mounted.
+    options name, the folder for downloads, and what links lead to from these, all under the paths that they have outside.
+    Raises UserError for one of these that cannot be mounted.
     """
     places = _outermost(_places(submission))
     if odd := next((place for place in places if ":" in place or "," in place), None):
@@ -57,10 +58,43 @@ def _places(submission: Submission) -> list[str]:
     named = [*_files_of(config.model_dump(mode="json")), *_files_of(options), str(config.run_dir.absolute())]
     if "://" not in config.storage.root:
         named.append(config.storage.root)  # it may not be there yet, as it is made when the job is submitted
+    if (cache := _cache(submission)) is not None:
+        named.append(str(cache))
     # without .., by which a path seems to be inside a folder that it leaves
     named = [os.path.normpath(place) for place in named]
     targets = [target for place in named for target in _targets(place)]
     return [os.getcwd(), *map(_seen_as_link, named), *targets, *_linked(named)]
+
+
+def container_setup(submission: Submission) -> list[str]:
+    """The lines of the batch script by which the tasks find in their container what was downloaded at submission."""
+    if submission.profile.container is None or (cache := _cache(submission)) is None:
+        return []
+    lines = ["# for what was downloaded at submission, as a container may have another home"]
+    return [*lines, f"export {CACHE_HOME}=${{{CACHE_HOME}:-{shlex.quote(str(cache.parent))}}}"]
+
+
+def make_mounted_folders(submission: Submission) -> None:
+    """Make the folders of the experiment and the user that are mounted, if they are not there yet. Raises OSError."""
+    if submission.profile.container is None:
+        return
+    if "://" not in (root := submission.config.storage.root):
+        Path(root).mkdir(parents=True, exist_ok=True)
+    if (cache := _cache(submission)) is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+
+
+def _cache(submission: Submission) -> Path | None:
+    """The folder for downloads; None if it is not there and cannot be made, or if the profile chooses another one."""
+    if CACHE_HOME in submission.profile.environment:
+        return None
+    try:
+        folder = cache_folder().absolute()
+    except UserError:
+        return None
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    can_be = os.path.isdir(there) and (there == folder or os.access(there, os.W_OK))
+    return folder if can_be else None
 
 
 def _files_of(values: Any) -> Iterator[str]:
@@ -84,7 +118,7 @@ def _files_of(values: Any) -> Iterator[str]:
 def _targets(path: str) -> Iterator[str]:
     """The paths to which links in a path lead, one after the other: the last of them has no links."""
     for link in [*reversed(Path(path).parents), Path(path)]:
-        if link.is_symlink() and link.exists():
+        if os.path.islink(link) and os.path.exists(link):
             target = os.path.normpath(link.parent / os.readlink(link) / Path(path).relative_to(link))
             yield target
             yield from _targets(target)
