@@ -16,6 +16,7 @@ from dsno_cluster.errors import UserError, closest
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
 LONGEST_NAME, LONGEST_PATH = 255, 3500  # bytes; Linux takes 255 and 4095
+CACHE_HOME = "XDG_CACHE_HOME"  # the variable with the folder of all programs' caches
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of a file system without locks
 
 
@@ -76,12 +77,14 @@ def too_long(path: str) -> str | None:
     return None
 
 
-def cache_folder(name: str) -> Path:
+def cache_folder(name: str = "") -> Path:
     """The user's folder for downloaded `name`: $XDG_CACHE_HOME/dsno-cluster/<name>, or below ~/.cache.
+
+    Without a name, the folder with all of them.
 
     Raises UserError if the home folder is not known.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or in_home("~/.cache")) / "dsno-cluster" / name
+    return Path(os.environ.get(CACHE_HOME) or in_home("~/.cache")) / "dsno-cluster" / name
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -39,6 +39,10 @@ class EvaluationOptions(RayOptions):
     def subject(self) -> str:
         return "each checkpoint" if self.watch else self.samples or self.student or ""
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.student, self.samples) if path is not None)
+
 
 def _check_generation(config: Config, options: SharedOptions, processes: int) -> Checked:
     from dsno_cluster.trajectories.generate import describe_plan

@@ -10,15 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import CHROMIUM, browse, opened
 from report_runs import curve, metrics, write_curve, write_evaluation
 
 from dsno_cluster import console
+from dsno_cluster.cluster import prometheus
 from dsno_cluster.cluster.prometheus import progress_exported
 from dsno_cluster.config import Config, load_config
+from dsno_cluster.report import progress
+from dsno_cluster.report.progress import FollowedStage, Progress, look, progress_section
 
 
 @pytest.fixture
@@ -129,10 +134,67 @@ def test_ctrl_c_leaves_a_page_that_does_not_reload(root: Path, config: Config) -
     assert "data-reload" not in text and 'http-equiv="refresh"' not in text and "Training loss" in text
 
 
+@dataclass
+class Clock:
+    """The clock of the host on which a stage runs."""
+
+    ahead: float = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    there = Clock()
+    monkeypatch.setattr(prometheus, "time", there)
+    return there
+
+
+def test_clocks_of_hosts_may_differ(config: Config, clock: Clock) -> None:
+    stages = [FollowedStage(config, name, "") for name in ("gen-trajectories", "train", "eval")]
+
+    clock.ahead = 90
+    work(config, "train", "training the student", "steps", 0, 300)
+    assert not look(stages).finished
+    clock.ahead = 0
+    work(config, "eval", "evaluating step 300", "samples", 0, 1000)
+    assert look(stages).finished
+    clock.ahead = -90
+    work(config, "train", "training the student", "steps", 300, 400)
+    assert not look(stages).finished
+
+
+def test_a_stage_is_quiet_by_the_clock_of_who_looks(
+    config: Config, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, mine = [FollowedStage(config, "train", "")], Clock()
+    monkeypatch.setattr(
+        progress, "time", SimpleNamespace(monotonic=mine.time, strftime=time.strftime, gmtime=time.gmtime)
+    )
+
+    def quiet(seen: Progress) -> bool:
+        return "nothing was heard of it since" in str(progress_section(seen))
+
+    clock.ahead = -1000
+    with progress_exported(config, "train"), console.progress("training", 300, "steps") as advance:
+        seen = look(stages)
+        assert not quiet(seen)
+        mine.ahead += 299
+        seen = look(stages, seen)
+        assert not quiet(seen)
+        mine.ahead += 2
+        seen = look(stages, seen)
+        assert quiet(seen)
+        advance(300)
+        seen = look(stages, seen)
+        assert not quiet(seen)
+    assert not quiet(look(stages, seen))
+
+
 def test_a_finished_run_is_written_once(root: Path, config: Config) -> None:
     write_evaluation(root, metrics())
     work(config, "train", "training the student", "steps", 0, 300)
-    time.sleep(0.01)  # a clock may be coarse
     work(config, "eval", "evaluating step 300", "samples", 0, 1000)
     with followed(root) as process:
         assert process.wait(60) == 0

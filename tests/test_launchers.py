@@ -148,14 +148,22 @@ PROFILES = {
         "container: {runtime: apptainer, image: ./my images/dsno.sif, mounts: [/data], python: /opt/venv/bin/python}\n"
     ),
     "eval-singularity": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: singularity, image: docker://team/dsno}\n",
+    "eval-student": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: apptainer, image: docker://team/dsno}\n",
+    "eval-samples": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: pyxis, image: team/dsno}\n",
+    "train-links": "mem_gb: 8\ntime_minutes: 60\ncontainer: {runtime: pyxis, image: team/dsno}\n",
     "gen-trajectories-array": "gpus_per_node: 8\ncpus_per_task: 64\nmem_gb: 400\ntime_minutes: 1440\n",
     "eval-chain": "mem_gb: 8\ntime_minutes: 60\nchain: 4\n",
 }
+# the options of those stages that have any; ../scratch is beside the working directory
+OPTIONS: dict[str, StageOptions] = {
+    "gen-trajectories-array": SharedOptions(array=64),
+    "eval-student": EvaluationOptions(student="../scratch/students/digits/best"),
+    "eval-samples": EvaluationOptions(samples="../scratch/samples/in64-{000..146}.tar"),
+}
 
 
-def script(name: str, config: Config, profile: Profile, array: int = 1) -> str:
+def script(name: str, config: Config, profile: Profile, options: StageOptions = StageOptions()) -> str:  # noqa: B008 (frozen)
     (stage,) = (stage for stage in STAGES if stage.name == name)
-    options = SharedOptions(array=array) if array > 1 else StageOptions()
     return str(SLURM.describe(Submission(stage, config, profile, "dsno-cluster", options)))
 
 
@@ -164,16 +172,31 @@ def test_the_script_is_that_of_the_golden_file(
     name: str, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole text that sbatch gets. After a change that is meant: put what this test found into tests/data/sbatch/."""
-    (tmp_path / "jobs").mkdir()
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    (home / "jobs").mkdir(parents=True)
+    (scratch / "students/digits/step-000000300").mkdir(parents=True)
+    (scratch / "students/digits/best").write_text("step-000000300")
+    (scratch / "samples").mkdir()
     stage = next(stage.name for stage in STAGES if name.startswith(stage.name))
-    (tmp_path / f"jobs/{stage}.yaml").write_text(PROFILES[name])
-    monkeypatch.chdir(tmp_path)
+    (home / f"jobs/{stage}.yaml").write_text(PROFILES[name])
+    monkeypatch.chdir(home)
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
-    config = load_config("configs/digits.yaml", ["run.dir=scratch"])
-    text = script(stage, config, load_profile(stage, {}), 64 if name.endswith("array") else 1)
-    text = text.replace(str(tmp_path), "/home/me").replace(sys.executable, "/venv/bin/python")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    if name == "gen-trajectories-pyxis":  # somebody whose home is elsewhere
+        (scratch / "me").mkdir()
+        monkeypatch.setenv("HOME", str(scratch / "me"))
+    place = "run.dir=scratch"
+    if name == "train-links":
+        (scratch / "runs").mkdir()
+        (home / "runs").symlink_to(scratch / "runs")
+        place = "storage.root=runs"
+    config = load_config("configs/digits.yaml", [place])
+    text = script(stage, config, load_profile(stage, {}), OPTIONS.get(name, StageOptions()))
+    text = text.replace(str(home), "/home/me").replace(str(scratch), "/scratch")
+    text = text.replace(sys.executable, "/venv/bin/python")
     assert text == (DATA / f"sbatch/{name}.sh").read_text()
-    assert not (tmp_path / "scratch").exists()
+    assert not (home / "scratch").exists()
 
 
 @pytest.mark.parametrize("pattern", ["in64-{000..146}.tar", "*.tar", "part-[01]/in64.tar", "in64-?.tar"])
@@ -184,11 +207,77 @@ def test_a_container_sees_the_files_of_a_pattern(
     for folder in ("here", "images"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     config = load_config(
         "configs/digits.yaml", ["data.name=null", f"data.images={tmp_path}/images/{pattern}"]
     )
     profile = load_profile("train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}})
     assert f" --bind {tmp_path}/here,{tmp_path}/images --pwd " in script("train", config, profile)
+
+
+def test_a_container_sees_what_links_lead_to(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+
+    def mounted(*words: str) -> list[str]:
+        """What is mounted besides the working directory."""
+        config = load_config("configs/digits.yaml", list(words))
+        profile = load_profile(
+            "train", {"container": {"runtime": "apptainer", "image": "docker://team/dsno"}}
+        )
+        (found,) = re.findall(r" --bind (\S+) --pwd ", script("train", config, profile))
+        assert str(tmp_path / "here") in found.split(",")
+        places = [Path(place) for place in found.split(",")]
+        return [str(p.relative_to(tmp_path)) for p in places if p != tmp_path / "here"]
+
+    # a link to what is reached by another: both places, as the first one names the second
+    (tmp_path / "lustre/me/runs").mkdir(parents=True)
+    (tmp_path / "disk").symlink_to("lustre")
+    Path("runs").symlink_to(tmp_path / "disk/me/runs")
+    assert mounted("storage.root=runs/new") == ["disk/me/runs/new", "lustre/me/runs/new"]
+    assert mounted("storage.root=runs") == ["disk/me/runs", "lustre/me/runs"]
+    Path("runs").unlink()
+
+    # a snapshot in Hugging Face's cache, which may be reached by a link
+    blobs, snapshot = tmp_path / "lustre/hub/blobs", tmp_path / "lustre/hub/snapshots/1a2b"
+    for folder in (blobs, snapshot / "unet", tmp_path / "models"):
+        folder.mkdir(parents=True)
+    for name in ("1", "2", "unused"):
+        (blobs / name).write_text("")
+    (snapshot / "model_index.json").symlink_to("../../blobs/1")
+    (snapshot / "unet/config.json").symlink_to("../../../blobs/2")
+    (snapshot / "gone.json").symlink_to("../../blobs/gone")
+    (snapshot / "python").symlink_to("/usr/bin/env")
+    real = ["lustre/hub/blobs/1", "lustre/hub/blobs/2", "lustre/hub/snapshots/1a2b"]
+    assert mounted(f"teacher.path={snapshot}") == real
+    by_link = [place.replace("lustre", "disk") for place in real]
+    assert mounted(f"teacher.path={tmp_path}/disk/hub/snapshots/1a2b") == [*by_link, *real]
+    (tmp_path / "models/dit").symlink_to(snapshot)
+    assert mounted(f"teacher.path={tmp_path}/models/dit") == [*real, "models"]
+
+    # the folder for downloads
+    (tmp_path / "lustre/cache").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.cache").symlink_to("../lustre/cache")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert mounted() == ["home/.cache/dsno-cluster", "lustre/cache/dsno-cluster"]
+    (tmp_path / "lustre/cache").rename(tmp_path / "lustre/gone")  # it cannot be made
+    assert mounted() == []
+
+    # many links into one folder
+    pictures = tmp_path / "lustre/pictures, all"
+    pictures.mkdir()
+    (tmp_path / "chosen").mkdir()
+    for number in range(20):
+        (pictures / f"{number}.png").write_text("")
+        (tmp_path / f"chosen/{number}.png").symlink_to(pictures / f"{number}.png")
+    with pytest.raises(UserError, match=r"lustre/pictures, all: a path with : or ,"):
+        mounted("data.name=null", f"data.images={tmp_path}/chosen")
 
 
 def test_a_root_that_cannot_be_made_leaves_no_run_folder(
@@ -197,6 +286,7 @@ def test_a_root_that_cannot_be_made_leaves_no_run_folder(
     """It is made before a job whose container mounts it."""
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "file").write_text("")
     place = [f"storage.root={tmp_path}/file/root", f"run.dir={tmp_path}/out"]
     config = load_config("configs/digits.yaml", place)
@@ -205,6 +295,25 @@ def test_a_root_that_cannot_be_made_leaves_no_run_folder(
     with pytest.raises(NotADirectoryError):
         SLURM.submit([Submission(EVAL, config, profile, "dsno-cluster eval")])
     assert list((tmp_path / "out/jobs").iterdir()) == all_runs() == []
+
+
+def test_what_a_container_mounts_is_made_before(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root, and the folder for downloads unless the profile chooses another place for them."""
+    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}/root", f"run.dir={tmp_path}/out"])
+    changes = {"container": {"runtime": "pyxis", "image": "team/dsno"}, "mem_gb": 1, "time_minutes": 10}
+    own = load_profile("eval", {**changes, "environment": {"XDG_CACHE_HOME": "/own"}})
+    for profile, made in ((own, ["root"]), (load_profile("eval", changes), ["cache", "root"])):
+        with pytest.raises(UserError, match="Slurm refuses"):  # the sbatch here refuses every job
+            SLURM.submit([Submission(EVAL, config, profile, "dsno-cluster eval")])
+        assert [name for name in ("cache", "root") if (tmp_path / name).is_dir()] == made
+        assert ("export XDG_CACHE_HOME=${XDG" in script("eval", config, profile)) == ("cache" in made)
+    assert (tmp_path / "cache/dsno-cluster").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,6 +15,7 @@ from tiny import TINY, dsno
 from training_runs import link_data, metrics, words
 
 from dsno_cluster import console
+from dsno_cluster.cluster import prometheus
 from dsno_cluster.cluster.prometheus import progress_exported, read_progress
 from dsno_cluster.cluster.stage import RayOptions, SharedOptions, StageResult
 from dsno_cluster.config import Config, load_config
@@ -130,8 +132,8 @@ def test_a_start_that_finds_the_work_done_says_so(config: Config) -> None:
     run_stage(config, find_nothing_to_do)
     after = read(file, stage="gen-trajectories")
     assert (state(before), state(after)) == ("interrupted", "done")
-    start = "dsno_stage_start_timestamp_seconds"
-    assert before.pop(start)[()] < after.pop(start)[()]
+    for start in ("dsno_stage_start_timestamp_seconds", "dsno_stage_start_order", "dsno_stage_state_order"):
+        assert before.pop(start)[()] < after.pop(start)[()]
     del before["dsno_stage_state"], after["dsno_stage_state"]
     assert after == before
 
@@ -175,6 +177,28 @@ def test_the_tasks_of_an_array(config: Config) -> None:
     assert now() == ("failed", 6)
     task(1, find_nothing_to_do)
     assert now() == ("done", 5)
+
+
+def test_tasks_whose_clocks_differ(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was before what is known all the same."""
+
+    def task(place: int, ahead: float, work: Callable[[], None]) -> None:
+        """A task on a host whose clock is so many seconds ahead."""
+        monkeypatch.setattr(prometheus, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+        run_stage(config, work, SharedOptions(array=2, place=place))
+
+    def now() -> str:
+        progress = read_progress(config, "gen-trajectories")
+        assert progress is not None
+        return progress.state
+
+    with pytest.raises(WorkError):
+        task(0, 90, reach(5, WorkError("no")))
+    task(1, 0, reach(10))
+    assert now() == "done"
+    with pytest.raises(WorkError):
+        task(0, -90, reach(3, WorkError("no")))  # for more trajectories
+    assert now() == "failed"
 
 
 def fail_in_another_experiment(config: Config) -> None:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
     from dsno_cluster.config import Config
 
-FOLDER = "prometheus"
+FOLDER, SUFFIX = "prometheus", ".prom"
 _STATE, _BEGAN, _WRITTEN, _REMAINING = (
     "dsno_stage_state",
     "dsno_stage_start_timestamp_seconds",
     "dsno_stage_progress_timestamp_seconds",
     "dsno_stage_remaining_seconds",
 )
+# what was before what, without a clock: clocks of hosts may differ
+_BEGAN_ORDER, _STATE_ORDER = "dsno_stage_start_order", "dsno_stage_state_order"
 STATES = ("running", "done", "failed", "interrupted")
 # progress, by its unit: the metric that counts it, and what it counts
 UNITS = {
@@ -62,7 +64,7 @@ FIGURES = {
 def progress_file(config: Config, stage: str, task: int | None = None) -> Path:
     """Where a stage of an experiment, or a task of its array, writes its metrics."""
     of_task = "" if task is None else f"-{task}"
-    return config.run_dir / FOLDER / f"{config.name}-{stage}{of_task}.prom"
+    return config.run_dir / FOLDER / f"{config.name}-{stage}{of_task}{SUFFIX}"
 
 
 @contextlib.contextmanager
@@ -90,9 +92,11 @@ def progress_exported(config: Config, stage: str, task: int | None = None) -> It
 
 @dataclass(frozen=True)
 class StageProgress:
-    """How far a stage is: `done` of `planned` in its `unit`, None before any was counted; its state since `written`.
+    """How far a stage is: `done` of `planned` in its `unit`, None before any was counted.
 
-    `began`: when its last start did. `remaining`: seconds until that work is done, if known. Times are seconds of the epoch.
+    `order`: of its state among the starts and ends of all stages, of which a later one has a larger number; `began`: that
+    of its last start; 0 in files of older versions. `remaining`: seconds until that work is done, if known. `written`: when,
+    in seconds of the epoch by the clock of its host; `modified` is that of the file system, in nanoseconds.
     """
 
     state: str
@@ -100,15 +104,17 @@ class StageProgress:
     done: int | None
     planned: int | None
     remaining: float | None
-    began: float
+    began: int
+    order: int
     written: float
+    modified: int
 
 
 def read_progress(config: Config, stage: str) -> StageProgress | None:
     """What the `progress_file` of a stage says; None if there is none that can be read.
 
     Of several, as the tasks of an array have them, the file counts that says `done`, unless a task began after that;
-    else the one that was written last.
+    else the one that was modified last.
     """
     whole = progress_file(config, stage)
     names = re.compile(re.escape(whole.stem) + r"(-\d+)?" + re.escape(whole.suffix))
@@ -117,15 +123,16 @@ def read_progress(config: Config, stage: str) -> StageProgress | None:
     except OSError:
         return None
     found = [progress for file in files if (progress := _read(file)) is not None]
-    begun = max((progress.began for progress in found), default=0.0)
-    ended = [p for p in found if p.state == "done" and max(p.began, p.written) >= begun]
-    return max(ended or found, key=lambda progress: progress.written, default=None)
+    begun = max((progress.began for progress in found), default=0)
+    ended = [progress for progress in found if progress.state == "done" and progress.order >= begun]
+    return max(ended or found, key=lambda progress: progress.modified, default=None)
 
 
 def _read(file: Path) -> StageProgress | None:
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
+        modified = file.stat().st_mtime_ns
         samples = [s for family in text_string_to_metric_families(file.read_text()) for s in family.samples]
     except (OSError, ValueError):
         return None
@@ -141,14 +148,29 @@ def _read(file: Path) -> StageProgress | None:
         done=int(values[f"{name}_total"]) if counted else None,
         planned=int(values[f"{name}_planned"]) if counted else None,
         remaining=values.get(_REMAINING),
-        began=values.get(_BEGAN, 0.0),
+        began=int(values.get(_BEGAN_ORDER, 0)),
+        order=int(values.get(_STATE_ORDER, 0)),
         written=values[_WRITTEN],
+        modified=modified,
     )
+
+
+def _next_order(folder: Path) -> int:
+    """The number of a start or end that is now: above those of all others that the files in a folder have."""
+    number = re.compile(rf"^(?:{_BEGAN_ORDER}|{_STATE_ORDER}){{.*}} (\S+)$", re.MULTILINE)
+    known, files = [0], []
+    with contextlib.suppress(OSError):  # no work ends because of its metrics
+        files = [file for file in folder.iterdir() if file.suffix == SUFFIX]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, OverflowError):  # not readable, or damaged
+            known += [int(float(found)) for found in number.findall(file.read_text())]
+    return max(known) + 1
 
 
 class _Export:
     def __init__(self, file: Path, labels: dict[str, str]) -> None:
-        self.file, self.labels, self.began = file, labels, time.time()
+        self.file, self.labels = file, labels
+        self.began, self.began_order = time.time(), _next_order(file.parent)
         self.metrics: dict[str, Metric] = {}
         self.before = self._content()
 
@@ -163,12 +185,8 @@ class _Export:
         for name, value in tally.recorded.items():
             self._set(*FIGURES[name], value)
         self._set_beginning()
-        self._set(
-            _WRITTEN,
-            "gauge",
-            "When its progress was last written",
-            time.time(),
-        )
+        self._set_order(self.began_order)
+        self._set(_WRITTEN, "gauge", "When its progress was last written", time.time())
         self._write("running")
 
     def end(self, state: str) -> None:
@@ -177,6 +195,7 @@ class _Export:
             self.metrics = _metrics_of(self.before)
         if self.metrics:
             self._set_beginning()
+            self._set_order(_next_order(self.file.parent))
             self._write(state)
 
     def _content(self) -> str:
@@ -188,6 +207,17 @@ class _Export:
 
     def _set_beginning(self) -> None:
         self._set(_BEGAN, "gauge", "When this start of the stage began", self.began)
+        self._set(
+            _BEGAN_ORDER,
+            "gauge",
+            "Number of this start among the starts and ends of stages",
+            self.began_order,
+        )
+
+    def _set_order(self, order: int) -> None:
+        self._set(
+            _STATE_ORDER, "gauge", "Number of the start or end since which the state is as it is", order
+        )
 
     def _set(self, name: str, kind: str, meaning: str, value: console.Figure) -> None:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

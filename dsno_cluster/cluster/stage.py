@@ -28,6 +28,11 @@ class StageOptions:
         """What the stage works on: two jobs of the same stage and subject do the same work."""
         return ""
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths and addresses that the options name."""
+        return ()
+
 
 @dataclass(frozen=True)
 class RayOptions(StageOptions):

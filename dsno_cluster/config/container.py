@@ -36,7 +36,7 @@ class Container(Strict):
         (),
         description=(
             "folders that the tasks see besides those of the experiment: PATH, PATH:INSIDE or PATH:INSIDE:ro; the working "
-            "directory, `run.dir`, `storage.root` and the files that the config names are mounted in any case"
+            "directory, `run.dir`, `storage.root` and the files that the config or an option names are mounted in any case"
         ),
     )
     python: str = Field("python3", description="the Python of the image, with the package's dependencies")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from dsno_cluster import console
 from dsno_cluster.config import Config
 from dsno_cluster.report.page import report_path, write_page
-from dsno_cluster.report.progress import QUIET_SECONDS, FollowedStage, Progress
+from dsno_cluster.report.progress import FollowedStage, look
 from dsno_cluster.report.run_files import read_curve, read_run_files, stored_versions
 
 LOOK_SECONDS = 2.0
@@ -25,7 +25,7 @@ def follow_report(
     to report yet.
     """
     path = report_path(config, out)
-    progress = _look(stages)
+    progress = look(stages)
     stored, states = stored_versions(config), progress.states
     files = read_run_files(config)
     try:  # from before the first version on, which already loads newer ones
@@ -33,26 +33,15 @@ def follow_report(
         console.say(f"following {config.name}: {path} loads its newer versions; Ctrl-C ends this")
         while not progress.finished:
             time.sleep(LOOK_SECONDS)
-            before = files, progress, _is_quiet(progress)
-            progress = _look(stages)
+            before = files, progress
+            progress = look(stages, progress)
             # what is in the storage is read again only if something there may have changed: it may be large and far away
             if (found := (stored_versions(config), progress.states)) != (stored, states):
                 (stored, states), files = found, read_run_files(config)
             else:
                 files = replace(files, curve=read_curve(config))
-            if (files, progress, _is_quiet(progress)) != before:
+            if (files, progress) != before:
                 write_page(path, files, config_words, progress)
     finally:
         write_page(path, files, config_words, replace(progress, live=False))
     return path
-
-
-def _look(stages: Sequence[FollowedStage]) -> Progress:
-    return Progress([(stage, stage.progress()) for stage in stages], live=True)
-
-
-def _is_quiet(progress: Progress) -> bool:
-    """Whether a stage that should be at work has not been heard of for a while, which the page says."""
-    now = time.time()
-    running = [found for _, found in progress.stages if found is not None and found.state == "running"]
-    return any(now - found.written > QUIET_SECONDS for found in running)

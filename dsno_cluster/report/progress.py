@@ -28,23 +28,50 @@ class FollowedStage:
 
 
 @dataclass(frozen=True)
+class SeenStage:
+    """A stage as it was `found`, and since when it has been found so, in seconds of this process's own clock.
+
+    `quiet`: it should be at work, and has not been heard of for a while.
+    """
+
+    stage: FollowedStage
+    found: StageProgress | None
+    since: float
+    quiet: bool
+
+
+@dataclass(frozen=True)
 class Progress:
     """The stages of a run with their progress. `live`: the page will have newer versions, which it loads itself."""
 
-    stages: Sequence[tuple[FollowedStage, StageProgress | None]]
+    stages: Sequence[SeenStage]
     live: bool
 
     @property
     def states(self) -> tuple[str | None, ...]:
-        return tuple(found.state if found else None for _, found in self.stages)
+        return tuple(seen.found.state if seen.found else None for seen in self.stages)
 
     @property
     def finished(self) -> bool:
         """Whether the last stage is done, and none was at work after it."""
-        *before, last = [found for _, found in self.stages]
+        *before, last = [seen.found for seen in self.stages]
         if last is None or last.state != "done" or "running" in self.states:
             return False
-        return all(found is None or found.written <= last.written for found in before)
+        return all(found is None or found.order <= last.order for found in before)
+
+
+def look(stages: Sequence[FollowedStage], before: Progress | None = None) -> Progress:
+    """The progress of stages now. `before` is that of the last look, by which it is known what has changed since.
+
+    Another host's clock may differ, so its times do not show how long ago something was.
+    """
+    now, seen = time.monotonic(), []
+    for number, stage in enumerate(stages):
+        found, last = stage.progress(), before.stages[number] if before is not None else None
+        since = last.since if last is not None and last.found == found else now
+        running = found is not None and found.state == "running"
+        seen.append(SeenStage(stage, found, since, quiet=running and now - since > QUIET_SECONDS))
+    return Progress(seen, live=True)
 
 
 def progress_section(progress: Progress) -> Markup:
@@ -58,11 +85,12 @@ def progress_section(progress: Progress) -> Markup:
         if progress.live
         else together("As it was when ", command, " ended.")
     )
-    lines = (_line(stage, found) for stage, found in progress.stages)
+    lines = map(_line, progress.stages)
     return together(tag("p", how, class_="muted"), tag("ol", *lines, class_="stages"))
 
 
-def _line(stage: FollowedStage, found: StageProgress | None) -> Markup:
+def _line(seen: SeenStage) -> Markup:
+    stage, found = seen.stage, seen.found
     state = found.state if found else "not begun"
     title = f"{stage.config.name}: {stage.name}"
     bar = None
@@ -74,11 +102,11 @@ def _line(stage: FollowedStage, found: StageProgress | None) -> Markup:
         tag("strong", title),
         f", {stage.purpose}",
         bar,
-        tag("p", _words(found), class_="muted") if found else None,
+        tag("p", _words(found, seen.quiet), class_="muted") if found else None,
     )
 
 
-def _words(found: StageProgress) -> str:
+def _words(found: StageProgress, quiet: bool) -> str:
     """How far a stage is, in a line; without what changes from one look to the next if nothing has happened."""
     parts = []
     if found.done is not None:
@@ -86,6 +114,5 @@ def _words(found: StageProgress) -> str:
     if found.state == "running" and found.remaining is not None and found.remaining > 0:
         parts.append(f"{console.duration(found.remaining)} left")
     at = time.strftime("%H:%M:%S UTC", time.gmtime(found.written))
-    quiet = found.state == "running" and time.time() - found.written > QUIET_SECONDS
     parts.append(f"nothing was heard of it since {at}" if quiet else f"at {at}")
     return ", ".join(parts)

@@ -32,6 +32,9 @@ def test_two_nodes_make_shards_in_a_container(disk_user: User) -> None:
 @pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
 def test_all_stages_in_a_container(runtime: str, disk_user: User) -> None:
     contained(disk_user, runtime)
+    scratch = disk_user.home.with_name(f"{disk_user.home.name}-scratch")
+    scratch.mkdir()
+    (disk_user.home / "out").symlink_to(scratch)  # out of what is mounted anyway
     said = disk_user.dsno("run", *TINY, *disk_user.storage, "--nodes", "2").stderr
     runs = [disk_user.run_of(line) for line in said.splitlines() if "submitted" in line]
     assert len(runs) == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import submitit
 
 from dsno_cluster.cluster.attempt import FINISHED
-from dsno_cluster.cluster.launchers.containers import container_words
+from dsno_cluster.cluster.launchers.containers import container_setup, container_words
 from dsno_cluster.cluster.runs import ARRAY, BATCH_LOG
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.cluster.submitit_internals import MOST_REQUEUES
@@ -32,11 +32,7 @@ def executor_for(
         run, logs = f"{run}/{ARRAY}/$SLURM_ARRAY_TASK_ID", folder / ARRAY / "%a"
     ray, container = stage.kind == "ray", profile.container
     python = shlex.quote(sys.executable)
-    in_srun, task = (
-        ([], [python])
-        if container is None
-        else container_words(container, submission.config, profile.gpus_per_node > 0)
-    )
+    in_srun, task = ([], [python]) if container is None else container_words(container, submission)
     # a Ray stage continues without a lost node, but not from a container, in which nobody can ask Slurm to start the job
     # again if it is the first; in a training the other ranks must not wait for a lost one
     no_kill = ray and container is None
@@ -108,6 +104,7 @@ def _setup_lines(submission: Submission, folder: Path, run: str, place: int) -> 
         "attempt=${SLURM_RESTART_COUNT:-0}"
         if profile.chain == 1
         else f"export {PLACE_IN_CHAIN}={place}; attempt={place}",
+        *container_setup(submission),
         "trap : TERM  # the signal is for the tasks; this script waits for them",
         "export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}",
     ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsno_cluster import console
 from dsno_cluster.cluster.crew import actors_on_gpus
+from dsno_cluster.cluster.launchers.containers import make_mounted_folders
 from dsno_cluster.cluster.launchers.following import wait_for
 from dsno_cluster.cluster.launchers.protocol import LIVE, State, final_state, state_of_array
 from dsno_cluster.cluster.reasons import how_it_ended
@@ -361,10 +362,8 @@ def _submit(submission: Submission, after: Run | None) -> Run:
     run = create_run(submission, snapshot=True)
     run.note(launcher=SlurmLauncher.name, cluster=cluster, after=str(after.folder) if after else None)
     jobs: list[str] = []
-    root = submission.config.storage.root
     try:
-        if submission.profile.container is not None and "://" not in root:
-            Path(root).mkdir(parents=True, exist_ok=True)  # only what exists can be mounted
+        make_mounted_folders(submission)
         while len(jobs) < submission.profile.chain:
             executor = executor_for(submission, run.folder, after.record().jobs if after else (), jobs)
             with _clean_environment(submission.profile):

@@ -18,6 +18,8 @@
 # the code as it was at submission, then the folder of submission, for teachers of your own
 export PYTHONSAFEPATH=1 PYTHONPATH=/home/me/scratch/jobs/RUN/code:/home/me${PYTHONPATH:+:$PYTHONPATH}
 attempt=${SLURM_RESTART_COUNT:-0}
+# for what was downloaded at submission, as a container may have another home
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-/home/me/.cache}
 trap : TERM  # the signal is for the tasks; this script waits for them
 export SUBMITIT_LOG_LEVEL=${SUBMITIT_LOG_LEVEL:-ERROR}
 /venv/bin/python -m dsno_cluster.cluster.attempt begin /home/me/scratch/jobs/RUN || exit $?
