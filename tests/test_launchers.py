@@ -254,6 +254,7 @@ def test_a_container_sees_what_links_lead_to(
     (snapshot / "python").symlink_to("/usr/bin/env")
     real = ["lustre/hub/blobs/1", "lustre/hub/blobs/2", "lustre/hub/snapshots/1a2b"]
     assert mounted(f"teacher.path={snapshot}") == real
+    assert mounted(f"teacher.path={snapshot}/unet") == real  # whose scheduler is beside it
     by_link = [place.replace("lustre", "disk") for place in real]
     assert mounted(f"teacher.path={tmp_path}/disk/hub/snapshots/1a2b") == [*by_link, *real]
     (tmp_path / "models/dit").symlink_to(snapshot)
