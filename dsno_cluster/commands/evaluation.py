@@ -115,23 +115,26 @@ def show_figures(metrics: ImagesMetrics) -> None:
 def show_history(config: Config, history: History) -> None:
     """Show the figures of each checkpoint."""
     from dsno_cluster import console
-    from dsno_cluster.evaluation.history import judging_figures, value_of
+    from dsno_cluster.evaluation.history import judging_figures, text_of, value_of
+    from dsno_cluster.evaluation.table import spread_notes
 
     known = judging_figures(config.evaluation.feature_extractor)
     shown = {
-        metric: figure.title
+        metric: figure
         for metric, figure in known.items()
         if any(value_of(row, metric) is not None for row in history.rows)
     }
 
-    def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:.4g}"
-
     rows = [
-        [str(row.step), cell(row.ema_decay), *(cell(value_of(row, metric)) for metric in shown)]
+        [
+            str(row.step),
+            "" if row.ema_decay is None else f"{row.ema_decay:g}",
+            *(text_of(row, metric, figure) for metric, figure in shown.items()),
+        ]
         for row in history.rows
     ]
-    console.table("checkpoints", ["step", "average", *shown.values()], rows)
+    console.table("checkpoints", ["step", "average", *(figure.title for figure in shown.values())], rows)
+    _print_lines(spread_notes(list(shown.values()), history.rows))
 
 
 def _show_warnings(metrics: Measurement) -> None:

@@ -29,34 +29,47 @@ def load_config(path: str, overrides: Sequence[str] = (), folder: Path = Path())
     directory. Says in a line which keys have been renamed. Raises UserError, in one line, if the file is missing
     or not YAML, and for keys that are unknown, of the wrong type or inconsistent with each other.
     """
-    values, renamed = _read_config(path, overrides)
+    values, renamed, replaced = _read_config(path, overrides)
     for key in renamed:
         try:
             console.say(f"{path}: {warning(key)}")
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    return _checked(values, path, folder)
+    config = _checked(values, path, folder)
+    if replaced:
+        console.say(
+            f"evaluation.protocol={config.evaluation.protocol} takes the place of what {path} says of {', '.join(replaced)}"
+        )
+    return config
 
 
 def load_dumped_config(file: Path, overrides: Sequence[str] = (), folder: Path = Path()) -> Config:
     """Read an experiment that `dump_config` of this version or an earlier one wrote. Otherwise as `load_config`."""
-    values, _ = _read_config(str(file), overrides)
+    values, *_ = _read_config(str(file), overrides)
     return _checked(values, str(file), folder)
 
 
-def _read_config(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[RenamedKey]]:
-    """The values of a config by the current names of their keys, and those keys that had an older one."""
+def _read_config(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[RenamedKey], list[str]]:
+    """The values of a config by the current names of their keys, those keys that had an older one, and the keys of
+    `evaluation` that gave way to a protocol.
+    """
     values, renamed = with_current_names(_read_yaml(find_file(path, "configs")))
+    asked: set[str] = set()  # keys of `evaluation`
     for override in overrides:
         key, _, text = override.partition("=")
         if (older := by_older_name(key)) is not None:
             renamed.append(older)
             key = older.newer
-        _set(values, key, parse_written(text, override), override)
+        value = parse_written(text, override)
+        _set(values, key, value, override)
+        section, _, rest = key.partition(".")
+        if section == "evaluation":
+            asked |= {rest} if rest else {*value} if isinstance(value, dict) else set()
     values, of_sections = with_current_names(values)  # which an override may have set as a whole
-    if isinstance(section := values.get("evaluation"), dict):
-        values["evaluation"] = with_keys_of_protocol(section)
-    return values, list(dict.fromkeys([*renamed, *of_sections]))
+    replaced: list[str] = []
+    if isinstance(evaluation := values.get("evaluation"), dict):
+        values["evaluation"], replaced = with_keys_of_protocol(evaluation, asked)
+    return values, list(dict.fromkeys([*renamed, *of_sections])), replaced
 
 
 def _checked(values: dict[str, object], path: str, folder: Path) -> Config:

@@ -51,6 +51,21 @@ def judging_figures(extractor: str) -> dict[str, Figure]:
     return known
 
 
+def text_of(row: HistoryRow, metric: str, figure: Figure) -> str:
+    """A row's figure as tables show it, with its interval; empty if the row has none."""
+    if metric != "trajectory_error":
+        return figure.text(row)
+    value = value_of(row, metric)
+    return "" if value is None else f"{value:.{figure.decimals}f}"
+
+
+def best_row(history: History) -> HistoryRow:
+    """The row that `best` of a non-empty history names, or its last."""
+    best = history.best
+    same = [row for row in history.rows if best and (row.step, row.ema_decay) == (best.step, best.ema_decay)]
+    return (same or history.rows)[-1]
+
+
 def value_of(row: HistoryRow, metric: str) -> float | None:
     """A row's figure by the config's name of a metric; for the trajectory error, the mean over times."""
     if metric == "trajectory_error":

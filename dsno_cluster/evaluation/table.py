@@ -72,9 +72,24 @@ def figures_of(metrics: Metrics) -> list[Figure]:
 def conditions(metrics: Measurement) -> str:
     """For the caption of a table: the extractor of its figures, whether the student was trained by it, and the protocol."""
     title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
+    taken = metrics.student.fid_draws if isinstance(metrics, Metrics) else ()
+    draws = of_draws(metrics.protocol, len(taken) or 1)
     seen = isinstance(metrics, Metrics) and metrics.checkpoint.was_trained_by(metrics.feature_extractor)
-    words = [metrics.feature_extractor.name, "by which the student was trained" if seen else None, title]
+    words = [
+        metrics.feature_extractor.name,
+        "by which the student was trained" if seen else None,
+        title,
+        draws,
+    ]
     return ", ".join(word for word in words if word)
+
+
+def of_draws(protocol: str | None, draws: int) -> str | None:
+    """How a figure was taken from so many draws; None where one is all that is asked for."""
+    asked = PROTOCOLS[protocol].keys["draws"] if protocol in PROTOCOLS else 1
+    if draws > 1:
+        return f"the minimum of {draws} draws"
+    return f"one draw, where the protocol takes the minimum of {asked}" if asked > 1 else None
 
 
 def spread_notes(figures: Sequence[Figure], rows: Sequence[Figures]) -> list[str]:

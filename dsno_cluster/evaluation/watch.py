@@ -16,7 +16,14 @@ from dsno_cluster.cluster.crew import ANY_CREW, Crew
 from dsno_cluster.config import Config
 from dsno_cluster.config.loading import EVALUATION_FILES
 from dsno_cluster.evaluation.evaluate import evaluate
-from dsno_cluster.evaluation.history import best_of, history_key, read_history
+from dsno_cluster.evaluation.history import (
+    best_of,
+    best_row,
+    history_key,
+    judging_figures,
+    read_history,
+    text_of,
+)
 from dsno_cluster.evaluation.look_up import find_subject
 from dsno_cluster.evaluation.records import History, HistoryRow, rewrite
 from dsno_cluster.files import shown_path
@@ -83,7 +90,9 @@ def watch(
     best = history.best
     if best is not None:
         average = "" if best.ema_decay is None else f", average of decay {best.ema_decay:g}"
-        console.say(f"best by {best.metric}: {best.value:.4g} at step {best.step}{average}")
+        figure = judging_figures(config.evaluation.feature_extractor)[best.metric]
+        value = text_of(best_row(history), best.metric, figure)
+        console.say(f"best by {best.metric}: {value} at step {best.step}{average}")
     return history
 
 

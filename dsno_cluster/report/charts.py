@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from dsno_cluster.report.markup import Markup, tag, together
 
@@ -24,7 +24,8 @@ _LETTER = 7.5  # width of a letter of a label, about
 class Series:
     """A line: its name, its points in order of x, and `colour`, an index into the page's colours.
 
-    `dots`: points only. `loud`: the main subject of the chart, with large points, named beside the last one.
+    `dots`: points only. `loud`: the main subject of the chart, with large points, named beside the last one. `spreads`: by x, how
+    far the interval of a point reaches on either side of it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Series:
     colour: int = 0
     dots: bool = False
     loud: bool = False
+    spreads: Mapping[float, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,11 @@ def number(value: float) -> str:
 
 def _draw(chart: Chart, class_: str, width: int) -> Markup:
     height = 300 if class_ == "wide" else 260
-    series = [Series(s.name, averaged(s.points), s.colour, s.dots, s.loud) for s in chart.series if s.points]
+    series = [replace(s, points=averaged(s.points)) for s in chart.series if s.points]
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points] + [y for _, y in chart.levels]
+    reached = [end for s in series for _, *interval in _intervals(s) for end in interval]
+    ys += [end for end in reached if end > 0 or not chart.log_y]
     if not series:
         return Markup("")
     log_x, log_y = chart.log_x and min(xs) > 0, chart.log_y and min(ys) > 0
@@ -174,6 +178,13 @@ def _range(values: Sequence[float], log: bool, *, from_zero: bool) -> tuple[floa
     return low - room, high + room
 
 
+def _intervals(series: Series) -> list[tuple[float, float, float]]:
+    """x, and the lower and upper end of the interval, of each drawn point that has one."""
+    return [
+        (x, y - series.spreads[x], y + series.spreads[x]) for x, y in series.points if x in series.spreads
+    ]
+
+
 def _line(series: Series, across: _Axis, up: _Axis) -> Markup:
     places = [(f"{across(x):.1f}", f"{up(y):.1f}") for x, y in series.points]
     colour = f"c{series.colour % COLOURS}"
@@ -181,6 +192,10 @@ def _line(series: Series, across: _Axis, up: _Axis) -> Markup:
     if len(places) > 1 and not series.dots:
         line = tag("polyline", class_=f"line {colour}", points=" ".join(",".join(p) for p in places))
     points = []
+    for at, low, high in _intervals(series):
+        middle, lowest = f"{across(at):.1f}", low if low > 0 or not up.log else up.low
+        ends = {"y1": f"{up(lowest):.1f}", "y2": f"{up(high):.1f}"}
+        points.append(tag("line", class_=f"line spread {colour}", x1=middle, x2=middle, **ends))
     if len(places) <= 30 or series.dots:
         radius = 6 if series.loud else 3 if len(places) > 1 else 4
         for (x, y), (value_x, value_y) in zip(places, series.points, strict=True):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from dsno_cluster.evaluation.history import judging_figures, value_of
+from dsno_cluster.evaluation.history import best_row, judging_figures, text_of, value_of
 from dsno_cluster.evaluation.records import Figures, History, Metrics
 from dsno_cluster.evaluation.table import Figure
 from dsno_cluster.report.charts import Chart, Series, averaged, number
-from dsno_cluster.report.run_files import CurveLine, best_row
+from dsno_cluster.report.run_files import CurveLine
 
 Point = tuple[float, float]
 STUDENT, TEACHER = 0, 1  # colours of the page
@@ -135,16 +135,17 @@ def history_chart(history: History, figure: Figure, level: tuple[str, float] | N
     for i, decay in enumerate(decays):
         points = _points((row.step, value_of(row, figure.key)) for row in rows if row.ema_decay == decay)
         if points:
-            series.append(
-                Series("student" if decay is None else f"EMA {decay:g}", points, i if i == 0 else i + 1)
-            )
+            of_line = [row for row in rows if row.ema_decay == decay]
+            halves = [(float(row.step), row.figure(f"{figure.key}_ci95")) for row in of_line]
+            spreads = {step: half for step, half in halves if half is not None}
+            name = "student" if decay is None else f"EMA {decay:g}"
+            series.append(Series(name, points, i if i == 0 else i + 1, spreads=spreads))
     if not series:
         return None
     choose = min if figure.better == "lower" else max
-    name, best = choose(
-        ((s.name, point) for s in series for point in s.points), key=lambda found: found[1][1]
-    )
-    of = f" ({name})" if len(series) > 1 else ""
+    measured = [(row, value) for row in rows if (value := value_of(row, figure.key)) is not None]
+    best, _ = choose(measured, key=lambda found: found[1])
+    of = f" (EMA {best.ema_decay:g})" if len(series) > 1 and best.ema_decay is not None else ""
     return Chart(
         title=f"{figure.title} against step",
         x="step",
@@ -152,7 +153,7 @@ def history_chart(history: History, figure: Figure, level: tuple[str, float] | N
         series=series,
         levels=[level] if level else [],
         log_y=figure.better == "lower",
-        summary=f"Best so far: {best[1]:.{figure.decimals}f} at step {number(best[0])}{of}.",
+        summary=f"Best so far: {text_of(best, figure.key, figure)} at step {number(best.step)}{of}.",
     )
 
 

@@ -13,8 +13,8 @@ from dsno_cluster.config import Config
 from dsno_cluster.config.renamed import with_current_names
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
-from dsno_cluster.evaluation.history import history_key
-from dsno_cluster.evaluation.records import History, HistoryRow, Layout, Metrics, read_file
+from dsno_cluster.evaluation.history import best_row, history_key
+from dsno_cluster.evaluation.records import History, Layout, Metrics, read_file
 from dsno_cluster.model_folder import ModelMeta, read_config_of, read_meta
 from dsno_cluster.records import Record, Values
 from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
@@ -131,13 +131,6 @@ def _method(manifest: Manifest, where: str) -> Method | None:
     """How the trajectories were solved; None for imported ones."""
     spec = trajectory_spec(manifest, where)
     return spec.method if isinstance(spec, TrajectorySpec) else None
-
-
-def best_row(history: History) -> HistoryRow:
-    """The row that `best` of a non-empty history names, or its last."""
-    best = history.best
-    same = [row for row in history.rows if best and (row.step, row.ema_decay) == (best.step, best.ema_decay)]
-    return (same or history.rows)[-1]
 
 
 def read_curve(config: Config) -> list[CurveLine]:
