@@ -41,6 +41,8 @@ EXCUSED = {
     "trajectories of another trainer; test_foreign_trajectories.py writes some",
     "dsno-cluster train configs/digits.yaml trajectories.imported=NAME_OF_IMPORT teacher.path=null student.warm_start=false "
     "training.heldout_every=null": "needs the name that the import printed; test_imported_training.py trains so",
+    "dsno-cluster train CONFIG training.start=IMPORTED training.objective=distribution data.images=FOLDER": "needs an "
+    "imported student and pictures of its size; test_finishing.py finishes one",
     "dsno-cluster inspect-teacher FILE": "needs a file; test_inspect_teacher.py has one of each family",
     "dsno-cluster inspect-teacher edm-cifar10-32x32-uncond-vp.pkl schedule=native": "needs a published file; "
     "test_inspect_teacher.py has small ones",
@@ -59,6 +61,12 @@ SMALL = [
     "teacher_training.steps=3",
     "teacher_training.warmup=1",
     "teacher_training.checkpoint_every=3",
+]
+SMALL_FINISH = [
+    "finish.steps=2",
+    "finish.batch_size=16",
+    "finish.checkpoint_every=2",
+    "finish.distribution.heldout_samples=40",
 ]
 TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher", "report")
 MAY_TAKE_A_CONFIG = ("verify", "inspect", "sample", "export")
@@ -166,5 +174,6 @@ def as_run(command: Command, names: dict[str, str], more: Sequence[str] = ()) ->
     if of_config and "--help" not in words:
         words += more
         own = {word.partition("=")[0] for word in words}
-        words += [word for word in SMALL if word.partition("=")[0] not in own]
+        small = [*SMALL, *(SMALL_FINISH if "finish.enabled=true" in words else [])]
+        words += [word for word in small if word.partition("=")[0] not in own]
     return words
