@@ -42,8 +42,6 @@ COLUMNS = {
     "nearest": "nearest training image",
     "copies": "copies",
 }
-# the shipped rows of the digits teacher have no such figures: they are measured
-METRICS = "evaluation.metrics=[fid, precision_recall, agreement, nearest, trajectory_error]"
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +115,7 @@ def _step_of(config: Config, ranks: Ranks) -> Callable[[int], Tensor]:
 
 def compare_starts(root: Path, seeds: int, overrides: list[str]) -> None:
     """Finish from both starts, as long and with the same seeds, and print the figures of all."""
-    words = [f"storage.root={root}", METRICS, *overrides]
+    words = [f"storage.root={root}", *overrides]
     _dsno("run", *words)
     config = load_config("configs/digits.yaml", ["finish.enabled=true", *words])
     finish = config.finish

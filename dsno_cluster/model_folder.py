@@ -205,6 +205,18 @@ def model_address(path: str, endpoint_url: str | None = None) -> str:
     return f"{path.rstrip('/')}/{prefix.rstrip('/')}" if prefix else path
 
 
+def evaluated_by_default(address: str, endpoint_url: str | None = None) -> str:
+    """The address of the student in a run folder that `eval` takes: its newest or, if distribution matching made it, its best.
+
+    It is the objective of the newest student itself that decides. Raises UserError if there is none.
+    """
+    run = read_meta(address, endpoint_url).run or {}
+    if run.get("objective") != "distribution":
+        return address
+    best = open_storage(address, endpoint_url).stat(BEST)
+    return address if best is None else f"{address}/{BEST}"
+
+
 def read_config_of(path: str, endpoint_url: str | None = None) -> Values:
     """The config in a model's folder, as plain values; empty if there is none.
 

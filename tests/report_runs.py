@@ -88,8 +88,10 @@ def history() -> dict[str, Any]:
     return {"rows": rows, "best": {"step": 300, "ema_decay": 0.999, "metric": "fid", "value": 3.34}}
 
 
-def write_evaluation(root: Path, found: dict[str, Any], past: dict[str, Any] | None = None) -> None:
-    folder = root / "evaluation" / "digits"
+def write_evaluation(
+    root: Path, found: dict[str, Any], past: dict[str, Any] | None = None, name: str = "digits"
+) -> None:
+    folder = root / "evaluation" / name
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(found))
     if past is not None:
@@ -101,8 +103,8 @@ def write_evaluation(root: Path, found: dict[str, Any], past: dict[str, Any] | N
         (folder / name).write_bytes(data.getvalue())
 
 
-def write_curve(root: Path, lines: list[dict[str, Any]]) -> Path:
-    file = root / "students" / "digits" / "metrics.jsonl"
+def write_curve(root: Path, lines: list[dict[str, Any]], name: str = "digits") -> Path:
+    file = root / "students" / name / "metrics.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file

@@ -27,7 +27,7 @@ from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
 from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.records import Figures, HistoryRow, TeacherRow, rewrite
 from dsno_cluster.evaluation.store import Findings, say_replaced, store
-from dsno_cluster.evaluation.teacher_rows import SHIPPED_ROWS, keep_row, known_rows, row_keys
+from dsno_cluster.evaluation.teacher_rows import FORMER_ROWS, SHIPPED_ROWS, keep_row, known_rows, row_keys
 from dsno_cluster.evaluation.watch import checkpoints, note_row, settings_hashes, watch
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import NOWHERE
@@ -514,10 +514,12 @@ def test_plan_counts_the_rows_that_eval_measures(tmp_path: Path) -> None:
 
 def test_what_names_the_files_of_an_evaluation_stays(tmp_path: Path) -> None:
     """Rows and statistics that earlier versions kept are found by these."""
-    of = comparison(tmp_path)
-    shipped = json.loads((DIGITS_TEACHER / SHIPPED_ROWS).read_text())
-    assert of.spec.model_dump(mode="json") == shipped["spec"]
-    assert {row_keys(sampling)[0] for sampling in of.samplings} == set(shipped["rows"])
+    former = "evaluation.metrics=[fid, agreement, trajectory_error]"
+    for file, words in ((SHIPPED_ROWS, []), (FORMER_ROWS, [former])):
+        of = comparison(tmp_path, *words)
+        shipped = json.loads((DIGITS_TEACHER / file).read_text())
+        assert of.spec.model_dump(mode="json") == shipped["spec"]
+        assert {row_keys(sampling)[0] for sampling in of.samplings} == set(shipped["rows"])
     assert of.real.spec is not None
     assert canonical_hash(of.real.spec.model_dump(mode="json")) == "36dbd3a215270cba"
     knobs = ["evaluation.metrics=[fid, kid, inception_score, precision_recall]", "evaluation.seed=3"]

@@ -674,6 +674,10 @@ def test_run_finishes_and_shows_the_student_before_and_after(tmp_path: Path) -> 
     ]
     before, after = rows
     assert after["before"]["fid"] == before["student"]["fid"] != after["student"]["fid"]
+    for figure in ("precision", "recall", "agreement", "nearest", "copies"):  # what a distance does not say
+        assert all(
+            row[figure] is not None for row in (after["before"], after["student"], *after["teacher_rows"])
+        )
     assert after["before"]["sha256"] == before["checkpoint"]["sha256"]
     again = dsno(*command, "--launcher", "local")
     assert again.returncode == 0 and "finished already at step 2" in again.stdout + again.stderr

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from browser import CHROMIUM, browse, opened
 from report_runs import curve, metrics, write_curve, write_evaluation
+from training_runs import wait_for
 
 from dsno_cluster import console
 from dsno_cluster.cluster import prometheus
@@ -37,9 +38,9 @@ def config(root: Path) -> Config:
 
 
 @contextlib.contextmanager
-def followed(root: Path) -> Iterator[subprocess.Popen[str]]:
+def followed(root: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     """The command, once it has written its page."""
-    words = ["report", "--follow", f"storage.root={root}", "--out", str(root / "report.html")]
+    words = ["report", "--follow", *more, f"storage.root={root}", "--out", str(root / "report.html")]
     process = subprocess.Popen(
         [sys.executable, "-m", "dsno_cluster.cli", *words],
         stdout=subprocess.PIPE,
@@ -203,3 +204,21 @@ def test_a_finished_run_is_written_once(root: Path, config: Config) -> None:
     work(config, "train", "training the student", "steps", 300, 400)
     with followed(root) as process, pytest.raises(subprocess.TimeoutExpired):
         process.wait(5)
+
+
+def test_it_goes_over_to_the_finished_student(root: Path) -> None:
+    """As soon as its training has begun, and ends with its evaluation."""
+    page = root / "report.html"
+    finished = load_config("configs/digits.yaml", [f"storage.root={root}", "finish.enabled=true"]).finished
+    assert finished is not None
+    write_evaluation(root, metrics())
+    with followed(root, "finish.enabled=true") as process:
+        assert "<h1>digits</h1>" in page.read_text() and "4.56" in page.read_text()
+        write_curve(root, [{"step": 7, "loss": 0.25}], finished.name)
+        wait_for(lambda: "finished to step 7 " in page.read_text())
+        found = metrics()
+        write_evaluation(root, {**found, "student": {**found["student"], "fid": 1.23}}, name=finished.name)
+        work(finished, "eval", "evaluating step 7", "samples", 0, 1000)
+        assert process.wait(60) == 0
+    assert "<h1>digits-finished</h1>" in page.read_text()
+    assert "1.23" in page.read_text() and "4.56" not in page.read_text()

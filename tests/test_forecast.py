@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gpu_tensors import pretended_gpu
 from tiny import TINY, answer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dsno_cluster import load_teacher
 from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.accuracy import relative_errors
 from dsno_cluster.evaluation.forecast import (
+    Evaluation,
     Stages,
     Training,
     estimate_memory,
@@ -22,6 +27,7 @@ from dsno_cluster.evaluation.forecast import (
     report,
     seconds_of_one,
 )
+from dsno_cluster.features.extractors import load_fid_extractor
 from dsno_cluster.networks.activations import inference_elements, shape_of
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.teachers import compared_samplings
@@ -162,6 +168,90 @@ def test_hours_follow_from_passes_that_are_timed() -> None:
     assert evaluation.wall_hours == pytest.approx(evaluation.device_hours / 2)
     lines = "\n".join(report(config, estimate_memory(config, plan.teacher), Stages(training, evaluation)))
     assert "on each of 4 rank(s)" in lines and "its features" in lines and "not measured" not in lines
+
+
+MATCHED = ["finish.enabled=true", "finish.distribution={}"]
+FRECHET = ["finish.enabled=true"]
+
+
+def test_plan_says_what_finishing_takes() -> None:
+    """As a line of its own; `finish` that is not enabled changes nothing."""
+    plain, finished = (answer("plan", *TINY, *more).stdout for more in ([], FRECHET))
+    assert "finishing" not in plain
+    line = "finishing     300 steps of 512 images: 153,600 in all\n"
+    assert line in finished and finished.replace(line, "") == plain
+
+
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of products and convolutions; torch's own counter allows no `autograd.grad`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.count += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def counted(call: Callable[[int], None], most: int) -> float:
+    """In place of the seconds of a call: its operations for one image."""
+    with Operations() as operations:
+        call(2)
+    return operations.count / 2
+
+
+def test_the_hours_of_finishing_are_those_of_its_own_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake score network: its updates, the samples for them, the teacher and the step of the student itself."""
+    monkeypatch.setattr("dsno_cluster.evaluation.forecast.seconds_of_one", counted)
+    plan = make_plan(load_config("configs/digits.yaml", TINY))
+    costs = {}
+    for name, words in {
+        "plain": [],
+        "matched": MATCHED,
+        "fewer updates": ["finish.enabled=true", "finish.distribution={fake_updates: 1}"],
+        "frechet": FRECHET,
+    }.items():
+        config = load_config("configs/digits.yaml", [*TINY, *words])
+        costs[name] = measure_training(config.finished or config, plan, CPU, 1, gpus=False)
+    plain, matched, fewer, frechet = (cost.seconds_per_image for cost in costs.values())
+    assert 5 < matched / plain < 15
+    assert 1.5 * fewer < matched and plain < fewer
+    assert 1 < frechet / plain < 1.5
+    assert costs["frechet"].seconds_per_step > 0 == costs["matched"].seconds_per_step
+    assert costs["frechet"].device_hours * 3600 == pytest.approx(
+        300 * (512 * frechet + costs["frechet"].seconds_per_step)
+    )
+    told = report(
+        load_config("configs/digits.yaml", [*TINY, *MATCHED]),
+        estimate_memory(load_config("configs/digits.yaml", TINY), None),
+        Stages(costs["plain"], Evaluation(1, 1.0, 1.0, 1.0, 1.0), costs["matched"]),
+    )
+    assert sum("on each of 1 rank(s)" in line for line in told) == 2
+
+
+def test_the_frechet_loss_is_counted_if_its_weights_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("dsno_cluster.evaluation.forecast.seconds_of_one", counted)
+    here = load_config("configs/digits.yaml", [*TINY, *FRECHET])
+    words = ["evaluation.feature_extractor=inception-v3-compat", "evaluation.weights_path=null"]
+    away = load_config("configs/digits.yaml", [*TINY, *FRECHET, *words, "evaluation.metrics=[fid]"])
+    plan = make_plan(here)
+    for config in (here, away):
+        assert config.finished is not None
+        found = measure_training(config.finished, plan, CPU, 1, gpus=False)
+        assert found.without_features is (config is away)
+        stages = Stages(found, Evaluation(1, 1.0, 1.0, 1.0, 1.0), found)
+        told = "\n".join(report(config, estimate_memory(config, None), stages))
+        assert ("the Frechet loss is not counted: the weights" in told) is (config is away)
+    assert here.finished is not None
+    memory = training_memory(here.finished, device="cpu")
+    extractor = load_fid_extractor(here.evaluation, (1, 8, 8), CPU)
+    weights = sum(4 * p.numel() for p in extractor.network.parameters())
+    assert memory.features == weights + 4 * 8 * 64 * 64
+    assert training_memory(here, device="cpu").features == 0
 
 
 def test_features_whose_weights_are_not_here_are_not_downloaded(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from report_runs import metrics, write_evaluation
+from report_runs import curve, metrics, write_curve, write_evaluation
 from test_report import report
-from tiny import TINY, dsno
+from tiny import TINY, answer, dsno
 from training_runs import link_data, train
 
 from dsno_cluster.config import load_config
@@ -25,10 +25,12 @@ from dsno_cluster.model_folder import (
     StartModel,
     find_model,
     read_meta,
+    step_name,
     write_model,
 )
 from dsno_cluster.storage import open_storage
 from dsno_cluster.teachers import find_teacher
+from dsno_cluster.training.beginning import new_student
 
 SHA256 = "ab" * 32
 START = StartModel(address="runs/students/digits/step-000000300", name="digits", step=300, sha256=SHA256)
@@ -174,6 +176,67 @@ def test_the_report_shows_the_samples_of_both(tmp_path: Path) -> None:
     (tmp_path / "evaluation/first/metrics.json").write_text(json.dumps(there))
     page = report(tmp_path)
     assert page.problems == [] and len(page.all("input")) == 1 and "7.89" in page.text
+
+
+def publish(root: Path, name: str, objective: str, steps: tuple[int, ...], best: int) -> None:
+    """Students of a run, made up, the last of them the newest."""
+    config = load_config("configs/digits.yaml", [])
+    model = new_student(config, find_teacher(config)).describe()
+    for step in steps:
+        about = AboutModel(model=model, step=step, run={"objective": objective})
+        write_model(
+            open_storage(str(root)), f"students/{name}/{step_name(step)}/", {"w": torch.zeros(1)}, "", about
+        )
+    for file, named in (("latest", steps[-1]), ("best", best)):
+        (root / f"students/{name}" / file).write_text(step_name(named) + "\n")
+
+
+def test_the_report_of_a_path_shows_the_finished_student(tmp_path: Path) -> None:
+    """Once there is anything of it; with the curves of both trainings."""
+    words = ["finish.enabled=true"]
+    write_evaluation(tmp_path, metrics())
+    write_curve(tmp_path, curve())
+    page = report(tmp_path, *words)
+    assert page.text.count("Training loss") > 0 and "4.56" in page.text and "digits-finished" not in page.text
+    write_curve(tmp_path, [{"step": 7, "loss": 0.25, "seconds": 3.0}], "digits-finished")
+    page = report(tmp_path, *words)
+    assert page.problems == [] and "4.56" not in page.text
+    for said in (
+        "digits-finished",
+        "finished to step 7",
+        "Not evaluated yet: dsno-cluster run configs/digits.yaml finish.enabled=true",
+        "Training loss before finishing The loss falls from 1 at step 10 to 0.0333 at step 300.",
+        "The loss is 0.25 at step 7",
+        "Training before finishing 300 steps",
+        "dsno-cluster run digits.yaml",
+    ):
+        assert said in page.text, said
+    after = both(checkpoint={"step": 50, "sha256": SHA256})
+    write_evaluation(
+        tmp_path, {**after, "student": {**after["student"], "fid": 1.23}}, name="digits-finished"
+    )
+    page = report(tmp_path, *words)
+    assert page.problems == [] and "student before finishing 1 1.1 7.89" in page.text
+    assert "Evaluated at step 50." in page.text and "1.23" in page.text
+    # the one that `eval` takes of a finished student is its best, not the newest
+    publish(tmp_path, "digits-finished", "distribution", (50, 100), best=50)
+    assert "The evaluation is of step" not in report(tmp_path, *words).text
+    publish(tmp_path, "digits-finished", "distribution", (50, 100), best=100)
+    said = "The evaluation is of step 50; the best student is of step 100."
+    publish(tmp_path, "digits-finished", "distribution", (50, 100, 150), best=100)
+    assert said in report(tmp_path, *words).text
+    assert "digits-finished" not in report(tmp_path).text  # nobody asked for it
+
+
+def test_eval_takes_the_best_of_a_student_that_was_finished(tmp_path: Path) -> None:
+    """Whatever objective the config has: its name alone says which student is meant."""
+    for objective, taken in (("distribution", 50), ("trajectories", 100)):
+        publish(tmp_path, objective, objective, (50, 100), best=50)
+        address = f"{tmp_path}/students/{objective}"
+        for config in ("trajectories", "distribution"):
+            words = [f"name={objective}", f"storage.root={tmp_path}", f"training.objective={config}"]
+            done = answer("eval", *words, "--dry-run", "--launcher", "local")
+            assert f"{address}/{step_name(taken)}" in done.stderr + done.stdout, done
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from dsno_cluster.networks.backbones import Backbone
     from dsno_cluster.networks.diffusers_model import DiffusersModel
+    from dsno_cluster.training.objectives.frechet import FrechetTerm
 
 NUMBER_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 WORKSPACE = 2  # peak with the workspace of convolutions and copies, as a multiple of what lives together
@@ -57,6 +58,10 @@ class Training:
     seconds_per_image: float
     device_hours: float
     wall_hours: float
+    seconds_per_step: float = 0.0  # besides those of its images, on each rank
+    without_features: bool = (
+        False  # the Frechet loss is not counted: weights of its extractor are missing here
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Stages:
 
     training: Training | None = None
     evaluation: Evaluation | None = None
+    finishing: Training | None = None  # of the config's `finish`
 
 
 def estimate_memory(config: Config, teacher: ConfiguredTeacher | None) -> Memory:
@@ -135,7 +141,10 @@ def measure_stages(config: Config, plan: Plan, teacher: Teacher, seconds_per_eva
     training = measure_training(config, plan, teacher.device, number, gpus=gpus)
     devices = devices_of(actors, config.evaluation.threads)
     evaluation = measure_evaluation(config, plan, teacher.device, seconds_per_evaluation, devices)
-    return Stages(training, evaluation)
+    finished, finishing = config.finished, None
+    if finished is not None:
+        finishing = measure_training(finished, plan, teacher.device, number, gpus=gpus)
+    return Stages(training, evaluation, finishing)
 
 
 def measure_training(config: Config, plan: Plan, device: torch.device, ranks: int, *, gpus: bool) -> Training:
@@ -143,7 +152,8 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
     from dsno_cluster.training.memory import training_memory
 
     backbone = plan.teacher.backbone()
-    console.say("estimating the memory of training, and timing passes of the student")
+    what = "finishing" if config.training.objective == "distribution" else "training"
+    console.say(f"estimating the memory of {what}, and timing its passes")
     memory = training_memory(
         config,
         ranks=ranks,
@@ -152,8 +162,10 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
         device="cuda" if gpus else "cpu",
     )
     fits = max(1, int((_free_bytes(device) - memory.held) / max(1, memory.per_image)))
-    each = _training_seconds(config, device, backbone, min(memory.micro_batch, fits))
-    hours = each * config.training.steps * config.training.batch_size / 3600
+    frechet = _frechet_term(config, plan.teacher.states, device)
+    each = _training_seconds(config, device, plan, frechet, min(memory.micro_batch, fits))
+    a_step = 0.0 if frechet is None else _transport_seconds(frechet)
+    hours = config.training.steps * (each * config.training.batch_size + a_step * ranks) / 3600
     return Training(
         ranks,
         memory.held,
@@ -163,34 +175,54 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
         each,
         hours,
         hours / ranks,
+        a_step,
+        _has_frechet_loss(config) and frechet is None,
     )
 
 
 def _training_seconds(
-    config: Config, device: torch.device, backbone: Backbone | DiffusersModel | None, most: int
+    config: Config, device: torch.device, plan: Plan, frechet: FrechetTerm | None, most: int
 ) -> float:
-    """Seconds of the passes forward and back of one image, in a micro-batch of `most` if that is quick enough to try.
+    """Seconds of the passes of the objective for one image, in a micro-batch of `most` if that is quick enough to try.
 
-    The network is not compiled; a precision `auto` is the one that the device would get.
+    Nothing is compiled; a precision `auto` is the one that the device would get.
     """
     import torch
 
     from dsno_cluster.device import allow_tf32, training_precision, wait_for_gpu
     from dsno_cluster.training.beginning import make_student
-    from dsno_cluster.training.memory import one_pass
+    from dsno_cluster.training.memory import (
+        denoising_network,
+        fake_score_pass,
+        matching_pass,
+        one_pass,
+    )
     from dsno_cluster.training.objectives.losses import distance_of_shapes
 
     settings = config.training
     precision = training_precision(device) if settings.precision == "auto" else settings.precision
-    student = make_student(config, backbone).accelerate(precision=precision)
+    config = config.model_copy(update={"training": settings.model_copy(update={"precision": precision})})
+    student = make_student(config, plan.teacher.backbone()).accelerate(precision=precision)
     student.recompute(settings.recompute)
     student.to(device).train()
     distance = distance_of_shapes(settings.loss)
     if isinstance(distance, torch.nn.Module):
         distance.to(device)
 
+    matched, distribution = settings.objective == "distribution", settings.distribution
+    fake = None
+    if matched and distribution.needs_fake_score:
+        fake = denoising_network(config, plan.teacher.info.backbone).to(device)
+    more = None if frechet is None else lambda x: frechet.loss(x, 0)[0]
+
     def train(count: int) -> None:
-        one_pass(student, distance, config, count, device)
+        if matched:
+            if fake is not None:
+                for _ in range(distribution.fake_updates):
+                    fake_score_pass(student, fake, config, count, device)
+            matching_pass(student, fake, distance, config, count, device, more)
+        else:
+            one_pass(student, distance, config, count, device)
         wait_for_gpu()
 
     allow_tf32(precision == "tf32")
@@ -198,6 +230,50 @@ def _training_seconds(
         return seconds_of_one(train, most)
     finally:
         allow_tf32(False)
+
+
+def _has_frechet_loss(config: Config) -> bool:
+    return config.training.objective == "distribution" and config.training.distribution.frechet_weight > 0.0
+
+
+def _frechet_term(config: Config, states: States, device: torch.device) -> FrechetTerm | None:
+    """The Frechet loss with moments that are drawn; None if the config has none, or its weights are not here."""
+    import torch
+
+    from dsno_cluster.features.extractors import load_fid_extractor, main_weights_at_hand
+    from dsno_cluster.features.transport import gaussian_of
+    from dsno_cluster.training.objectives.frechet import make_frechet_term
+
+    if not _has_frechet_loss(config):
+        return None
+    try:
+        if main_weights_at_hand(config.evaluation) is None:
+            return None
+        extractor = load_fid_extractor(config.evaluation, states.image_shape, device)
+    except (UserError, WorkError):  # `plan` says what is wrong with files
+        return None
+    (features,) = extractor(torch.zeros(1, *states.image_shape, dtype=torch.uint8)).values()
+    with torch.random.fork_rng(devices=[]):
+        drawn = gaussian_of(torch.randn(2 * features.shape[1], features.shape[1]))
+    term = make_frechet_term(config, states, drawn, device, 1)
+    term.mean.copy_(drawn.mean)
+    term.covariance.copy_(drawn.covariance)
+    term.seen.fill_(term.population)
+    term.loss(torch.zeros(1, *states.shape, device=device), 0)  # later ones of that step need no transport
+    return term
+
+
+def _transport_seconds(term: FrechetTerm) -> float:
+    """Seconds of the transport between the moments, which each step computes once."""
+    from dsno_cluster.device import wait_for_gpu
+    from dsno_cluster.features.statistics import Gaussian
+    from dsno_cluster.features.transport import transport
+
+    def carry(_: int) -> None:
+        transport(Gaussian(term.mean, term.covariance), term.real, term.root)
+        wait_for_gpu()
+
+    return seconds_of_one(carry, 1)
 
 
 def measure_evaluation(
@@ -338,7 +414,7 @@ def as_values(memory: Memory, stages: Stages) -> dict[str, object]:
 
 def report(config: Config, memory: Memory, stages: Stages) -> list[str]:
     """The forecast as lines for people."""
-    settings, training, evaluation = config.training, stages.training, stages.evaluation
+    training, evaluation, finished = stages.training, stages.evaluation, config.finished
     known = {"the teacher": memory.teacher_batch, "the student in `eval`": memory.student_batch}
     sizes = {
         "the teacher": config.trajectories.batch_size,
@@ -347,20 +423,15 @@ def report(config: Config, memory: Memory, stages: Stages) -> list[str]:
     told = [f"{bytes_text(size)} for {sizes[who]} images of {who}" for who, size in known.items() if size]
     lines = [f"memory        about {', '.join(told)} (arithmetic)"] if told else []
     weights = f"{memory.student_parameters / 1e6:,.1f} M parameters, " if memory.student_parameters else ""
-    lines.append(
-        f"training      {weights}{settings.steps:,} steps of {settings.batch_size:,} images: "
-        f"{settings.steps * settings.batch_size:,} in all"
-    )
+    lines += _training_lines("training", weights, config, training)
+    if finished is not None:
+        lines += _training_lines("finishing", "", finished, stages.finishing)
     if training is None or evaluation is None:
         lines.append(
             "              memory of training, hours of training and of eval: not measured; --measure does"
         )
         return lines
     lines += [
-        f"              {bytes_text(training.bytes)} on each of {training.ranks} rank(s): {bytes_text(training.held_bytes)}, and "
-        f"{bytes_text(training.bytes_per_image)} for each of {training.micro_batch} images in a micro-batch",
-        f"              {training.seconds_per_image:.3g} s an image, not compiled: {training.device_hours:,.2f} device-hours; "
-        f"{console.duration(3600 * training.wall_hours)} on {training.ranks} rank(s)",
         f"eval          {evaluation.seconds_per_sample:.3g} s a sample, "
         + (
             "features not measured"
@@ -370,4 +441,24 @@ def report(config: Config, memory: Memory, stages: Stages) -> list[str]:
         + f", with the teacher's rows {evaluation.device_hours:,.2f} device-hours; "
         f"{console.duration(3600 * evaluation.wall_hours)} on {evaluation.devices} device(s)",
     ]
+    return lines
+
+
+def _training_lines(title: str, weights: str, config: Config, measured: Training | None) -> list[str]:
+    """The forecast of a training, its memory and hours if they were measured."""
+    steps, size = config.training.steps, config.training.batch_size
+    lines = [f"{title:<14}{weights}{steps:,} steps of {size:,} images: {steps * size:,} in all"]
+    if measured is None:
+        return lines
+    a_step = f" and {measured.seconds_per_step:.3g} s a step" if measured.seconds_per_step else ""
+    lines += [
+        f"              {bytes_text(measured.bytes)} on each of {measured.ranks} rank(s): {bytes_text(measured.held_bytes)}, and "
+        f"{bytes_text(measured.bytes_per_image)} for each of {measured.micro_batch} images in a micro-batch",
+        f"              {measured.seconds_per_image:.3g} s an image{a_step}, not compiled: {measured.device_hours:,.2f} "
+        f"device-hours; {console.duration(3600 * measured.wall_hours)} on {measured.ranks} rank(s)",
+    ]
+    if measured.without_features:
+        lines.append(
+            "              the Frechet loss is not counted: the weights of evaluation.feature_extractor are not here"
+        )
     return lines

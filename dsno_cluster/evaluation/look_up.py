@@ -35,7 +35,13 @@ from dsno_cluster.features.extractors import (
 )
 from dsno_cluster.image_sets.image_set import ImageSet
 from dsno_cluster.image_sets.opening import open_images
-from dsno_cluster.model_folder import BEST, FeatureWeights, StartModel, find_model, model_address
+from dsno_cluster.model_folder import (
+    FeatureWeights,
+    StartModel,
+    evaluated_by_default,
+    find_model,
+    model_address,
+)
 from dsno_cluster.storage import Storage, absolute_address, open_storage
 from dsno_cluster.students.dsno import student_model
 from dsno_cluster.teachers import (
@@ -204,7 +210,8 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
     """
     endpoint = config.storage.endpoint_url
     try:
-        path = model_address(student_path or _default_student(config), endpoint)
+        given = student_path or evaluated_by_default(config.student_address, endpoint)
+        path = model_address(given, endpoint)
         found = find_model(path, endpoint, config.evaluation.ema_decay)
     except UserError as error:
         how = (
@@ -232,15 +239,6 @@ def find_student(config: Config, student_path: str | None = None) -> Student:
         )
     about = meta.step, meta.ema_decay, meta.train_seconds, meta.start, meta.features
     return Student(path, meta.sha256, *about)
-
-
-def _default_student(config: Config) -> str:
-    """The newest student of a config or, if its training chose one by a distance, the best."""
-    address = config.student_address
-    if config.training.objective != "distribution":
-        return address
-    best = open_storage(config.storage.root, config.storage.endpoint_url).stat(config.student_prefix + BEST)
-    return address if best is None else f"{address}/{BEST}"
 
 
 def find_subject(

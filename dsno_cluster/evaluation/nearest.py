@@ -23,7 +23,8 @@ def nearest_training(samples_ND: np.ndarray, training_MD: np.ndarray) -> tuple[n
 
     On a GPU, if this process sees one and it has room.
     """
-    samples, training = torch.from_numpy(samples_ND), torch.from_numpy(training_MD)
+    # what an actor sends cannot be written to, of which torch would warn
+    samples, training = (torch.from_numpy(np.require(x, requirements="W")) for x in (samples_ND, training_MD))
     device = compute_device()
     try:
         distances_N, index_N = nearest(samples.to(device), training.to(device))

@@ -27,6 +27,7 @@ from dsno_cluster.teachers import ConfiguredTeacher, DecoderIdentity, Sampling
 from dsno_cluster.teachers.loading import AnyTeacherIdentity
 
 SHIPPED_ROWS = "evaluation.json"
+FORMER_ROWS = "evaluation-former.json"  # with the metrics that configs/digits.yaml had before
 
 # settings on which only these metrics depend
 _KNOBS: dict[str, tuple[str, ...]] = {
@@ -174,7 +175,13 @@ def keep_row(storage: Storage, spec: ComparisonSpec, sampling: Sampling, row: Te
 
 
 def _shipped(path: str, specs: list[ComparisonSpec]) -> dict[str, TeacherRow]:
-    file = Path(package_path(path)) / SHIPPED_ROWS
+    found: dict[str, TeacherRow] = {}
+    for name in (SHIPPED_ROWS, FORMER_ROWS):
+        found |= _shipped_in(Path(package_path(path)) / name, specs)
+    return found
+
+
+def _shipped_in(file: Path, specs: list[ComparisonSpec]) -> dict[str, TeacherRow]:
     if not file.is_file():
         return {}
     try:

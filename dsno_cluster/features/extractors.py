@@ -187,12 +187,22 @@ def weights_at_hand(settings: Evaluation) -> dict[str, WeightsFile] | None:
     given = {settings.feature_extractor: settings.weights_path}
     if settings.precision_recall_extractor is not None:
         given.setdefault(settings.precision_recall_extractor, settings.precision_recall_weights_path)
-    for name in {reading.extractor for reading in find_readings(settings).values()}:
-        if given[name] is None and name not in CLASSIFIERS:
-            url = published_url(name)
-            if url is None or not (cache_folder("weights") / url.rsplit("/", 1)[1]).is_file():
-                return None
-    return find_all_weights(settings)
+    names = {reading.extractor for reading in find_readings(settings).values()}
+    return find_all_weights(settings) if all(_at_hand(name, given[name]) for name in names) else None
+
+
+def main_weights_at_hand(settings: Evaluation) -> WeightsFile | None:
+    """As `main_weights`, but None if the file is missing that would be downloaded."""
+    name, path = settings.feature_extractor, settings.weights_path
+    return main_weights(settings) if _at_hand(name, path) else None
+
+
+def _at_hand(name: str, path: str | None) -> bool:
+    """Whether an extractor whose weights are given at `path`, or not, needs no download."""
+    if path is not None or name in CLASSIFIERS:
+        return True
+    url = published_url(name)
+    return url is not None and (cache_folder("weights") / url.rsplit("/", 1)[1]).is_file()
 
 
 def find_weights(

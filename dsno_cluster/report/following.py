@@ -39,7 +39,7 @@ def follow_report(
             if (found := (stored_versions(config), progress.states)) != (stored, states):
                 (stored, states), files = found, read_run_files(config)
             else:
-                files = replace(files, curve=read_curve(config))
+                files = replace(files, curve=read_curve(files.config))
             if (files, progress) != before:
                 write_page(path, files, config_words, progress)
     finally:

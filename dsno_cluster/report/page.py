@@ -43,8 +43,9 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 def write_report(config: Config, config_words: str, out: str | None = None) -> str:
     """Write the report of a run to `out` (default: `<run_dir>/report-<name>.html`); returns its path.
 
-    `config_words` name the config in the commands that the report shows. Raises UserError if there is nothing
-    to report yet or a file is damaged, WorkError if storage or disk fail.
+    If the config's `finish` is enabled, it shows the finished student once there is anything of it. `config_words`
+    name the config in the commands that the report shows. Raises UserError if there is nothing to report yet or a
+    file is damaged, WorkError if storage or disk fail.
     """
     files, path = read_run_files(config), report_path(config, out)
     if files.is_empty:
@@ -184,7 +185,7 @@ def _figures(files: RunFiles, words: str) -> Markup:
     note = parts.note("To keep in mind", warnings) if warnings else None
     metrics = files.metrics
     if metrics is None:
-        return together(note, parts.missing("Not evaluated yet", f"dsno-cluster eval {words}"))
+        return together(note, parts.missing("Not evaluated yet", _command(files, "eval", words)))
     figures = figures_of(metrics)
     held_out, reference = metrics.real_held_out, metrics.reference
     few = held_out is not None and held_out.num_samples < metrics.num_samples
@@ -215,7 +216,7 @@ def _figures(files: RunFiles, words: str) -> Markup:
 def _samples(files: RunFiles, words: str) -> Markup:
     layout = files.layout
     if not layout or not {"teacher.png", "student.png"} <= files.pictures.keys():
-        return parts.missing("No pictures yet", f"dsno-cluster eval {words}")
+        return parts.missing("No pictures yet", _command(files, "eval", words))
     return together(
         tag(
             "p",
@@ -283,10 +284,15 @@ def _trajectories(files: RunFiles, words: str) -> Markup:
         )
     else:
         held_out = parts.missing(
-            "No held-out errors: there is no training curve", f"dsno-cluster train {words}"
+            "No held-out errors: there is no training curve", _command(files, "train", words)
         )
-    missing = None if strips else parts.missing("No pictures yet", f"dsno-cluster eval {words}")
+    missing = None if strips else parts.missing("No pictures yet", _command(files, "eval", words))
     return together(strips, missing, table, held_out)
+
+
+def _command(files: RunFiles, stage: str, words: str) -> str:
+    """The command that makes what is missing of a stage; `run` comes to the finished student, and skips what is done."""
+    return f"dsno-cluster {'run' if files.first else stage} {words}"
 
 
 def _errors(metrics: Metrics) -> Markup | None:
@@ -317,16 +323,19 @@ def _of_states(layout: Layout) -> str:
 
 
 def _training(files: RunFiles, words: str) -> Markup:
-    chart = loss_chart(files.curve)
-    if chart is None:
-        where = f"No training curve at {files.places['curve']}"
-        return parts.missing(where, f"dsno-cluster train {words}")
-    distance = distance_chart(files.curve, files.config.evaluation.feature_extractor)
-    return together(parts.chart_figure(chart), None if distance is None else parts.chart_figure(distance))
+    first, extractor = files.first, files.config.evaluation.feature_extractor
+    before = None if first is None else loss_chart(first.curve, "Training loss before finishing")
+    charts = [before, loss_chart(files.curve), distance_chart(files.curve, extractor)]
+    shown = [parts.chart_figure(chart) for chart in charts if chart is not None]
+    if files.curve:
+        return together(*shown)
+    where = f"No training curve at {files.places['curve']}"
+    return together(*shown, parts.missing(where, _command(files, "train", words)))
 
 
 def _history(files: RunFiles, words: str) -> Markup:
-    missing = parts.missing("Checkpoints were not evaluated one by one", f"dsno-cluster eval {words} --watch")
+    command = None if files.first else f"dsno-cluster eval {words} --watch"
+    missing = parts.missing("Checkpoints were not evaluated one by one", command)
     history, metrics = files.history, files.metrics
     if history is None:
         return missing

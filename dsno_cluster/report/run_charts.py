@@ -63,14 +63,14 @@ def number_of(figure: Figure, row: Figures) -> str:
     return f"{figure.title} {figure.text(row)}"
 
 
-def loss_chart(curve: Sequence[CurveLine]) -> Chart | None:
+def loss_chart(curve: Sequence[CurveLine], title: str = "Training loss") -> Chart | None:
     points = _points((line.step, line.loss) for line in curve)
     if not points:
         return None
     return Chart(
-        title="Training loss",
+        title=title,
         x="step",
-        y="weighted distance of a batch",
+        y="weighted loss of a batch",
         series=[Series("loss", points, STUDENT)],
         log_y=True,
         summary=_fall("The loss", points),

@@ -15,7 +15,7 @@ from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.history import best_row, history_key
 from dsno_cluster.evaluation.records import History, Layout, Metrics, read_file
-from dsno_cluster.model_folder import ModelMeta, read_config_of, read_meta
+from dsno_cluster.model_folder import LATEST, ModelMeta, evaluated_by_default, read_config_of, read_meta
 from dsno_cluster.records import Record, Values
 from dsno_cluster.storage import MissingObject, Stat, Storage, open_storage
 from dsno_cluster.trajectories.plan import Size, make_plan, size_of
@@ -39,14 +39,24 @@ class CurveLine(Record):
 
 
 @dataclass(frozen=True)
+class FirstTraining:
+    """The training that made the student which a run has finished: its experiment, its curve, the config in its folder."""
+
+    config: Config
+    curve: list[CurveLine]
+    trained_with: Values
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """The files of a run.
 
     `metrics`: metrics.json of `eval`, or of the checkpoint that `eval --watch` found best. `curve`: lines of
     metrics.jsonl, by step. `history`: the results of `eval --watch`, by checkpoint. `student`: meta.json of
-    the newest student, and `trained_with` the config in its folder. `pictures`: data URIs by name, and
-    `picture_before` that of the student before finishing, of the same noise. `runs`: submitted runs, oldest
-    first. `places`: where each file was looked for.
+    the newest student, `evaluated` that of the one that `eval` takes, and `trained_with` the config in its folder.
+    `pictures`: data URIs by name, and `picture_before` that of the student before finishing, of the same noise.
+    `runs`: submitted runs, oldest first. `places`: where each file was looked for. `first`: if `finish` of the
+    reported config made the student, the training before.
     """
 
     config: Config
@@ -54,6 +64,7 @@ class RunFiles:
     curve: list[CurveLine]
     history: History | None
     student: ModelMeta | None
+    evaluated: ModelMeta | None
     trained_with: Values
     manifest: Manifest | None
     size: Size
@@ -61,6 +72,7 @@ class RunFiles:
     picture_before: str | None
     runs: list[Run]
     places: dict[str, str]
+    first: FirstTraining | None = None
 
     @property
     def imported(self) -> bool:
@@ -78,13 +90,30 @@ class RunFiles:
         return self.metrics is None and self.history is None and not self.curve
 
 
-def stored_versions(config: Config) -> tuple[Stat | None, ...]:
-    """Which versions of the run's results are in the storage: they change when what the report shows of them does."""
+def shown_config(config: Config) -> Config:
+    """The experiment that the report of a config shows: the one that finishes its student, once there is anything of it."""
+    finished = config.finished
+    if finished is None:
+        return config
+    begun = curve_file(finished).exists() or any(_versions(finished))
+    return finished if begun else config
+
+
+def stored_versions(config: Config) -> tuple[str, *tuple[Stat | None, ...]]:
+    """The name of the shown experiment, and which versions of its results are in the storage.
+
+    They change when what the report shows of these does.
+    """
+    shown = shown_config(config)
+    return shown.name, *_versions(shown)
+
+
+def _versions(config: Config) -> tuple[Stat | None, ...]:
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     keys = (
         f"evaluation/{config.name}/metrics.json",
         history_key(config),
-        f"{config.student_prefix}/latest",
+        config.student_prefix + LATEST,
     )
     return tuple(storage.stat(key) for key in keys)
 
@@ -94,7 +123,11 @@ def curve_file(config: Config) -> Path:
 
 
 def read_run_files(config: Config) -> RunFiles:
-    """All files of a config's run so far. Raises UserError for damaged files, WorkError if the storage fails."""
+    """All files of a config's run so far, those of the finished student once there are any.
+
+    Raises UserError for damaged files, WorkError if the storage fails.
+    """
+    whole, config = config, shown_config(config)
     storage = open_storage(config.storage.root, config.storage.endpoint_url)
     folder = f"evaluation/{config.name}/"
     places = {
@@ -117,14 +150,21 @@ def read_run_files(config: Config) -> RunFiles:
         curve=read_curve(config),
         history=history,
         student=student,
+        evaluated=_student_at(_evaluated(address, config.storage.endpoint_url), config.storage.endpoint_url),
         trained_with=_config_at(address, config.storage.endpoint_url),
         manifest=manifest,
         size=size_of(config, _method(manifest, places["metrics"]) if manifest else None),
         pictures={name: uri for name in PICTURES if (uri := _picture(storage, folder + name))},
         picture_before=_picture_before(storage, metrics) if metrics else None,
-        runs=_runs_of(config),
+        runs=[run for one in dict.fromkeys((whole.name, config.name)) for run in _runs_of(whole, one)],
         places=places,
+        first=None if whole.name == config.name else _first_training(whole),
     )
+
+
+def _first_training(config: Config) -> FirstTraining:
+    trained_with = _config_at(config.student_address, config.storage.endpoint_url)
+    return FirstTraining(config, read_curve(config), trained_with)
 
 
 def _method(manifest: Manifest, where: str) -> Method | None:
@@ -162,6 +202,14 @@ def _student_at(address: str, endpoint_url: str | None) -> ModelMeta | None:
         return read_meta(address, endpoint_url)
     except UserError:
         return None
+
+
+def _evaluated(address: str, endpoint_url: str | None) -> str:
+    """The address of the student in a run folder that `eval` takes, or of the folder if there is none."""
+    try:
+        return evaluated_by_default(address, endpoint_url)
+    except UserError:
+        return address
 
 
 def _config_at(address: str, endpoint_url: str | None) -> Values:
@@ -211,9 +259,9 @@ def _picture_before(storage: Storage, metrics: Metrics) -> str | None:
     return _picture(storage, folder + "student.png") if alike else None
 
 
-def _runs_of(config: Config) -> list[Run]:
-    """The newest submitted run of each stage of this experiment, in the order of their submission."""
-    name, root = config.name, config.storage.root
+def _runs_of(config: Config, name: str) -> list[Run]:
+    """The newest submitted run of each stage of the experiment of that name, in the order of their submission."""
+    root = config.storage.root
     newest: dict[str, Run] = {}
     for run in all_runs():
         record = run.record()

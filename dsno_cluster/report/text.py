@@ -50,14 +50,17 @@ def introduction(files: RunFiles) -> str:
     text = f"A DSNO student of the teacher {config.teacher.path or 'that is not named'}"
     step = _newest_step(files)
     if step is not None:
-        text += f", trained to step {step:,} of {_trained(files, 'steps'):,}"
+        text += (
+            f", {'finished' if files.first else 'trained'} to step {step:,} of {_trained(files, 'steps'):,}"
+        )
     samples = files.manifest.num_samples if files.manifest else config.trajectories.num_samples
     made = (
         "imported from elsewhere"
         if files.imported
         else f"of {files.size.evaluations_per_sample} evaluations each"
     )
-    text += f" on {samples:,} trajectories {made}."
+    on = f" on {samples:,} trajectories {made}"
+    text += f"{', after a training' if files.first else ''}{on}."
     evaluated = files.metrics.checkpoint.step if files.metrics else None
     if evaluated is not None:
         text += f" Evaluated at step {evaluated:,}."
@@ -71,9 +74,12 @@ def warnings_of(files: RunFiles) -> list[str]:
     metrics = files.metrics
     found = list(metrics.warnings) if metrics else []
     evaluated = metrics.checkpoint.step if metrics else None
-    newest = files.student.step if files.student else None
-    if evaluated is not None and newest is not None and evaluated < newest:
-        found.append(f"The evaluation is of step {evaluated:,}; the newest student is of step {newest:,}.")
+    taken = files.evaluated.step if files.evaluated else None
+    if evaluated is not None and taken is not None and evaluated != taken:
+        newest = files.student is not None and files.student.step == taken
+        found.append(
+            f"The evaluation is of step {evaluated:,}; the {'newest' if newest else 'best'} student is of step {taken:,}."
+        )
     return found
 
 
@@ -154,10 +160,15 @@ def cost_of(files: RunFiles) -> Facts:
         metrics.train_seconds if metrics else None,
     ]
     seconds = next((found for found in known if found is not None), None)
+    before = files.first.curve[-1] if files.first and files.first.curve else None
+    if before is not None:
+        rows.append(("Training before finishing", f"{before.step:,} steps"))
+        rows.append(("Time to train before", _duration(before.seconds)))
     step = _newest_step(files)
     if step is not None:
-        images = step * _trained(files, "batch_size")
-        rows.append(("Training", f"{step:,} steps, {images:,} trajectories seen"))
+        images, first = step * _trained(files, "batch_size"), files.first
+        seen = f"{images:,} {'samples drawn' if first else 'trajectories seen'}"
+        rows.append(("Finishing" if first else "Training", f"{step:,} steps, {seen}"))
         rows.append(("Time to train", _duration(seconds)))
         if student is not None and student.world_size is not None:
             rows.append(("Training processes", str(student.world_size)))
@@ -165,7 +176,7 @@ def cost_of(files: RunFiles) -> Facts:
         rate = f"{last.images_per_second:,.0f} a second"
         if last.data_wait is not None:
             rate += f"; {last.data_wait:.1%} of the time waiting for data"
-        rows.append(("Trajectories trained on", rate))
+        rows.append(("Samples trained on" if files.first else "Trajectories trained on", rate))
     if last is not None and last.memory_gb is not None:
         rows.append(("Most memory of a process", f"{last.memory_gb:.2f} GB"))
     return rows + (_cost_of_evaluation(metrics) if metrics else [])
@@ -263,12 +274,16 @@ def _commit(code: Code | None) -> str:
 
 
 def reproduction(files: RunFiles) -> tuple[str, str, str]:
-    """The commands, the text of the config that they take, and the name to save it as."""
-    config = config_values(files.config)
-    config |= {key: files.trained_with[key] for key in TRAINED if key in files.trained_with}
+    """The commands, the text of the config that they take, and the name to save it as.
+
+    A finished student is made by `run`, from the config of the whole path.
+    """
+    begun = files.first or files
+    config = config_values(begun.config)
+    config |= {key: begun.trained_with[key] for key in TRAINED if key in begun.trained_with}
     text = without_passwords(dump_yaml(config, only_ascii=False))
-    name = f"{files.config.name}.yaml"
-    stages = ("gen-trajectories", "train", "eval", "report")
+    name = f"{begun.config.name}.yaml"
+    stages = ("run", "report") if files.first else ("gen-trajectories", "train", "eval", "report")
     lines = [f"dsno-cluster {stage} {name}" for stage in stages]
     submitted = [run.record() for run in files.runs]
     if submitted:

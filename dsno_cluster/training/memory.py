@@ -8,6 +8,7 @@ tensors, which have shapes but no values: a forward and a backward pass of the n
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from dsno_cluster.config import Config
 from dsno_cluster.device import HALVES, autocast_to
+from dsno_cluster.errors import UserError, WorkError
+from dsno_cluster.features.classifiers import CLASSIFIERS
+from dsno_cluster.features.extractors import layer_of, load_extractor, main_weights_at_hand
 from dsno_cluster.networks.backbones import Backbone, OurUNet
 from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import as_on_gpu
@@ -28,7 +32,7 @@ from dsno_cluster.training.beginning import make_student
 from dsno_cluster.training.engine import BUCKET, engine_stage
 from dsno_cluster.training.objectives.losses import Distance, distance_of_shapes
 
-FLOAT32 = 4  # bytes
+FLOAT32, FLOAT64 = 4, 8  # bytes
 MEASURED = (2, 4)  # micro-batches from which the memory of others follows: it grows evenly
 
 
@@ -46,12 +50,13 @@ class TrainingMemory:
     fixed: int  # activations that do not grow with the micro-batch
     per_image: int
     micro_batch: int
+    features: int = 0  # the extractor of the Frechet loss and its moments, if its weights are at hand
 
     @property
     def held(self) -> int:
         """What does not depend on the micro-batch."""
         of_student = self.weights + self.gradients + self.optimizer + self.averages + self.buffers
-        return of_student + self.fake_score + self.teacher
+        return of_student + self.fake_score + self.teacher + self.features
 
     @property
     def activations(self) -> int:
@@ -93,13 +98,14 @@ def training_memory(
     per_image = max(0, large - small) // (MEASURED[1] - MEASURED[0])
     held = held_bytes(config, ranks, parameter_count(config, backbone))
     held |= matching_bytes(config, ranks, teacher) if matched else {"fake_score": 0, "teacher": 0}
+    held["features"] = frechet_bytes(config)
     return TrainingMemory(
         **held, fixed=max(0, small - per_image * MEASURED[0]), per_image=per_image, micro_batch=per_rank
     )
 
 
 def _has_fake_score(config: Config) -> bool:
-    """Whether a second network is trained. What the feature extractor of the Frechet loss holds is not counted."""
+    """Whether a second network is trained."""
     return config.training.objective == "distribution" and config.training.distribution.needs_fake_score
 
 
@@ -140,6 +146,28 @@ def matching_bytes(config: Config, ranks: int, teacher: Backbone | None) -> dict
     }
 
 
+def frechet_bytes(config: Config) -> int:
+    """What the Frechet loss holds on each rank: the feature extractor, and four matrices; 0 if its weights are not at hand.
+
+    The matrices are the two covariances, the root of one and the transport's map. What the extractor computes is not counted.
+    """
+    settings = config.evaluation
+    if config.training.objective != "distribution" or not config.training.distribution.frechet_weight:
+        return 0
+    try:
+        weights = main_weights_at_hand(settings)
+    except (UserError, WorkError):  # the training says what is wrong with the file
+        return 0
+    if weights is None:
+        return 0
+    extractor = load_extractor(weights, [layer_of(weights.extractor, "fid")], torch.device("cpu"))
+    ours = CLASSIFIERS.get(weights.extractor)
+    shape = (3, 64, 64) if ours is None else ours.SHAPE  # the others resize whatever they are given
+    (features,) = extractor(torch.zeros(1, *shape, dtype=torch.uint8)).values()
+    parameters = sum(p.numel() * p.element_size() for p in extractor.network.parameters())
+    return parameters + 4 * FLOAT64 * features.shape[1] ** 2
+
+
 def denoising_network(config: Config, teacher: Backbone | None) -> TeacherBackbone:
     """The network that the teacher's description describes, with new weights; None: our U-Net of the config."""
     described = teacher or of_cosine_times(OurUNet(settings=config.network), "v")
@@ -177,40 +205,82 @@ def activation_bytes(
         live = LiveMemory()
         with live:
             if _has_fake_score(config):
-                matching_passes(student, fake, distance, config, images)
+                cpu = torch.device("cpu")
+                fake_score_pass(student, fake, config, images, cpu)
+                matching_pass(student, fake, distance, config, images, cpu)
             else:
                 one_pass(student, distance, config, passed_images(config, images), torch.device("cpu"))
     return live.peak
 
 
-def matching_passes(
-    student: DSNO, fake: TeacherBackbone, distance: Distance, config: Config, images: int
+def fake_score_pass(
+    student: DSNO, fake: TeacherBackbone, config: Config, images: int, device: torch.device
 ) -> None:
-    """The passes of a step of distribution matching, on so many images of zeros: an update of the fake score network, and one
-    of the student.
+    """The passes of an update of the fake score network on so many images of zeros: samples are drawn, and denoised.
+
+    The adversarial loss has it judge as many real images.
     """
-    shape, settings = config.network.state_shape, config.training.distribution
-    judged = 2 * images if settings.adversarial_weight else images
+    with torch.no_grad():
+        _states(student, config, images, most_points(config)[-1:], device)
+    judged = 2 * images if config.training.distribution.adversarial_weight else images
+    x = torch.zeros(judged, *config.network.state_shape, device=device)
+    _denoised(fake, x, config, config.training.precision).square().mean().backward()
 
-    def denoised(x: Tensor) -> Tensor:
-        labels = torch.zeros(len(x), dtype=torch.int64) if config.network.num_classes else None
-        with autocast_to(config.training.precision, x.device):
-            output: Tensor = fake(x, torch.zeros(1, 1), labels)
-        return output.float()
 
-    denoised(torch.zeros(judged, *shape)).square().mean().backward()
+def matching_pass(
+    student: DSNO,
+    fake: TeacherBackbone | None,
+    distance: Distance,
+    config: Config,
+    images: int,
+    device: torch.device,
+    more: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """The passes of a step of the student by distribution matching, on so many images of zeros.
+
+    `fake` stands for the teacher too, which is the same network; without it nothing is matched. `more` is a further loss of
+    samples (N, C, H, W), such as the Frechet loss.
+    """
+    settings = config.training.distribution
     passed = passed_images(config, images)
-    labels = torch.zeros(passed, dtype=torch.int64) if config.network.num_classes else None
     points = most_points(config) if settings.trajectory_weight else most_points(config)[-1:]
-    if not form_of(config.student).points_apart:
-        points = list(range(len(config.trajectories.time_points)))
-    states = student(torch.zeros(passed, *shape), labels, points).float()
+    states = _states(student, config, passed, points, device)
     x = states[:images, -1].detach().requires_grad_()
-    (direction,) = torch.autograd.grad(denoised(x).square().mean(), x)
+    total = 0.0 * x.sum()  # so that there is a gradient whatever terms follow
+    if fake is not None and settings.matching_weight:
+        through = settings.matching == "score-identity"
+        both = x.repeat(2, 1, 1, 1) if config.trajectories.guidance_scale != 1.0 else x
+        with torch.set_grad_enabled(through):
+            total = total + _denoised(fake, both, config, config.teacher.precision).square().mean()
+    if fake is not None:
+        total = total + _denoised(fake, x, config, config.training.precision).square().mean()
+    if more is not None:
+        total = total + more(x)
+    (direction,) = torch.autograd.grad(total, x)
     loss = (states[:images, -1] * direction).mean()
     if settings.trajectory_weight:
         loss = loss + distance(states[images:], torch.zeros_like(states[images:])).mean()
     loss.backward()
+
+
+def _states(student: DSNO, config: Config, images: int, points: list[int], device: torch.device) -> Tensor:
+    """The student's states of zeros at `points`; at all of them if it computes these together."""
+    if not form_of(config.student).points_apart:
+        points = list(range(len(config.trajectories.time_points)))
+    labels = torch.zeros(images, dtype=torch.int64) if config.network.num_classes else None
+    noise = torch.zeros(images, *config.network.state_shape, device=device)
+    states: Tensor = student(noise, labels, points).float()
+    return states
+
+
+def _denoised(network: TeacherBackbone, x_NCHW: Tensor, config: Config, precision: str) -> Tensor:
+    """What a denoiser's network makes of states, float32."""
+    labels = None
+    if config.network.num_classes:
+        labels = torch.zeros(len(x_NCHW), dtype=torch.int64, device=x_NCHW.device)
+    with autocast_to(precision, x_NCHW.device):
+        output: Tensor = network(x_NCHW, torch.zeros(1, 1, device=x_NCHW.device), labels)
+    return output.float()
 
 
 def passed_images(config: Config, images: int) -> int:
