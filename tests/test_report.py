@@ -19,7 +19,9 @@ from report_runs import curve, history, metrics, write_curve, write_evaluation
 from dsno_cluster.cli import main
 from dsno_cluster.cluster.runs import config_of_run, create_run
 from dsno_cluster.cluster.stage import Submission
+from dsno_cluster.commands.evaluation import show_history
 from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.evaluation.records import History
 from dsno_cluster.stages import TRAIN
 
 VOID = {"meta", "input", "img", "br", "link", "hr"}
@@ -168,6 +170,24 @@ def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
     assert (
         "mean trajectory error against step" in page.text and "Best so far: 0.1000 at step 300" in page.text
     )
+
+
+def test_the_distances_of_checkpoints_have_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the chart, in what it says in words, and in the table of `eval --watch`."""
+    past = history()
+    for row in past["rows"]:
+        row["fid_ci95"] = row["fid"] / 10
+    write_evaluation(tmp_path, metrics(), past)
+    page = report(tmp_path)
+    assert "Best so far: 3.34 ± 0.33 at step 300 (EMA 0.999)." in page.text
+    bars = [a for name, a in page.elements if name == "line" and "spread" in (a.get("class") or "")]
+    assert len(bars) == 2 * 6  # the chart is drawn in two widths
+    assert all(float(bar["y1"] or 0) > float(bar["y2"] or 0) for bar in bars)
+    show_history(load_config("configs/digits.yaml"), History.model_validate(past))
+    said = capsys.readouterr().out
+    assert "3.34 ± 0.33" in said and "±: half of the 95 % interval" in said
 
 
 def test_held_out_distances_of_a_training(tmp_path: Path) -> None:
