@@ -34,6 +34,7 @@ from dsno_cluster.training.objectives.making import find_real_images, make_objec
 from dsno_cluster.training.ranks import Ranks, join_ranks
 from dsno_cluster.trajectories.reader import Batch
 
+METRICS = "evaluation.metrics=[fid, agreement, trajectory_error, precision_recall, nearest]"
 COLUMNS = {
     "fid": "Frechet distance",
     "precision": "precision",
@@ -115,7 +116,7 @@ def _step_of(config: Config, ranks: Ranks) -> Callable[[int], Tensor]:
 
 def compare_starts(root: Path, seeds: int, overrides: list[str]) -> None:
     """Finish from both starts, as long and with the same seeds, and print the figures of all."""
-    words = [f"storage.root={root}", *overrides]
+    words = [f"storage.root={root}", METRICS, *overrides]
     _dsno("run", *words)
     config = load_config("configs/digits.yaml", ["finish.enabled=true", *words])
     finish = config.finish

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ class _Console(Console):
 _console = _Console(stderr=True, highlight=False, soft_wrap=True)
 _LOG_EVERY_SECONDS = 10.0
 _WRAPPED = 24  # smallest width of a column that may wrap
+_MOST_PARTS = 3  # tables into which one is divided
 _LOG_WIDTH = 200  # a file or a pipe has no width of its own
 _RECORD_EVERY_SECONDS = 2.0
 _recorders: list[Callable[[Tally], None]] = []
@@ -220,21 +222,62 @@ def table(
 ) -> None:
     """Print a table of results. Its first column, which names the rows, is never wrapped.
 
-    If the terminal is too narrow, print a list: each row's name, and below it the row's known values.
+    On a narrow terminal the titles are wrapped, and columns that still have no room follow in further tables, each with the
+    rows' names. If these were many, or not even one column has room beside the names, print a list: each name, and below it the
+    known values.
     """
     wide = None if sys.stdout.isatty() else _LOG_WIDTH
     console = _Console(file=sys.stdout, width=wide, highlight=False) if to_stdout else _console
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
     # words of the last column may be wrapped
-    needed = sum(widths[:-1]) + min(widths[-1], _WRAPPED) + 3 * len(widths) + 1
-    if needed > console.width:
+    if sum(widths[:-1]) + min(widths[-1], _WRAPPED) + 3 * len(widths) + 1 <= console.width:
+        console.print(title, markup=False, soft_wrap=True)  # as the table's title, rich would wrap it
+        console.print(_drawn(columns))
+        return
+    parts = _parts(columns, console.width)
+    if parts is None or len(parts) > _MOST_PARTS:
         for row in rows:
             named = [f"    {name}: {cell}" for name, cell in list(zip(header, row, strict=True))[1:]]
             known = [line for line, cell in zip(named, row[1:], strict=True) if cell not in ("", "-")]
             console.print("\n".join([row[0], *known]), markup=False, soft_wrap=True)
         return
-    drawn = Table(Column(header[0], no_wrap=True), *header[1:])
-    for row in rows:
+    console.print(title, markup=False, soft_wrap=True)
+    for part in parts:
+        console.print(_drawn(part))
+
+
+def _drawn(columns: Sequence[Sequence[str]]) -> Table:
+    """A table of columns, each with its title first."""
+    drawn = Table(*(Column(column[0], no_wrap=number == 0) for number, column in enumerate(columns)))
+    for row in list(zip(*columns, strict=True))[1:]:
         drawn.add_row(*row)
-    console.print(title, markup=False, soft_wrap=True)  # as the table's title, rich would wrap it
-    console.print(drawn)
+    return drawn
+
+
+def _parts(columns: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]] | None:
+    """The columns with wrapped titles, divided into tables of that width that each begin with the first; None if one is too wide."""
+    names, *others = [_with_wrapped_title(column) for column in columns]
+    room = width - 1 - _drawn_width(names)
+    if any(_drawn_width(column) > room for column in others):
+        return None
+    parts: list[list[Sequence[str]]] = [[names]]
+    left = room
+    for column in others:
+        if _drawn_width(column) > left:
+            parts.append([names])
+            left = room
+        parts[-1].append(column)
+        left -= _drawn_width(column)
+    return parts
+
+
+def _with_wrapped_title(column: Sequence[str]) -> list[str]:
+    title, *cells = column
+    width = max(map(len, [*title.split(), *cells]))
+    return ["\n".join(textwrap.wrap(title, width)), *cells]
+
+
+def _drawn_width(column: Sequence[str]) -> int:
+    """Of a column with a wrapped title, with the line on its left and a space on either side."""
+    return max(len(line) for cell in column for line in cell.split("\n")) + 3

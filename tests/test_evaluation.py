@@ -340,7 +340,7 @@ def test_shipped_teacher_rows_are_those_of_the_digits_config(tmp_path: Path) -> 
         return [found.known[s].evaluations for s in found.samplings if s in found.known]
 
     assert rows_of() == [1, 4, 8, 18, 64]
-    assert rows_of("evaluation.metrics=[fid, agreement, trajectory_error]") == [1, 4, 8, 18, 64]
+    assert rows_of("finish.enabled=true") == [1, 4, 8, 18, 64]
     assert rows_of("evaluation.num_samples=1000") == []
 
 

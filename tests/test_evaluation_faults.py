@@ -27,7 +27,7 @@ from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
 from dsno_cluster.evaluation.pictures import Pictured
 from dsno_cluster.evaluation.records import Figures, HistoryRow, TeacherRow, rewrite
 from dsno_cluster.evaluation.store import Findings, say_replaced, store
-from dsno_cluster.evaluation.teacher_rows import FORMER_ROWS, SHIPPED_ROWS, keep_row, known_rows, row_keys
+from dsno_cluster.evaluation.teacher_rows import FURTHER_ROWS, SHIPPED_ROWS, keep_row, known_rows, row_keys
 from dsno_cluster.evaluation.watch import checkpoints, note_row, settings_hashes, watch
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import NOWHERE
@@ -514,8 +514,7 @@ def test_plan_counts_the_rows_that_eval_measures(tmp_path: Path) -> None:
 
 def test_what_names_the_files_of_an_evaluation_stays(tmp_path: Path) -> None:
     """Rows and statistics that earlier versions kept are found by these."""
-    former = "evaluation.metrics=[fid, agreement, trajectory_error]"
-    for file, words in ((SHIPPED_ROWS, []), (FORMER_ROWS, [former])):
+    for file, words in ((SHIPPED_ROWS, []), (FURTHER_ROWS, ["finish.enabled=true"])):
         of = comparison(tmp_path, *words)
         shipped = json.loads((DIGITS_TEACHER / file).read_text())
         assert of.spec.model_dump(mode="json") == shipped["spec"]

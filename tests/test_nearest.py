@@ -99,12 +99,11 @@ def of_digits(root: Path, *words: str) -> Comparison:
 def test_rows_of_the_teacher_without_the_figure_are_measured_anew_only_if_it_is_asked_for(
     tmp_path: Path,
 ) -> None:
-    former = "evaluation.metrics=[fid, agreement, trajectory_error]"
-    assert len(of_digits(tmp_path, former).known) == 5
+    assert len(of_digits(tmp_path).known) == 5
     asked = of_digits(tmp_path, "evaluation.metrics=[fid, agreement, nearest, trajectory_error]")
     assert asked.known == {} and len(asked.missing) == 5
     # the rows say by which held-out images copies were counted
-    assert asked.spec.held_out is not None and of_digits(tmp_path, former).spec.held_out is None
+    assert asked.spec.held_out is not None and of_digits(tmp_path).spec.held_out is None
 
 
 def test_a_reference_without_images_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dsno_cluster.config.base import BelowOne, PositiveInt, Strict
+from dsno_cluster.config.evaluation import MetricName
 
 Weight = Annotated[float, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0)]
@@ -112,3 +113,7 @@ class Finish(Strict):
     picture_every: PositiveInt | None = Field(None, description="as training.picture_every")
     log_every: PositiveInt = Field(10, description="as training.log_every")
     distribution: Distribution = Field(default_factory=Distribution, description="as training.distribution")
+    further_metrics: tuple[MetricName, ...] = Field(
+        (),
+        description="what is measured beside evaluation.metrics, before and after finishing: what a distance does not say",
+    )

@@ -74,12 +74,22 @@ def _read_config(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 def _checked(values: dict[str, object], path: str, folder: Path) -> Config:
     values.setdefault("name", "-".join(Path(path).stem.split()))
-    config = validate(Config, values, path, folder)
+    config = _with_further_metrics(validate(Config, values, path, folder), path)
     # the default is relative to the working directory
     if config.run.dir is None and "://" in config.storage.root:
         run = RunConfig(dir=str((folder / config.run_dir).absolute()))
         config = config.model_copy(update={"run": run})
     return config
+
+
+def _with_further_metrics(config: Config, path: str) -> Config:
+    """The config, with those of `finish.further_metrics` among its metrics if it finishes the student."""
+    if config.finish is None or not config.finish.enabled:
+        return config
+    metrics = (*config.evaluation.metrics, *config.finish.further_metrics)
+    values = config_values(config)
+    values["evaluation"]["metrics"] = list(dict.fromkeys(metrics))
+    return validate(Config, values, path)
 
 
 def load_profile(stage: str, changes: Mapping[str, int | None]) -> Profile:

@@ -27,7 +27,7 @@ from dsno_cluster.teachers import ConfiguredTeacher, DecoderIdentity, Sampling
 from dsno_cluster.teachers.loading import AnyTeacherIdentity
 
 SHIPPED_ROWS = "evaluation.json"
-FORMER_ROWS = "evaluation-former.json"  # with the metrics that configs/digits.yaml had before
+FURTHER_ROWS = "evaluation-further.json"  # with the further metrics of the config's `finish`
 
 # settings on which only these metrics depend
 _KNOBS: dict[str, tuple[str, ...]] = {
@@ -176,7 +176,7 @@ def keep_row(storage: Storage, spec: ComparisonSpec, sampling: Sampling, row: Te
 
 def _shipped(path: str, specs: list[ComparisonSpec]) -> dict[str, TeacherRow]:
     found: dict[str, TeacherRow] = {}
-    for name in (SHIPPED_ROWS, FORMER_ROWS):
+    for name in (SHIPPED_ROWS, FURTHER_ROWS):
         found |= _shipped_in(Path(package_path(path)) / name, specs)
     return found
 
