@@ -256,7 +256,7 @@ def _drawn(columns: Sequence[Sequence[str]]) -> Table:
 
 
 def _parts(columns: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]] | None:
-    """The columns with wrapped titles, divided into tables of that width that each begin with the first; None if one is too wide."""
+    """The columns with wrapped titles, in tables of that width that each begin with the first; None if one is too wide."""
     names, *others = [_with_wrapped_title(column) for column in columns]
     room = width - 1 - _drawn_width(names)
     if any(_drawn_width(column) > room for column in others):

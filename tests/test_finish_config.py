@@ -64,7 +64,11 @@ def test_the_finished_student_has_one_average() -> None:
 def test_what_finish_lacks_is_reported_before_anything_is_made(
     command: list[str], override: str, says: str, tmp_path: Path
 ) -> None:
-    compared = ["evaluation.metrics=[trajectory_error]", "evaluation.reference=held-out"]
+    compared = [
+        "evaluation.metrics=[trajectory_error]",
+        "finish.further_metrics=[]",
+        "evaluation.reference=held-out",
+    ]
     words = [*TINY, f"storage.root={tmp_path}", *compared, ON, override]
     done = answer(*command, *words, "--launcher", "local")
     assert done.returncode == 2 and says in done.stderr, done.stderr
