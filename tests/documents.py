@@ -61,12 +61,14 @@ SMALL = [
     "teacher_training.steps=3",
     "teacher_training.warmup=1",
     "teacher_training.checkpoint_every=3",
+    "training.threads=1",  # two threads crawl beside another process
 ]
 SMALL_FINISH = [
     "finish.steps=2",
     "finish.batch_size=16",
     "finish.checkpoint_every=2",
     "finish.distribution.heldout_samples=40",
+    "finish.distribution.frechet_population=64",
 ]
 TAKES_A_CONFIG = ("gen-trajectories", "train", "eval", "run", "plan", "demo", "train-teacher", "report")
 MAY_TAKE_A_CONFIG = ("verify", "inspect", "sample", "export")
