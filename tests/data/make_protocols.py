@@ -2,7 +2,7 @@
 
     python tests/data/make_protocols.py adm CHECKOUT_OF_OPENAI_GUIDED_DIFFUSION
     python tests/data/make_protocols.py edm CHECKOUT_OF_NVLABS_EDM
-    python tests/data/make_protocols.py clean-fid CHECKOUT_OF_CLEAN_FID
+    python tests/data/make_protocols.py clean-fid CHECKOUT_OF_CLEAN_FID    (or where pip installed clean-fid)
     python tests/data/make_protocols.py fd-dinov2 CHECKOUT_OF_DGM_EVAL CHECKOUT_OF_DINOV2
     python tests/data/make_protocols.py cmmd CHECKOUT_OF_GOOGLE_RESEARCH CHECKOUT_OF_OPENAI_CLIP
 
@@ -156,10 +156,17 @@ def make_edm(checkout: str) -> None:
 
 
 def make_clean_fid(checkout: str) -> None:
-    module = imported(checkout, "cleanfid.resize", ())
+    resize, distance = (imported(checkout, f"cleanfid.{name}", ()) for name in ("resize", "fid"))
     images = {size: picture(size, size + 9) for size in (32, 310)}
-    resized = {size: module.build_resizer("clean")(image) for size, image in images.items()}
-    write("clean_fid", {f"resized {size}": found[::EVERY, ::EVERY] for size, found in resized.items()})
+    resized = {size: resize.build_resizer("clean")(image) for size, image in images.items()}
+    real, samples = features(0, 300, 24, 0.0), features(1, 400, 24, 0.3)
+    write(
+        "clean_fid",
+        {
+            **{f"resized {size}": found[::EVERY, ::EVERY] for size, found in resized.items()},
+            "expected fid": np.float64(distance.fid_from_feats(samples, real)),
+        },
+    )
 
 
 def make_fd_dinov2(dgm_eval: str, dinov2: str) -> None:
