@@ -28,7 +28,7 @@ demo: $(READY)  ## the whole path on real handwritten digits, on this machine, i
 # two at a time: most of a test is waiting for processes to start
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(READY)  ## the tests, in some eight minutes on two idle cores
+test: $(READY)  ## the tests, in some thirteen minutes on two idle cores
 	$(PYTEST) -m "not slow and not cluster" $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a GPU, which all others hide; some minutes
