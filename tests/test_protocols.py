@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import vits
 from inception import save_random_inception
-from pictures import EVERY, picture
+from pictures import EVERY, REAL_IMAGES, SAMPLE_IMAGES, SPLIT_IMAGES, picture, pictures
 from report_runs import metrics, write_evaluation
 from test_report import report
 from tiny import TINY, dsno
@@ -31,6 +31,7 @@ from dsno_cluster.features.classifiers import DigitsFeatures
 from dsno_cluster.features.extractors import WeightsFile, find_weights, layer_of, load_extractor
 from dsno_cluster.features.inception import CLEAN, clean_resized
 from dsno_cluster.features.kernels import squared_mmd
+from dsno_cluster.features.neighbours import rounded_precision_recall_on
 from dsno_cluster.features.statistics import Gaussian, merge, moments_of
 from dsno_cluster.files import file_sha256
 from dsno_cluster.image_sets.opening import open_images
@@ -71,8 +72,64 @@ def test_adm_gives_what_evaluator_py_gives() -> None:
     assert shuffled["inception_score"] != pytest.approx(score, rel=1e-6)
     found = precision_recall(settings, given["samples"], given["real"])
     for name in ("precision", "recall"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-6)
-        assert found[name] == pytest.approx(expected[f"{name} in 16 bits"], abs=0.01)
+        assert found[name] == pytest.approx(expected[f"{name} in 32 bits"], rel=1e-6)
+
+
+def test_precision_and_recall_are_rounded_as_evaluator_py_does() -> None:
+    """In 16 bits, or in 32 where a block has distances that are too large; TensorFlow's own sums depend on the device."""
+    given, expected = made("adm")
+    settings = load_config("configs/cifar10.yaml", ["evaluation.protocol=adm"]).evaluation
+    assert settings.neighborhood_precision == "float16"
+    real, samples = given["real"], given["samples"]
+    near = precision_recall(settings, samples, real)
+    far = precision_recall(settings, samples + given["far"], real + given["far"])
+    large = precision_recall(settings, samples * given["large"], real * given["large"])
+    plain = settings.model_copy(update={"neighborhood_precision": "float32"})
+    not_rounded = precision_recall(plain, samples + given["far"], real + given["far"])
+    for name in ("precision", "recall"):
+        assert near[name] == pytest.approx(expected[name], rel=1e-6)
+        assert far[name] == pytest.approx(expected[f"{name} far in 16 bits"], rel=1e-6)
+        assert far[name] == pytest.approx(expected[f"{name} far"], abs=0.008)
+        assert large[name] == pytest.approx(expected[f"{name} large"], rel=1e-6)
+        assert abs(far[name] - not_rounded[name]) > 0.015
+    assert large["precision"] != pytest.approx(near["precision"], abs=0.04)
+
+
+@pytest.mark.parametrize("rows", [70, 300])
+def test_blocks_of_rounded_distances_belong_together(rows: int) -> None:
+    """Each feature is compared with those of all blocks, in which no distance is too large here."""
+    given, _ = made("adm")
+    both = [torch.from_numpy(given[name] + given["far"]) for name in ("samples", "real")]
+    assert rounded_precision_recall_on(*both, 3, rows) == rounded_precision_recall_on(*both, 3)
+
+
+@pytest.mark.slow
+def test_images_have_the_figures_that_adm_and_edm_give_them(tmp_path: Path) -> None:
+    """From files to figures, with random weights of Inception on both sides."""
+    weights = save_random_inception(tmp_path / "inception.pth")
+    for name, images in (("real", REAL_IMAGES), ("samples", SAMPLE_IMAGES)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pictures(*images))
+    words = [
+        "metrics=[fid, sfid, inception_score, precision_recall]",
+        f"num_samples={SAMPLE_IMAGES[1]}",
+        f"feature_extractor={INCEPTION}",
+        f"weights_path={weights}",
+        f"weights_sha256={file_sha256(weights)}",
+        f"reference={tmp_path / 'real.npz'}",
+        f"inception_splits={SAMPLE_IMAGES[1] // SPLIT_IMAGES}",
+        "inception_shuffle=false",
+        "neighborhood_precision=float16",
+    ]
+    config = load_config(
+        "configs/digits.yaml", [f"storage.root={tmp_path}", *(f"evaluation.{word}" for word in words)]
+    )
+    found = evaluate_images(config, str(tmp_path / "samples.npz")).figures
+    adm, edm = made("adm")[1], made("edm")[1]
+    assert found.fid == pytest.approx(edm["fid of images"], rel=1e-6)
+    for name in ("fid", "sfid", "inception_score"):
+        assert found.figure(name) == pytest.approx(adm[f"{name} of images"], rel=1e-6), name
+    for name, (_, count, _) in (("precision", SAMPLE_IMAGES), ("recall", REAL_IMAGES)):  # to two images
+        assert found.figure(name) == pytest.approx(adm[f"{name} of images"], abs=2.01 / count), name
 
 
 def test_edm_gives_what_fid_py_gives() -> None:

@@ -94,6 +94,10 @@ class Evaluation(Named):
         description="whether these parts are of shuffled samples, as torch-fidelity's; false: as ADM's, of samples in order",
     )
     neighborhood: PositiveInt = Field(3, description="nearest neighbours that precision and recall look at")
+    neighborhood_precision: Literal["float32", "float16"] = later(
+        "float32",
+        description="rounding of the distances that precision and recall compare; float16: as ADM's evaluator",
+    )
     metric_seed: Seed = Field(2020, description="determines KID's subsets and the Inception Score's parts")
     reference: ReferencePath = Field(
         description="the real data: 'data' for that of data.name or data.images, an .npz with mu and sigma (EDM, ADM, "

@@ -42,6 +42,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "inception_splits": 10,
             "inception_shuffle": False,
             "neighborhood": 3,
+            "neighborhood_precision": "float16",
         },
         batch=True,
     ),

@@ -24,7 +24,7 @@ from dsno_cluster.features import intervals
 from dsno_cluster.features.extractors import Reading, Readings
 from dsno_cluster.features.inception import SPATIAL, SPATIAL_WIDTH
 from dsno_cluster.features.kernels import squared_mmd
-from dsno_cluster.features.neighbours import precision_recall_on
+from dsno_cluster.features.neighbours import precision_recall_on, rounded_precision_recall_on
 from dsno_cluster.features.statistics import BlockMerger, Gaussian, Moments, distance_from
 from dsno_cluster.image_sets.image_set import DataIdentity
 
@@ -253,12 +253,16 @@ def precision_recall(settings: Evaluation, samples: np.ndarray, real: np.ndarray
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
+    rounded = settings.neighborhood_precision == "float16"
+    compute = rounded_precision_recall_on if rounded else precision_recall_on
     if (device := compute_device()).type == "cuda":
         try:
             there = [torch.from_numpy(features).to(device) for features in (samples, real)]
-            return precision_recall_on(there[0], there[1], settings.neighborhood)
+            return compute(there[0], there[1], settings.neighborhood)
         except torch.OutOfMemoryError:  # the actors hold it
             console.say("note: the GPU has no room for precision and recall: they are computed on the CPU")
+    if rounded:
+        return compute(torch.from_numpy(samples), torch.from_numpy(real), settings.neighborhood)
     whole = max(len(samples), len(real)) <= WHOLE_MATRIX
     found = prc_features_to_metric(
         torch.from_numpy(samples),

@@ -33,7 +33,7 @@ FURTHER_ROWS = "evaluation-further.json"  # with the further metrics of the conf
 _KNOBS: dict[str, tuple[str, ...]] = {
     "kid": ("kid_subsets", "kid_subset_size", "metric_seed"),
     "inception_score": ("inception_splits", "inception_shuffle", "metric_seed"),
-    "precision_recall": ("neighborhood",),
+    "precision_recall": ("neighborhood", "neighborhood_precision"),
 }
 
 
@@ -69,6 +69,7 @@ class ComparisonSpec(Named):
     inception_splits: int | None = later(None)
     inception_shuffle: bool = later(True)
     neighborhood: int | None = later(None)
+    neighborhood_precision: str = later("float32")
     metric_seed: int | None = later(None)
     decoder: DecoderIdentity | None = later(None)
     held_out: DataIdentity | None = later(None)  # the real images by which copies are counted

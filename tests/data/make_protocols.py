@@ -6,15 +6,19 @@
     python tests/data/make_protocols.py fd-dinov2 CHECKOUT_OF_DGM_EVAL CHECKOUT_OF_DINOV2
     python tests/data/make_protocols.py cmmd CHECKOUT_OF_GOOGLE_RESEARCH CHECKOUT_OF_OPENAI_CLIP
 
-The programs import TensorFlow and others that nothing here needs: an empty module stands in for each. Where they compute by a
-TensorFlow session, numpy does what its graph says, in the graph's precision.
+`adm` needs TensorFlow, in an environment of its own that has this project too. The published weights of Inception were not at
+hand: torch-fidelity's network with random ones stands in for ADM's graph and for EDM's pickle, between their own reading of image
+files and their own figures.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import mkdtemp
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,10 +29,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vits
-from pictures import EVERY, picture
+from inception import save_random_inception
+from pictures import EVERY, REAL_IMAGES, SAMPLE_IMAGES, SPLIT_IMAGES, picture, pictures
 
 OUT = Path(__file__).parent / "protocols"
 SPLIT = 100  # samples in a part of the Inception Score
+FAR = np.float32(
+    2.0
+)  # features that are shifted by it have other neighbours in 16 bits, and which order is taken shows
+LARGE = np.float32(60.0)  # features times it have some distances that 16 bits cannot hold
 CLIP_MEAN, CLIP_STD = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -61,7 +70,7 @@ def softmax(rows: np.ndarray) -> np.ndarray:
 
 
 def distances(u: np.ndarray, v: np.ndarray, precision: type) -> np.ndarray:
-    """The squared distances of evaluator.py's graph, (N, M) float32; each operation rounds to the precision."""
+    """As evaluator.py's graph, (N, M) float32; each operation rounds to the precision, but sums, as a GPU's, are of 32 bits."""
     u, v = u.astype(precision), v.astype(precision)
     norm_u = np.square(u).astype(np.float32).sum(axis=1).astype(precision)
     norm_v = np.square(v).astype(np.float32).sum(axis=1).astype(precision)
@@ -71,7 +80,7 @@ def distances(u: np.ndarray, v: np.ndarray, precision: type) -> np.ndarray:
 
 
 def distance_block(precision: type) -> SimpleNamespace:
-    """Stands in for the graph of evaluator.py's DistanceBlock."""
+    """Stands in for the graph of evaluator.py's DistanceBlock, of one precision; TensorFlow's sums depend on the device."""
 
     def less_thans(u: np.ndarray, of_u: np.ndarray, v: np.ndarray, of_v: np.ndarray) -> tuple[Any, Any]:
         found = distances(u, v, precision)[..., None]
@@ -80,9 +89,65 @@ def distance_block(precision: type) -> SimpleNamespace:
     return SimpleNamespace(pairwise_distances=lambda u, v: distances(u, v, precision), less_thans=less_thans)
 
 
+def random_inception() -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], np.ndarray]:
+    """Features by layer of images (N, H, W, C), and the weights of the class logits (2048, 1008)."""
+    import torch
+
+    from dsno_cluster.features.extractors import WeightsFile, load_extractor
+    from dsno_cluster.files import file_sha256
+
+    file = save_random_inception(Path(mkdtemp()) / "inception.pth")
+    extractor = load_extractor(
+        WeightsFile("inception-v3-compat", file, file_sha256(file)), ["2048", "spatial"]
+    )
+
+    def found(images_NHWC: np.ndarray) -> dict[str, np.ndarray]:
+        images = torch.from_numpy(np.asarray(images_NHWC).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+        return {layer: rows.numpy() for layer, rows in extractor(images).items()}
+
+    return found, torch.load(file, weights_only=True)["fc.weight"].T.numpy()
+
+
+def adm_of_images(module: Any, tf: Any) -> dict[str, float]:
+    """The figures of evaluator.py from its two files."""
+    extract, weights = random_inception()
+
+    def feature_graph(images: Any) -> Any:
+        def both(batch: np.ndarray) -> list[np.ndarray]:
+            found = extract(batch)
+            return [found["2048"], found["spatial"]]
+
+        return tf.numpy_function(both, [images], [tf.float32, tf.float32])
+
+    with (
+        mock.patch.object(module, "_create_feature_graph", feature_graph),
+        mock.patch.object(
+            module, "_create_softmax_graph", lambda rows: tf.nn.softmax(tf.matmul(rows, weights))
+        ),
+    ):
+        evaluator = module.Evaluator(tf.Session())
+    folder, read = mkdtemp(), []
+    for name, images in (("real", REAL_IMAGES), ("samples", SAMPLE_IMAGES)):
+        np.savez(f"{folder}/{name}.npz", arr_0=pictures(*images))
+        activations = evaluator.read_activations(f"{folder}/{name}.npz")
+        read.append((activations, evaluator.read_statistics(f"{folder}/{name}.npz", activations)))
+    (real, of_real), (samples, of_samples) = read
+    precision, recall = evaluator.compute_prec_recall(real[0], samples[0])
+    return {
+        "fid": of_samples[0].frechet_distance(of_real[0]),
+        "sfid": of_samples[1].frechet_distance(of_real[1]),
+        "inception_score": evaluator.compute_inception_score(samples[0], SPLIT_IMAGES),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
 def make_adm(checkout: str) -> None:
-    stand_ins = ("tensorflow", "tensorflow.compat", "tensorflow.compat.v1", "requests")
-    module = imported(f"{checkout}/evaluations", "evaluator", stand_ins)
+    import tensorflow.compat.v1 as tf  # after torch, which `inception` imports: the other order crashes
+
+    tf.disable_eager_execution()
+    module = imported(f"{checkout}/evaluations", "evaluator", ())
+    of_images = adm_of_images(module, tf)
     real, samples = features(0, 300, 24, 0.0), features(1, 400, 24, 0.3)
     spatial_real, spatial = features(2, 300, 18, 0.0), features(3, 400, 18, 0.2)
     weights = np.random.default_rng(4).standard_normal((24, 10)).astype(np.float32)
@@ -95,10 +160,15 @@ def make_adm(checkout: str) -> None:
         "sfid": statistics[3].frechet_distance(statistics[2]),
         "inception_score": evaluator.compute_inception_score(samples, SPLIT),
     }
-    for name, precision in (("", np.float32), (" in 16 bits", np.float16)):
-        module.DistanceBlock = lambda _, precision=precision: distance_block(precision)
-        evaluator.manifold_estimator = module.ManifoldEstimator(None)
-        found[f"precision{name}"], found[f"recall{name}"] = evaluator.compute_prec_recall(real, samples)
+    near, far = (real, samples), (real + FAR, samples + FAR)
+    large = (real * LARGE, samples * LARGE)
+    for name, precision, both in ((" in 32 bits", np.float32, near), (" far in 16 bits", np.float16, far)):
+        with mock.patch.object(module, "DistanceBlock", lambda _, p=precision: distance_block(p)):
+            evaluator.manifold_estimator = module.ManifoldEstimator(None)
+        found[f"precision{name}"], found[f"recall{name}"] = evaluator.compute_prec_recall(*both)
+    evaluator.manifold_estimator = module.ManifoldEstimator(tf.Session())
+    for name, both in (("", near), (" far", far), (" large", large)):
+        found[f"precision{name}"], found[f"recall{name}"] = evaluator.compute_prec_recall(*both)
     write(
         "adm",
         {
@@ -107,11 +177,14 @@ def make_adm(checkout: str) -> None:
             "spatial real": spatial_real,
             "spatial samples": spatial,
             "logits": samples @ weights,
+            "far": FAR[None],
+            "large": LARGE[None],
             "mu": statistics[0].mu,
             "sigma": statistics[0].sigma,
             "mu_s": statistics[2].mu,
             "sigma_s": statistics[2].sigma,
             **{f"expected {name}": np.float64(value) for name, value in found.items()},
+            **{f"expected {name} of images": np.float64(value) for name, value in of_images.items()},
         },
     )
 
@@ -119,39 +192,62 @@ def make_adm(checkout: str) -> None:
 def make_edm(checkout: str) -> None:
     import torch
 
-    module = imported(checkout, "fid", ("click", "tqdm", "dnnlib", "torch_utils", "training"))
+    module = imported(checkout, "fid", ())
     real, samples = features(0, 300, 24, 0.0), features(1, 400, 24, 0.3)
-
-    def take(images: Any, **_: Any) -> Any:
-        return images
 
     def zeros(shape: list[int], dtype: Any, **_: Any) -> Any:
         """Of 24 features, which take the place of 2048."""
         return torch.full([24] * len(shape), 0.0, dtype=dtype)
 
-    def statistics(rows: np.ndarray) -> Any:
-        """By calculate_inception_stats, with the features in place of images and the network that gives them back."""
+    def statistics(source: str, detector: Callable[[Any], Any]) -> Any:
+        """By calculate_inception_stats, with a network in place of the one that it downloads; in one process."""
+        network = SimpleNamespace(to=lambda _: lambda images, return_features: detector(images))
+        with (
+            mock.patch.object(module.dnnlib.util, "open_url", return_value=nullcontext()),
+            mock.patch.object(module.pickle, "load", return_value=network),
+            mock.patch.object(module.torch, "distributed", mock.MagicMock()),
+            mock.patch.object(module.dist, "get_rank", return_value=0),
+            mock.patch.object(module.dist, "get_world_size", return_value=1),
+        ):
+            return module.calculate_inception_stats(source, num_workers=1, device=torch.device("cpu"))
+
+    def of_features(rows: np.ndarray) -> Any:
+        """With the features in place of images and the network that gives them back."""
         batches = torch.from_numpy(rows).split(64)
         data = mock.MagicMock(__len__=lambda _: len(rows))
         with (
-            mock.patch.object(module.pickle, "load", return_value=SimpleNamespace(to=lambda _: take)),
             mock.patch.object(module.dataset, "ImageFolderDataset", return_value=data),
             mock.patch.object(module.torch.utils.data, "DataLoader", return_value=batches),
             mock.patch.object(
                 module.tqdm, "tqdm", side_effect=lambda loader, **_: [(x, None) for x in loader]
             ),
-            mock.patch.object(module.torch, "distributed", mock.MagicMock()),
-            mock.patch.object(module.dist, "get_rank", return_value=0),
-            mock.patch.object(module.dist, "get_world_size", return_value=1),
             mock.patch.object(module.torch, "zeros", zeros),
         ):
-            return module.calculate_inception_stats("", device=torch.device("cpu"))
+            return statistics("", lambda images: images)
 
-    mu, sigma = statistics(real)
-    distance = module.calculate_fid_from_inception_stats(*statistics(samples), mu, sigma)
+    extract, _ = random_inception()
+
+    def of_images(images: np.ndarray) -> Any:
+        folder = mkdtemp()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(f"{folder}/{i:06d}.png")
+        return statistics(folder, lambda x: torch.from_numpy(extract(x.permute(0, 2, 3, 1).numpy())["2048"]))
+
+    from_images = module.calculate_fid_from_inception_stats(
+        *of_images(pictures(*SAMPLE_IMAGES)), *of_images(pictures(*REAL_IMAGES))
+    )
+    mu, sigma = of_features(real)
+    distance = module.calculate_fid_from_inception_stats(*of_features(samples), mu, sigma)
     write(
         "edm",
-        {"real": real, "samples": samples, "mu": mu, "sigma": sigma, "expected fid": np.float64(distance)},
+        {
+            "real": real,
+            "samples": samples,
+            "mu": mu,
+            "sigma": sigma,
+            "expected fid": np.float64(distance),
+            "expected fid of images": np.float64(from_images),
+        },
     )
 
 
