@@ -375,6 +375,19 @@ def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
     assert not gone, "messages that the program no longer says"
 
 
+def test_documents_use_the_plain_words() -> None:
+    """"only", "continues", "except" and "lack of" in place of these, and no sentence that begins "Of a ..."."""
+    odd = re.compile(r"\b(alone|goes on|go on|but for|want of)\b|(?:^|[.:] )Of an? ", re.MULTILINE)
+    found = [
+        f"{page.name}:{number}: {line}"
+        for page in PAGES
+        if page.name != "configuration.md"  # of the models' descriptions
+        for number, line in enumerate(prose(page).splitlines(), 1)
+        if odd.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_the_citation_is_the_readmes() -> None:
     import yaml
 
