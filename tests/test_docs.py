@@ -376,7 +376,7 @@ def test_messages_in_troubleshooting_are_those_of_the_program() -> None:
 
 
 def test_documents_use_the_plain_words() -> None:
-    """"only", "continues", "except" and "lack of" in place of these, and no sentence that begins "Of a ..."."""
+    """ "only", "continues", "except" and "lack of" in place of these, and no sentence that begins "Of a ..."."""
     odd = re.compile(r"\b(alone|goes on|go on|but for|want of)\b|(?:^|[.:] )Of an? ", re.MULTILINE)
     found = [
         f"{page.name}:{number}: {line}"

@@ -56,6 +56,11 @@ class DataConfig(Strict):
         "(a folder of them, or a name with `*` and `{000..146}`); on a disk or s3://; see docs/training.md",
     )
 
+    @property
+    def named(self) -> bool:
+        """Whether there are real images."""
+        return self.name is not None or self.images is not None
+
     @model_validator(mode="after")
     def _fits_together(self) -> DataConfig:
         if self.images is not None and self.name is not None:
@@ -148,8 +153,9 @@ class Config(Strict):
     @property
     def judged_by_trajectories(self) -> bool:
         """Whether the images by which checkpoints of distribution matching are judged can only be the ends of trajectories."""
-        settings, real = self.training, (self.data.name, self.data.images) != (None, None)
-        return settings.objective == "distribution" and settings.heldout_every is not None and not real
+        settings = self.training
+        judged = settings.objective == "distribution" and settings.heldout_every is not None
+        return judged and not self.data.named
 
     @property
     def needs_trajectories(self) -> bool:
@@ -206,7 +212,7 @@ class Config(Strict):
             self.network.state_channels != 3 or min(self.network.sides) < 16
         ):
             raise ValueError("training.loss lpips needs colour images of 16x16 or more")
-        if self.evaluation.reference == "data" and self.data.name is None and self.data.images is None:
+        if self.evaluation.reference == "data" and not self.data.named:
             raise ValueError("evaluation.reference data needs data.name or data.images")
         return self
 
@@ -224,7 +230,7 @@ class Config(Strict):
                     "set it to null"
                 )
             key = settings.distribution.needs_images
-            if key is not None and (self.data.name, self.data.images) == (None, None):
+            if key is not None and not self.data.named:
                 raise ValueError(
                     f"{section}.distribution.{key} needs real images: set data.name or data.images, or set it to 0"
                 )

@@ -26,8 +26,7 @@ def can_judge(config: Config, states: States) -> bool:
 
     There are none if nothing decodes the states, nor without real images if the trajectories are made online.
     """
-    real = (config.data.name, config.data.images) != (None, None)
-    return not states.undecoded and (real or not config.training.online)
+    return not states.undecoded and (config.data.named or not config.training.online)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def find_real_images(
 
     `teacher` is found if it is not known; `device` and `quiet` are those of `real_images`. Raises UserError as that does.
     """
-    if config.training.objective != "distribution" or (config.data.name, config.data.images) == (None, None):
+    if config.training.objective != "distribution" or not config.data.named:
         return None
     return real_images(config, (teacher or find_teacher(config)).states, device, quiet=quiet)
 
