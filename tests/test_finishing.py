@@ -660,7 +660,8 @@ def test_best_in_a_path_is_the_best_student(finished: Path) -> None:
 def test_run_finishes_and_shows_the_student_before_and_after(tmp_path: Path) -> None:
     """All five parts in a row; the same command then has nothing left to do."""
     terms = "{fake_updates: 1, frechet_weight: 1, frechet_population: 64}"
-    finish = f"finish={{steps: 2, lr: 1e-4, checkpoint_every: 2, heldout_every: 2, distribution: {terms}}}"
+    further = "further_metrics: [precision_recall, nearest]"
+    finish = f"finish={{steps: 2, lr: 1e-4, checkpoint_every: 2, heldout_every: 2, {further}, distribution: {terms}}}"
     command = ["run", *TINY, f"storage.root={tmp_path}", "training.heldout_samples=4", finish]
     done = dsno(*command, "--launcher", "local")
     assert done.returncode == 0, done.stderr
