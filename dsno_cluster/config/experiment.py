@@ -151,17 +151,11 @@ class Config(Strict):
         )
 
     @property
-    def judged_by_trajectories(self) -> bool:
-        """Whether the images by which checkpoints of distribution matching are judged can only be the ends of trajectories."""
-        settings = self.training
-        judged = settings.objective == "distribution" and settings.heldout_every is not None
-        return judged and not self.data.named
-
-    @property
     def needs_trajectories(self) -> bool:
-        """Whether training cannot do without finished trajectories, or such as it makes itself."""
+        """Whether training needs trajectories: to learn from or, without real images, to judge its checkpoints by their ends."""
         settings = self.training
-        return settings.reads_trajectories or (self.judged_by_trajectories and not settings.online)
+        judged = settings.heldout_every is not None and not self.data.named
+        return settings.reads_trajectories or (judged and not settings.online)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

@@ -86,9 +86,11 @@ def _with_further_metrics(config: Config, path: str) -> Config:
     """The config, with those of `finish.further_metrics` among its metrics if it finishes the student."""
     if config.finish is None or not config.finish.enabled:
         return config
-    metrics = (*config.evaluation.metrics, *config.finish.further_metrics)
+    metrics = list(dict.fromkeys([*config.evaluation.metrics, *config.finish.further_metrics]))
+    if len(metrics) == len(config.evaluation.metrics):
+        return config
     values = config_values(config)
-    values["evaluation"]["metrics"] = list(dict.fromkeys(metrics))
+    values["evaluation"]["metrics"] = metrics
     return validate(Config, values, path)
 
 

@@ -65,11 +65,8 @@ def nearest_level(sigma: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Indices of the `levels`, which fall, that are nearest to the sigmas; int64."""
     import torch
 
-    return (
-        len(levels)
-        - 1
-        - torch.searchsorted(middles_of_levels(levels, sigma.device), sigma.double().contiguous())
-    )
+    middles = middles_of_levels(levels, sigma.device)
+    return len(levels) - 1 - torch.searchsorted(middles, sigma.double().contiguous())
 
 
 @functools.lru_cache(maxsize=16)

@@ -84,7 +84,7 @@ class Stages:
 
     training: Training | None = None
     evaluation: Evaluation | None = None
-    finishing: Training | None = None  # of the config's `finish`
+    finishing: Training | None = None  # the training that the config's `finish` makes
 
 
 def estimate_memory(config: Config, teacher: ConfiguredTeacher | None) -> Memory:

@@ -73,7 +73,7 @@ def conditions(metrics: Measurement) -> str:
     """For the caption of a table: the extractor of its figures, whether the student was trained by it, and the protocol."""
     title = PROTOCOLS[metrics.protocol].title if metrics.protocol in PROTOCOLS else metrics.protocol
     taken = metrics.student.fid_draws if isinstance(metrics, Metrics) else ()
-    draws = of_draws(metrics.protocol, len(taken) or 1)
+    draws = draws_taken(metrics.protocol, len(taken) or 1)
     seen = isinstance(metrics, Metrics) and metrics.checkpoint.was_trained_by(metrics.feature_extractor)
     words = [
         metrics.feature_extractor.name,
@@ -84,7 +84,7 @@ def conditions(metrics: Measurement) -> str:
     return ", ".join(word for word in words if word)
 
 
-def of_draws(protocol: str | None, draws: int) -> str | None:
+def draws_taken(protocol: str | None, draws: int) -> str | None:
     """How a figure was taken from so many draws; None where one is all that is asked for."""
     asked = PROTOCOLS[protocol].keys["draws"] if protocol in PROTOCOLS else 1
     if draws > 1:

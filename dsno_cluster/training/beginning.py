@@ -169,23 +169,20 @@ def find_matched(config: Config, teacher: ConfiguredTeacher) -> tuple[str | None
     Raises UserError as `find_real_images`, `check_differentiable` and `main_weights`, the last one also for weights by which
     checkpoints are only judged; and for a `patience` without images to judge by.
     """
-    settings, images, features = config.training.distribution, None, None
-    if settings.frechet_weight:
+    settings = config.training.distribution
+    learned = settings.frechet_weight > 0.0
+    judged = config.training.heldout_every is not None and can_judge(config, teacher.states)
+    if learned:
         check_differentiable(config.evaluation.feature_extractor, "training.distribution.frechet_weight")
-    if config.training.heldout_every is not None:
-        if can_judge(config, teacher.states):
-            main_weights(config.evaluation)
-        elif settings.patience is not None:
-            raise UserError(
-                "training.distribution.patience: no images are known that would tell checkpoints apart; set data.images "
-                "or data.name, and teacher.decoder for latents, or set patience to null"
-            )
-    if settings.needs_images:
-        images = find_real_images(config, teacher, quiet=True)
-    if settings.frechet_weight:
-        found = main_weights(config.evaluation)
-        features = FeatureWeights(extractor=found.extractor, sha256=found.sha256)
-    return None if images is None else images.identity, features
+    if settings.patience is not None and not judged:
+        raise UserError(
+            "training.distribution.patience: no images are known that would tell checkpoints apart; set data.images "
+            "or data.name, and teacher.decoder for latents, or set patience to null"
+        )
+    weights = main_weights(config.evaluation) if learned or judged else None
+    images = find_real_images(config, teacher, quiet=True) if settings.needs_images else None
+    features = FeatureWeights(extractor=weights.extractor, sha256=weights.sha256) if weights else None
+    return None if images is None else images.identity, features if learned else None
 
 
 def _check_imported(config: Config, spec: AnySpec) -> None:

@@ -111,7 +111,7 @@ class RunNotes:
     divergence: NormalDistances | None = None
     without_progress: int = 0  # checkpoints that were compared since the best
     ended: bool = False  # before its last step
-    basis: str | None = None  # of the figures by which checkpoints are compared
+    basis: str | None = None  # names, by a hash, what the compared figures are measured from
 
     def judge_by(self, basis: str | None) -> bool:
         """Compare checkpoints by figures of this `basis` from now on; returns whether the best so far had another one.

@@ -139,23 +139,22 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
 
                 done = step + 1
                 last, signals = done == settings.steps, Signals()
-                for taken in readback.arrived(all=_due_after(settings, done, last=last).anything):
+                scheduled = _due_after(settings, done, last=last)
+                for taken in readback.arrived(all=scheduled.anything):
                     seen, signals = judge(taken), signals | taken.signals
                 if signals.any:  # what is saved must have been judged
                     for taken in readback.arrived(all=True):
                         seen, signals = judge(taken), signals | taken.signals
                 pace.step(settings.batch_size)
                 notes.seconds, notes.divergence = pace.seconds, divergence.normal()
-                due = _due_after(settings, done, last=last or signals.any)
+                due = _due_after(settings, done, last=True) if signals.any else scheduled
                 students = {decay: ema.whole(engine.module, decay) for decay in due.averages}
                 measured = _measure(heldout, log, due, students, done)
                 if log is not None and (due.line or measured.anything):
                     log.write(_line(engine, settings, done, seen, measured, pace, ranks))
                 advance(1, _recorded(settings, done, seen, measured, pace), **_shown(seen, pace, ranks))
                 if due.checkpoint:
-                    if (
-                        last or done % settings.checkpoint_every == 0
-                    ):  # others are only there because of a signal
+                    if scheduled.checkpoint:  # and not because of a signal
                         notes.compare(done, measured.judged_by)
                     notes.ended = not last and from_rank_0(ranks, lambda: _is_stuck(settings, notes))
                     checkpoint.save(

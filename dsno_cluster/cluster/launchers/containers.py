@@ -15,8 +15,8 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.files import CACHE_HOME, cache_folder
 from dsno_cluster.model_folder import BEST, LATEST
 from dsno_cluster.storage import absolute_address
+from dsno_cluster.teachers.diffusers_files import MODEL_INDEX
 
-PIPELINE_INDEX = "model_index.json"  # of diffusers
 MOST_LINKS = 16  # into one folder, which is mounted whole if there are more
 # what an image has of its own, and what a link leads to must not replace
 OF_THE_IMAGE = ("/bin/", "/dev/", "/etc/", "/lib/", "/lib64/", "/proc/", "/sbin/", "/sys/", "/usr/")
@@ -102,11 +102,11 @@ def _files_of(values: Any) -> Iterator[str]:
     """The files and folders that exist among values, and those in which the files of a pattern are."""
     if isinstance(values, str):
         if os.path.isabs(values) and os.path.exists(values):
-            # of a student, this file only names the folder beside it
+            # `latest` and `best` of a run only name the student's folder beside them
             around = os.path.dirname(values)
             names_another = os.path.basename(values) in (LATEST, BEST) and os.path.isfile(values)
             # the scheduler of a pipeline's network is in another folder of the pipeline
-            in_pipeline = os.path.isfile(os.path.join(around, PIPELINE_INDEX))
+            in_pipeline = os.path.isfile(os.path.join(around, MODEL_INDEX))
             yield around if names_another or in_pipeline else values
         elif os.path.isabs(values) and len(plain := re.split(r"[*?{\[]", values, maxsplit=1)) > 1:
             folder = os.path.dirname(plain[0])  # such as /data of /data/in64-{000..146}.tar
