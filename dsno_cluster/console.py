@@ -218,13 +218,19 @@ def _figures(figures: Mapping[str, object]) -> str:
 
 
 def table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = True
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    to_stdout: bool = True,
+    divided: bool = True,
 ) -> None:
     """Print a table of results. Its first column, which names the rows, is never wrapped.
 
     On a narrow terminal the titles are wrapped, and columns that still have no room follow in further tables, each with the
-    rows' names. If these were many, or not even one column has room beside the names, print a list: each name, and below it the
-    known values.
+    rows' names. If these were many, if not even one column has room beside the names, or if the table is not to be `divided`
+    (its columns are not figures to compare, but what is known of each row), print a list: each name, and below it the known
+    values.
     """
     wide = None if sys.stdout.isatty() else _LOG_WIDTH
     console = _Console(file=sys.stdout, width=wide, highlight=False) if to_stdout else _console
@@ -235,7 +241,7 @@ def table(
         console.print(title, markup=False, soft_wrap=True)  # as the table's title, rich would wrap it
         console.print(_drawn(columns))
         return
-    parts = _parts(columns, console.width)
+    parts = _parts(columns, console.width) if divided else None
     if parts is None or len(parts) > _MOST_PARTS:
         for row in rows:
             named = [f"    {name}: {cell}" for name, cell in list(zip(header, row, strict=True))[1:]]

@@ -36,7 +36,7 @@ def show_status(arguments: Arguments) -> None:
             "other local commands print their progress in their own terminal"
         )
         return
-    console.table("runs, newest first", *status.table_rows(rows))
+    console.table("runs, newest first", *status.table_rows(rows), divided=False)
     if len(shown) < len(runs):
         print(f"{len(runs) - len(shown)} older ones: --all")
     for run, row in zip(shown, rows, strict=True) if named else ():
