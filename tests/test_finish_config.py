@@ -34,6 +34,10 @@ ON = "finish.enabled=true"
             ["data.name=null", "evaluation.reference=x.npz"],
             "finish.distribution.frechet_weight needs real images",
         ),
+        (
+            ["evaluation.protocol=cmmd"],
+            "adds precision_recall, nearest to what protocol cmmd measures: set finish.further_metrics=[]",
+        ),
         ([f"name={'n' * 250}"], "finish: in the training that it makes, name: "),
     ],
 )

@@ -217,6 +217,12 @@ class Config(Strict):
             matched["training"] = self.training
         if self.finish is not None and self.finish.enabled:
             matched["finish"] = self.finish
+            added = [name for name in self.finish.further_metrics if name not in self.evaluation.metrics]
+            if self.evaluation.protocol is not None and added:
+                raise ValueError(
+                    f"finish.further_metrics adds {', '.join(added)} to what protocol {self.evaluation.protocol} measures: set "
+                    "finish.further_metrics=[], or leave the protocol out"
+                )
         for section, settings in matched.items():
             if settings.distribution.patience is not None and settings.heldout_every is None:
                 raise ValueError(
