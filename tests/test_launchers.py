@@ -281,13 +281,16 @@ def test_a_container_sees_what_links_lead_to(
         mounted("data.name=null", f"data.images={tmp_path}/chosen")
 
 
-def test_a_root_that_cannot_be_made_leaves_no_run_folder(
-    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is made before a job whose container mounts it."""
+@pytest.fixture
+def own_places(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm is that of `slurm`; notes of runs and downloads are kept in the test's folder."""
     monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_root_that_cannot_be_made_leaves_no_run_folder(own_places: None, tmp_path: Path) -> None:
+    """It is made before a job whose container mounts it."""
     (tmp_path / "file").write_text("")
     place = [f"storage.root={tmp_path}/file/root", f"run.dir={tmp_path}/out"]
     config = load_config("configs/digits.yaml", place)
@@ -299,12 +302,9 @@ def test_a_root_that_cannot_be_made_leaves_no_run_folder(
 
 
 def test_what_a_container_mounts_is_made_before(
-    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_places: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The root, and the folder for downloads unless the profile chooses another place for them."""
-    monkeypatch.setenv("PATH", f"{slurm}:/usr/bin:/bin")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     config = load_config("configs/digits.yaml", [f"storage.root={tmp_path}/root", f"run.dir={tmp_path}/out"])
     changes = {"container": {"runtime": "pyxis", "image": "team/dsno"}, "mem_gb": 1, "time_minutes": 10}
