@@ -84,6 +84,7 @@ class AboutModel(SparseRecord):
     # for a student
     name: str | None = None
     step: int | None = None
+    ended: Literal[True] | None = None  # its training ended there, before its last step
     ema_decay: float | None = None
     trajectories: str | None = None  # the folder of the data set
     run: Values | None = None  # the identity of its training

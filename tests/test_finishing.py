@@ -478,6 +478,14 @@ def test_without_progress_it_ends_and_stays_ended(start: Path, tiny_data: Path, 
     assert checkpoints(tmp_path)[-1] == 6
     again = train(tiny_data, tmp_path, *more)
     assert "finished already at step 6" in again.stderr + again.stdout
+    # who waits for its checkpoints does not wait for its last step
+    measured = [
+        "evaluation.metrics=[trajectory_error]",
+        "evaluation.teacher_steps=[]",
+        "evaluation.trajectory_samples=4",
+    ]
+    seen = dsno("eval", "--watch", *TINY, f"storage.root={tmp_path}", *more, *measured, "--launcher", "local")
+    assert seen.returncode == 0 and "best by trajectory_error: " in seen.stderr, seen.stderr
 
 
 def test_a_checkpoint_by_a_signal_takes_no_part(start: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -38,9 +38,13 @@ SAY_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class WatchedStudent:
-    """A student of the config's run, or one of its moving averages; `address` is that of its step."""
+    """A student of the config's run, or one of its moving averages; `address` is that of its step.
+
+    `ended`: the training ended with it, before its last step.
+    """
 
     step: int
+    ended: bool
     ema_decay: float | None
     sha256: str
     address: str
@@ -54,7 +58,7 @@ def watch(
     teacher: ConfiguredTeacher,
     crew: Crew = ANY_CREW,
 ) -> History:
-    """Evaluate every checkpoint of the config's student up to its last step; returns the history.
+    """Evaluate every checkpoint of the config's student up to the last one of its training; returns the history.
 
     If called again it continues, without measuring again what is in the history. `teacher` is the config's.
     Raises as `find_subject` and `evaluate` do, and UserError for a damaged history.
@@ -79,7 +83,7 @@ def watch(
             row = _evaluated(config, teacher, student, settings[0], crew)
             history = note_row(storage, config, there, settings, row)
         last = max((student.step for student in there), default=-1)
-        if last >= config.training.steps:
+        if last >= config.training.steps or any(student.ended for student in there):
             break
         if not todo and time.monotonic() - said > SAY_SECONDS:
             console.say(f"waiting for a checkpoint after step {max(last, 0)} below {where}")
@@ -118,7 +122,8 @@ def _averages(config: Config, address: str) -> list[WatchedStudent]:
     meta = read_meta(address, config.storage.endpoint_url)
     averages: dict[float | None, str] = {meta.ema_decay: meta.sha256}
     averages |= {float(decay): sha256 for decay, sha256 in meta.averages.items()}
-    return [WatchedStudent(meta.step or 0, decay, sha256, address) for decay, sha256 in averages.items()]
+    step, ended = meta.step or 0, meta.ended is not None
+    return [WatchedStudent(step, ended, decay, sha256, address) for decay, sha256 in averages.items()]
 
 
 def _evaluated(

@@ -189,7 +189,8 @@ def save(
             if bad:
                 raise WorkError(f"step {step}: the weights of {bad[0]} are not finite")
             # before the state becomes visible: a finished run always has its student
-            about = notes.about.model_copy(update={"train_seconds": round(notes.seconds, 1), "step": step})
+            reached = {"train_seconds": round(notes.seconds, 1), "step": step, "ended": notes.ended or None}
+            about = notes.about.model_copy(update=reached)
             publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
             if objective_state:
                 write_tensors(aside / OBJECTIVE, objective_state)
