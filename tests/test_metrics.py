@@ -29,7 +29,7 @@ from dsno_cluster.config import load_config
 from dsno_cluster.data import load_data
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.evaluation.metrics import check_width
-from dsno_cluster.evaluation.reference import find_real_data
+from dsno_cluster.evaluation.reference import find_real_data, imported
 from dsno_cluster.evaluation.sample_shards import SampleSpec
 from dsno_cluster.features import INCEPTION, extractors
 from dsno_cluster.features.classifiers import DigitsFeatures
@@ -353,6 +353,35 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "wide.npz", mu=np.arange(2048.0), sigma=np.eye(2048))
     with pytest.raises(UserError, match="mu of 2048 features, the extractor gives 64"):
         real("wide.npz")
+    # the samples' features are by clean-fid's resizing, and the file is EDM's
+    clean = ["evaluation.feature_extractor=inception-v3-clean", "evaluation.weights_path=null"]
+    for name, said, says in [
+        (
+            "wide.npz",
+            "null",
+            r"wide\.npz holds mu and sigma, and not by which extractor; .*reference_extractor=inception-v3-clean",
+        ),
+        ("wide.npz", "dinov2", "reference_extractor dinov2: samples are measured by .* inception-v3-clean"),
+        ("images.npz", "inception-v3-clean", "reference_extractor: is only for an .npz with mu and sigma"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            imported(
+                digits_config(
+                    tmp_path,
+                    f"evaluation.reference={tmp_path / name}",
+                    *clean,
+                    f"evaluation.reference_extractor={said}",
+                ).evaluation
+            )
+    of_clean = digits_config(
+        tmp_path,
+        f"evaluation.reference={tmp_path}/wide.npz",
+        *clean,
+        "evaluation.reference_extractor=inception-v3-clean",
+    )
+    assert set(imported(of_clean.evaluation).statistics) == {"fid"}
+    both = digits_config(tmp_path, f"evaluation.reference={tmp_path}/adm.npz", *clean)
+    assert imported(both.evaluation) is None  # the images are compared
     with pytest.raises(UserError, match="reference_count: is only for an"):
         real("images.npz", "evaluation.reference_count=30")
     np.savez(tmp_path / "colour.npz", arr_0=np.zeros((30, 8, 8, 3), np.uint8))

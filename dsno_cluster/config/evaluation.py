@@ -111,6 +111,11 @@ class Evaluation(Named):
         None,
         description="height of those images; null: that of the images in the same file, if there are any",
     )
+    reference_extractor: str | None = later(
+        None,
+        description="feature extractor by which mu and sigma of an .npz were made, if feature_extractor is inception-v3-clean, "
+        "dinov2 or clip; such files do not say",
+    )
     trajectory_samples: PositiveInt = Field(
         500, description="number of held-out noises for the trajectory error"
     )

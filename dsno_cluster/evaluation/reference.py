@@ -33,7 +33,7 @@ from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.extractors import Reading, Readings, WeightsFile, check_shape, is_published
 from dsno_cluster.features.inception import CLEAN
 from dsno_cluster.features.statistics import Gaussian
-from dsno_cluster.features.vision_transformers import PUBLISHED_WIDTHS
+from dsno_cluster.features.vision_transformers import PUBLISHED_WIDTHS, TRANSFORMERS
 from dsno_cluster.files import file_sha256, not_there
 from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet
 from dsno_cluster.image_sets.npz_file import array_names, find_images, npz_file, read_arrays
@@ -105,7 +105,7 @@ def imported(settings: Evaluation) -> Reference | None:
     """mu and sigma of an .npz file as EDM, ADM and pytorch-fid write them; None for anything else.
 
     The count is not that of ADM's `arr_0`: its mu and sigma are those of the whole data set, its images only
-    a part of it. Raises UserError if a file is not such an .npz.
+    a part of it. Raises UserError if a file is not such an .npz, or if its mu and sigma may be by another extractor.
     """
     if not settings.reference.endswith(".npz"):
         _refuse_facts(settings)
@@ -131,6 +131,20 @@ def _statistics(file: Path, settings: Evaluation) -> Reference | None:
             return None
         raise UserError(
             f"{file} has neither mu and sigma nor images (images, arr_0); it holds {', '.join(names) or 'nothing'}"
+        )
+    asked, said = settings.feature_extractor, settings.reference_extractor
+    if said is None and asked in (CLEAN, *TRANSFORMERS):
+        if find_images(file) is not None:
+            _refuse_facts(settings)
+            return None
+        raise UserError(
+            f"{file} holds mu and sigma, and not by which extractor; those of EDM, ADM and pytorch-fid are by {INCEPTION}. Name "
+            f"images, or set evaluation.reference_extractor={asked} if they are by that"
+        )
+    if said not in (None, asked):
+        raise UserError(
+            f"evaluation.reference_extractor {said}: samples are measured by evaluation.feature_extractor {asked}, and features "
+            "of two extractors do not compare"
         )
     found = {
         metric: _read_statistics(file, keys) for metric, keys in STATISTICS.items() if set(keys) <= set(names)
@@ -171,7 +185,7 @@ def _read_statistics(file: Path, names: tuple[str, str]) -> Gaussian[np.ndarray]
 
 
 def _refuse_facts(settings: Evaluation) -> None:
-    for key in ("reference_count", "reference_resolution"):
+    for key in ("reference_count", "reference_resolution", "reference_extractor"):
         if getattr(settings, key) is not None:
             raise UserError(
                 f"evaluation.{key}: is only for an .npz with mu and sigma; {settings.reference} has images, which show it"
