@@ -176,6 +176,8 @@ def test_the_layer_of_sfid_is_the_one_of_the_graph(tmp_path: Path) -> None:
         (["protocol=adm", "precision_recall_extractor=vgg16"], "goes with precision_recall_extractor null"),
         (["protocol=adm", "reference=data"], "goes with an .npz of its form as reference, not data"),
         (["draws=2", "metrics=[kid]"], "draws 2 goes with metrics [fid]"),
+        (["protocol=edm", "metrics="], "evaluation.metrics: input should be a valid array, found null"),
+        (["protocol=edm", "metrics=5"], "evaluation.metrics: input should be a valid array, found 5"),
     ],
 )
 def test_what_contradicts_a_protocol_is_refused(words: list[str], says: str) -> None:

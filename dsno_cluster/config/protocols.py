@@ -87,15 +87,20 @@ def with_keys_of_protocol(
     if "protocol" not in asked:
         return {**protocol.keys, **given}, []
     values = {**given, **{key: value for key, value in protocol.keys.items() if key not in asked}}
-    if "metrics" not in asked and ERROR in given.get("metrics", []):
+    if "metrics" not in asked and ERROR in _listed(given.get("metrics")):
         values["metrics"] = [*values["metrics"], ERROR]
     for extractor, files in OF_EXTRACTOR.items():
         if values.get(extractor) != given.get(extractor):
             values = {key: value for key, value in values.items() if key not in files or key in asked}
-    if "best_metric" not in asked and values.get("best_metric") not in values["metrics"]:
+    if "best_metric" not in asked and values.get("best_metric") not in _listed(values["metrics"]):
         values.pop("best_metric", None)
     replaced = [key for key in given if key not in values or _plain(values[key]) != _plain(given[key])]
     return values, replaced
+
+
+def _listed(value: Any) -> list[Any]:
+    """The elements of what was written; none of what is no list, which is refused later."""
+    return value if isinstance(value, list) else []
 
 
 def _plain(value: Any) -> Any:
