@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster import console
-from dsno_cluster.config import Config, load_config
+from dsno_cluster.config import Config, Training, load_config
 from dsno_cluster.device import wait_for_gpu
 from dsno_cluster.teachers import find_teacher
 from dsno_cluster.training.beginning import new_student
@@ -119,15 +119,7 @@ def compare_starts(root: Path, seeds: int, overrides: list[str]) -> None:
     words = [f"storage.root={root}", METRICS, *overrides]
     _dsno("run", *words)
     config = load_config("configs/digits.yaml", ["finish.enabled=true", *words])
-    finish = config.finish
-    assert finish is not None
-    settings = finish.model_dump(mode="json", exclude={"enabled", "distribution"})
-    settings = {key: value for key, value in settings.items() if value is not None}
-    given = [f"training.{key}={json.dumps(value)}" for key, value in settings.items()]
-    given += [
-        "training.objective=distribution",
-        f"training.distribution={finish.distribution.model_dump_json()}",
-    ]
+    given = finishing_words(config)
     rows = [_row(root, "digits", "student of trajectories")]
     for what, start in (("trajectories", [f"training.start={config.student_address}"]), ("teacher", [])):
         for seed in range(seeds):
@@ -136,6 +128,15 @@ def compare_starts(root: Path, seeds: int, overrides: list[str]) -> None:
             _dsno("eval", *words, *given, *start, f"name={name}", f"training.seed={seed}")
             rows.append(_row(root, name, f"finished from the {what}, seed {seed}"))
     console.table("finished students", ["student", *COLUMNS.values(), "error at t=0"], rows)
+
+
+def finishing_words(config: Config) -> list[str]:
+    """Command-line words of a training that finishes a student as the `finish` of a config does."""
+    finish, finished = config.finish, config.finished
+    assert finish is not None and finished is not None
+    named = {"objective", *type(finish).model_fields} & {*Training.model_fields}
+    settings = finished.training.model_dump(mode="json", include=named)
+    return [f"training.{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def _row(root: Path, name: str, title: str) -> list[str]:

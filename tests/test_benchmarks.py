@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsno_cluster import console
-from dsno_cluster.config import Config
+from dsno_cluster.config import Config, load_config
 from dsno_cluster.students.dsno import DSNO
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -90,6 +90,19 @@ def test_sampler_says_what_it_needs(words: list[str], says: str, capsys: pytest.
     with pytest.raises(SystemExit) as left:
         sampler["main"](words)
     assert left.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_finishing_from_either_start_is_the_finishing_of_run() -> None:
+    """The words that it gives to `train` are those of the training that `finish` makes, but for name and start."""
+    finishing = runpy.run_path(str(BENCHMARKS / "finishing.py"), run_name="finishing")
+    words = ["finish.enabled=true", "finish.steps=7", "finish.heldout_every=null"]
+    config = load_config("configs/digits.yaml", words)
+    assert config.finished is not None
+    begun = config.finished.training
+    taken = load_config(
+        "configs/digits.yaml", [*finishing["finishing_words"](config), f"training.start={begun.start}"]
+    )
+    assert taken.training == begun and begun.steps == 7
 
 
 def test_reader_says_how_to_have_its_peers(capsys: pytest.CaptureFixture[str]) -> None:
