@@ -24,7 +24,7 @@ from teacher_models import small_diffusers_unet as small_diffusers_unet  # fixtu
 from tiny import TINY, answer, dsno
 
 from dsno_cluster import load_student
-from dsno_cluster.config import load_config
+from dsno_cluster.config import files_not_there, load_config
 from dsno_cluster.errors import UserError, WorkError
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.classifiers import DigitsFeatures
@@ -145,6 +145,21 @@ def state_dict(form: str) -> bytes:
     data = file.read_bytes()
     file.unlink()
     return data
+
+
+def test_vgg_is_not_asked_for_where_no_trajectory_is_compared() -> None:
+    """CIFAR-10's weights are not here, and its student is finished by its samples."""
+    cifar10 = str(Path(__file__).parents[1] / "configs/cifar10.yaml")
+    words = [
+        "training.objective=distribution",
+        "training.distribution={adversarial_weight: 0, trajectory_weight: 0.1}",
+    ]
+    with pytest.raises(UserError, match=r"training\.lpips_weights: .* is missing"):
+        check_lpips_weights(load_config(cifar10, words).training)
+    assert "training.lpips_weights" in files_not_there(load_config(cifar10, words))
+    without = load_config(cifar10, [words[0], "training.distribution={adversarial_weight: 0}"])
+    check_lpips_weights(without.training)
+    assert "training.lpips_weights" not in files_not_there(without)
 
 
 @bad_files

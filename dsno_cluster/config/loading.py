@@ -135,7 +135,8 @@ def files_not_there(config: Config) -> dict[str, str]:
     if set(config.evaluation.metrics) == {"trajectory_error"}:  # it compares only with the teacher
         evaluation = {}
     named = {f"evaluation.{key}": path for key, path in evaluation.items() if path not in NAMED_IMAGES}
-    named["training.lpips_weights"] = config.training.lpips_weights
+    if config.training.reads_trajectories:
+        named["training.lpips_weights"] = config.training.lpips_weights
     return {
         key: shown_path(path)
         for key, path in named.items()

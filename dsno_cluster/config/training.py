@@ -156,6 +156,11 @@ class Training(Strict):
         return self.objective == "trajectories" or self.distribution.trajectory_weight > 0.0
 
     @property
+    def needs_vgg(self) -> bool:
+        """Whether steps compare states by VGG-16."""
+        return self.loss == "lpips" and self.reads_trajectories
+
+    @property
     def micro_batches(self) -> int:
         """`accumulation` of a run that has begun, which has chosen it."""
         assert self.accumulation != "auto"

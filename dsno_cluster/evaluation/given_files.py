@@ -35,7 +35,7 @@ def problems_of_files(config: Config) -> list[UserError | WorkError]:
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
     """A check of each file that exists and is used."""
     missing, settings = files_not_there(config), config.evaluation
-    if config.training.loss == "lpips" and "training.lpips_weights" not in missing:
+    if config.training.needs_vgg and "training.lpips_weights" not in missing:
         yield lambda: _check_lpips(config)
     if set(settings.metrics) == {"trajectory_error"}:
         return

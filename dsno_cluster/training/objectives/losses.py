@@ -90,7 +90,7 @@ def vgg_perceptual(path: str, sha256: str | None) -> VGGPerceptual:
 
 def check_lpips_weights(settings: Training) -> None:
     """Raises UserError if the config's loss needs weights that do not exist or are not VGG-16's."""
-    if settings.loss == "lpips":
+    if settings.needs_vgg:
         _read_vgg(str(settings.lpips_weights), settings.lpips_sha256)
 
 
