@@ -18,7 +18,7 @@ ON = "finish.enabled=true"
     ("overrides", "says"),
     [
         (
-            ["training.online=true", "reader.shuffle=none"],
+            ["training.online=true", "reader.shuffle=none", "finish.distribution.trajectory_weight=1"],
             "finish: in the training that it makes, training.online_staged_shards 16: reading ahead needs 18",
         ),
         (
@@ -47,6 +47,12 @@ def test_what_finish_cannot_do_is_refused_at_once(overrides: list[str], says: st
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     load_config(DIGITS, ["finish.enabled=false", *overrides])  # nothing but finish is wrong with them
+
+
+def test_a_finishing_that_reads_no_trajectories_stages_none() -> None:
+    """At its batch size, the shards that are read ahead would be too many."""
+    finished = load_config(DIGITS, [ON, "training.online=true", "reader.shuffle=none"]).finished
+    assert finished is not None and not finished.training.reads_trajectories
 
 
 def test_the_finished_student_has_one_average() -> None:

@@ -189,16 +189,17 @@ class Config(Strict):
             )
         self._check_guidance()
         self._check_finishing()
-        if self.training.online and self.trajectories.imported is not None:
+        online = self.training.online and self.training.reads_trajectories
+        if online and self.trajectories.imported is not None:
             raise ValueError(
                 "training.online makes trajectories: set it to false, or trajectories.imported to null"
             )
-        if self.training.online and self.reader.shuffle != "none":
+        if online and self.reader.shuffle != "none":
             raise ValueError("training.online reads samples in the order of making: set reader.shuffle=none")
         ahead = (self.reader.prefetch_batches + 2) * self.training.batch_size
         # half of them are made at the same time
         shards = 2 * (-(-ahead // self.trajectories.samples_per_shard) + 1)
-        if self.training.online and self.training.online_staged_shards < shards:
+        if online and self.training.online_staged_shards < shards:
             raise ValueError(
                 f"training.online_staged_shards {self.training.online_staged_shards}: reading ahead needs {shards} of them"
             )
