@@ -7,6 +7,7 @@ imported inside the functions, so that importing the table is cheap.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dsno_cluster.cluster.stage import (
     StageOptions,
     StageResult,
 )
+from dsno_cluster.errors import UserError
 from dsno_cluster.files import shown_path
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def _generate(
 
 
 def _check_training(config: Config, options: StageOptions, processes: int) -> Checked:
-    from dsno_cluster.training.beginning import find_data_set, find_training_teacher
+    from dsno_cluster.training.beginning import check_begins, find_data_set, find_training_teacher
     from dsno_cluster.training.checkpoint import check_published, is_end, newest_step
     from dsno_cluster.training.ownership import check_students, students_claim
     from dsno_cluster.trajectories.plan import check_reachable
@@ -79,6 +81,7 @@ def _check_training(config: Config, options: StageOptions, processes: int) -> Ch
     _check_ranks(config, processes)
     teacher = find_training_teacher(config)
     data = find_data_set(config, teacher)
+    check_begins(config, teacher)
     if config.training.online:  # it has not read the storage yet
         check_reachable(config, data.inputs.trajectories)
     newest = newest_step(config)
@@ -213,11 +216,12 @@ STAGES: tuple[Stage[Any], ...] = (GEN_TRAJECTORIES, TRAIN, EVAL)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the whole path: a stage of an experiment, and what it is for."""
+    """A part of the whole path: a stage of an experiment, and what it is for; whether it finishes the student that was made."""
 
     stage: Stage[Any]
     config: Config
     purpose: str
+    finishes: bool = False
 
 
 def parts_of(config: Config) -> tuple[Part, ...]:
@@ -235,10 +239,30 @@ def parts_of(config: Config) -> tuple[Part, ...]:
                 TRAIN,
                 finished,
                 "the student is finished: its samples are to be as likely and as real as the teacher's",
+                finishes=True,
             ),
-            Part(EVAL, finished, "is it better than before, and than the teacher?"),
+            Part(EVAL, finished, "is it better than before, and than the teacher?", finishes=True),
         ]
     return tuple(parts)
+
+
+def check_ahead(parts: Sequence[Part], ranks: Sequence[int]) -> None:
+    """Raises UserError for what a part lacks, as far as that is known before the first one begins.
+
+    `ranks` are the processes of each.
+    """
+    from dsno_cluster.config.finishing import in_terms_of_finish
+    from dsno_cluster.training.beginning import check_begins
+
+    for part, count in zip(parts, ranks, strict=True):
+        try:
+            part.stage.check_ahead(part.config, count)
+        except UserError as error:
+            if not part.finishes:
+                raise
+            raise UserError(in_terms_of_finish(str(error))) from None
+        if part.stage is TRAIN and not part.finishes:  # what is finished is not there yet
+            check_begins(part.config)
 
 
 def describe_path(config: Config) -> str:

@@ -29,6 +29,7 @@ ON = "finish.enabled=true"
             ["training.ema_decay=[0.999, 0.9999]", "evaluation.ema_decay=0.9999"],
             "evaluation.ema_decay 0.9999: finish begins with the first of training.ema_decay, 0.999",
         ),
+        (["training.objective=distribution"], "training.objective distribution finishes a student already"),
         (["finish.distribution.patience=2", "finish.heldout_every=null"], "set finish.heldout_every"),
         (
             ["data.name=null", "evaluation.reference=x.npz"],
@@ -66,7 +67,11 @@ def test_the_finished_student_has_one_average() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("evaluation.feature_extractor=inception-v3-clean", "resizes images in 8 bits"),
+        (
+            "evaluation.feature_extractor=inception-v3-clean",
+            "finish.distribution.frechet_weight: inception-v3-clean resizes images in 8 bits",
+        ),
+        ("training.start=nowhere", "training.start: nowhere: "),
         ("evaluation.weights_path=nowhere.safetensors", "nowhere.safetensors is missing"),
         ("data={images: nowhere}", "data.images: "),
     ],

@@ -547,8 +547,13 @@ def test_what_cannot_work_is_refused(more: list[str], said: str, tiny_data: Path
 def test_a_start_of_another_form_is_refused(start: Path, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "trajectories").symlink_to(tiny_data / "trajectories")
     more = [*FINISHED, f"training.start={start}", "student.modes=3"]
-    done = answer(*words(tmp_path, *more), "--launcher", "local")
-    assert done.returncode == 2 and "student.modes 4, the config says 3" in done.stderr, done.stderr
+    asked = answer(*words(tmp_path, *more), "--launcher", "local", "--dry-run")
+    assert asked.returncode == 2 and "student.modes 4, the config says 3" in asked.stderr, asked.stderr
+    # before trajectories are made for it
+    out = tmp_path / "out"
+    refused = answer("run", *words(out, *more)[1:], "--launcher", "local")
+    assert refused.returncode == 2 and "student.modes 4, the config says 3" in refused.stderr, refused.stderr
+    assert not out.exists()
 
 
 def test_another_start_is_another_run(finished: Path, tiny_data: Path, tmp_path: Path) -> None:

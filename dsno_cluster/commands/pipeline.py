@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics, written_metrics
 from dsno_cluster.commands.launching import choose, follow_to_end, make_submission, show_scripts
@@ -12,7 +9,7 @@ from dsno_cluster.files import shown_path
 
 
 def run_pipeline(arguments: Arguments) -> None:
-    from dsno_cluster.stages import describe_path, parts_of, run_path
+    from dsno_cluster.stages import check_ahead, describe_path, parts_of, run_path
 
     config, options = arguments.config(), arguments.options
     parts = parts_of(config)
@@ -23,6 +20,7 @@ def run_pipeline(arguments: Arguments) -> None:
     submissions = [
         make_submission(arguments, launcher, part.stage, part.config, part.stage.options()) for part in parts
     ]
+    ranks = [submission.profile.nodes * submission.profile.tasks_per_node for submission in submissions]
     if options.dry_run:
         described = show_scripts(arguments, launcher, submissions)
         first.check(config, first.options(), 1)
@@ -30,9 +28,9 @@ def run_pipeline(arguments: Arguments) -> None:
             print(f"would make {describe_path(config)}")
         for submission in submissions:
             launcher.check(submission)
-        _check_ahead(submissions)
+        check_ahead(parts, ranks)
         return
-    _check_ahead(submissions)
+    check_ahead(parts, ranks)
     if not any(launcher.takes(submission) for submission in submissions):
         show_metrics(run_path(config, checked).details)
         return
@@ -42,14 +40,8 @@ def run_pipeline(arguments: Arguments) -> None:
         show_metrics(written_metrics(parts[-1].config))
 
 
-def _check_ahead(submissions: Sequence[Submission]) -> None:
-    for submission in submissions:
-        profile = submission.profile
-        submission.stage.check_ahead(submission.config, profile.nodes * profile.tasks_per_node)
-
-
 def run_demo(arguments: Arguments) -> None:
-    from dsno_cluster.stages import describe_path, parts_of, run_path
+    from dsno_cluster.stages import check_ahead, describe_path, parts_of, run_path
 
     config = arguments.config()
     parts = parts_of(config)
@@ -58,7 +50,6 @@ def run_demo(arguments: Arguments) -> None:
     if arguments.options.dry_run:
         print(f"would make {describe_path(config)}")
         return
-    for part in parts[1:]:
-        part.stage.check_ahead(part.config, 1)
+    check_ahead(parts, [1] * len(parts))
     show_metrics(run_path(config, checked).details)
     print(f"\nlook at {shown_path(config.storage.root)}/evaluation/{last.config.name}/samples.png")

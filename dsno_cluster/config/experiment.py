@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dsno_cluster.config.base import Seed, Strict
 from dsno_cluster.config.evaluation import Evaluation
-from dsno_cluster.config.finishing import Finish
+from dsno_cluster.config.finishing import Finish, in_terms_of_finish
 from dsno_cluster.config.networks import Network, StudentConfig, TeacherConfig, too_many_modes
 from dsno_cluster.config.paths import ImagesPath, LocalPath
 from dsno_cluster.config.places import RunConfig, StorageConfig
@@ -218,6 +218,11 @@ class Config(Strict):
             matched["training"] = self.training
         if self.finish is not None and self.finish.enabled:
             matched["finish"] = self.finish
+            if self.training.objective == "distribution":
+                raise ValueError(
+                    "training.objective distribution finishes a student already: set finish.enabled=false, or "
+                    "training.objective=trajectories"
+                )
             added = [name for name in self.finish.further_metrics if name not in self.evaluation.metrics]
             if self.evaluation.protocol is not None and added:
                 raise ValueError(
@@ -249,7 +254,7 @@ class Config(Strict):
         try:
             Config.model_validate_json(finished.model_dump_json())
         except ValidationError as error:
-            raise ValueError(f"finish: in the training that it makes, {first_mistake(error)}") from None
+            raise ValueError(in_terms_of_finish(first_mistake(error))) from None
 
     def _check_guidance(self) -> None:
         """Raises ValueError for guidance that has nothing to guide by, and for a guide that nothing uses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -117,3 +118,13 @@ class Finish(Strict):
         (),
         description="what is measured beside evaluation.metrics, before and after finishing: what a distance does not say",
     )
+
+
+def in_terms_of_finish(mistake: str) -> str:
+    """What is wrong in the training that `finish` makes, by the keys that are to be changed."""
+
+    def named(key: re.Match[str]) -> str:
+        return f"finish.{key[1]}" if key[1] in Finish.model_fields else key[0]
+
+    told = re.sub(r"\btraining\.([a-z_]+)", named, mistake)
+    return f"finish: in the training that it makes, {told}"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from dsno_cluster.config import Config
 from dsno_cluster.diffusion.schedule import same_times
 from dsno_cluster.errors import UserError
@@ -25,7 +27,7 @@ from dsno_cluster.training.judging import can_judge
 from dsno_cluster.training.objectives.making import find_real_images
 from dsno_cluster.training.online import planned_manifest
 from dsno_cluster.training.ownership import hold_students, students_claim
-from dsno_cluster.training.start import find_start, start_weights
+from dsno_cluster.training.start import check_start, find_start, start_weights
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.reader import open_trajectories
 from dsno_cluster.trajectories.shards import Manifest, trajectory_spec
@@ -208,6 +210,15 @@ def make_student(config: Config, backbone: Backbone | DiffusersModel | None) -> 
     times, init = config.trajectories.time_points, settings.temporal_init
     student = DSNO(config.network, form_of(settings), times, backbone=backbone, init=init)
     return student.without_dropout() if config.training.objective == "distribution" else student
+
+
+def check_begins(config: Config, teacher: ConfiguredTeacher | None = None) -> None:
+    """Raises UserError if `training.start` names no student, or another than the config's. `teacher` is found unless given."""
+    if config.training.start is None:
+        return
+    teacher = teacher or find_training_teacher(config)
+    with torch.device("meta"):
+        check_start(config, make_student(config, teacher.backbone() if teacher else None))
 
 
 def new_student(

@@ -28,6 +28,16 @@ def find_start(config: Config) -> StartModel | None:
     return StartModel(address=address, name=meta.name, step=meta.step, sha256=meta.sha256)
 
 
+def check_start(config: Config, student: DSNO) -> None:
+    """Raises UserError as `find_start`, and as `start_weights` for a start that is not alike; reads no weights.
+
+    `student` may be on the meta device.
+    """
+    start = find_start(config)
+    if start is not None:
+        _check_alike(read_meta(start.address, config.storage.endpoint_url), start.address, student)
+
+
 def start_weights(config: Config, start: StartModel, student: DSNO) -> dict[str, Tensor]:
     """The weights of the start, for the student.
 
