@@ -201,6 +201,13 @@ def counted(call: Callable[[int], None], most: int) -> float:
     return operations.count / 2
 
 
+def test_plan_says_what_finishing_cannot_learn_from() -> None:
+    extractor = ["evaluation.feature_extractor=inception-v3-clean", "evaluation.metrics=[trajectory_error]"]
+    planned = answer("plan", *TINY, *FRECHET, *extractor, "finish.further_metrics=[]")
+    assert planned.returncode == 2
+    assert "not usable    finish.distribution.frechet_weight: inception-v3-clean resizes" in planned.stdout
+
+
 def test_the_hours_of_finishing_are_those_of_its_own_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fake score network: its updates, the samples for them, the teacher and the step of the student itself."""
     monkeypatch.setattr("dsno_cluster.evaluation.forecast.seconds_of_one", counted)
@@ -211,13 +218,15 @@ def test_the_hours_of_finishing_are_those_of_its_own_passes(monkeypatch: pytest.
         "matched": MATCHED,
         "fewer updates": ["finish.enabled=true", "finish.distribution={fake_updates: 1}"],
         "frechet": FRECHET,
+        "recomputed": [*MATCHED, "training.recompute=blocks"],
     }.items():
         config = load_config("configs/digits.yaml", [*TINY, *words])
         costs[name] = measure_training(config.finished or config, plan, CPU, 1, gpus=False)
-    plain, matched, fewer, frechet = (cost.seconds_per_image for cost in costs.values())
+    plain, matched, fewer, frechet, recomputed = (cost.seconds_per_image for cost in costs.values())
     assert 5 < matched / plain < 15
     assert 1.5 * fewer < matched and plain < fewer
     assert 1 < frechet / plain < 1.5
+    assert recomputed > 1.1 * matched  # 1.03 if only the student did
     assert costs["frechet"].seconds_per_step > 0 == costs["matched"].seconds_per_step
     assert costs["frechet"].device_hours * 3600 == pytest.approx(
         300 * (512 * frechet + costs["frechet"].seconds_per_step)

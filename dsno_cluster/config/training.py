@@ -156,6 +156,11 @@ class Training(Strict):
         return self.objective == "trajectories" or self.distribution.trajectory_weight > 0.0
 
     @property
+    def learns_features(self) -> bool:
+        """Whether steps bring the moments of samples' features to those of real images."""
+        return self.objective == "distribution" and self.distribution.frechet_weight > 0.0
+
+    @property
     def needs_vgg(self) -> bool:
         """Whether steps compare states by VGG-16."""
         return self.loss == "lpips" and self.reads_trajectories

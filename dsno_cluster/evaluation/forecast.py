@@ -176,7 +176,7 @@ def measure_training(config: Config, plan: Plan, device: torch.device, ranks: in
         hours,
         hours / ranks,
         a_step,
-        _has_frechet_loss(config) and frechet is None,
+        config.training.learns_features and frechet is None,
     )
 
 
@@ -190,6 +190,7 @@ def _training_seconds(
     import torch
 
     from dsno_cluster.device import allow_tf32, training_precision, wait_for_gpu
+    from dsno_cluster.networks.recompute import recompute_in_backward
     from dsno_cluster.training.beginning import make_student
     from dsno_cluster.training.memory import (
         denoising_network,
@@ -213,6 +214,7 @@ def _training_seconds(
     fake = None
     if matched and distribution.needs_fake_score:
         fake = denoising_network(config, plan.teacher.info.backbone).to(device)
+        recompute_in_backward(fake, settings.recompute)
     more = None if frechet is None else lambda x: frechet.loss(x, 0)[0]
 
     def train(count: int) -> None:
@@ -232,25 +234,26 @@ def _training_seconds(
         allow_tf32(False)
 
 
-def _has_frechet_loss(config: Config) -> bool:
-    return config.training.objective == "distribution" and config.training.distribution.frechet_weight > 0.0
-
-
 def _frechet_term(config: Config, states: States, device: torch.device) -> FrechetTerm | None:
     """The Frechet loss with moments that are drawn; None if the config has none, or its weights are not here."""
     import torch
 
-    from dsno_cluster.features.extractors import load_fid_extractor, main_weights_at_hand
+    from dsno_cluster.features.extractors import (
+        check_differentiable,
+        load_fid_extractor,
+        main_weights_at_hand,
+    )
     from dsno_cluster.features.transport import gaussian_of
     from dsno_cluster.training.objectives.frechet import make_frechet_term
 
-    if not _has_frechet_loss(config):
+    if not config.training.learns_features:
         return None
     try:
+        check_differentiable(config.evaluation.feature_extractor, "training.distribution.frechet_weight")
         if main_weights_at_hand(config.evaluation) is None:
             return None
         extractor = load_fid_extractor(config.evaluation, states.image_shape, device)
-    except (UserError, WorkError):  # `plan` says what is wrong with files
+    except (UserError, WorkError):  # `plan` says what is wrong with the extractor and its file
         return None
     (features,) = extractor(torch.zeros(1, *states.image_shape, dtype=torch.uint8)).values()
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The files that a config names for training and evaluation, opened before any work: `plan` judges them.
+"""What a config names for training and evaluation, looked at before any work: `plan` judges it.
 
 Nothing is downloaded, and heavy libraries are imported only if there is a file to open.
 """
@@ -6,6 +6,7 @@ Nothing is downloaded, and heavy libraries are imported only if there is a file 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from dsno_cluster.config import Config, files_not_there
 from dsno_cluster.config.paths import NAMED_IMAGES
@@ -14,7 +15,7 @@ from dsno_cluster.files import nearest_existing, not_there
 
 
 def problems_of_files(config: Config) -> list[UserError | WorkError]:
-    """Why files that the config names cannot be used.
+    """Why files and extractors that the config names cannot be used.
 
     A file that does not exist is a problem only if its name looks misspelt: later stages need it, not
     gen-trajectories.
@@ -37,6 +38,11 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     missing, settings = files_not_there(config), config.evaluation
     if config.training.needs_vgg and "training.lpips_weights" not in missing:
         yield lambda: _check_lpips(config)
+    for section, trained in (("training", config), ("finish", config.finished)):
+        if trained is not None and trained.training.learns_features:
+            yield partial(
+                _check_learned, settings.feature_extractor, f"{section}.distribution.frechet_weight"
+            )
     if set(settings.metrics) == {"trajectory_error"}:
         return
     if settings.reference not in NAMED_IMAGES and "evaluation.reference" not in missing:
@@ -52,6 +58,12 @@ def _check_lpips(config: Config) -> None:
     from dsno_cluster.training.objectives.losses import check_lpips_weights
 
     check_lpips_weights(config.training)
+
+
+def _check_learned(extractor: str, key: str) -> None:
+    from dsno_cluster.features.extractors import check_differentiable
+
+    check_differentiable(extractor, key)
 
 
 def _check_reference(config: Config) -> None:

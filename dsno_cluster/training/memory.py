@@ -152,7 +152,7 @@ def frechet_bytes(config: Config) -> int:
     The matrices are the two covariances, the root of one and the transport's map. What the extractor computes is not counted.
     """
     settings = config.evaluation
-    if config.training.objective != "distribution" or not config.training.distribution.frechet_weight:
+    if not config.training.learns_features:
         return 0
     try:
         weights = main_weights_at_hand(settings)

@@ -42,7 +42,7 @@ def make_objective(
     """
 
     moments = None
-    if config.training.objective == "distribution" and config.training.distribution.frechet_weight:
+    if config.training.learns_features:
         moments = from_rank_0(ranks, lambda: _real_moments(config, teacher, real, ranks))
 
     def make() -> Objective:
