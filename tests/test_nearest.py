@@ -25,10 +25,11 @@ from dsno_cluster.evaluation.nearest_picture import nearest_picture, shown_sampl
 from dsno_cluster.evaluation.pictures import layout
 from dsno_cluster.evaluation.records import HistoryRow
 from dsno_cluster.evaluation.reference import find_real_data
+from dsno_cluster.evaluation.sources import HELD_OUT
 from dsno_cluster.features import extractors
 from dsno_cluster.features.classifiers import DigitsFeatures
 from dsno_cluster.features.neighbours import nearest
-from dsno_cluster.image_sets.opening import open_images
+from dsno_cluster.image_sets.opening import held_out_split, open_images
 from dsno_cluster.images import GAP, pixel_scale, to_uint8
 from dsno_cluster.storage import open_storage
 from dsno_cluster.teachers import find_teacher
@@ -68,18 +69,24 @@ def digits_features(images: torch.Tensor) -> np.ndarray:
     return extractors.load_extractor(weights, ["64"])(to_uint8(images))["64"].numpy().astype(np.float64)
 
 
-def test_images_that_are_copied_are_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["named", "own"])
+def test_images_that_are_copied_are_seen(whose: str, tmp_path: Path) -> None:
     """Of existing images a third are training images; the yardstick is what held-out ones have."""
-    train, held_out = load_data("digits")
-    samples = torch.cat([train.images[:99], held_out.images[99:]])
+    train, held_out = (part.images for part in load_data("digits"))
+    data: list[str] = []
+    if whose == "own":
+        np.savez(tmp_path / "own.npz", images=to_uint8(train).numpy())
+        data = ["data.name=null", f"data.images={tmp_path}/own.npz"]
+        train, held_out = (train[part] for part in held_out_split(len(train)))
+    samples = torch.cat([train[:99], held_out[50:]])
     np.savez(tmp_path / "samples.npz", images=to_uint8(samples).numpy())
-    words = ["eval", NEAREST, f"storage.root={tmp_path}", "--launcher", "local", "--json", "--samples"]
+    words = ["eval", NEAREST, *data, f"storage.root={tmp_path}", "--launcher", "local", "--json", "--samples"]
     done = dsno(*words, str(tmp_path / "samples.npz"), "--actors", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["figures"]
-    neighbours = NearestNeighbors(n_neighbors=1).fit(digits_features(train.images))
+    neighbours = NearestNeighbors(n_neighbors=1).fit(digits_features(train))
     distances, of_real = (
-        neighbours.kneighbors(digits_features(images))[0][:, 0] for images in (samples, held_out.images)
+        neighbours.kneighbors(digits_features(images))[0][:, 0] for images in (samples, held_out)
     )
     below = np.percentile(of_real, 1)
     assert below > 0.1 and (distances < 1e-4).sum() == 99
@@ -88,7 +95,7 @@ def test_images_that_are_copied_are_seen(tmp_path: Path) -> None:
         "nearest_low": 0.0,
         "copies": (distances < below).mean(),
     }
-    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5) and found["copies"] >= 1 / 3
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5) and found["copies"] >= 99 / len(samples)
 
 
 def of_digits(root: Path, *words: str) -> Comparison:
@@ -104,6 +111,15 @@ def test_rows_of_the_teacher_without_the_figure_are_measured_anew_only_if_it_is_
     assert asked.known == {} and len(asked.missing) == 5
     # the rows say by which held-out images copies were counted
     assert asked.spec.held_out is not None and of_digits(tmp_path).spec.held_out is None
+
+
+def test_own_images_are_held_out_if_the_rest_of_them_is_the_reference(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", images=to_uint8(load_data("digits")[0].images).numpy())
+    own = ["data.name=null", f"data.images={tmp_path}/own.npz", NEAREST]
+    (held_out,) = [found for found in of_digits(tmp_path, *own).sets() if found.source == HELD_OUT]
+    assert held_out.count == 150 and set(held_out.readings) == {"nearest"}
+    other = of_digits(tmp_path, *own, f"evaluation.reference={tmp_path}/own.npz")
+    assert other.spec.held_out is None and HELD_OUT not in [found.source for found in other.sets()]
 
 
 def test_a_reference_without_images_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dsno_cluster.evaluation.reference import (
     check_reference_is_there,
     compared_data,
     find_real_data,
+    held_out_images,
 )
 from dsno_cluster.evaluation.sample_shards import SampleSpec, sample_spec
 from dsno_cluster.evaluation.sources import HELD_OUT, STUDENT, ImageSource
@@ -34,7 +35,6 @@ from dsno_cluster.features.extractors import (
     find_readings,
 )
 from dsno_cluster.image_sets.image_set import ImageSet
-from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.model_folder import (
     FeatureWeights,
     StartModel,
@@ -161,9 +161,7 @@ class Comparison:
         found = [
             ImagesOf(source, settings.num_samples, self.readings, shape, settings.draws) for source in drawn
         ]
-        if self.config.data.name is not None and self.readings:
-            found.append(_held_out(self.config, self.readings))
-        return found
+        return [*found, *_held_out(self.config, self.readings)]
 
 
 @dataclass(frozen=True)
@@ -186,19 +184,19 @@ class ImagesComparison:
         """The images to measure, and the held-out real ones if copies are counted by them."""
         found = [ImagesOf(self.source, self.images.count, self.readings, self.images.shape)]
         nearest = {metric: reading for metric, reading in self.readings.items() if metric == "nearest"}
-        if self.config.data.name is not None and nearest and self.source != HELD_OUT:
-            found.append(_held_out(self.config, nearest))
-        return found
+        return found if self.source == HELD_OUT else [*found, *_held_out(self.config, nearest)]
 
 
-def _held_out(config: Config, readings: Readings) -> ImagesOf:
-    """The held-out real images of the config's data, for those of the metrics for which they are enough."""
-    images = open_images(HELD_OUT.address, None, config.data)
+def _held_out(config: Config, readings: Readings) -> list[ImagesOf]:
+    """The held-out real images, if there are any, for those of the metrics for which they are enough."""
+    images = held_out_images(config) if readings else None
+    if images is None:
+        return []
     needed = fewest(config.evaluation)
     possible = {
         metric: reading for metric, reading in readings.items() if needed.get(metric, 0) <= images.count
     }
-    return ImagesOf(HELD_OUT, images.count, possible, images.shape)
+    return [ImagesOf(HELD_OUT, images.count, possible, images.shape)]
 
 
 def find_student(config: Config, student_path: str | None = None) -> Student:

@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from dsno_cluster.config import Config, Evaluation, files_not_there
 from dsno_cluster.config.base import Named
+from dsno_cluster.config.paths import NAMED_IMAGES
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.metrics import (
     FRECHET,
@@ -28,7 +29,7 @@ from dsno_cluster.evaluation.metrics import (
     check_count,
     check_width,
 )
-from dsno_cluster.evaluation.sources import ImageSource
+from dsno_cluster.evaluation.sources import HELD_OUT, ImageSource
 from dsno_cluster.features import INCEPTION
 from dsno_cluster.features.extractors import Reading, Readings, WeightsFile, check_shape, is_published
 from dsno_cluster.features.inception import CLEAN
@@ -221,6 +222,18 @@ def reference_images(config: Config, statistics: Reference | None, readings: Rea
             f"{held}; name images as evaluation.reference"
         )
     return open_images(settings.reference)
+
+
+def held_out_images(config: Config) -> ImageSet | None:
+    """The real images that were held out, which are measured beside the samples; None if there are none.
+
+    Images of one's own are opened for it only if the rest of them is the reference: there may be millions.
+    """
+    data = config.data
+    if data.name is None and (data.images is None or config.evaluation.reference not in NAMED_IMAGES):
+        return None
+    images = open_images(HELD_OUT.address, config.storage.endpoint_url, data)
+    return images if images.count > 1 else None
 
 
 def reference_spec(images: ImageSet, readings: Readings, weights: dict[str, WeightsFile]) -> ReferenceSpec:

@@ -14,11 +14,9 @@ from dsno_cluster.config.base import Named, later
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.metrics import ReferenceParts
 from dsno_cluster.evaluation.records import TeacherRow, rewrite
-from dsno_cluster.evaluation.reference import RealData
-from dsno_cluster.evaluation.sources import HELD_OUT
+from dsno_cluster.evaluation.reference import RealData, held_out_images
 from dsno_cluster.features.extractors import Readings, WeightsFile
 from dsno_cluster.image_sets.image_set import DataIdentity
-from dsno_cluster.image_sets.opening import open_images
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record
@@ -106,7 +104,7 @@ def comparison_spec(
 ) -> ComparisonSpec:
     """The spec of a config's rows of the teacher."""
     settings = config.evaluation
-    main = settings.feature_extractor
+    main, held_out = settings.feature_extractor, held_out_images(config) if "nearest" in readings else None
     knobs: dict[str, Any] = {
         key: getattr(settings, key) for metric in readings for key in _KNOBS.get(metric, ())
     }
@@ -128,13 +126,9 @@ def comparison_spec(
         precision=config.teacher.precision,
         other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
         decoder=teacher.states.identity(settings.precision),
-        held_out=_held_out(config) if "nearest" in readings else None,
+        held_out=held_out.identity if held_out else None,
         **knobs,
     )
-
-
-def _held_out(config: Config) -> DataIdentity | None:
-    return None if config.data.name is None else open_images(HELD_OUT.address, None, config.data).identity
 
 
 def _parts_of(real: RealData) -> ReferenceParts:
