@@ -279,7 +279,10 @@ def describe_path(config: Config) -> str:
 
 
 def run_path(config: Config, checked: Checked | None = None) -> StageResult:
-    """Run the whole path in this process; returns the result of its last stage. Finished stages are skipped.
+    """Run the whole path in this process; returns the result of its last stage.
+
+    Trajectories and training that are done are not done again; an evaluation measures the student again, and the teacher only
+    where it was not measured.
 
     `checked` is the result of checking the first stage. The teacher is passed from stage to stage.
     """

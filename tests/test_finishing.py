@@ -671,7 +671,7 @@ def test_best_in_a_path_is_the_best_student(finished: Path) -> None:
 
 
 def test_run_finishes_and_shows_the_student_before_and_after(tmp_path: Path) -> None:
-    """All five parts in a row; the same command then has nothing left to do."""
+    """All five parts in a row; the same command then trains nothing, and measures the same."""
     terms = "{fake_updates: 1, frechet_weight: 1, frechet_population: 64}"
     further = "further_metrics: [precision_recall, nearest]"
     finish = f"finish={{steps: 2, lr: 1e-4, checkpoint_every: 2, heldout_every: 2, {further}, distribution: {terms}}}"
