@@ -190,6 +190,15 @@ def test_the_distances_of_checkpoints_have_intervals(
     assert "3.34 ± 0.33" in said and "±: half of the 95 % interval" in said
 
 
+def test_a_checkpoint_without_a_finite_figure_is_not_the_best(tmp_path: Path) -> None:
+    past = history()
+    past["rows"][0] |= {"fid": float("nan"), "fid_ci95": float("nan")}
+    write_evaluation(tmp_path, metrics(), past)
+    page = report(tmp_path)
+    assert "Best so far: 3.34 at step 300 (EMA 0.999)." in page.text
+    assert "nan" not in page.text and "nan" not in str(page.all("svg") + page.all("line"))
+
+
 def test_held_out_distances_of_a_training(tmp_path: Path) -> None:
     """They have a chart if a run measured them; lines of older trainings have none."""
     lines = curve()

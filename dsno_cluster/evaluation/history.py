@@ -5,6 +5,7 @@ Needs no torch, as the report reads it too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dsno_cluster.config import Config
@@ -27,8 +28,9 @@ def read_history(storage: Storage, config: Config) -> History:
 
 
 def best_of(rows: Sequence[HistoryRow], metric: str) -> Best | None:
-    """The best row by a metric; None if no row has it."""
-    valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
+    """The best row by a metric; None if no row has a finite value of it."""
+    values = [(row, value_of(row, metric)) for row in rows]
+    valued = [(row, value) for row, value in values if value is not None and math.isfinite(value)]
     if not valued:
         return None
     choose = min if judging_figures(INCEPTION)[metric].better == "lower" else max

@@ -136,14 +136,13 @@ def history_chart(history: History, figure: Figure, level: tuple[str, float] | N
         points = _points((row.step, value_of(row, figure.key)) for row in rows if row.ema_decay == decay)
         if points:
             of_line = [row for row in rows if row.ema_decay == decay]
-            halves = [(float(row.step), row.figure(f"{figure.key}_ci95")) for row in of_line]
-            spreads = {step: half for step, half in halves if half is not None}
+            spreads = {x: half for row in of_line for x, half in _spread(row.step, row, figure).items()}
             name = "student" if decay is None else f"EMA {decay:g}"
             series.append(Series(name, points, i if i == 0 else i + 1, spreads=spreads))
     if not series:
         return None
     choose = min if figure.better == "lower" else max
-    measured = [(row, value) for row in rows if (value := value_of(row, figure.key)) is not None]
+    measured = [(row, value) for row in rows if (value := _finite(value_of(row, figure.key))) is not None]
     best, _ = choose(measured, key=lambda found: found[1])
     of = f" (EMA {best.ema_decay:g})" if len(series) > 1 and best.ema_decay is not None else ""
     return Chart(
@@ -175,6 +174,12 @@ def _points(pairs: Iterable[tuple[float, float | None]]) -> list[Point]:
     """The pairs that can be drawn, by x; each x once, with the last of its values."""
     finite = {float(x): value for x, y in pairs if (value := _finite(y)) is not None}
     return sorted(finite.items())
+
+
+def _spread(x: float, row: Figures, figure: Figure) -> dict[float, float]:
+    """By x, how far the interval of a row's figure reaches on either side of it; empty if it has none."""
+    half = _finite(row.figure(f"{figure.key}_ci95"))
+    return {} if half is None else {x: half}
 
 
 def _finite(value: float | None) -> float | None:
