@@ -454,6 +454,24 @@ def test_a_history_of_an_earlier_version_is_continued(
     assert history.best is not None and history.best.value == 1.0
 
 
+@pytest.mark.parametrize("theirs", [{"fid": 0.8}, {"trajectory_error": {"0.0": 0.1}}])
+def test_the_best_is_told_by_its_own_row(
+    theirs: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by one of an evaluation with other settings, in which the same student has another figure, or none."""
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={root}"])
+    ours = {"evaluation": settings_hashes(config)[0]}
+    rows = [
+        {"step": student.step, "ema_decay": student.ema_decay, "sha256": student.sha256, **found}
+        for student in checkpoints(open_storage(str(root)), config, {})
+        for found in ({**ours, "fid": 1.0 / student.step}, {"evaluation": "of other settings", **theirs})
+    ]
+    FolderStorage(root).write("evaluation/digits/history.json", json.dumps({"rows": rows}).encode())
+    monkeypatch.setattr("dsno_cluster.evaluation.watch.evaluate", None)  # it is not called
+    watch(config, find_teacher(config))
+    assert "best by fid: 0.25 at step 4" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_a_finite_figure_is_not_the_best() -> None:
     bad, good = float("nan"), {"0.5": 0.2, "0.0": 0.4}
     rows = [

@@ -157,7 +157,11 @@ def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
     past["rows"].insert(
         0, {"step": 100, "ema_decay": 0.9, "evaluation": "before", "fid": 0.01, "folder": "elsewhere/"}
     )
-    past["best"]["metric"] = "trajectory_error"
+    # the best one, by fewer samples
+    past["rows"].append(
+        {"step": 300, "ema_decay": 0.999, "evaluation": "after", "fid": 90.0, "folder": "elsewhere/"}
+    )
+    past["best"] |= {"metric": "trajectory_error", "value": 0.1}
     write_evaluation(tmp_path, metrics(), past)
     folder = tmp_path / "evaluation" / "digits"
     best = folder / "step-000000300-ema-0.999"

@@ -62,10 +62,16 @@ def text_of(row: HistoryRow, metric: str, figure: Figure) -> str:
 
 
 def best_row(history: History) -> HistoryRow:
-    """The row that `best` of a non-empty history names, or its last."""
+    """The row that `best` of a non-empty history names, or its last.
+
+    A student may have several rows, of evaluations with other settings: the best's value tells them apart.
+    """
     best = history.best
-    same = [row for row in history.rows if best and (row.step, row.ema_decay) == (best.step, best.ema_decay)]
-    return (same or history.rows)[-1]
+    if best is None:
+        return history.rows[-1]
+    same = [row for row in history.rows if (row.step, row.ema_decay) == (best.step, best.ema_decay)]
+    chosen = [row for row in same if value_of(row, best.metric) == best.value]
+    return (chosen or same or history.rows)[-1]
 
 
 def value_of(row: HistoryRow, metric: str) -> float | None:
