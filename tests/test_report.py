@@ -203,6 +203,21 @@ def test_a_checkpoint_without_a_finite_figure_is_not_the_best(tmp_path: Path) ->
     assert "nan" not in page.text and "nan" not in str(page.all("svg") + page.all("line"))
 
 
+def test_the_chart_by_cost_has_intervals(tmp_path: Path) -> None:
+    """Of the student and of the teacher's rows that have one."""
+    found = metrics()
+    found["student"]["fid_ci95"] = 0.33
+    found["teacher_rows"][1]["fid_ci95"] = 0.05
+    found["teacher_rows"][2]["fid_ci95"] = 0.02
+    write_evaluation(tmp_path, found)
+    page = report(tmp_path)
+    assert (
+        page.problems == [] and "The student has Frechet distance 4.56 ± 0.33 at a cost of 1.0" in page.text
+    )
+    bars = [(a["class"] or "").split()[-1] for a in page.all("line") if "spread" in (a["class"] or "")]
+    assert bars == 2 * ["c1", "c2", "c0"]  # the chart is drawn in two widths
+
+
 def test_held_out_distances_of_a_training(tmp_path: Path) -> None:
     """They have a chart if a run measured them; lines of older trainings have none."""
     lines = curve()

@@ -25,14 +25,18 @@ def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
     if value is None or cost is None or figure.better == "as real":
         return None
     by_solver: dict[str, list[Point]] = {}
+    spreads: dict[str, dict[float, float]] = {}
     for row in metrics.teacher_rows:
         if (theirs := _finite(row.figure(figure.key))) is not None:
             by_solver.setdefault(row.source, []).append((row.evaluations, theirs))
+            spreads.setdefault(row.source, {}).update(_spread(row.evaluations, row, figure))
     ours = (cost, value)
     series = [
-        Series(name, sorted(points), TEACHER + i, dots=len(points) == 1)
+        Series(name, sorted(points), TEACHER + i, dots=len(points) == 1, spreads=spreads[name])
         for i, (name, points) in enumerate(by_solver.items())
     ]
+    spread = _spread(cost, student, figure)
+    series.append(Series("student", [ours], STUDENT, dots=True, loud=True, spreads=spread))
     levels = []
     held_out = metrics.real_held_out
     if held_out and (real := _finite(held_out.figure(figure.key))) is not None:
@@ -51,7 +55,7 @@ def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
         title=f"{figure.title} by cost of an image",
         x="cost of an image, in evaluations of the teacher",
         y=f"{figure.title} ({figure.better} is better)",
-        series=[*series, Series("student", [ours], STUDENT, dots=True, loud=True)],
+        series=series,
         levels=levels,
         log_x=True,
         log_y=figure.better == "lower",
