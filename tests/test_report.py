@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import yaml
 from report_runs import curve, history, metrics, write_curve, write_evaluation
+from tiny import TINY
+from training_runs import link_data
 
 from dsno_cluster.cli import main
 from dsno_cluster.cluster.runs import config_of_run, create_run
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.commands.evaluation import show_history
-from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.config import dump_config, load_config, load_profile
 from dsno_cluster.evaluation.records import History
 from dsno_cluster.stages import TRAIN
 
@@ -146,6 +148,77 @@ def test_a_cost_that_could_not_be_measured_is_left_out(tmp_path: Path) -> None:
     assert "Teacher at about that cost" not in page.text and "by cost of an image" not in page.text
     assert "images a second, on one actor" not in page.text and "A sample of the student" not in page.text
     assert "None" not in page.text
+
+
+BY_HAND = ["training.objective=distribution", "training.start=students/first"]
+MADE = "16,384 trajectories of 18 evaluations each"
+NO_IMAGES = ["data.name=null", "evaluation.reference=x.npz", "training.distribution.adversarial_weight=0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence", "cost", "made_before"),
+    [
+        ([], f"trained to step 300 of 3,400 on {MADE}.", "18 each, 294,912 in all", True),
+        (BY_HAND, "finished to step 300 of 3,400.", None, False),
+        (
+            [*BY_HAND, "training.distribution.trajectory_weight=0.1"],
+            f"finished to step 300 of 3,400, anchored to {MADE}.",
+            "18 each, 294,912 in all",
+            True,
+        ),
+        (
+            [*BY_HAND, *NO_IMAGES],
+            f"finished to step 300 of 3,400, judged by the ends of {MADE}.",
+            "18 each, 294,912 in all",
+            True,
+        ),
+        (
+            ["training.online=true", "reader.shuffle=none"],
+            f"trained to step 300 of 3,400 on {MADE}, made while training.",
+            "16,384, made while training Evaluations of the teacher 18 each Training",
+            False,
+        ),
+        (
+            [f"trajectories.imported={'0' * 16}"],
+            "trained to step 300 of 3,400 on 16,384 trajectories imported from elsewhere.",
+            "not known: the trajectories were imported",
+            False,
+        ),
+    ],
+    ids=["trajectories", "finished", "anchored", "judged", "online", "imported"],
+)
+@pytest.mark.parametrize("known_by", ["its config", "the student's folder"])
+def test_from_what_a_student_has_learned(
+    words: list[str], sentence: str, cost: str | None, made_before: bool, known_by: str, tmp_path: Path
+) -> None:
+    write_curve(tmp_path, curve())
+    if known_by == "the student's folder":
+        step = tmp_path / "students/digits/step-000000300"
+        step.mkdir()
+        (tmp_path / "students/digits/latest").write_text(step.name)
+        meta = {"sha256": "0", "model": {"kind": "dsno", "network": {}}, "step": 300}
+        (step / "meta.json").write_text(json.dumps(meta))
+        (step / "config.yaml").write_text(dump_config(load_config("configs/digits.yaml", words)))
+        words = []
+    page = report(tmp_path, *words)
+    assert page.problems == [] and sentence in page.text
+    finished = sentence.startswith("finished")
+    counted = "Finishing 300 steps, 14,400 samples drawn" if finished else "14,400 trajectories seen"
+    assert counted in page.text and ("Samples trained on" in page.text) == finished
+    assert ("Evaluations of the teacher" in page.text) == (cost is not None)
+    assert cost is None or cost in page.text
+    assert ("gen-trajectories digits.yaml" in page.text) == made_before
+    assert "dsno-cluster train digits.yaml" in page.text
+
+
+def test_stored_trajectories_are_a_cost_only_if_they_were_needed(tiny_data: Path, tmp_path: Path) -> None:
+    root = link_data(tiny_data, tmp_path)
+    write_curve(root, curve())
+    for words in ([], BY_HAND, ["training.online=true", "reader.shuffle=none"]):
+        page = report(root, *TINY, *words)
+        needed = not words
+        for said in ("bytes) in 6 shards", "Time to make them", "package trajectories"):
+            assert (said in page.text) == needed, (words, said)
 
 
 def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
