@@ -230,8 +230,7 @@ def parts_of(config: Config) -> tuple[Part, ...]:
     Online training makes the trajectories itself, others were imported, and a student that exists may be finished without
     any. A student that is finished here is trained and evaluated once more, under its own name.
     """
-    made = config.training.online or config.trajectories.imported is not None
-    stages = STAGES[1:] if made or not config.needs_trajectories else STAGES
+    stages = STAGES if config.generates_trajectories else STAGES[1:]
     parts = [Part(stage, config, stage.purpose) for stage in stages]
     if (finished := config.finished) is not None:
         parts += [

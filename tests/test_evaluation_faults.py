@@ -21,7 +21,7 @@ from dsno_cluster.config import load_config
 from dsno_cluster.diffusion.noise import sample_labels, sample_noise
 from dsno_cluster.diffusion.solvers import solve_with
 from dsno_cluster.errors import UserError, WorkError
-from dsno_cluster.evaluation.history import read_history
+from dsno_cluster.evaluation.history import best_of, read_history
 from dsno_cluster.evaluation.look_up import Comparison, Student, Subject, find_student, look_up
 from dsno_cluster.evaluation.measure import MeasuredStudent, Surroundings
 from dsno_cluster.evaluation.pictures import Pictured
@@ -452,6 +452,39 @@ def test_a_history_of_an_earlier_version_is_continued(
     history = watch(config, find_teacher(config))
     assert len(rows) == 2 and len(history.rows) == 2
     assert history.best is not None and history.best.value == 1.0
+
+
+@pytest.mark.parametrize("theirs", [{"fid": 0.8}, {"trajectory_error": {"0.0": 0.1}}])
+def test_the_best_is_told_by_its_own_row(
+    theirs: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by one of an evaluation with other settings, in which the same student has another figure, or none."""
+    config = load_config("configs/digits.yaml", [*TINY, f"storage.root={root}"])
+    ours = {"evaluation": settings_hashes(config)[0]}
+    rows = [
+        {"step": student.step, "ema_decay": student.ema_decay, "sha256": student.sha256, **found}
+        for student in checkpoints(open_storage(str(root)), config, {})
+        for found in ({**ours, "fid": 1.0 / student.step}, {"evaluation": "of other settings", **theirs})
+    ]
+    FolderStorage(root).write("evaluation/digits/history.json", json.dumps({"rows": rows}).encode())
+    monkeypatch.setattr("dsno_cluster.evaluation.watch.evaluate", None)  # it is not called
+    watch(config, find_teacher(config))
+    assert "best by fid: 0.25 at step 4" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_finite_figure_is_not_the_best() -> None:
+    bad, good = float("nan"), {"0.5": 0.2, "0.0": 0.4}
+    rows = [
+        HistoryRow(
+            step=1, ema_decay=None, fid=bad, inception_score=bad, trajectory_error={**good, "0.0": bad}
+        ),
+        HistoryRow(step=2, ema_decay=None, fid=4.0, inception_score=1.5, trajectory_error=good),
+        HistoryRow(step=3, ema_decay=None, fid=5.0, inception_score=float("inf")),
+    ]
+    for metric in ("fid", "inception_score", "trajectory_error"):
+        best = best_of(rows, metric)
+        assert best is not None and best.step == 2
+        assert best_of(rows[:1], metric) is None
 
 
 def test_a_file_that_never_stops_changing_is_given_up(tmp_path: Path) -> None:

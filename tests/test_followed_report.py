@@ -200,6 +200,11 @@ def test_a_finished_run_is_written_once(root: Path, config: Config) -> None:
     with followed(root) as process:
         assert process.wait(60) == 0
     assert "data-reload" not in (root / "report.html").read_text()
+    # begun again since, with nothing to do
+    with progress_exported(config, "train"):
+        pass
+    with followed(root) as process:
+        assert process.wait(60) == 0
     # trained further since: the evaluation is that of an older student
     work(config, "train", "training the student", "steps", 300, 400)
     with followed(root) as process, pytest.raises(subprocess.TimeoutExpired):

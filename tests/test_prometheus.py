@@ -136,6 +136,9 @@ def test_a_start_that_finds_the_work_done_says_so(config: Config) -> None:
         assert before.pop(start)[()] < after.pop(start)[()]
     del before["dsno_stage_state"], after["dsno_stage_state"]
     assert after == before
+    written = file.read_bytes(), file.stat().st_mtime_ns
+    run_stage(config, find_nothing_to_do)  # it is known to be done since the last start
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == written
 
 
 def test_the_tasks_of_an_array(config: Config) -> None:
@@ -177,6 +180,10 @@ def test_the_tasks_of_an_array(config: Config) -> None:
     assert now() == ("failed", 6)
     task(1, find_nothing_to_do)
     assert now() == ("done", 5)
+    with pytest.raises(WorkError):
+        run_stage(config, reach(7, WorkError("no")))
+    task(2, find_nothing_to_do)  # its file says so already, but is older than that failure
+    assert now() == ("done", 10)
 
 
 def test_tasks_whose_clocks_differ(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import yaml
 from report_runs import curve, history, metrics, write_curve, write_evaluation
+from tiny import TINY
+from training_runs import link_data
 
 from dsno_cluster.cli import main
 from dsno_cluster.cluster.runs import config_of_run, create_run
 from dsno_cluster.cluster.stage import Submission
 from dsno_cluster.commands.evaluation import show_history
-from dsno_cluster.config import load_config, load_profile
+from dsno_cluster.config import dump_config, load_config, load_profile
 from dsno_cluster.evaluation.records import History
 from dsno_cluster.stages import TRAIN
 
@@ -148,6 +150,77 @@ def test_a_cost_that_could_not_be_measured_is_left_out(tmp_path: Path) -> None:
     assert "None" not in page.text
 
 
+BY_HAND = ["training.objective=distribution", "training.start=students/first"]
+MADE = "16,384 trajectories of 18 evaluations each"
+NO_IMAGES = ["data.name=null", "evaluation.reference=x.npz", "training.distribution.adversarial_weight=0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence", "cost", "made_before"),
+    [
+        ([], f"trained to step 300 of 3,400 on {MADE}.", "18 each, 294,912 in all", True),
+        (BY_HAND, "finished to step 300 of 3,400.", None, False),
+        (
+            [*BY_HAND, "training.distribution.trajectory_weight=0.1"],
+            f"finished to step 300 of 3,400, anchored to {MADE}.",
+            "18 each, 294,912 in all",
+            True,
+        ),
+        (
+            [*BY_HAND, *NO_IMAGES],
+            f"finished to step 300 of 3,400, judged by the ends of {MADE}.",
+            "18 each, 294,912 in all",
+            True,
+        ),
+        (
+            ["training.online=true", "reader.shuffle=none"],
+            f"trained to step 300 of 3,400 on {MADE}, made while training.",
+            "16,384, made while training Evaluations of the teacher 18 each Training",
+            False,
+        ),
+        (
+            [f"trajectories.imported={'0' * 16}"],
+            "trained to step 300 of 3,400 on 16,384 trajectories imported from elsewhere.",
+            "not known: the trajectories were imported",
+            False,
+        ),
+    ],
+    ids=["trajectories", "finished", "anchored", "judged", "online", "imported"],
+)
+@pytest.mark.parametrize("known_by", ["its config", "the student's folder"])
+def test_from_what_a_student_has_learned(
+    words: list[str], sentence: str, cost: str | None, made_before: bool, known_by: str, tmp_path: Path
+) -> None:
+    write_curve(tmp_path, curve())
+    if known_by == "the student's folder":
+        step = tmp_path / "students/digits/step-000000300"
+        step.mkdir()
+        (tmp_path / "students/digits/latest").write_text(step.name)
+        meta = {"sha256": "0", "model": {"kind": "dsno", "network": {}}, "step": 300}
+        (step / "meta.json").write_text(json.dumps(meta))
+        (step / "config.yaml").write_text(dump_config(load_config("configs/digits.yaml", words)))
+        words = []
+    page = report(tmp_path, *words)
+    assert page.problems == [] and sentence in page.text
+    finished = sentence.startswith("finished")
+    counted = "Finishing 300 steps, 14,400 samples drawn" if finished else "14,400 trajectories seen"
+    assert counted in page.text and ("Samples trained on" in page.text) == finished
+    assert ("Evaluations of the teacher" in page.text) == (cost is not None)
+    assert cost is None or cost in page.text
+    assert ("gen-trajectories digits.yaml" in page.text) == made_before
+    assert "dsno-cluster train digits.yaml" in page.text
+
+
+def test_stored_trajectories_are_a_cost_only_if_they_were_needed(tiny_data: Path, tmp_path: Path) -> None:
+    root = link_data(tiny_data, tmp_path)
+    write_curve(root, curve())
+    for words in ([], BY_HAND, ["training.online=true", "reader.shuffle=none"]):
+        page = report(root, *TINY, *words)
+        needed = not words
+        for said in ("bytes) in 6 shards", "Time to make them", "package trajectories"):
+            assert (said in page.text) == needed, (words, said)
+
+
 def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
     """What `eval --watch` writes: no metrics.json but those of the checkpoints, rows of several settings."""
     past = history()
@@ -157,7 +230,11 @@ def test_watched_checkpoints_alone_are_a_report(tmp_path: Path) -> None:
     past["rows"].insert(
         0, {"step": 100, "ema_decay": 0.9, "evaluation": "before", "fid": 0.01, "folder": "elsewhere/"}
     )
-    past["best"]["metric"] = "trajectory_error"
+    # the best one, by fewer samples
+    past["rows"].append(
+        {"step": 300, "ema_decay": 0.999, "evaluation": "after", "fid": 90.0, "folder": "elsewhere/"}
+    )
+    past["best"] |= {"metric": "trajectory_error", "value": 0.1}
     write_evaluation(tmp_path, metrics(), past)
     folder = tmp_path / "evaluation" / "digits"
     best = folder / "step-000000300-ema-0.999"
@@ -188,6 +265,30 @@ def test_the_distances_of_checkpoints_have_intervals(
     show_history(load_config("configs/digits.yaml"), History.model_validate(past))
     said = capsys.readouterr().out
     assert "3.34 ± 0.33" in said and "±: half of the 95 % interval" in said
+
+
+def test_a_checkpoint_without_a_finite_figure_is_not_the_best(tmp_path: Path) -> None:
+    past = history()
+    past["rows"][0] |= {"fid": float("nan"), "fid_ci95": float("nan")}
+    write_evaluation(tmp_path, metrics(), past)
+    page = report(tmp_path)
+    assert "Best so far: 3.34 at step 300 (EMA 0.999)." in page.text
+    assert "nan" not in page.text and "nan" not in str(page.all("svg") + page.all("line"))
+
+
+def test_the_chart_by_cost_has_intervals(tmp_path: Path) -> None:
+    """Of the student and of the teacher's rows that have one."""
+    found = metrics()
+    found["student"]["fid_ci95"] = 0.33
+    found["teacher_rows"][1]["fid_ci95"] = 0.05
+    found["teacher_rows"][2]["fid_ci95"] = 0.02
+    write_evaluation(tmp_path, found)
+    page = report(tmp_path)
+    assert (
+        page.problems == [] and "The student has Frechet distance 4.56 ± 0.33 at a cost of 1.0" in page.text
+    )
+    bars = [(a["class"] or "").split()[-1] for a in page.all("line") if "spread" in (a["class"] or "")]
+    assert bars == 2 * ["c1", "c2", "c0"]  # the chart is drawn in two widths
 
 
 def test_held_out_distances_of_a_training(tmp_path: Path) -> None:

@@ -203,7 +203,9 @@ def test_the_report_of_a_path_shows_the_finished_student(tmp_path: Path) -> None
     assert page.problems == [] and "4.56" not in page.text
     for said in (
         "digits-finished",
-        "finished to step 7",
+        "finished to step 7 of 300, after a training on 16,384 trajectories of 18 evaluations each.",
+        "18 each, 294,912 in all",
+        "Finishing 7 steps, 3,584 samples drawn",
         "Not evaluated yet: dsno-cluster run configs/digits.yaml finish.enabled=true",
         "Training loss before finishing The loss falls from 1 at step 10 to 0.0333 at step 300.",
         "The loss is 0.25 at step 7",

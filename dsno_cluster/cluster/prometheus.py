@@ -72,10 +72,9 @@ def progress_exported(config: Config, stage: str, task: int | None = None) -> It
     """In this context the progress of this process is in `progress_file`, and in the end how the work ended.
 
     A process that shows no progress writes nothing, such as a rank other than 0, or a start that finds the work done:
-    then only the state that an earlier start left becomes `done`.
+    then only another state that an earlier start left becomes `done`.
     """
-    labels = {"run": config.name, "stage": stage} | ({} if task is None else {"task": str(task)})
-    export = _Export(progress_file(config, stage, task), labels)
+    export = _Export(config, stage, task)
     state = "failed"
     try:
         with console.recording(export.take):
@@ -168,9 +167,10 @@ def _next_order(folder: Path) -> int:
 
 
 class _Export:
-    def __init__(self, file: Path, labels: dict[str, str]) -> None:
-        self.file, self.labels = file, labels
-        self.began, self.began_order = time.time(), _next_order(file.parent)
+    def __init__(self, config: Config, stage: str, task: int | None) -> None:
+        self.config, self.stage, self.file = config, stage, progress_file(config, stage, task)
+        self.labels = {"run": config.name, "stage": stage} | ({} if task is None else {"task": str(task)})
+        self.began, self.began_order = time.time(), _next_order(self.file.parent)
         self.metrics: dict[str, Metric] = {}
         self.before = self._content()
 
@@ -190,13 +190,23 @@ class _Export:
         self._write("running")
 
     def end(self, state: str) -> None:
-        """Write the last state, if any progress was written before: by this start, or by an earlier one if the work is done."""
+        """Write the last state, if any progress was written before: by this start, or by an earlier one if the work is done.
+
+        What was done already stays as it is: done anew, it would make what was done after it look outdated.
+        """
         if not self.metrics and state == "done" and self.before and self._content() == self.before:
+            if self._was_done():
+                return
             self.metrics = _metrics_of(self.before)
         if self.metrics:
             self._set_beginning()
             self._set_order(_next_order(self.file.parent))
             self._write(state)
+
+    def _was_done(self) -> bool:
+        """Whether the file says so, and no other task of an array began after that."""
+        found = _read(self.file), read_progress(self.config, self.stage)
+        return all(progress is not None and progress.state == "done" for progress in found)
 
     def _content(self) -> str:
         """What the file holds, empty if it cannot be read. Another process of this start may replace it."""

@@ -157,6 +157,12 @@ class Config(Strict):
         judged = settings.heldout_every is not None and not self.data.named
         return settings.reads_trajectories or (judged and not settings.online)
 
+    @property
+    def generates_trajectories(self) -> bool:
+        """Whether `gen-trajectories` makes what training needs: not if it makes them itself, or others were imported."""
+        elsewhere = self.training.online or self.trajectories.imported is not None
+        return self.needs_trajectories and not elsewhere
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         points = self.trajectories.num_points

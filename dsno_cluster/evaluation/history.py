@@ -5,6 +5,7 @@ Needs no torch, as the report reads it too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dsno_cluster.config import Config
@@ -27,8 +28,9 @@ def read_history(storage: Storage, config: Config) -> History:
 
 
 def best_of(rows: Sequence[HistoryRow], metric: str) -> Best | None:
-    """The best row by a metric; None if no row has it."""
-    valued = [(row, value) for row in rows if (value := value_of(row, metric)) is not None]
+    """The best row by a metric; None if no row has a finite value of it."""
+    values = [(row, value_of(row, metric)) for row in rows]
+    valued = [(row, value) for row, value in values if value is not None and math.isfinite(value)]
     if not valued:
         return None
     choose = min if judging_figures(INCEPTION)[metric].better == "lower" else max
@@ -60,10 +62,16 @@ def text_of(row: HistoryRow, metric: str, figure: Figure) -> str:
 
 
 def best_row(history: History) -> HistoryRow:
-    """The row that `best` of a non-empty history names, or its last."""
+    """The row that `best` of a non-empty history names, or its last.
+
+    A student may have several rows, of evaluations with other settings: the best's value tells them apart.
+    """
     best = history.best
-    same = [row for row in history.rows if best and (row.step, row.ema_decay) == (best.step, best.ema_decay)]
-    return (same or history.rows)[-1]
+    if best is None:
+        return history.rows[-1]
+    same = [row for row in history.rows if (row.step, row.ema_decay) == (best.step, best.ema_decay)]
+    chosen = [row for row in same if value_of(row, best.metric) == best.value]
+    return (chosen or same or history.rows)[-1]
 
 
 def value_of(row: HistoryRow, metric: str) -> float | None:

@@ -25,14 +25,18 @@ def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
     if value is None or cost is None or figure.better == "as real":
         return None
     by_solver: dict[str, list[Point]] = {}
+    spreads: dict[str, dict[float, float]] = {}
     for row in metrics.teacher_rows:
         if (theirs := _finite(row.figure(figure.key))) is not None:
             by_solver.setdefault(row.source, []).append((row.evaluations, theirs))
+            spreads.setdefault(row.source, {}).update(_spread(row.evaluations, row, figure))
     ours = (cost, value)
     series = [
-        Series(name, sorted(points), TEACHER + i, dots=len(points) == 1)
+        Series(name, sorted(points), TEACHER + i, dots=len(points) == 1, spreads=spreads[name])
         for i, (name, points) in enumerate(by_solver.items())
     ]
+    spread = _spread(cost, student, figure)
+    series.append(Series("student", [ours], STUDENT, dots=True, loud=True, spreads=spread))
     levels = []
     held_out = metrics.real_held_out
     if held_out and (real := _finite(held_out.figure(figure.key))) is not None:
@@ -51,7 +55,7 @@ def cost_chart(metrics: Metrics, figure: Figure) -> Chart | None:
         title=f"{figure.title} by cost of an image",
         x="cost of an image, in evaluations of the teacher",
         y=f"{figure.title} ({figure.better} is better)",
-        series=[*series, Series("student", [ours], STUDENT, dots=True, loud=True)],
+        series=series,
         levels=levels,
         log_x=True,
         log_y=figure.better == "lower",
@@ -136,14 +140,13 @@ def history_chart(history: History, figure: Figure, level: tuple[str, float] | N
         points = _points((row.step, value_of(row, figure.key)) for row in rows if row.ema_decay == decay)
         if points:
             of_line = [row for row in rows if row.ema_decay == decay]
-            halves = [(float(row.step), row.figure(f"{figure.key}_ci95")) for row in of_line]
-            spreads = {step: half for step, half in halves if half is not None}
+            spreads = {x: half for row in of_line for x, half in _spread(row.step, row, figure).items()}
             name = "student" if decay is None else f"EMA {decay:g}"
             series.append(Series(name, points, i if i == 0 else i + 1, spreads=spreads))
     if not series:
         return None
     choose = min if figure.better == "lower" else max
-    measured = [(row, value) for row in rows if (value := value_of(row, figure.key)) is not None]
+    measured = [(row, value) for row in rows if (value := _finite(value_of(row, figure.key))) is not None]
     best, _ = choose(measured, key=lambda found: found[1])
     of = f" (EMA {best.ema_decay:g})" if len(series) > 1 and best.ema_decay is not None else ""
     return Chart(
@@ -175,6 +178,12 @@ def _points(pairs: Iterable[tuple[float, float | None]]) -> list[Point]:
     """The pairs that can be drawn, by x; each x once, with the last of its values."""
     finite = {float(x): value for x, y in pairs if (value := _finite(y)) is not None}
     return sorted(finite.items())
+
+
+def _spread(x: float, row: Figures, figure: Figure) -> dict[float, float]:
+    """By x, how far the interval of a row's figure reaches on either side of it; empty if it has none."""
+    half = _finite(row.figure(f"{figure.key}_ci95"))
+    return {} if half is None else {x: half}
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from dsno_cluster.cluster.runs import Run, all_runs
-from dsno_cluster.config import Config
+from dsno_cluster.config import Config, DataConfig, Training, Trajectories, validate
+from dsno_cluster.config.base import Strict
 from dsno_cluster.config.renamed import with_current_names
 from dsno_cluster.diffusion.solvers import Method
 from dsno_cluster.errors import UserError
@@ -46,6 +48,11 @@ class FirstTraining:
     curve: list[CurveLine]
     trained_with: Values
 
+    @property
+    def trained(self) -> Config:
+        """The config, with what the folder says of its data, its trajectories and its training."""
+        return _as_trained(self.config, self.trained_with)
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -54,9 +61,10 @@ class RunFiles:
     `metrics`: metrics.json of `eval`, or of the checkpoint that `eval --watch` found best. `curve`: lines of
     metrics.jsonl, by step. `history`: the results of `eval --watch`, by checkpoint. `student`: meta.json of
     the newest student, `evaluated` that of the one that `eval` takes, and `trained_with` the config in its folder.
-    `pictures`: data URIs by name, and `picture_before` that of the student before finishing, of the same noise.
-    `runs`: submitted runs, oldest first. `places`: where each file was looked for. `first`: if `finish` of the
-    reported config made the student, the training before.
+    `manifest`: that of the stored trajectories that the training of `begun` needs. `pictures`: data URIs by name, and
+    `picture_before` that of the student before finishing, of the same noise. `runs`: submitted runs, oldest
+    first. `places`: where each file was looked for. `first`: if `finish` of the reported config made the
+    student, the training before.
     """
 
     config: Config
@@ -75,9 +83,14 @@ class RunFiles:
     first: FirstTraining | None = None
 
     @property
-    def imported(self) -> bool:
-        """Whether the trajectories were made elsewhere, so that nobody knows what they cost."""
-        return self.config.trajectories.imported is not None
+    def trained(self) -> Config:
+        """The config, with what the student's folder says of its data, its trajectories and its training."""
+        return _as_trained(self.config, self.trained_with)
+
+    @property
+    def begun(self) -> Config:
+        """The `trained` of the training with which the student began: before finishing, if `finish` made it."""
+        return (self.first or self).trained
 
     @property
     def layout(self) -> Layout | None:
@@ -143,6 +156,9 @@ def read_run_files(config: Config) -> RunFiles:
         metrics = read_file(Metrics, storage, folder + "metrics.json")
     address = config.student_address
     student = _student_at(address, config.storage.endpoint_url)
+    trained_with = _config_at(address, config.storage.endpoint_url)
+    first = None if whole.name == config.name else _first_training(whole)
+    begun = first.trained if first else _as_trained(config, trained_with)
     manifest = _find_manifest(config, storage, student)
     return RunFiles(
         config=config,
@@ -151,20 +167,34 @@ def read_run_files(config: Config) -> RunFiles:
         history=history,
         student=student,
         evaluated=_student_at(_evaluated(address, config.storage.endpoint_url), config.storage.endpoint_url),
-        trained_with=_config_at(address, config.storage.endpoint_url),
-        manifest=manifest,
+        trained_with=trained_with,
+        manifest=manifest if begun.needs_trajectories and not begun.training.online else None,
         size=size_of(config, _method(manifest, places["metrics"]) if manifest else None),
         pictures={name: uri for name in PICTURES if (uri := _picture(storage, folder + name))},
         picture_before=_picture_before(storage, metrics) if metrics else None,
         runs=[run for one in dict.fromkeys((whole.name, config.name)) for run in _runs_of(whole, one)],
         places=places,
-        first=None if whole.name == config.name else _first_training(whole),
+        first=first,
     )
 
 
 def _first_training(config: Config) -> FirstTraining:
     trained_with = _config_at(config.student_address, config.storage.endpoint_url)
     return FirstTraining(config, read_curve(config), trained_with)
+
+
+def _as_trained(config: Config, trained_with: Values) -> Config:
+    """The config with the sections that say which trajectories a training needs; its own if they cannot be read."""
+    sections: dict[str, type[Strict]] = {
+        "data": DataConfig,
+        "trajectories": Trajectories,
+        "training": Training,
+    }
+    found: dict[str, Strict] = {}
+    for name in sections.keys() & trained_with.keys():
+        with contextlib.suppress(UserError):  # of a newer version, or damaged
+            found[name] = validate(sections[name], trained_with[name], name)
+    return config.model_copy(update=found)
 
 
 def _method(manifest: Manifest, where: str) -> Method | None:

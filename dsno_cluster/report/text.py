@@ -50,23 +50,40 @@ def introduction(files: RunFiles) -> str:
     text = f"A DSNO student of the teacher {config.teacher.path or 'that is not named'}"
     step = _newest_step(files)
     if step is not None:
-        text += (
-            f", {'finished' if files.first else 'trained'} to step {step:,} of {_trained(files, 'steps'):,}"
-        )
-    samples = files.manifest.num_samples if files.manifest else config.trajectories.num_samples
-    made = (
-        "imported from elsewhere"
-        if files.imported
-        else f"of {files.size.evaluations_per_sample} evaluations each"
-    )
-    on = f" on {samples:,} trajectories {made}"
-    text += f"{', after a training' if files.first else ''}{on}."
+        done = "finished" if _is_finished(files) else "trained"
+        text += f", {done} to step {step:,} of {_trained(files, 'steps'):,}"
+    text += f"{', after a training' if files.first else ''}{_on_trajectories(files)}."
     evaluated = files.metrics.checkpoint.step if files.metrics else None
     if evaluated is not None:
         text += f" Evaluated at step {evaluated:,}."
     elif student is None and files.metrics is None:
         text += " No student is published yet."
     return text
+
+
+def _is_finished(files: RunFiles) -> bool:
+    """Whether the student was trained by its samples, which it draws, and not by trajectories."""
+    return files.trained.training.objective == "distribution"
+
+
+def _on_trajectories(files: RunFiles) -> str:
+    """What trajectories were to a training, as the end of a sentence about it; empty if it needed none."""
+    begun, size = files.begun, files.size
+    if not begun.needs_trajectories:
+        return ""
+    count = files.manifest.num_samples if files.manifest else size.num_samples
+    made = f"of {size.evaluations_per_sample} evaluations each"
+    if begun.trajectories.imported is not None:
+        made = "imported from elsewhere"
+    elif begun.training.online:
+        made += ", made while training"
+    if begun.training.objective == "trajectories":
+        how = " on"
+    elif begun.training.reads_trajectories:
+        how = ", anchored to"
+    else:
+        how = ", judged by the ends of"
+    return f"{how} {count:,} trajectories {made}"
 
 
 def warnings_of(files: RunFiles) -> list[str]:
@@ -134,25 +151,8 @@ def _newest_step(files: RunFiles) -> int | None:
 
 def cost_of(files: RunFiles) -> Facts:
     """Evaluations, seconds and bytes, by stage."""
-    size, manifest, metrics, student = files.size, files.manifest, files.metrics, files.student
-    count = manifest.num_samples if manifest else size.num_samples
-    rows = [
-        (
-            "Trajectories",
-            f"{count:,}"
-            + ("" if manifest else " planned; none are finished at " + shown_path(files.config.storage.root)),
-        ),
-        (
-            "Evaluations of the teacher",
-            "not known: the trajectories were imported"
-            if files.imported
-            else f"{size.evaluations_per_sample:,} each, {count * size.evaluations_per_sample:,} in all",
-        ),
-    ]
-    if manifest:
-        held = sum(shard.size for shard in manifest.shards)
-        rows.append(("Their size", f"{bytes_text(held)} ({held:,} bytes) in {len(manifest.shards):,} shards"))
-        rows.append(("Time to make them", _duration(manifest.environment.seconds)))
+    metrics, student, finished = files.metrics, files.student, _is_finished(files)
+    rows = _cost_of_trajectories(files) if files.begun.needs_trajectories else []
     last = files.curve[-1] if files.curve else None
     known = [
         last.seconds if last else None,
@@ -166,9 +166,9 @@ def cost_of(files: RunFiles) -> Facts:
         rows.append(("Time to train before", _duration(before.seconds)))
     step = _newest_step(files)
     if step is not None:
-        images, first = step * _trained(files, "batch_size"), files.first
-        seen = f"{images:,} {'samples drawn' if first else 'trajectories seen'}"
-        rows.append(("Finishing" if first else "Training", f"{step:,} steps, {seen}"))
+        images = step * _trained(files, "batch_size")
+        seen = f"{images:,} {'samples drawn' if finished else 'trajectories seen'}"
+        rows.append(("Finishing" if finished else "Training", f"{step:,} steps, {seen}"))
         rows.append(("Time to train", _duration(seconds)))
         if student is not None and student.world_size is not None:
             rows.append(("Training processes", str(student.world_size)))
@@ -176,10 +176,31 @@ def cost_of(files: RunFiles) -> Facts:
         rate = f"{last.images_per_second:,.0f} a second"
         if last.data_wait is not None:
             rate += f"; {last.data_wait:.1%} of the time waiting for data"
-        rows.append(("Samples trained on" if files.first else "Trajectories trained on", rate))
+        rows.append(("Samples trained on" if finished else "Trajectories trained on", rate))
     if last is not None and last.memory_gb is not None:
         rows.append(("Most memory of a process", f"{last.memory_gb:.2f} GB"))
     return rows + (_cost_of_evaluation(metrics) if metrics else [])
+
+
+def _cost_of_trajectories(files: RunFiles) -> Facts:
+    size, manifest, begun = files.size, files.manifest, files.begun
+    count = manifest.num_samples if manifest else size.num_samples
+    each = f"{size.evaluations_per_sample:,} each"
+    if begun.training.online:  # how often each was made is not recorded
+        return [("Trajectories", f"{count:,}, made while training"), ("Evaluations of the teacher", each)]
+    evaluations = f"{each}, {count * size.evaluations_per_sample:,} in all"
+    if begun.trajectories.imported is not None:
+        evaluations = "not known: the trajectories were imported"
+    if manifest is None:
+        planned = f"{count:,} planned; none are finished at {shown_path(files.config.storage.root)}"
+        return [("Trajectories", planned), ("Evaluations of the teacher", evaluations)]
+    held = sum(shard.size for shard in manifest.shards)
+    return [
+        ("Trajectories", f"{count:,}"),
+        ("Evaluations of the teacher", evaluations),
+        ("Their size", f"{bytes_text(held)} ({held:,} bytes) in {len(manifest.shards):,} shards"),
+        ("Time to make them", _duration(manifest.environment.seconds)),
+    ]
 
 
 def _cost_of_evaluation(metrics: Metrics) -> Facts:
@@ -212,7 +233,14 @@ def settings_of(files: RunFiles) -> list[tuple[str, Facts]]:
             )
         )
     else:
-        groups.append(("Spec of the trajectories", [("spec", "no finished trajectories were found")]))
+        begun = files.begun
+        if not begun.needs_trajectories:
+            why = "training needs no trajectories"
+        elif begun.training.online:
+            why = "training makes the trajectories and does not keep them"
+        else:
+            why = "no finished trajectories were found"
+        groups.append(("Spec of the trajectories", [("spec", why)]))
     training, student = _section(files, "training"), _section(files, "student")
     groups.append(
         (
@@ -283,7 +311,8 @@ def reproduction(files: RunFiles) -> tuple[str, str, str]:
     config |= {key: begun.trained_with[key] for key in TRAINED if key in begun.trained_with}
     text = without_passwords(dump_yaml(config, only_ascii=False))
     name = f"{begun.config.name}.yaml"
-    stages = ("run", "report") if files.first else ("gen-trajectories", "train", "eval", "report")
+    made = ["gen-trajectories"] if files.begun.generates_trajectories else []
+    stages = ["run", "report"] if files.first else [*made, "train", "eval", "report"]
     lines = [f"dsno-cluster {stage} {name}" for stage in stages]
     submitted = [run.record() for run in files.runs]
     if submitted:
