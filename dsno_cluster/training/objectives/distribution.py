@@ -97,7 +97,8 @@ class DistributionObjective:
                 FAKE_SCORE: Companion(
                     matching.fake_score,
                     self.settings.fake_lr or config.training.lr,
-                    lambda step: self.settings.fake_updates + (0 if step else self.settings.fake_warmup),
+                    self.settings.fake_updates,
+                    self.settings.fake_warmup,
                     self.fake_loss,
                 )
             }
