@@ -75,14 +75,14 @@ def measure_cost(rounds: int, overrides: list[str]) -> None:
         _step_of(config, ranks) for config in (plain.model_copy(update={"training": training}), finished)
     ]
     ratios = []
-    for number in range(1, rounds + 3):  # before step 0 the fake score network may have further updates
+    for number in range(rounds + 2):
         seconds = []
         for step in steps:
             began = time.perf_counter()
             step(number)
             wait_for_gpu()
             seconds.append(time.perf_counter() - began)
-        if number > 2:
+        if number > 1:
             ratios.append(seconds[1] / seconds[0])
     low, *_, high = statistics.quantiles(ratios, n=10)
     settings = finished.training.distribution

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dsno_cluster.errors import UserError
 
@@ -39,6 +40,16 @@ def autocast_to(precision: str, device: torch.device) -> contextlib.AbstractCont
     """A context whose layers run in a half precision, with float32 weights; in float32 and tf32 they run as they are."""
     half = HALVES.get(precision)
     return torch.autocast(device.type, half) if half else contextlib.nullcontext()
+
+
+def pinned_for(device: torch.device, x: Tensor) -> Tensor:
+    """A tensor of the CPU in memory from which a GPU copies while the host goes on; for another device as it is."""
+    return x.pin_memory() if device.type == "cuda" else x
+
+
+def copied_to(device: torch.device, x: Tensor) -> Tensor:
+    """A tensor of the CPU on the device, whose earlier work is not waited for."""
+    return pinned_for(device, x).to(device, non_blocking=True)
 
 
 def visible_gpus() -> int:

@@ -178,6 +178,73 @@ def test_preempted_it_resumes_to_the_same_bytes(
     assert [line["figures"] for line in metrics(out)] == [line["figures"] for line in metrics(whole)]
 
 
+WARMED = [
+    *FINISHED[:-1],
+    "training.distribution={fake_updates: 2, fake_warmup: 6, adversarial_weight: 0.05}",
+]
+# a training whose last rank gets a signal in an update before the first step; it says where its progress begins
+SIGNALLED = """
+import os, signal, sys
+from dsno_cluster import console
+from dsno_cluster.training import loop
+from dsno_cluster.training.objectives.distribution import DistributionObjective
+from dsno_cluster.training.readback import Readback
+learn = DistributionObjective.fake_loss
+def signalled(self, student, network, batch, step, update):
+    if (step, update) == (0, {update}) and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return learn(self, student, network, batch, step, update)
+DistributionObjective.fake_loss = signalled
+loop.Readback = lambda ranks: Readback(ranks, behind={behind})
+from dsno_cluster.cli import main
+with console.recording(lambda tally: print(tally.title, "from", tally.reached, file=sys.stderr)):
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "stage", "behind"),
+    [
+        (1, 0, False),
+        pytest.param(1, 0, True, marks=pytest.mark.slow),
+        pytest.param(2, 2, False, marks=pytest.mark.slow),
+        pytest.param(2, 3, False, marks=pytest.mark.slow),
+    ],
+)
+def test_preempted_before_the_first_step_it_resumes_to_the_same_bytes(
+    count: int, stage: int, behind: bool, start: Path, tmp_path: Path
+) -> None:
+    """Twice within the warm-up, which a signal to one rank ends after its update, or the next if figures are read late."""
+    more = [*WARMED, f"training.start={start}", f"training.zero_stage={stage}"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    statuses, errors = ends(start_ranks(whole, count, *more))
+    assert statuses == [0] * count, errors
+    begun = 0
+    for update in (1, 3):
+        script = SIGNALLED.format(update=update, behind=behind)
+        statuses, errors = ends(start_ranks(out, count, *more, script=script))
+        made = update + 1 + behind
+        assert statuses == [130] * count and f"saved at update {made} before the first step" in errors[0], (
+            errors
+        )
+        assert f"before the first step from {begun}\n" in errors[0], errors[0]
+        assert checkpoints(out) == [0] and not (out / STUDENT / "latest").exists()
+        begun = made
+    plan = answer(*words(out, *more), "--launcher", "local", "--dry-run")
+    assert plan.returncode == 0 and "would train digits for 4 steps" in plan.stdout + plan.stderr
+    script = SIGNALLED.format(update=-1, behind=behind)
+    statuses, errors = ends(start_ranks(out, count, *more, script=script))
+    assert statuses == [0] * count, errors
+    assert f"before the first step from {begun}\n" in errors[0]
+    assert (
+        f"training the student from {begun}\n" in errors[0]
+    )  # further than where an attempt without it begins
+    files = [f"resume/step-000000004/rank-{rank:05d}.safetensors" for rank in range(count)]
+    for file in ("step-000000004/model.safetensors", *files):
+        assert (out / STUDENT / file).read_bytes() == (whole / STUDENT / file).read_bytes(), file
+    assert [line["figures"] for line in metrics(out)] == [line["figures"] for line in metrics(whole)]
+
+
 def test_a_fake_score_network_that_is_not_finite_ends_the_run(start: Path, tmp_path: Path) -> None:
     """In the step that sees it; the checkpoint before is whole, and the line names no trajectories, as none were read."""
     script = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from dsno_cluster.networks.diffusers_model import DiffusersModel
 from dsno_cluster.networks.normalization import in_any_layout
 from dsno_cluster.networks.unet import UNet
 from dsno_cluster.students.dsno import DSNO, Form
-from dsno_cluster.teachers import Teacher, teacher_info
+from dsno_cluster.teachers import Teacher, find_teacher, teacher_info
+from dsno_cluster.teachers.fake_score import trainable_copy
 from dsno_cluster.teachers.identity import UNetDescription
 from dsno_cluster.teachers.unet_denoiser import unet_info, unet_teacher
+from dsno_cluster.training.objectives.distribution import DistributionObjective, Matching
 from dsno_cluster.training.objectives.trajectories import TrajectoryObjective
+from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.training.train_teacher import velocity_loss
 from dsno_cluster.trajectories.reader import Batch
 
@@ -265,15 +269,76 @@ def test_the_loss_of_a_step() -> None:
     assert not seen.waits
 
 
-def test_the_loss_of_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images are on the GPU; what is drawn for a step on the CPU is copied there from pinned memory."""
-    pinned: list[Tensor] = []
+MATCHED = {  # and what is copied in one update of either network: labels, real images and theirs, labels of an anchor
+    "gradient": (["training.distribution={adversarial_weight: 0.05, trajectory_weight: 0.1}"], 3 + 2),
+    "samples only": (["training.distribution={adversarial_weight: 0.05}"], 3 + 1),
+    "score-identity": (
+        [
+            "training.distribution={matching: score-identity, adversarial_weight: 0}",
+            "trajectories.guidance_scale=1.5",
+            "trajectories.guidance_interval=[0.1, 2.0]",
+        ],
+        1 + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("terms", MATCHED)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_losses_of_distribution_matching(
+    form: str, terms: str, pinned: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the fake score network and of the student; one of the published form computes all points together."""
+    # torch does not go backward on a GPU that is not there
+    monkeypatch.setattr(torch.autograd, "grad", lambda _loss, x: (torch.zeros_like(x),))
+    described = ", ".join(f"{key}: {value}" for key, value in asdict(FORMS[form]).items())
+    settings, copied = MATCHED[terms]
+    config = load_config(
+        "configs/digits.yaml",
+        [
+            f"student={{{described}}}",
+            "training.most_points=3",
+            "training.objective=distribution",
+            *settings,
+        ],
+    )
+    times, shape = config.trajectories.time_points, config.network.state_shape
+    found = find_teacher(config)
+    student, fake_score = DSNO(config.network, FORMS[form], times), trainable_copy(found, seed=0)
+    teacher = found.load(compile=False)
+    assert teacher.network is not None
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def drawn(indices: Sequence[int]) -> Tensor:
+        return torch.zeros(len(indices), *shape)
+
+    with pretended_gpu():
+        for network in (student, fake_score, teacher.network):
+            moved(network)
+        real = RealImages(50, 0, "", drawn, drawn, drawn, torch.zeros(50, dtype=torch.int64))
+        objective = DistributionObjective(config, Matching(teacher, fake_score, real), None, CUDA)
+        batch = Batch(np.arange(4), drawn(labels), torch.zeros(4, len(times), *shape), labels)
+        learning = seen_by(lambda: objective.fake_loss(student, fake_score, batch, 7, 0))
+        step = seen_by(lambda: objective.loss(student, batch, 7))
+    assert not learning.waits and not step.waits
+    assert len(pinned) == 2 * copied
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors that are put into pinned memory, which is only pretended."""
+    found: list[Tensor] = []
 
     def pin(x: Tensor) -> Tensor:
-        pinned.append(x)
+        found.append(x)
         return x
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
+    return found
+
+
+def test_the_loss_of_a_teacher(pinned: list[Tensor]) -> None:
+    """The images are on the GPU; what is drawn for a step on the CPU is copied there from pinned memory."""
     config = load_config("configs/digits.yaml", ["teacher_training.label_dropout=0.1"])
     unet = UNet(config.network)
     with pretended_gpu():

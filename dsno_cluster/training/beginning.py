@@ -53,6 +53,11 @@ class Beginning:
         """The number of steps that are done."""
         return 0 if self.state is None else self.state.step
 
+    @property
+    def warmed(self) -> int:
+        """The number of updates that were made before the first step, if no step is done."""
+        return 0 if self.state is None else self.state.warmed or 0
+
 
 @dataclass(frozen=True)
 class DataSet:

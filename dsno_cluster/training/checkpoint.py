@@ -94,6 +94,9 @@ class CheckpointState(SparseRecord):
     without_progress: int = 0
     ended: bool = False
     companions: dict[str, CompanionState] = Field(default_factory=dict)
+    warmed: int | None = (
+        None  # updates of the companions' warm-up that were made; only of one that was interrupted
+    )
 
     def is_end(self, steps: int) -> bool:
         """Whether a training of so many steps is done: it has taken them all, or ended before."""
@@ -112,6 +115,7 @@ class RunNotes:
     without_progress: int = 0  # checkpoints that were compared since the best
     ended: bool = False  # before its last step
     basis: str | None = None  # names, by a hash, what the compared figures are measured from
+    warmed: int | None = None  # as in `CheckpointState`
 
     def judge_by(self, basis: str | None) -> bool:
         """Compare checkpoints by figures of this `basis` from now on; returns whether the best so far had another one.
@@ -163,13 +167,13 @@ def save(
 ) -> None:
     """Save the state of all ranks to resume from, and the averaged student; collective: every rank must call it.
 
-    `students` are the whole averages by decay, on rank 0. The checkpoint is written to a temporary folder,
-    which rank 0 renames once all ranks have written. Raises WorkError on every rank if one of them could not
+    `students` are the whole averages by decay, on rank 0; none are published if there are none. The checkpoint is written to
+    a temporary folder, which rank 0 renames once all ranks have written. Raises WorkError on every rank if one of them could not
     write, or if the weights are no longer finite; the previous checkpoint is then intact.
     """
     folder = resume_dir(config)
     aside, before = folder / f".{step_name(step)}.tmp", newest_step(config)
-    good = f"the checkpoint of step {before} is whole" if before else "there is no checkpoint yet"
+    good = f"the checkpoint of step {before} is whole" if before is not None else "there is no checkpoint yet"
     averages = {ema_kind(decay): average for decay, average in ema.averages.items()}
 
     with _agreed(ranks, good):
@@ -191,7 +195,9 @@ def save(
             # before the state becomes visible: a finished run always has its student
             reached = {"train_seconds": round(notes.seconds, 1), "step": step, "ended": notes.ended or None}
             about = notes.about.model_copy(update=reached)
-            publisher.publish(step, students, about, best=notes.best is not None and notes.best.step == step)
+            if students:
+                best = notes.best is not None and notes.best.step == step
+                publisher.publish(step, students, about, best=best)
             if objective_state:
                 write_tensors(aside / OBJECTIVE, objective_state)
                 sync(aside / OBJECTIVE)
@@ -199,9 +205,14 @@ def save(
             FolderStorage(aside).write(STATE, record_bytes(state))
             (aside / "begun").unlink()
             final = folder / step_name(step)
-            shutil.rmtree(final, ignore_errors=True)
+            former = folder / f".{step_name(step)}.former.tmp"
+            if (
+                final.is_dir()
+            ):  # such as that of a warm-up which is interrupted again: gone for no longer than two renamings
+                final.rename(former)
             aside.rename(final)
             sync(folder)
+            shutil.rmtree(former, ignore_errors=True)
             _drop_old(config, notes.best)
 
 
@@ -222,6 +233,7 @@ def _state(engines: Engines, config: Config, ranks: Ranks, step: int, notes: Run
         changes=notes.about.changes,
         without_progress=notes.without_progress,
         ended=notes.ended,
+        warmed=notes.warmed,
         companions={
             name: CompanionState(
                 optimizer_steps=optimizer_steps(engine), loss_scaler=loss_scaler_state(engine)

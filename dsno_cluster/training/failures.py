@@ -48,7 +48,7 @@ def _in_a_line(error: RuntimeError, config: Config) -> UserError | WorkError | N
             "each of them once"
         )
     newest = newest_step(config)
-    begin = f"the checkpoint of step {newest}" if newest else "the beginning"
+    begin = f"the checkpoint of step {newest}" if newest is not None else "the beginning"
     return WorkError(f"{LOST_RANK} ({_reason(text)}); the same command resumes from {begin}")
 
 

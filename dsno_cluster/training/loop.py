@@ -57,15 +57,16 @@ from dsno_cluster.training.ranks import (
 from dsno_cluster.training.readback import Readback, Signals, Taken
 from dsno_cluster.training.real_images import RealImages
 from dsno_cluster.trajectories.reader import Batch, ShardReader, blank_batch, read_batches
+from dsno_cluster.trajectories.shards import Manifest
 
 
 def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
     """Train on this rank until `training.steps`; returns the address of the students.
 
     `teacher` is found unless it is given. Training continues from the newest complete checkpoint, on any
-    number of ranks and at any ZeRO stage. A signal ends it after its next step and a checkpoint: see
-    `preemption.py`. Raises UserError for input that cannot work and WorkError if training or its surroundings
-    fail.
+    number of ranks and at any ZeRO stage. A signal ends it after its next step, or update before the first
+    one, and a checkpoint: see `preemption.py`. Raises UserError for input that cannot work and WorkError if
+    training or its surroundings fail.
     """
     settings = config.training
     address = config.student_address
@@ -121,15 +122,32 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
 
         def judge(taken: Taken) -> StepFigures:
             figures = objective.summary(taken.figures, taken.step)
-            if problem := _problem(settings, taken, figures, divergence):
-                batch = describe_batch(taken.batches, beginning.manifest, ranks)
-                raise _unsound(config, taken.step + 1, problem, batch)
+            _check_sound(config, taken, figures.watched, divergence, beginning.manifest, ranks)
             return figures
 
+        stop.steps_begin()
+        warmup, warmed = _warmup_updates(objective), beginning.warmed
+        if start == 0 and warmed < len(warmup):
+            with pace.waiting():
+                first = next(batches)
+            batches = itertools.chain([first], batches)  # step 0 is taken on them too
+            made, signals = _warm_up(
+                engines, objective, first, config, ranks, stop, warmup, warmed, beginning.manifest
+            )
+            if signals.any:
+                notes.seconds, notes.warmed = pace.seconds, made
+                # no student has been trained that could be published
+                checkpoint.save(engines, ema, objective.state, config, ranks, 0, notes, {}, publisher)
+                leave(ranks, f"update {made} before the first step", preempted=not signals.interrupt)
         with console.progress(
-            "training the student", settings.steps, "steps", done=start, quiet=not main
+            "training the student",
+            settings.steps,
+            "steps",
+            done=start,
+            # attempts that begin at step 0 after more of the warm-up than the one before have made progress
+            reached=start + (len(warmup) if start else warmed),
+            quiet=not main,
         ) as advance:
-            stop.steps_begin()
             for step in range(start, settings.steps):
                 with pace.waiting():
                     micro_batches = next(batches)
@@ -165,7 +183,7 @@ def train(config: Config, teacher: ConfiguredTeacher | None = None) -> str:
                         _say_ended(notes, done)
                     break
                 if signals.any and not last:
-                    leave(ranks, done, preempted=not signals.interrupt)
+                    leave(ranks, f"step {done}", preempted=not signals.interrupt)
         if publisher is not None:
             publisher.finish()
             console.say(f"done: {shown_path(address)}")
@@ -300,20 +318,15 @@ def take_step(
 ) -> Tensor:
     """Optimiser step `step` (0-based) on this rank's micro-batches, after the updates of the objective's companions.
 
-    Returns the mean of their figures, (F,).
+    Those of the warm-up have been made before step 0. Returns the mean of the figures, (F,).
     """
     settings, student = config.training, engines.student
     figures = torch.zeros(len(objective.figure_names), device=ranks.device)
     for name, companion in objective.companions.items():
-        engine, updates = engines.companions[name], companion.updates(step)
-        for update in range(updates):
-            rate = learning_rate(step, settings.steps, companion.lr, settings.warmup, "none")
-            _begin_update(engine, rate, config, ranks, step, update + 1)
-            for batch in micro_batches:
-                loss, seen = companion.loss(student, engine, batch, step, update)
-                engine.backward(loss)
-                engine.step()
-                figures += seen / (settings.micro_batches * updates)
+        first = companion.warmup if step == 0 else 0
+        for update in range(first, first + companion.updates):
+            for seen in _update(engines, objective, name, micro_batches, config, ranks, step, update):
+                figures += seen / (settings.micro_batches * companion.updates)
     _begin_update(student, _rate(settings, step), config, ranks, step, 0)
     for batch in micro_batches:
         loss, seen = objective.loss(student, batch, step)
@@ -321,6 +334,79 @@ def take_step(
         student.step()
         figures += seen / settings.micro_batches
     return figures
+
+
+def _update(
+    engines: Engines,
+    objective: Objective,
+    name: str,
+    micro_batches: list[Batch],
+    config: Config,
+    ranks: Ranks,
+    step: int,
+    update: int,
+) -> list[Tensor]:
+    """Update `update` of a companion before step `step`; returns the figures of this rank's micro-batches, (F,) each."""
+    settings, engine, companion = config.training, engines.companions[name], objective.companions[name]
+    rate = learning_rate(step, settings.steps, companion.lr, settings.warmup, "none")
+    _begin_update(engine, rate, config, ranks, step, update + 1)
+    figures = []
+    for batch in micro_batches:
+        loss, seen = companion.loss(engines.student, engine, batch, step, update)
+        engine.backward(loss)
+        engine.step()
+        figures.append(seen)
+    return figures
+
+
+def _warmup_updates(objective: Objective) -> list[tuple[str, int]]:
+    """All updates of the warm-up, in their order: the companion's name and the number of the update."""
+    return [
+        (name, update)
+        for name, companion in objective.companions.items()
+        for update in range(companion.warmup)
+    ]
+
+
+def _warm_up(
+    engines: Engines,
+    objective: Objective,
+    micro_batches: list[Batch],
+    config: Config,
+    ranks: Ranks,
+    stop: StopSignals,
+    updates: Sequence[tuple[str, int]],
+    made: int,
+    manifest: Manifest | None,
+) -> tuple[int, Signals]:
+    """Make the `updates` from number `made` on, until a signal reaches any rank; collective.
+
+    Returns how many have been made then, and the signals. Raises WorkError, on every rank, for one that must not be saved.
+    """
+    readback, signals = Readback(ranks), Signals()
+    # by figures that are not finite only: a network that learns from nothing may jump
+    divergence = DivergenceWatch(0.0, objective.figure_names)
+    with console.progress(
+        "before the first step", len(updates), "updates", done=made, quiet=ranks.rank != 0
+    ) as advance:
+        for name, update in updates[made:]:
+            seen = _update(engines, objective, name, micro_batches, config, ranks, 0, update)
+            norm = engines.companions[name].get_global_grad_norm()
+            readback.send(0, micro_batches, torch.stack(seen).mean(dim=0), norm, stop)
+            made += 1
+            arrived = list(readback.arrived(all=made == len(updates)))
+            if any(taken.signals.any for taken in arrived):  # what is saved must have been judged
+                arrived += readback.arrived(all=True)
+            shown: dict[str, float] = {}
+            for taken in arrived:
+                _check_sound(config, taken, taken.figures, divergence, manifest, ranks)
+                signals |= taken.signals
+                named = zip(objective.figure_names, taken.figures, strict=True)
+                shown = {figure: value for figure, value in named if value}
+            advance(1, **shown)
+            if signals.any:
+                break
+    return made, signals
 
 
 def _begin_update(engine: Any, rate: float, config: Config, ranks: Ranks, step: int, update: int) -> None:
@@ -348,25 +434,27 @@ def _rate(settings: Training, step: int) -> float:
     )
 
 
-def _problem(settings: Training, taken: Taken, seen: StepFigures, divergence: DivergenceWatch) -> str | None:
-    """Why a step must not be saved: its loss or gradient is not finite, or it has diverged.
-
-    The same on all ranks.
-    """
+def _check_sound(
+    config: Config,
+    taken: Taken,
+    watched: Sequence[float | None],
+    divergence: DivergenceWatch,
+    manifest: Manifest | None,
+    ranks: Ranks,
+) -> None:
+    """Raises WorkError, on every rank, if a step must not be saved: its loss or gradient is not finite, or it has diverged."""
     # gradients of float16 that are not finite are handled by its loss scaler, which skips the step
-    sound = settings.precision == "float16" or taken.finite
-    problem = divergence.problem(seen.watched)
-    return problem or (None if sound else "the gradient is not finite")
-
-
-def _unsound(config: Config, step: int, problem: str, batch: str) -> WorkError:
-    before = checkpoint.newest_step(config)
+    sound = config.training.precision == "float16" or taken.finite
+    problem = divergence.problem(watched) or (None if sound else "the gradient is not finite")
+    if problem is None:
+        return
+    batch, before = describe_batch(taken.batches, manifest, ranks), checkpoint.newest_step(config)
     good = (
-        f"the last good checkpoint is that of step {before}, {checkpoint.resume_dir(config) / step_name(before)}"
-        if before
-        else "there is no checkpoint yet"
+        "there is no checkpoint yet"
+        if before is None
+        else f"the last good checkpoint is that of step {before}, {checkpoint.resume_dir(config) / step_name(before)}"
     )
-    return WorkError(f"step {step}: {problem}; the batch: {batch}; {good}")
+    raise WorkError(f"step {taken.step + 1}: {problem}; the batch: {batch}; {good}")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Signals that end a training early: during steps they set a flag, and the loop stops at the end of its step.
 
+Each update that an objective makes before the first step is treated as a step.
+
 Saving is collective, so it cannot be done in a signal handler, and a signal may reach only one rank. Every
 rank contributes its flag to the all-reduce at the end of each step; all then save together. SIGUSR2 (the time
 limit is near) and SIGTERM (another job needs the nodes) end it as Preempted, after which it may be started
@@ -58,9 +60,9 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def leave(ranks: Ranks, step: int, *, preempted: bool) -> NoReturn:
-    """End this rank, after all have saved `step`, by raising Preempted or KeyboardInterrupt."""
+def leave(ranks: Ranks, where: str, *, preempted: bool) -> NoReturn:
+    """End this rank, after all have saved `where` they are, by raising Preempted or KeyboardInterrupt."""
     if ranks.rank == 0:
-        console.say(f"stopped by a signal: saved at step {step}")
+        console.say(f"stopped by a signal: saved at {where}")
     barrier(ranks)  # no rank leaves before all know
     raise Preempted if preempted else KeyboardInterrupt

@@ -38,7 +38,8 @@ class Signals:
 
 @dataclass(frozen=True)
 class Taken:
-    """Optimiser step `step` (0-based) on this rank's `batches`: the figures of all ranks, and their signals.
+    """Optimiser step `step` (0-based) on this rank's `batches`, or an update before it: the figures of all ranks, and their
+    signals.
 
     `finite`: whether the norm of the gradient is; also true if nobody computed it.
     """
@@ -51,7 +52,7 @@ class Taken:
 
 
 class Readback:
-    """Steps in the order in which they were taken; the newest is `behind`: read only after the next, or if asked."""
+    """Steps, or updates before the first, in their order; the newest is `behind`: read only after the next, or if asked."""
 
     def __init__(self, ranks: Ranks, behind: bool | None = None) -> None:
         self.ranks = ranks

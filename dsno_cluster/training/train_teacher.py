@@ -14,7 +14,7 @@ from dsno_cluster import console
 from dsno_cluster.config import Config, Network, TeacherTraining, dump_config, validate
 from dsno_cluster.config.base import Named, later
 from dsno_cluster.data import DATA_SETS, Split
-from dsno_cluster.device import allow_tf32, compute_device
+from dsno_cluster.device import allow_tf32, compute_device, copied_to
 from dsno_cluster.diffusion.schedule import alpha_sigma, logsnr
 from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import AboutModel, ModelDescription, write_model
@@ -165,7 +165,7 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
     dropped = torch.rand(len(pick), generator=draw) < settings.label_dropout
     t_N = torch.rand(len(pick), generator=draw, dtype=torch.float64)
     noise = torch.randn((len(pick), *data.images.shape[1:]), generator=draw)
-    pick, dropped, t_N, noise = (_copied(x, device) for x in (pick, dropped, t_N, noise))
+    pick, dropped, t_N, noise = (copied_to(device, x) for x in (pick, dropped, t_N, noise))
     x0, labels = data.images[pick], torch.where(dropped, config.network.num_classes, data.labels[pick])
     alpha, sigma = (s.float()[:, None, None, None] for s in alpha_sigma(t_N))
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
@@ -175,11 +175,6 @@ def velocity_loss(unet: UNet, data: Split, config: Config, step: int) -> Tensor:
             labels if config.network.num_classes else None,
         )
     return (predicted[:, 0].float() - (alpha * noise - sigma * x0)).square().mean()
-
-
-def _copied(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, whose earlier work is not waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _saved_run(settings: Values, where: str) -> TeacherRun:

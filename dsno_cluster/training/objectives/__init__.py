@@ -38,14 +38,17 @@ class StepFigures:
 class Companion:
     """A further network that an objective trains, on the same batches: it is updated before each step of the student.
 
-    `lr` is its learning rate after the warm-up, which does not fall: it has to follow a student whose own does. `updates` gives
-    the number of its updates before an optimiser step of the student. `loss(student, network, batch, step, update)` gives what
-    update `update` of these minimises, evaluating `network` by the engine that is passed, and its figures, as `Objective.loss`.
+    `lr` is its learning rate after the warm-up of the rate, which does not fall: it has to follow a student whose own does.
+    `updates` is the number of its updates before each optimiser step of the student, and `warmup` that of further ones before the
+    first step, between which a training can be interrupted. `loss(student, network, batch, step, update)` gives what update
+    `update` before a step minimises, evaluating `network` by the engine that is passed, and its figures, as `Objective.loss`.
+    Before step 0 those of the warm-up are numbered first.
     """
 
     network: nn.Module
     lr: float
-    updates: Callable[[int], int]
+    updates: int
+    warmup: int
     loss: Callable[[Student, Network, Batch, int, int], tuple[Tensor, Tensor]]
 
 

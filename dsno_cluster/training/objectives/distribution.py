@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsno_cluster.config import Config
-from dsno_cluster.device import autocast_to
+from dsno_cluster.device import autocast_to, copied_to, pinned_for
 from dsno_cluster.diffusion.guidance import guided
 from dsno_cluster.diffusion.schedule import alpha_sigma
 from dsno_cluster.features.statistics import Gaussian
@@ -97,7 +97,8 @@ class DistributionObjective:
                 FAKE_SCORE: Companion(
                     matching.fake_score,
                     self.settings.fake_lr or config.training.lr,
-                    lambda step: self.settings.fake_updates + (0 if step else self.settings.fake_warmup),
+                    self.settings.fake_updates,
+                    self.settings.fake_warmup,
                     self.fake_loss,
                 )
             }
@@ -109,7 +110,7 @@ class DistributionObjective:
         noise, labels = self._drawn(batch)
         count = len(noise)
         with torch.no_grad():
-            x = self._states(student, noise, labels, [self.last])[:, 0]
+            x = self._states(student, noise, labels, [self.last])[:, -1]
         noisy, sigma, t = self._with_noise(x)
         there = None if labels is None else labels.to(self.device, non_blocking=True)
         if self.real is None:
@@ -131,17 +132,19 @@ class DistributionObjective:
         Samples are of new noise: those of the trajectories' own, which the student knows, are better than others.
         """
         if self.frechet is not None:
-            self.frechet.begin(lambda: self._states(student, *self._drawn(batch), [self.last])[:, 0])
+            self.frechet.begin(lambda: self._states(student, *self._drawn(batch), [self.last])[:, -1])
         noise, labels = self._drawn(batch)
         count = len(noise)
         if self.anchor is None:
-            x = self._states(student, noise, labels, [self.last])[:, 0]
+            x = self._states(student, noise, labels, [self.last])[:, -1]
             direction, figures = self._direction(x, labels, step)
             return sample_loss(x, direction), figures
         points = self.anchor.points(step)
         together = sorted({*points, self.last})
         noise = torch.cat([noise, batch.noise.to(self.device, non_blocking=True)])
-        both = None if labels is None or batch.labels is None else torch.cat([labels, batch.labels])
+        both = None
+        if labels is not None and batch.labels is not None:
+            both = pinned_for(self.device, torch.cat([labels, batch.labels]))
         states = self._states(student, noise, both, together)
         x = states[:count, -1]
         direction, figures = self._direction(x, labels, step)
@@ -221,17 +224,16 @@ class DistributionObjective:
         labels = None
         if classes:
             labels = (torch.randperm(len(batch.noise)) + torch.randint(classes, ())) % classes
+            labels = pinned_for(self.device, labels)
         return torch.randn(batch.noise.shape, device=self.device), labels
 
     def _states(
         self, student: Student, noise: Tensor, labels: Tensor | None, points: Sequence[int]
     ) -> Tensor:
-        """The student's states at `points`, float32; a student whose points are computed together computes all."""
-        if form_of(self.config.student).points_apart:
-            return student(noise, labels, points).float()
-        together = range(self.last + 1)
-        states = student(noise, labels, together).float()
-        return states if len(points) == len(together) else states[:, list(points)]
+        """The student's states at `points`, float32; at all points, if it computes them together."""
+        if not form_of(self.config.student).points_apart:
+            points = range(self.last + 1)
+        return student(noise, labels, points).float()
 
     def _with_noise(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Samples with noise of levels drawn for them, the levels' sigma and their cosine times, (N,) float64."""
@@ -246,8 +248,8 @@ class DistributionObjective:
         drawn = torch.randint(self.real.count, (count,))
         labels = self.real.labels(drawn)
         return (
-            self.real.states(drawn).to(self.device, non_blocking=True),
-            None if labels is None else labels.to(self.device, non_blocking=True),
+            copied_to(self.device, self.real.states(drawn)),
+            None if labels is None else copied_to(self.device, labels),
         )
 
     def _fake(

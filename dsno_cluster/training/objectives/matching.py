@@ -32,7 +32,8 @@ def matching_direction(x_NCHW: Tensor, real_NCHW: Tensor, fake_NCHW: Tensor) -> 
     """The direction in which a sample's density under the student exceeds that under the teacher the most, (N, C, H, W).
 
     (D_fake - D_real) / mean|x - D_real|: the gradient of the divergence of the two distributions, with the weight of DMD
-    (Yin et al. 2024a, equations 7 and 8); `sample_loss` of it is minimised. It is a constant: no gradient flows through it.
+    (Yin et al. 2024a, equations 7 and 8). On a variance-preserving schedule these have a further factor alpha_t, which the
+    published code lacks, and so does this. `sample_loss` of it is minimised. It is a constant: no gradient flows through it.
     """
     direction: Tensor = (fake_NCHW - real_NCHW) / _mean_distance(x_NCHW, real_NCHW)
     return direction.detach()
