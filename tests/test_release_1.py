@@ -18,7 +18,7 @@ from dsno_cluster.errors import UserError
 from dsno_cluster.model_folder import AboutModel
 from dsno_cluster.provenance import environment
 from dsno_cluster.records import record_bytes
-from dsno_cluster.training.checkpoint import CheckpointState, RunNotes
+from dsno_cluster.training.checkpoint import Best, CheckpointState, RunNotes
 from dsno_cluster.trajectories.plan import make_plan
 from dsno_cluster.trajectories.solve_actor import SolveActor
 
@@ -219,6 +219,12 @@ def test_the_best_of_its_checkpoints_is_known_by_its_figure() -> None:
     assert again == newer and again.best is not None and again.best.figure == 0.25
     first = RunNotes(AboutModel.model_construct(), found.identity)
     first.compare(1, None)
+    first.compare(1, float("nan"))
     assert first.best is None
     first.compare(2, 9.5)
+    first.compare(3, float("nan"))
     assert first.best is not None and (first.best.step, first.best.figure) == (2, 9.5)
+    assert first.without_progress == 1
+    misled = RunNotes(AboutModel.model_construct(), found.identity, best=Best(step=1, figure=float("nan")))
+    misled.compare(2, 9.5)
+    assert misled.best is not None and misled.best.step == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -129,12 +130,16 @@ class RunNotes:
         return differs
 
     def compare(self, step: int, figure: float | None) -> None:
-        """Record the checkpoint of `step` as the best if it has the smallest held-out `figure`; None: not measured."""
+        """Record the checkpoint of `step` as the best if it has the smallest held-out `figure`; None: not measured.
+
+        One that is not finite is never the best.
+        """
         if figure is None:
             return
-        if self.best is None or figure < self.best.figure:
+        smallest = self.best is None or not figure >= self.best.figure  # also than NaN, which was once taken for the best
+        if smallest and math.isfinite(figure):
             self.best, self.without_progress = Best(step=step, figure=figure, basis=self.basis), 0
-        else:
+        elif self.best is not None:
             self.without_progress += 1
 
 
