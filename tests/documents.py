@@ -175,6 +175,7 @@ def as_run(command: Command, names: dict[str, str], more: Sequence[str] = ()) ->
     )
     if of_config and "--help" not in words:
         words += more
+        words = [word for word in words if not word.startswith("training.steps=")]  # as few as those of SMALL
         own = {word.partition("=")[0] for word in words}
         small = [*SMALL, *(SMALL_FINISH if "finish.enabled=true" in words else [])]
         words += [word for word in small if word.partition("=")[0] not in own]
