@@ -136,7 +136,8 @@ class RunNotes:
         """
         if figure is None:
             return
-        smallest = self.best is None or not figure >= self.best.figure  # also than NaN, which was once taken for the best
+        # also than NaN, which was once taken for the best
+        smallest = self.best is None or not figure >= self.best.figure
         if smallest and math.isfinite(figure):
             self.best, self.without_progress = Best(step=step, figure=figure, basis=self.basis), 0
         elif self.best is not None:
