@@ -100,7 +100,8 @@ class Comparison:
     """An evaluation before it is measured.
 
     `readings` are the layers that metrics read, `samplings` the teacher's rows, `known` those measured
-    before, `spec` what all rows have in common. The results are written below `folder` of the `storage`.
+    before, `spec` what all rows have in common, `held_out` the real images that are measured beside them. The results are
+    written below `folder` of the `storage`.
     """
 
     subject: Subject
@@ -113,6 +114,7 @@ class Comparison:
     samplings: tuple[Sampling, ...]
     known: dict[Sampling, TeacherRow]
     keep: KeptSamples | None
+    held_out: ImageSet | None
 
     @property
     def config(self) -> Config:
@@ -161,7 +163,7 @@ class Comparison:
         found = [
             ImagesOf(source, settings.num_samples, self.readings, shape, settings.draws) for source in drawn
         ]
-        return [*found, *_held_out(self.config, self.readings)]
+        return [*found, *_held_out(self.config, self.held_out, self.readings)]
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class ImagesComparison:
     readings: Readings
     weights: dict[str, WeightsFile]
     real: RealData
+    held_out: ImageSet | None = None
 
     @property
     def source(self) -> ImageSource:
@@ -184,13 +187,12 @@ class ImagesComparison:
         """The images to measure, and the held-out real ones if copies are counted by them."""
         found = [ImagesOf(self.source, self.images.count, self.readings, self.images.shape)]
         nearest = {metric: reading for metric, reading in self.readings.items() if metric == "nearest"}
-        return found if self.source == HELD_OUT else [*found, *_held_out(self.config, nearest)]
+        return found if self.source == HELD_OUT else [*found, *_held_out(self.config, self.held_out, nearest)]
 
 
-def _held_out(config: Config, readings: Readings) -> list[ImagesOf]:
+def _held_out(config: Config, images: ImageSet | None, readings: Readings) -> list[ImagesOf]:
     """The held-out real images, if there are any, for those of the metrics for which they are enough."""
-    images = held_out_images(config) if readings else None
-    if images is None:
+    if images is None or not readings:
         return []
     needed = fewest(config.evaluation)
     possible = {
@@ -273,7 +275,8 @@ def look_up(subject: Subject, folder: str | None = None) -> Comparison:
     readings, weights = find_readings(config.evaluation), _find_weights(config)
     _check_sampled(config, weights, subject.teacher.states)
     real = find_real_data(config, storage, readings, weights)
-    spec = comparison_spec(config, subject.teacher, readings, weights, real)
+    held_out = held_out_images(config) if readings else None
+    spec = comparison_spec(config, subject.teacher, readings, weights, real, held_out)
     # without a metric on images, the teacher's need not be drawn
     samplings = compared_samplings(config, subject.teacher) if readings else []
     return Comparison(
@@ -287,6 +290,7 @@ def look_up(subject: Subject, folder: str | None = None) -> Comparison:
         samplings=tuple(samplings),
         known=known_rows(storage, spec, subject.teacher, samplings),
         keep=keep,
+        held_out=held_out,
     )
 
 
@@ -312,7 +316,8 @@ def look_up_images(config: Config, images: ImageSet, address: str) -> ImagesComp
     check_count(settings, readings, images.count, address)
     check_shape(weights, images.shape, address)
     real = find_real_data(config, storage, readings, weights)
-    return ImagesComparison(config, storage, address, images, readings, weights, real)
+    held_out = held_out_images(config) if "nearest" in readings else None
+    return ImagesComparison(config, storage, address, images, readings, weights, real, held_out)
 
 
 def say_what(comparison: Comparison, crew: Crew) -> None:

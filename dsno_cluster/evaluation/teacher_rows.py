@@ -14,9 +14,9 @@ from dsno_cluster.config.base import Named, later
 from dsno_cluster.errors import UserError
 from dsno_cluster.evaluation.metrics import ReferenceParts
 from dsno_cluster.evaluation.records import TeacherRow, rewrite
-from dsno_cluster.evaluation.reference import RealData, held_out_images
+from dsno_cluster.evaluation.reference import RealData
 from dsno_cluster.features.extractors import Readings, WeightsFile
-from dsno_cluster.image_sets.image_set import DataIdentity
+from dsno_cluster.image_sets.image_set import DataIdentity, ImageSet
 from dsno_cluster.model_folder import package_path
 from dsno_cluster.provenance import software_versions
 from dsno_cluster.records import Record, canonical_hash, read_record
@@ -101,10 +101,11 @@ def comparison_spec(
     readings: Readings,
     weights: dict[str, WeightsFile],
     real: RealData,
+    held_out: ImageSet | None,
 ) -> ComparisonSpec:
-    """The spec of a config's rows of the teacher."""
+    """The spec of a config's rows of the teacher; copies are counted by the `held_out` images."""
     settings = config.evaluation
-    main, held_out = settings.feature_extractor, held_out_images(config) if "nearest" in readings else None
+    main = settings.feature_extractor
     knobs: dict[str, Any] = {
         key: getattr(settings, key) for metric in readings for key in _KNOBS.get(metric, ())
     }
@@ -126,7 +127,7 @@ def comparison_spec(
         precision=config.teacher.precision,
         other_extractors={name: file.sha256 for name, file in weights.items() if name != main},
         decoder=teacher.states.identity(settings.precision),
-        held_out=held_out.identity if held_out else None,
+        held_out=held_out.identity if held_out and "nearest" in readings else None,
         **knobs,
     )
 
