@@ -31,7 +31,7 @@ def run_stage(
         launcher = choose(arguments, stage)
         submission = make_submission(arguments, launcher, stage, config, options)
         described = show_scripts(arguments, launcher, [submission])
-        would = stage.check(config, options, _ranks(submission)).would
+        would = stage.check(config, options, ranks_of(submission)).would
         if not described:
             print(json.dumps({"dry_run": would}) if _as_json(arguments) else would)
         launcher.check(submission)
@@ -42,7 +42,7 @@ def run_stage(
     if not launcher.takes(submission):
         launcher.check(submission)
         return stage.run(config, options, getattr(asked, "ray_address", None), checked.found)
-    stage.check_ahead(config, _ranks(submission))
+    stage.check_ahead(config, ranks_of(submission))
     (run,) = launcher.submit([submission])
     if launcher.detached and _as_json(arguments):
         print(json.dumps({"run": run.id, "job": run.record().job, "folder": str(run.folder)}))
@@ -141,7 +141,8 @@ def _tasks_asked(arguments: Arguments) -> int | None:
     return tasks
 
 
-def _ranks(submission: Submission) -> int:
+def ranks_of(submission: Submission) -> int:
+    """The number of its processes."""
     return submission.profile.nodes * submission.profile.tasks_per_node
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsno_cluster.commands.arguments import Arguments
 from dsno_cluster.commands.evaluation import show_metrics, written_metrics
-from dsno_cluster.commands.launching import choose, follow_to_end, make_submission, show_scripts
+from dsno_cluster.commands.launching import choose, follow_to_end, make_submission, ranks_of, show_scripts
 from dsno_cluster.files import shown_path
 
 
@@ -20,7 +20,7 @@ def run_pipeline(arguments: Arguments) -> None:
     submissions = [
         make_submission(arguments, launcher, part.stage, part.config, part.stage.options()) for part in parts
     ]
-    ranks = [submission.profile.nodes * submission.profile.tasks_per_node for submission in submissions]
+    ranks = [ranks_of(submission) for submission in submissions]
     if options.dry_run:
         described = show_scripts(arguments, launcher, submissions)
         first.check(config, first.options(), 1)
