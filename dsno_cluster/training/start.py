@@ -17,15 +17,20 @@ def find_start(config: Config) -> StartModel | None:
 
     Raises UserError if there is none.
     """
-    path, endpoint = config.training.start, config.storage.endpoint_url
-    if path is None:
+    if config.training.start is None:
         return None
+    address, meta = _named(config, config.training.start)
+    return StartModel(address=address, name=meta.name, step=meta.step, sha256=meta.sha256)
+
+
+def _named(config: Config, path: str) -> tuple[str, ModelMeta]:
+    """The address of the step that the path of a start leads to, and its `meta.json`."""
+    endpoint = config.storage.endpoint_url
     try:
         address = model_address(path, endpoint)
-        meta = read_meta(address, endpoint)
+        return address, read_meta(address, endpoint)
     except UserError as error:
         raise UserError(f"training.start: {error}") from None
-    return StartModel(address=address, name=meta.name, step=meta.step, sha256=meta.sha256)
 
 
 def check_start(config: Config, student: DSNO) -> None:
@@ -33,9 +38,9 @@ def check_start(config: Config, student: DSNO) -> None:
 
     `student` may be on the meta device.
     """
-    start = find_start(config)
-    if start is not None:
-        _check_alike(read_meta(start.address, config.storage.endpoint_url), start.address, student)
+    if config.training.start is not None:
+        address, meta = _named(config, config.training.start)
+        _check_alike(meta, address, student)
 
 
 def start_weights(config: Config, start: StartModel, student: DSNO) -> dict[str, Tensor]:
