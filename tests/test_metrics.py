@@ -359,7 +359,8 @@ def test_references_as_the_field_writes_them(tmp_path: Path) -> None:
         (
             "wide.npz",
             "null",
-            r"wide\.npz holds mu and sigma, and not by which extractor; .*reference_extractor=inception-v3-clean",
+            r"wide\.npz has mu and sigma, but does not say by which extractor they were made; "
+            ".*reference_extractor=inception-v3-clean",
         ),
         ("wide.npz", "dinov2", "reference_extractor dinov2: samples are measured by .* inception-v3-clean"),
         ("images.npz", "inception-v3-clean", "reference_extractor: is only for an .npz with mu and sigma"),

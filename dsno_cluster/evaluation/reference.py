@@ -126,22 +126,20 @@ def _statistics(file: Path, settings: Evaluation) -> Reference | None:
             f"{file} is missing ({not_there(file)}); put an .npz with mu and sigma of the real data, or with its images, there"
         )
     names = array_names(file)
-    if "mu" not in names or "sigma" not in names:
-        if find_images(file) is not None:
-            _refuse_facts(settings)
-            return None
-        raise UserError(
-            f"{file} has neither mu and sigma nor images (images, arr_0); it holds {', '.join(names) or 'nothing'}"
-        )
     asked, said = settings.feature_extractor, settings.reference_extractor
-    if said is None and asked in (CLEAN, *TRANSFORMERS):
-        if find_images(file) is not None:
-            _refuse_facts(settings)
-            return None
-        raise UserError(
-            f"{file} holds mu and sigma, and not by which extractor; those of EDM, ADM and pytorch-fid are by {INCEPTION}. Name "
-            f"images, or set evaluation.reference_extractor={asked} if they are by that"
+    unusable = None
+    if "mu" not in names or "sigma" not in names:
+        unusable = f"{file} has neither mu and sigma nor images (images, arr_0); it holds {', '.join(names) or 'nothing'}"
+    elif said is None and asked in (CLEAN, *TRANSFORMERS):
+        unusable = (
+            f"{file} has mu and sigma, but does not say by which extractor they were made; those of EDM, ADM and pytorch-fid "
+            f"are by {INCEPTION}. Name images, or set evaluation.reference_extractor={asked} if it was that one"
         )
+    if unusable is not None:
+        if find_images(file) is None:
+            raise UserError(unusable)
+        _refuse_facts(settings)
+        return None
     if said not in (None, asked):
         raise UserError(
             f"evaluation.reference_extractor {said}: samples are measured by evaluation.feature_extractor {asked}, and features "
