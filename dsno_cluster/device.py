@@ -43,12 +43,12 @@ def autocast_to(precision: str, device: torch.device) -> contextlib.AbstractCont
 
 
 def pinned_for(device: torch.device, x: Tensor) -> Tensor:
-    """A tensor of the CPU in memory from which a GPU copies while the host goes on; for another device as it is."""
+    """A CPU tensor, moved to pinned memory if the device is a GPU, so that copying it there does not make the host wait."""
     return x.pin_memory() if device.type == "cuda" else x
 
 
 def copied_to(device: torch.device, x: Tensor) -> Tensor:
-    """A tensor of the CPU on the device, whose earlier work is not waited for."""
+    """A CPU tensor on the device. The host does not wait until the device has done its earlier work."""
     return pinned_for(device, x).to(device, non_blocking=True)
 
 

@@ -216,7 +216,10 @@ STAGES: tuple[Stage[Any], ...] = (GEN_TRAJECTORIES, TRAIN, EVAL)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the whole path: a stage of an experiment, and what it is for; whether it finishes the student that was made."""
+    """A part of the whole path: a stage of an experiment, and what it is for.
+
+    `finishes`: whether it is one of the parts that finish the student.
+    """
 
     stage: Stage[Any]
     config: Config
@@ -260,7 +263,7 @@ def check_ahead(parts: Sequence[Part], ranks: Sequence[int]) -> None:
             if not part.finishes:
                 raise
             raise UserError(in_terms_of_finish(str(error))) from None
-        if part.stage is TRAIN and not part.finishes:  # what is finished is not there yet
+        if part.stage is TRAIN and not part.finishes:  # the student to finish does not exist yet
             check_begins(part.config)
 
 

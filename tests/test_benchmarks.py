@@ -93,7 +93,7 @@ def test_sampler_says_what_it_needs(words: list[str], says: str, capsys: pytest.
 
 
 def test_finishing_from_either_start_is_the_finishing_of_run() -> None:
-    """The words that it gives to `train` are those of the training that `finish` makes, but for name and start."""
+    """What it passes to `train` gives the same training as `finish` does, apart from the name and the start."""
     finishing = runpy.run_path(str(BENCHMARKS / "finishing.py"), run_name="finishing")
     words = ["finish.enabled=true", "finish.steps=7", "finish.heldout_every=null"]
     config = load_config("configs/digits.yaml", words)

@@ -192,7 +192,8 @@ def _as_trained(config: Config, trained_with: Values) -> Config:
     }
     found: dict[str, Strict] = {}
     for name in sections.keys() & trained_with.keys():
-        with contextlib.suppress(UserError):  # of a newer version, or damaged
+        # a newer version wrote the section, or it is damaged: the config's own is used
+        with contextlib.suppress(UserError):
             found[name] = validate(sections[name], trained_with[name], name)
     return config.model_copy(update=found)
 

@@ -95,9 +95,8 @@ class CheckpointState(SparseRecord):
     without_progress: int = 0
     ended: bool = False
     companions: dict[str, CompanionState] = Field(default_factory=dict)
-    warmed: int | None = (
-        None  # updates of the companions' warm-up that were made; only of one that was interrupted
-    )
+    # if the companions' warm-up was interrupted: how many of its updates were made
+    warmed: int | None = None
 
     def is_end(self, steps: int) -> bool:
         """Whether a training of so many steps is done: it has taken them all, or ended before."""
@@ -136,7 +135,7 @@ class RunNotes:
         """
         if figure is None:
             return
-        # also than NaN, which was once taken for the best
+        # an earlier version could take NaN for the best: any number is better
         smallest = self.best is None or not figure >= self.best.figure
         if smallest and math.isfinite(figure):
             self.best, self.without_progress = Best(step=step, figure=figure, basis=self.basis), 0
@@ -173,7 +172,7 @@ def save(
 ) -> None:
     """Save the state of all ranks to resume from, and the averaged student; collective: every rank must call it.
 
-    `students` are the whole averages by decay, on rank 0; none are published if there are none. The checkpoint is written to
+    `students` are the whole averages by decay, on rank 0; if it is empty, no student is published. The checkpoint is written to
     a temporary folder, which rank 0 renames once all ranks have written. Raises WorkError on every rank if one of them could not
     write, or if the weights are no longer finite; the previous checkpoint is then intact.
     """
@@ -212,9 +211,8 @@ def save(
             (aside / "begun").unlink()
             final = folder / step_name(step)
             former = folder / f".{step_name(step)}.former.tmp"
-            if (
-                final.is_dir()
-            ):  # such as that of a warm-up which is interrupted again: gone for no longer than two renamings
+            # a warm-up that is interrupted again saves step 0 again; only between these two renamings is there none
+            if final.is_dir():
                 final.rename(former)
             aside.rename(final)
             sync(folder)

@@ -384,7 +384,7 @@ def _warm_up(
     Returns how many have been made then, and the signals. Raises WorkError, on every rank, for one that must not be saved.
     """
     readback, signals = Readback(ranks), Signals()
-    # by figures that are not finite only: a network that learns from nothing may jump
+    # it only looks for figures that are not finite: the loss of a network that learns from nothing may jump
     divergence = DivergenceWatch(0.0, objective.figure_names)
     with console.progress(
         "before the first step", len(updates), "updates", done=made, quiet=ranks.rank != 0
