@@ -151,7 +151,7 @@ def _tiles(files: RunFiles) -> Markup | None:
     at_cost = "cost not measured" if cost is None else f"cost {cost:.1f}"
     shown: list[tuple[str, Figures, str]] = [("Student, 1 evaluation", student, at_cost)]
     if metrics.before is not None:
-        shown.append(("Student before finishing", metrics.before, f"that is {metrics.before.name}"))
+        shown.append(("Student before finishing", metrics.before, f"student {metrics.before.name}"))
     rows = [row for row in metrics.teacher_rows if figure.text(row)]
     affordable = [row for row in rows if cost is not None and row.evaluations <= max(1, round(cost))]
     if affordable:
